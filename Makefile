@@ -1,0 +1,59 @@
+# make demo    install, run the main job on the embedded pipeline, print where its page is
+# make test    install, lint, type-check, import contracts, tests
+# make bench   kernels against dense PyTorch on this machine
+# make evaluate  the EmojiCanvas benchmark: bench/results/emoji.json (about half an hour on two cores)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types contracts pytest bench evaluate tables browser clean
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch first and pinned: an unpinned one may replace it with another build.
+$(VENV)/.installed: $(VENV)/.made pyproject.toml setup.cfg constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.tests-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,bench,data]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/sparsefeat demo --out demo --force
+
+test: lint types contracts pytest
+
+lint: $(VENV)/.tests-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.tests-installed
+	$(BIN)/mypy
+
+contracts: $(VENV)/.tests-installed
+	$(BIN)/lint-imports
+
+pytest: $(VENV)/.tests-installed
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.tests-installed
+	$(BIN)/python -m pytest bench --benchmark-only -o addopts=-q
+
+evaluate: $(VENV)/.installed
+	$(BIN)/sparsefeat evaluate emoji
+
+tables: $(VENV)/.installed
+	$(BIN)/python tools/write_tables.py
+
+# A browser for the tests that look at the page; without one they are skipped by name.
+browser:
+	command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+
+clean:
+	rm -rf $(VENV) build/lib dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
