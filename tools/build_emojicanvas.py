@@ -88,10 +88,7 @@ def main() -> None:
     if missing:
         raise ValueError(f"objects that some set does not draw: {missing}")
     images = np.stack(
-        [
-            np.stack([render(sets[style], name) for name in tqdm(names, desc=f"render {style}")])
-            for style in STYLES
-        ]
+        [np.stack([render(sets[style], name) for name in tqdm(names, desc=f"render {style}")]) for style in STYLES]
     )
     save(GRID, images, names)
     keep = [names.index(name) for name in OBJECTS]

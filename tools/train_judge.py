@@ -37,7 +37,9 @@ def augment(images: torch.Tensor, vae: AutoencoderTiny) -> torch.Tensor:
     theta[:, 0, 0], theta[:, 0, 1] = scale * angle.cos(), -scale * angle.sin()
     theta[:, 1, 0], theta[:, 1, 1] = scale * angle.sin(), scale * angle.cos()
     theta[:, :, 2] = (torch.rand(n, 2) - 0.5) * (4 * 4 / 64)
-    moved = F.grid_sample(images - 1, F.affine_grid(theta, list(images.shape), align_corners=False), align_corners=False)
+    moved = F.grid_sample(
+        images - 1, F.affine_grid(theta, list(images.shape), align_corners=False), align_corners=False
+    )
     moved = moved + 1
     jitter = 1 + 0.1 * (torch.rand(n, 3, 1, 1) - 0.5)
     moved = 1 - (1 - moved) * jitter  # white stays white

@@ -1,0 +1,7 @@
+"""What the package brings along: EmojiCanvas, the embedded pipeline, its SAEs, and how to open them."""
+
+from __future__ import annotations
+
+from sparsefeat.assets.embedded import GUIDANCE, N_STEPS, load_pipeline, sae_folders
+
+__all__ = ["GUIDANCE", "N_STEPS", "load_pipeline", "sae_folders"]

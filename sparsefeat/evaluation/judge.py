@@ -66,6 +66,9 @@ class Verdicts:
     styles: Tensor
     features: Tensor
 
+    def first(self, n: int) -> Verdicts:
+        return Verdicts(self.objects[:n], self.styles[:n], self.features[:n])
+
 
 def as_tensor(images: list[Image.Image] | np.ndarray | Tensor) -> Tensor:
     """PIL images, uint8 [n, h, w, 3], or float [n, 3, h, w] in [0, 1], to float [n, 3, 64, 64] in [-1, 1]."""

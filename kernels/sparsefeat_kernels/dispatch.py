@@ -1,0 +1,67 @@
+"""Which implementation of an op runs, and the one place where Triton is imported.
+
+Triton is optional: without it, or for tensors that are not on a GPU, every op runs its torch implementation, called
+the CPU path because it is written for a CPU's caches. It is made of plain torch calls, so it is also what a GPU gets
+for float64, which has no kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton on this platform: the kernels below are never launched
+    triton = None
+    tl = None
+
+__all__ = ["TRITON_AVAILABLE", "backend", "force_triton", "implementation", "jit", "next_power_of_2", "tl"]
+
+TRITON_AVAILABLE = triton is not None
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_forced = os.environ.get("SPARSEFEAT_FORCE_TRITON", "0") not in ("", "0")
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit`, or the plain function where Triton is not installed."""
+    return triton.jit(function) if TRITON_AVAILABLE else function
+
+
+def implementation(x: torch.Tensor) -> Literal["cpu", "triton"]:
+    """The implementation that runs for inputs like `x`.
+
+    "triton" for float32, bfloat16 and float16 tensors on a CUDA or ROCm device; "cpu" for everything else. Under
+    `force_triton()`, or with SPARSEFEAT_FORCE_TRITON=1 in the environment at import, tensors on the CPU take the
+    Triton launchers too, which works when TRITON_INTERPRET=1 was set before triton was first imported.
+    """
+    if not TRITON_AVAILABLE or x.dtype not in KERNEL_DTYPES:
+        return "cpu"
+    return "triton" if x.is_cuda or _forced else "cpu"
+
+
+def backend() -> Literal["cuda", "hip"]:
+    """What the Triton kernels are compiled for: shared memory and pipelining differ."""
+    return "hip" if torch.version.hip else "cuda"
+
+
+@contextlib.contextmanager
+def force_triton(enabled: bool = True) -> Iterator[None]:
+    """Inside the block, every op takes its Triton launcher whatever the device. For tests; not thread-safe."""
+    global _forced
+    before, _forced = _forced, enabled
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n` (1 for n <= 1)."""
+    return 1 << max(n - 1, 0).bit_length()

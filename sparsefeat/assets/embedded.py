@@ -1,0 +1,39 @@
+"""The embedded default: a trained text-to-image pipeline with its sparse autoencoders, offline and small.
+
+A real `StableDiffusionPipeline`, trained on EmojiCanvas (`tools/train_pipeline.py`). Everything that works on it works
+on Stable Diffusion by changing the folder's name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+FOLDER = Path(__file__).parent
+
+PIPELINE = FOLDER / "pipeline"
+SAES = FOLDER / "saes"
+
+# One guidance scale and one number of steps for everything that is shown or measured on the embedded pipeline.
+N_STEPS = 20
+GUIDANCE = 3.0
+
+
+def sae_folders() -> list[Path]:
+    """The folders of the embedded SAEs, each for `sf.load_sae`."""
+    return sorted(folder.parent for folder in SAES.glob("*/config.json"))
+
+
+def load_pipeline(folder: Path | str = PIPELINE, **options: Any) -> StableDiffusionPipeline:
+    """`StableDiffusionPipeline.from_pretrained(folder)` in fp32, quiet. Raises FileNotFoundError with the remedy."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    if not (Path(folder) / "model_index.json").is_file():
+        raise FileNotFoundError(f"no pipeline in {folder}; train it with `python tools/train_pipeline.py`")
+    pipe = StableDiffusionPipeline.from_pretrained(str(folder), torch_dtype=torch.float32, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

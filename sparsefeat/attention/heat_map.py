@@ -1,0 +1,53 @@
+"""One heat map: where in the image a word (or token) was attended to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """`values` [height, width] on the attention's grid, and the word they belong to."""
+
+    values: Tensor
+    label: str
+
+    def resized(self, size: tuple[int, int]) -> Tensor:
+        """The map on `size` = (height, width), bicubic, not below zero."""
+        if tuple(self.values.shape) == tuple(size):
+            return self.values
+        return resize(self.values[None], size)[0].clamp(min=0)
+
+    def scaled(self, size: tuple[int, int] | None = None) -> Tensor:
+        """The map from its minimum to its maximum as [0, 1]; all zeros where it is constant."""
+        values = self.values if size is None else self.resized(size)
+        low, high = values.min(), values.max()
+        if not high > low:
+            return torch.zeros_like(values)
+        return (values - low) / (high - low)
+
+    def mask(self, threshold: float = 0.4, size: tuple[int, int] | None = None) -> Tensor:
+        """Bool [height, width]: where the scaled map exceeds `threshold` (0.4 is DAAM's for its segmentation)."""
+        return self.scaled(size) > threshold
+
+    def overlay(self, image: Image.Image, strength: float = 0.5, colors: str = "turbo") -> Image.Image:
+        """`image` with the map laid over it in the colours of a matplotlib colour map."""
+        scaled = self.scaled((image.height, image.width)).cpu().numpy()
+        painted = matplotlib.colormaps[colors](scaled)[..., :3]
+        base = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
+        mixed = (1 - strength) * base + strength * painted
+        return Image.fromarray((mixed.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps [n, h, w] on another grid, bicubic (linear in the maps: nothing is clamped)."""
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps[None], size=size, mode="bicubic")[0]

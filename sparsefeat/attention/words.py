@@ -1,0 +1,135 @@
+"""Words of a prompt and the positions of their tokens in the text the pipeline encoded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of an encoded prompt: its position, and the characters `[start, stop)` of the prompt that it covers.
+
+    A special token (start, end, padding) covers nothing: `start == stop`.
+    """
+
+    index: int
+    text: str
+    start: int
+    stop: int
+
+    @property
+    def special(self) -> bool:
+        return self.start == self.stop
+
+
+def encoded_text(pipe: Any, prompt: str) -> str:
+    """The text that `pipe` hands to its first tokenizer for `prompt`.
+
+    Pipelines with textual inversion spell a multi-vector token out (`<cat> <cat>_1 ...`) before they tokenize.
+    """
+    convert = getattr(pipe, "maybe_convert_prompt", None)
+    tokenizer = getattr(pipe, "tokenizer", None)
+    if convert is None or tokenizer is None:
+        return prompt
+    return convert(prompt, tokenizer)
+
+
+def tokens_of(tokenizer: Any, text: str, length: int | None = None) -> tuple[Token, ...]:
+    """The tokens of `text` as the pipeline encodes it, special tokens included, padding not.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer. Fast ones report the offsets themselves; for slow ones each token's
+            spelling is found in the text from left to right.
+        text: the text that was encoded.
+        length: number of positions the text encoder saw; tokens past it were cut off and are left out.
+            Default: the tokenizer's `model_max_length`.
+    """
+    limit = length if length is not None else tokenizer.model_max_length
+    # Tokenizers without a limit report 10**30 or so; truncation to that overflows in the fast ones.
+    truncation: dict[str, Any] = {"truncation": True, "max_length": limit} if limit < 10**6 else {}
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, **truncation)
+        ids, special, spans = encoded["input_ids"], encoded["special_tokens_mask"], encoded["offset_mapping"]
+        names = tokenizer.convert_ids_to_tokens(ids)
+        return tuple(
+            Token(i, name, 0, 0) if is_special else Token(i, name, *_trimmed(text, int(start), int(stop)))
+            for i, (name, is_special, (start, stop)) in enumerate(zip(names, special, spans, strict=True))
+        )
+    ids = tokenizer(text, **truncation)["input_ids"]
+    names = tokenizer.convert_ids_to_tokens(ids)
+    return _spelled(names, set(tokenizer.all_special_tokens), text)
+
+
+def _trimmed(text: str, start: int, stop: int) -> tuple[int, int]:
+    """The span without the white space around it: SentencePiece counts the space before a word as part of it."""
+    while start < stop and text[start].isspace():
+        start += 1
+    while stop > start and text[stop - 1].isspace():
+        stop -= 1
+    return start, stop
+
+
+# How the common vocabularies write a word's end (CLIP) or beginning (SentencePiece, byte-level BPE, WordPiece).
+_MARKS = re.compile(r"^(▁|Ġ|##)|</w>$")
+
+
+def _spelled(names: list[str], special: set[str], text: str) -> tuple[Token, ...]:
+    """Tokens placed in the text by their spelling; one that cannot be found covers nothing."""
+    lowered, cursor, tokens = text.lower(), 0, []
+    if len(lowered) != len(text):  # some letters lower to two; then positions would drift
+        lowered = text
+    for i, name in enumerate(names):
+        spelling = _MARKS.sub("", name)
+        start = -1 if name in special or not spelling else lowered.find(spelling.lower(), cursor)
+        if start < 0:
+            tokens.append(Token(i, name, 0, 0))
+        else:
+            cursor = start + len(spelling)
+            tokens.append(Token(i, name, start, cursor))
+    return tuple(tokens)
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    """The words of a prompt in their order, punctuation left out."""
+    return tuple(re.findall(r"\w+(?:['’\-]\w+)*", text))
+
+
+def token_indices(tokens: tuple[Token, ...], text: str, word: str, occurrence: int | None = None) -> tuple[int, ...]:
+    """Positions of the tokens of a word or phrase.
+
+    Args:
+        tokens: `tokens_of(tokenizer, text)`.
+        text: the text they belong to.
+        word: a word or a phrase of consecutive words, in any case; white space in it matches any white space.
+        occurrence: which of several occurrences (0 is the first); default all of them together, as in DAAM.
+
+    Raises:
+        ValueError: the word does not occur as a whole word, or only behind the last token that was encoded.
+
+    Example: "a fox and a fox" with CLIP's tokenizer, `word="fox"` -> (2, 5); `occurrence=1` -> (5,).
+    """
+    parts = word.split()
+    if not parts:
+        raise ValueError(f"word={word!r} is empty; name a word of the prompt: {', '.join(words_of(text))}.")
+    pattern = r"(?<!\w)" + r"\s+".join(re.escape(part) for part in parts) + r"(?!\w)"
+    spans = [match.span() for match in re.finditer(pattern, text, flags=re.IGNORECASE)]
+    if not spans:
+        raise ValueError(
+            f"word={word!r} is not in the prompt {text!r}; its words are: {', '.join(dict.fromkeys(words_of(text)))}."
+        )
+    if occurrence is not None:
+        if not -len(spans) <= occurrence < len(spans):
+            raise ValueError(
+                f"occurrence={occurrence} of word={word!r} does not exist; "
+                f"it occurs {len(spans)} time(s) in {text!r}, counted from 0."
+            )
+        spans = [spans[occurrence]]
+    found = [t.index for t in tokens if any(t.start < stop and start < t.stop for start, stop in spans)]
+    if not found:
+        raise ValueError(
+            f"word={word!r} stands behind the {len(tokens)} tokens that were encoded of {text!r}; shorten the prompt "
+            "or move the word forward."
+        )
+    return tuple(found)

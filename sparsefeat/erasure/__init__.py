@@ -1,0 +1,7 @@
+"""Erasing a concept: find its latents, and take them out while the pipeline runs."""
+
+from sparsefeat.erasure.negative_prompt import negative_prompt
+from sparsefeat.erasure.random_latents import random_latents
+from sparsefeat.erasure.saeuron import Erase, Selection, select
+
+__all__ = ["Erase", "Selection", "negative_prompt", "random_latents", "select"]

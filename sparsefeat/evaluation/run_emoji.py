@@ -1,0 +1,259 @@
+"""`sparsefeat evaluate emoji`: everything measured on the embedded pipeline, into one JSON file.
+
+Generation, SAEs, erasure, overhead; in this order, each part kept as it is finished. The README's tables are made from
+the file this writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsefeat.assets import GUIDANCE, N_STEPS, emojicanvas
+from sparsefeat.erasure import Erase, random_latents
+from sparsefeat.evaluation.emoji import (
+    OBJECT,
+    STYLE,
+    EmojiBenchmark,
+    Method,
+    Target,
+    all_targets,
+    allowed_mean,
+    real_features,
+    write_json,
+)
+from sparsefeat.evaluation.generation import STATISTICS, TEST, Task, accuracy, generate, held_out, whole_grid
+from sparsefeat.evaluation.judge import Judge, judge_report
+from sparsefeat.evaluation.machine import device_name, versions
+from sparsefeat.evaluation.sae_metrics import measure_sae, pca_fvu, random_control
+from sparsefeat.evaluation.splice import Splice
+from sparsefeat.features import CollectStatistics, Statistics
+from sparsefeat.pipeline import attach
+from sparsefeat.sae import SAE
+from sparsefeat.training import CollectActivations
+
+
+def activation_rows(pipe: Any, at: str, tasks: Sequence[Task], rows_per_image: int | None = None) -> Tensor:
+    """Conditional rows of all steps at a hookpoint while the tasks are drawn, fp32 [n, d_model]."""
+    collect = CollectActivations(at, rows_per_image=rows_per_image, dtype=torch.float32)
+    with attach(pipe, collect):
+        generate(pipe, tasks, n_steps=N_STEPS, guidance=GUIDANCE)
+    return collect.collected().rows
+
+
+def collect_grid_statistics(
+    pipe: Any, saes: Sequence[SAE], folder: Path | None = None
+) -> dict[tuple[int, str], Statistics]:
+    """Statistics of every SAE by object and by style over the whole grid: `[sae index, kind]`.
+
+    Every image counts once for its object and once for its style; each kind is compared within itself.
+    """
+    names = {OBJECT: emojicanvas.OBJECTS, STYLE: emojicanvas.STYLES}
+    keys = [(i, kind) for i in range(len(saes)) for kind in (OBJECT, STYLE)]
+    paths = {} if folder is None else {key: folder / f"{key[1]}-{key[0]}" for key in keys}
+    if paths and all((path / "statistics.json").is_file() for path in paths.values()):
+        return {key: Statistics.load(path) for key, path in paths.items()}
+    tasks = whole_grid(STATISTICS)
+    by_prompt = {
+        OBJECT: {t.prompt: emojicanvas.OBJECTS[t.object] for t in tasks},
+        STYLE: {t.prompt: emojicanvas.STYLES[t.style] for t in tasks},
+    }
+    collected = {key: Statistics(names[key[1]], saes[key[0]].n_latents) for key in keys}
+    instruments = [CollectStatistics(saes[i], collected[i, kind], by_prompt[kind]) for i, kind in keys]
+    with attach(pipe, *instruments):
+        generate(pipe, tasks, n_steps=N_STEPS, guidance=GUIDANCE)
+    for key, path in paths.items():
+        collected[key].save(path)
+    return collected
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyperparameters of one erasure: at which SAEs, how many latents a step, how strongly (z' = gamma z)."""
+
+    saes: tuple[int, ...]
+    n_latents: int
+    gamma: float
+
+    @property
+    def name(self) -> str:
+        return f"at{'+'.join(map(str, self.saes))}-n{self.n_latents}-g{abs(self.gamma):g}"
+
+
+class Eraser:
+    """Builds the methods that are compared, from the SAEs and their statistics."""
+
+    def __init__(self, pipe: Any, saes: Sequence[SAE], collected: dict[tuple[int, str], Statistics]) -> None:
+        self.pipe, self.saes, self.collected = pipe, saes, collected
+
+    def erases(self, target: Target, recipe: Recipe, error: str) -> list[Erase]:
+        return [
+            Erase.from_statistics(
+                self.saes[i],
+                self.collected[i, target.kind],
+                target.name,
+                n_latents=recipe.n_latents,
+                gamma=recipe.gamma,
+                magnitude="scale",
+                error=error,
+            )
+            for i in recipe.saes
+        ]
+
+    def saeuron(self, recipe: Recipe, error: str) -> Method:
+        def during(target: Target) -> AbstractContextManager:
+            return attach(self.pipe, *self.erases(target, recipe, error))
+
+        return Method(f"saeuron-{error}/{recipe.name}", during=during)
+
+    def random(self, recipe: Recipe) -> Method:
+        def during(target: Target) -> AbstractContextManager:
+            erases = self.erases(target, recipe, "keep")
+            chosen = [
+                random_latents(erase, seed=target.index, statistics=self.collected[i, target.kind])
+                for i, erase in zip(recipe.saes, erases, strict=True)
+            ]
+            return attach(self.pipe, *chosen)
+
+        return Method(f"random/{recipe.name}", during=during)
+
+
+def negative_prompt() -> Method:
+    return Method("negative-prompt", negative_prompt=lambda target: target.words)
+
+
+# What validation chooses from, for each target: latents a step and strength, at one SAE or at both.
+RECIPES = tuple(
+    Recipe(saes, n, gamma) for saes in ((0,), (0, 1)) for n, gamma in ((2, -2.0), (4, -2.0), (8, -2.0), (8, -4.0))
+)
+REFLECTED_RECIPES = RECIPES
+
+
+def measure_generation(bench: EmojiBenchmark) -> dict[str, Any]:
+    """Judge accuracy over the whole grid, two images a cell."""
+    tasks = [t for repeat in (10, 11) for t in whole_grid(TEST, repeat)]
+    verdicts = bench.pooled("generation", tasks)
+    result = accuracy(verdicts, tasks)
+    by_style = {
+        name: accuracy_where(verdicts, tasks, lambda t, i=i: t.style == i) for i, name in enumerate(emojicanvas.STYLES)
+    }
+    return {
+        "object_accuracy": result.object,
+        "style_accuracy": result.style,
+        "n_images": result.n_images,
+        "by_style": by_style,
+    }
+
+
+def accuracy_where(verdicts: Any, tasks: Sequence[Task], wanted: Any) -> dict[str, float]:
+    rows = [i for i, t in enumerate(tasks) if wanted(t)]
+    objects = torch.tensor([tasks[i].object for i in rows])
+    styles = torch.tensor([tasks[i].style for i in rows])
+    return {
+        "object_accuracy": (verdicts.objects[rows] == objects).float().mean().item(),
+        "style_accuracy": (verdicts.styles[rows] == styles).float().mean().item(),
+    }
+
+
+def measure_saes(bench: EmojiBenchmark, saes: Sequence[SAE], object_accuracy: float) -> list[dict[str, Any]]:
+    """Quality on held-out prompts, beside PCA and a random SAE, and what splicing each in costs."""
+    unseen = [t for t in whole_grid(TEST) if held_out(t)]
+    seen = [t for t in whole_grid(STATISTICS) if not held_out(t)]
+    measured = []
+    for sae in saes:
+        config = sae.config
+        assert config.hookpoint is not None
+        rows = activation_rows(bench.pipe, config.hookpoint, unseen)
+        fitted = activation_rows(bench.pipe, config.hookpoint, seen, rows_per_image=16)
+        quality = measure_sae(sae, rows)
+        tasks = whole_grid(TEST, repeat=10)
+        key = config.hookpoint.replace(":", "-")
+        verdicts = bench.pooled(f"spliced/{key}", tasks, lambda sae=sae: attach(bench.pipe, Splice(sae)))
+        spliced = accuracy(verdicts, tasks)
+        unedited = accuracy(
+            bench.pooled("generation", [t for r in (10, 11) for t in whole_grid(TEST, r)]).first(len(tasks)), tasks
+        )
+        measured.append(
+            {
+                "hookpoint": config.hookpoint,
+                "d_model": config.d_model,
+                "n_latents": config.n_latents,
+                "k": config.k,
+                "fvu": quality.fvu,
+                "fvu_pca": pca_fvu(rows, config.k or round(quality.l0), fit_rows=fitted),
+                "fvu_random": measure_sae(random_control(sae, fitted), rows).fvu,
+                "l0": quality.l0,
+                "cosine": quality.cosine,
+                "dead_share": quality.dead,
+                "n_rows": quality.rows,
+                "object_accuracy_spliced": spliced.object,
+                "style_accuracy_spliced": spliced.style,
+                "object_accuracy_unedited": unedited.object,
+                "style_accuracy_unedited": unedited.style,
+                "n_images_spliced": spliced.n_images,
+            }
+        )
+    return measured
+
+
+def measure_erasure(bench: EmojiBenchmark, eraser: Eraser, judge: Judge) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The table's rows, and the hyperparameters that validation chose."""
+    targets = all_targets()
+    real = real_features(judge)
+    chosen: dict[str, dict[Target, Recipe]] = {"keep": {}, "saeuron_released": {}}
+    for error, recipes in (("keep", RECIPES), ("saeuron_released", REFLECTED_RECIPES)):
+        methods = {eraser.saeuron(recipe, error).name: recipe for recipe in recipes}
+        for target in bench.each(targets, f"validation, {error}"):
+            best = bench.choose([eraser.saeuron(recipe, error) for recipe in recipes], target)
+            chosen[error][target] = methods[best.name]
+    table: dict[str, dict[Target, Method | None]] = {
+        "unedited": dict.fromkeys(targets),
+        "saeuron": {t: eraser.saeuron(chosen["keep"][t], "keep") for t in targets},
+        "saeuron (released code's error sign)": {
+            t: eraser.saeuron(chosen["saeuron_released"][t], "saeuron_released") for t in targets
+        },
+        "negative prompt": {t: negative_prompt() for t in targets},
+        "random latents": {t: eraser.random(chosen["keep"][t]) for t in targets},
+    }
+    rows = [bench.row(name, kind, methods, real) for kind in (OBJECT, STYLE) for name, methods in table.items()]
+    allowed = {row["target_kind"]: allowed_mean(row) for row in rows if row["method"] == "unedited"}
+    for row in rows:
+        row["share_of_allowed"] = row["mean"] / allowed[row["target_kind"]]
+    recipes_used = {
+        error: {f"{t.kind}: {t.name}": asdict(r) for t, r in by_target.items()} for error, by_target in chosen.items()
+    }
+    return rows, recipes_used
+
+
+def evaluate_emoji(
+    pipe: Any, saes: Sequence[SAE], judge: Judge, out: Path, work: Path, progress: bool = True
+) -> dict[str, Any]:
+    """Measure everything but the overhead, writing `out` after every part. Goes on where an earlier run stopped."""
+    bench = EmojiBenchmark(pipe, judge, work, n_steps=N_STEPS, guidance=GUIDANCE, progress=progress)
+    results: dict[str, Any] = {
+        "device": device_name(),
+        "date": date.today().isoformat(),
+        "versions": versions(),
+        "protocol": {"n_steps": N_STEPS, "guidance": GUIDANCE, "n_target": 20, "n_other": 40},
+    }
+    report = judge_report()
+    results["judge"] = {
+        "object_accuracy": report["held_out_augmentations"]["object_accuracy"],
+        "style_accuracy": report["held_out_augmentations"]["style_accuracy"],
+        "report": report,
+    }
+    results["generation"] = measure_generation(bench)
+    write_json(out, results)
+    results["saes"] = measure_saes(bench, saes, results["generation"]["object_accuracy"])
+    write_json(out, results)
+    eraser = Eraser(pipe, saes, collect_grid_statistics(pipe, saes, work / "statistics"))
+    results["erasure"], results["recipes"] = measure_erasure(bench, eraser, judge)
+    write_json(out, results)
+    return results

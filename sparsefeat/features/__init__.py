@@ -1,0 +1,22 @@
+"""Features of a pipeline: codes as they are recorded, their statistics, and the search among them."""
+
+from sparsefeat.features.record import Record, Recording, TopLatent
+from sparsefeat.features.scores import area_under_curve, normalized_mean_difference
+from sparsefeat.features.search import CollectExamples, Example, Examples, Found, search
+from sparsefeat.features.statistics import CollectStatistics, Statistics, collect_statistics
+
+__all__ = [
+    "CollectExamples",
+    "CollectStatistics",
+    "Example",
+    "Examples",
+    "Found",
+    "Record",
+    "Recording",
+    "Statistics",
+    "TopLatent",
+    "area_under_curve",
+    "collect_statistics",
+    "normalized_mean_difference",
+    "search",
+]

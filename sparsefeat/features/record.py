@@ -1,0 +1,334 @@
+"""Record: the codes of a call, by step, image and position, and what can be read from them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from sparsefeat_kernels import SparseCode
+from torch import Tensor
+
+from sparsefeat.features.statistics import hookpoint_of
+from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument
+from sparsefeat.sae import SAE
+from sparsefeat.store import Field, ShardReader, ShardWriter
+
+# What a Record may hold before it spills or stops: 50 steps of 100 images at 256 positions and k = 32 take 328 MB.
+MAX_BYTES = 512 << 20
+
+
+class TopLatent(NamedTuple):
+    """One latent of `Recording.top`.
+
+    score: mean over the image's positions of its activation, summed over steps (and averaged over images).
+    maximum: its largest activation. frequency: share of the positions and steps in which it is active.
+    """
+
+    latent: int
+    score: float
+    maximum: float
+    frequency: float
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """A code pooled over its rows: of every latent that is active somewhere, ascending, sum, maximum and count."""
+
+    latents: Tensor
+    total: Tensor  # fp64
+    maximum: Tensor  # fp64
+    count: Tensor  # int64
+    rows: int
+
+
+def pool(code: SparseCode) -> Pooled:
+    """Pool a code over its rows, in the order of its entries (deterministic on a CPU)."""
+    values, indices = code.values.reshape(-1), code.indices.reshape(-1)
+    active = values != 0
+    latents, place = indices[active].long().unique(return_inverse=True)
+    values = values[active].double()
+    total = torch.zeros(len(latents), dtype=torch.float64).index_add_(0, place, values)
+    count = torch.bincount(place, minlength=len(latents))
+    maximum = torch.full((len(latents),), -torch.inf, dtype=torch.float64).scatter_reduce_(0, place, values, "amax")
+    return Pooled(latents, total, maximum, count, code.rows)
+
+
+def join(codes: Iterable[SparseCode]) -> SparseCode:
+    """The rows of several codes of one SAE, one after the other: padded if all are and are equally wide, else CSR."""
+    codes = list(codes)
+    if all(c.row_offsets is None and c.values.shape[1] == codes[0].values.shape[1] for c in codes):
+        return SparseCode(
+            torch.cat([c.values for c in codes]), torch.cat([c.indices for c in codes]), codes[0].n_latents
+        )
+    entries = [active_entries(c) for c in codes]
+    lengths = torch.cat([torch.bincount(row, minlength=c.rows) for c, (row, _, _) in zip(codes, entries, strict=True)])
+    return SparseCode(
+        torch.cat([values for _, _, values in entries]),
+        torch.cat([latents for _, latents, _ in entries]),
+        codes[0].n_latents,
+        torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+    )
+
+
+def active_entries(code: SparseCode) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, latent and value of every entry that is not 0, row by row."""
+    active = code.values != 0
+    return code.row_ids[active], code.indices[active], code.values[active]
+
+
+class Record(Instrument):
+    """Instrument: keeps the codes of a call. `run[record]` is a `Recording`.
+
+    Args:
+        sae: whose codes.
+        at: hookpoint; default the SAE's.
+        condition: which rows ("cond" or "uncond").
+        positions: keep every position's code, from which maps are drawn; False keeps, of every step and image, each
+            active latent's sum, maximum and count only (some tens of times smaller; no `map`, no `codes`).
+        max_bytes: of codes held in memory (8 bytes an entry: a Stable Diffusion 1.5 image at k = 32 takes 64 KiB a
+            step). Past it, codes go to `store`, or without one the call stops with an error.
+        store: folder for the codes past `max_bytes`; each call writes into a folder of its own inside it.
+    """
+
+    def __init__(
+        self,
+        sae: SAE,
+        at: str | Hookpoint | None = None,
+        condition: str = "cond",
+        positions: bool = True,
+        max_bytes: int = MAX_BYTES,
+        store: str | os.PathLike[str] | None = None,
+    ):
+        self.sae, self.condition, self.positions, self.max_bytes, self.store = (
+            sae,
+            condition,
+            positions,
+            max_bytes,
+            store,
+        )
+        self.at = hookpoint_of(sae, at)
+        self._recording: Recording | None = None
+        self._writer: ShardWriter | None = None
+
+    def hookpoints(self) -> tuple[Hookpoint, ...]:
+        return (self.at,)
+
+    def begin_call(self, call: Call) -> None:
+        self._close()  # of a call that was interrupted
+        self._recording = Recording(self.sae.n_latents, call.images_per_prompt, call.prompts, self.positions)
+
+    def at_hookpoint(self, activations: Activations, context: Context) -> None:
+        recording = self._recording
+        wanted = [b for b, condition in enumerate(context.condition) if condition == self.condition]
+        if recording is None or context.recomputing or not wanted:
+            return
+        code, positions = activations.code(self.sae), context.positions
+        for b in wanted:
+            part = code.slice_rows(b * positions, (b + 1) * positions).to("cpu")
+            recording._add(context.step, context.prompt_index[b], part, context.grid, context.timestep)
+        if recording.nbytes > self.max_bytes:
+            self._make_room(recording)
+
+    def _make_room(self, recording: Recording) -> None:
+        if self.store is None or not self.positions:
+            raise MemoryError(
+                f"Record holds {recording.nbytes / 2**20:.0f} MiB of codes, more than max_bytes={self.max_bytes}; pass "
+                "store=<folder> to continue on disk, positions=False to keep sums only, or a larger max_bytes."
+            )
+        if self._writer is None:
+            Path(self.store).mkdir(parents=True, exist_ok=True)
+            taken = {path.name for path in Path(self.store).iterdir()}
+            name = next(name for i in itertools.count() if (name := f"call-{i:04d}") not in taken)
+            self._writer = ShardWriter(
+                Path(self.store) / name, _STORED, metadata={"n_latents": recording.n_latents, "hookpoint": str(self.at)}
+            )
+        recording._spill(self._writer)
+
+    def end_call(self, call: Call) -> Recording | None:
+        recording, self._recording = self._recording, None
+        self._close()
+        return recording
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+# What a store of codes has in a row: one active entry.
+_STORED = {"position": Field(torch.int32), "latent": Field(torch.int32), "value": Field(torch.float32)}
+
+
+class Recording:
+    """The codes of one call.
+
+    Attributes:
+        n_latents: of the SAE.
+        prompts: of the call, if it was given text; image i belongs to prompt i // images_per_prompt.
+        images: indices in the pipeline's output of the images that were recorded, in order: all, except at a text
+            encoder, where a prompt runs once for all its images and counts for the first.
+        grid: (height, width) of the positions, or None where they are not on a grid (text).
+        timesteps: step -> timestep.
+    """
+
+    def __init__(
+        self, n_latents: int, images_per_prompt: int = 1, prompts: Iterable[str] | None = None, positions: bool = True
+    ):
+        self.n_latents, self.images_per_prompt, self.positions = n_latents, images_per_prompt, positions
+        self.prompts = None if prompts is None else tuple(prompts)
+        self.images: tuple[int, ...] = ()
+        self.grid: tuple[int, ...] | None = None
+        self.timesteps: dict[int | None, float | None] = {}
+        self.nbytes = 0
+        self._codes: dict[tuple[int | None, int], SparseCode] = {}
+        self._pooled: dict[tuple[int | None, int], Pooled] = {}
+        self._stored: dict[tuple[int | None, int], tuple[Path, int, int, int]] = {}  # folder, entries from-to, rows
+
+    @property
+    def n_images(self) -> int:
+        return len(self.images)
+
+    @property
+    def steps(self) -> tuple[int | None, ...]:
+        """The steps that were recorded, in order; (None,) for a text encoder, which runs before the schedule."""
+        return tuple(self.timesteps)
+
+    def prompt(self, image: int) -> str | None:
+        """The prompt of an image."""
+        self._check_image(image)
+        return self.prompts[image // self.images_per_prompt] if self.prompts else None
+
+    def codes(self, step: int | None = None, image: int | None = None) -> SparseCode:
+        """The codes of one step (default: the first recorded), of one image or of all in order; row = position."""
+        self._need_positions("codes")
+        step = self.steps[0] if step is None and None not in self.timesteps else step
+        images = self.images if image is None else (image,)
+        return join(self._code(step, i) for i in images)
+
+    def map(self, latent: int, image: int = 0, step: int | None = None) -> Tensor:
+        """fp32 map of one latent over the image [height, width] (or [positions] where there is no grid).
+
+        At one step, or summed over all: then its mean is the latent's `score` for this image.
+        """
+        return self.maps([latent], image, step)[0]
+
+    def maps(self, latents: Sequence[int], image: int = 0, step: int | None = None) -> Tensor:
+        """`map` of several latents, [latents, height, width]."""
+        self._need_positions("map")
+        for latent in latents:
+            if not 0 <= latent < self.n_latents:
+                raise ValueError(
+                    f"latent={latent} is out of range; this SAE has {self.n_latents} latents, counted from 0."
+                )
+        self._check_image(image)
+        steps = self.steps if step is None else (step,)
+        wanted = torch.as_tensor(list(latents), dtype=torch.int64)
+        total = sum((self._code(s, image).select(wanted).float() for s in steps), torch.zeros(()))
+        return total.T.reshape(len(wanted), *(self.grid or (-1,)))
+
+    def pooled(self, image: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of one image: the latents that are active somewhere, ascending; their scores; their maxima."""
+        score, maximum, count, _ = self._dense((image,), self.steps)
+        latents = count.nonzero()[:, 0]
+        return latents, score[latents], maximum[latents]
+
+    def top(self, n: int = 10, image: int | None = None, step: int | None = None) -> list[TopLatent]:
+        """The n latents with the highest score, highest first, equal ones by index.
+
+        score = sum over steps of the mean over positions (the score of sdxl-unbox, arXiv 2410.22366), of one image or
+        averaged over all. With `step`, of that step alone. Latents that are active nowhere are left out.
+        """
+        images = self.images if image is None else (image,)
+        score, maximum, count, rows = self._dense(images, self.steps if step is None else (step,))
+        active = count.nonzero()[:, 0]
+        order = active[score[active].argsort(descending=True, stable=True)[:n]]
+        return [TopLatent(i, float(score[i]), float(maximum[i]), float(count[i]) / rows) for i in order.tolist()]
+
+    def _dense(self, images: Sequence[int], steps: Sequence[int | None]) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Score, maximum and count of every latent, and the number of positions, over images and steps."""
+        score = torch.zeros(self.n_latents, dtype=torch.float64)
+        maximum = torch.full((self.n_latents,), -torch.inf, dtype=torch.float64)
+        count = torch.zeros(self.n_latents, dtype=torch.int64)
+        rows = 0
+        for s in steps:
+            for i in images:
+                pooled = self._pool(s, i)
+                score[pooled.latents] += pooled.total / pooled.rows / len(images)
+                maximum[pooled.latents] = torch.maximum(maximum[pooled.latents], pooled.maximum)
+                count[pooled.latents] += pooled.count
+                rows += pooled.rows
+        return score, maximum, count, rows
+
+    def _add(
+        self, step: int | None, image: int, code: SparseCode, grid: tuple[int, ...] | None, timestep: float | None
+    ) -> None:
+        key = (step, image)
+        if (
+            key in self._codes or key in self._pooled or key in self._stored
+        ):  # the second evaluation of a second-order scheduler's step
+            return
+        self.grid = grid
+        self.timesteps.setdefault(step, timestep)
+        if image not in self.images:
+            self.images = tuple(sorted((*self.images, image)))
+        if self.positions:
+            # Copies: a slice would keep the batch's whole code alive.
+            code = SparseCode(
+                code.values.detach().clone(),
+                code.indices.to(torch.int32, copy=True),
+                code.n_latents,
+                None if code.row_offsets is None else code.row_offsets.clone(),
+            )
+            self._codes[key] = code
+            self.nbytes += code.values.nbytes + code.indices.nbytes
+        else:
+            self._pooled[key] = pooled = pool(code)
+            self.nbytes += pooled.latents.nbytes + pooled.total.nbytes + pooled.maximum.nbytes + pooled.count.nbytes
+
+    def _code(self, step: int | None, image: int) -> SparseCode:
+        self._check_image(image)
+        self._check_step(step)
+        return self._codes[step, image] if (step, image) in self._codes else self._read(*self._stored[step, image])
+
+    def _spill(self, writer: ShardWriter) -> None:
+        """Move the codes in memory to a store."""
+        done = writer.n_rows
+        for key, code in self._codes.items():
+            position, latent, value = active_entries(code)
+            writer.append({"position": position.int(), "latent": latent.int(), "value": value.float()})
+            self._stored[key] = (writer.folder, done, done + len(value), code.rows)
+            done += len(value)
+        writer.flush()
+        self._codes, self.nbytes = {}, 0
+
+    def _read(self, folder: Path, start: int, stop: int, rows: int) -> SparseCode:
+        entries = ShardReader(folder).rows(torch.arange(start, stop))
+        lengths = torch.bincount(entries["position"], minlength=rows)
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        return SparseCode(entries["value"], entries["latent"], self.n_latents, offsets)
+
+    def _pool(self, step: int | None, image: int) -> Pooled:
+        if self.positions:
+            return pool(self._code(step, image))
+        self._check_image(image)
+        self._check_step(step)
+        return self._pooled[step, image]
+
+    def _need_positions(self, what: str) -> None:
+        if not self.positions:
+            raise ValueError(
+                f"this recording kept no positions, which .{what}() needs; record with Record(positions=True)."
+            )
+
+    def _check_image(self, image: int) -> None:
+        if image not in self.images:
+            raise ValueError(f"image={image} was not recorded; there are {list(self.images)}.")
+
+    def _check_step(self, step: int | None) -> None:
+        if step not in self.timesteps:
+            raise ValueError(f"step={step} was not recorded; there are {list(self.steps)}.")

@@ -1,0 +1,223 @@
+"""Looking for features: the images a latent responds to most, and the latents that respond to a concept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsefeat.features.record import Record, Recording
+from sparsefeat.features.scores import area_under_curve, normalized_mean_difference
+from sparsefeat.features.statistics import Concepts, Statistics, hookpoint_of
+from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument
+from sparsefeat.sae import SAE
+
+
+class Example(NamedTuple):
+    """An image on which a latent is active.
+
+    image: the image's number in the order in which images were added. prompt: its prompt, if known.
+    score: mean over positions of the latent's activation, summed over steps. map: fp32 [height, width], the activation
+    summed over steps.
+    """
+
+    image: int
+    prompt: str | None
+    score: float
+    map: Tensor
+
+
+class Found(NamedTuple):
+    """A latent that responds to a concept.
+
+    score: SAeUron's, see `normalized_mean_difference`. mean, frequency: over the concept's positions. auc: probability
+    that the latent's largest activation is higher in an image with the concept than in one without (ties half), None
+    without examples.
+    """
+
+    latent: int
+    score: float
+    mean: float
+    frequency: float
+    auc: float | None
+
+
+class Examples:
+    """The images with the highest score for each latent, and every image's largest activations; streaming.
+
+    Args:
+        n_latents: of the SAE.
+        top: how many images to keep for a latent.
+        latents: those to keep examples of; default all.
+
+    Size: 12 bytes for each latent and place, the maps of the images that hold a place (half precision: 512 bytes at
+    16 x 16), and 8 bytes for each latent active somewhere in an image (for the area under the curve).
+    """
+
+    def __init__(self, n_latents: int, top: int = 9, latents: Sequence[int] | None = None):
+        if top < 1:
+            raise ValueError(f"top={top} must be at least 1.")
+        self.n_latents, self.top = n_latents, top
+        self.allowed = torch.ones(n_latents, dtype=torch.bool)
+        if latents is not None:
+            self.allowed[:] = False
+            self.allowed[torch.as_tensor(list(latents))] = True
+        self.prompts: list[str | None] = []
+        self.concepts: list[tuple[str, ...]] = []
+        self._score = torch.full((n_latents, top), -torch.inf, dtype=torch.float64)
+        self._image = torch.full((n_latents, top), -1, dtype=torch.int32)
+        self._maps: dict[tuple[int, int], Tensor] = {}
+        self._peaks: list[tuple[Tensor, Tensor]] = []
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def nbytes(self) -> int:
+        """What is held now."""
+        maps = sum(m.nbytes for m in self._maps.values())
+        return self._score.nbytes + self._image.nbytes + maps + sum(a.nbytes + b.nbytes for a, b in self._peaks)
+
+    def add(self, recording: Recording, concepts: Sequence[Concepts | None] | None = None) -> None:
+        """Take in the images of a recording.
+
+        Args:
+            recording: with positions.
+            concepts: of each image of the recording, for `area_under_curve`.
+        """
+        if concepts is not None and len(concepts) != recording.n_images:
+            raise ValueError(
+                f"concepts= has {len(concepts)} entries for {recording.n_images} images; give one for each."
+            )
+        for n, image in enumerate(recording.images):
+            number = len(self.prompts)
+            self.prompts.append(recording.prompt(image))
+            given = None if concepts is None else concepts[n]
+            self.concepts.append(() if given is None else (given,) if isinstance(given, str) else tuple(given))
+            latents, score, peak = recording.pooled(image)
+            self._peaks.append((latents.to(torch.int32), peak.float()))
+            kept = self.allowed[latents]
+            self._place(recording, image, number, latents[kept], score[kept])
+
+    def _place(self, recording: Recording, image: int, number: int, latents: Tensor, score: Tensor) -> None:
+        """Give the image a place with each latent for which it scores above the lowest kept; earlier ones win ties."""
+        better = score > self._score[latents, -1]
+        latents, score = latents[better], score[better]
+        if not len(latents):
+            return
+        for latent, lost in zip(latents.tolist(), self._image[latents, -1].tolist(), strict=True):
+            self._maps.pop((latent, lost), None)
+        # Append, and sort stably: an equal score goes behind those that came before.
+        scores = torch.cat([self._score[latents, :-1], score[:, None]], 1)
+        images = torch.cat([self._image[latents, :-1], torch.full((len(latents), 1), number, dtype=torch.int32)], 1)
+        order = scores.sort(dim=1, descending=True, stable=True).indices
+        self._score[latents], self._image[latents] = scores.gather(1, order), images.gather(1, order)
+        maps = recording.maps(latents.tolist(), image).half()
+        for latent, one in zip(latents.tolist(), maps, strict=True):
+            self._maps[latent, number] = one.clone()
+
+    def of(self, latent: int) -> list[Example]:
+        """The examples of a latent, highest score first."""
+        if not 0 <= latent < self.n_latents or not self.allowed[latent]:
+            raise ValueError(
+                f"latent={latent} is not among those that examples are kept of (SAE: {self.n_latents} latents)."
+            )
+        pairs = zip(self._image[latent].tolist(), self._score[latent].tolist(), strict=True)
+        return [Example(i, self.prompts[i], s, self._maps[latent, i].float()) for i, s in pairs if i >= 0]
+
+    def peaks(self, latent: int) -> Tensor:
+        """fp32 [images]: the largest activation of a latent in every image, over positions and steps; 0 where none."""
+        peaks = torch.zeros(len(self._peaks))
+        for n, (latents, values) in enumerate(self._peaks):
+            place = int(torch.searchsorted(latents, latent))
+            if place < len(latents) and int(latents[place]) == latent:
+                peaks[n] = values[place]
+        return peaks
+
+    def area_under_curve(self, latent: int, concept: str) -> float:
+        """How well the latent's largest activation tells images with the concept from those without (0.5: not)."""
+        has = torch.tensor([concept in names for names in self.concepts])
+        if not has.any() or has.all():
+            raise ValueError(
+                f"concept={concept!r} belongs to {int(has.sum())} of {len(has)} images; add images with and without it."
+            )
+        peaks = self.peaks(latent)
+        return area_under_curve(peaks[has], peaks[~has])
+
+
+class CollectExamples(Instrument):
+    """Instrument: adds the images of every call to `examples`; `run[collect]` is the same object.
+
+    Args:
+        sae, at: as in `Record`; codes of one call are held until it ends.
+        examples: where they go.
+        concepts: prompt -> concept (or several), for `Examples.area_under_curve`.
+    """
+
+    def __init__(
+        self,
+        sae: SAE,
+        examples: Examples,
+        concepts: Mapping[str, Concepts | None] | None = None,
+        at: str | Hookpoint | None = None,
+    ):
+        if examples.n_latents != sae.n_latents:
+            raise ValueError(f"examples are of {examples.n_latents} latents, the SAE has {sae.n_latents}.")
+        self.sae, self.examples, self.concepts, self.at = sae, examples, concepts, hookpoint_of(sae, at)
+        self._record = Record(sae, self.at)
+
+    def hookpoints(self) -> tuple[Hookpoint, ...]:
+        return (self.at,)
+
+    def begin_call(self, call: Call) -> None:
+        self._record.begin_call(call)
+
+    def at_hookpoint(self, activations: Activations, context: Context) -> None:
+        self._record.at_hookpoint(activations, context)
+
+    def end_call(self, call: Call) -> Examples:
+        recording = self._record.end_call(call)
+        if recording is not None:
+            known = None
+            if self.concepts is not None:
+                known = [self.concepts.get(recording.prompt(i) or "") for i in recording.images]
+            self.examples.add(recording, known)
+        return self.examples
+
+
+def search(
+    statistics: Statistics,
+    concept: str,
+    n: int = 10,
+    *,
+    timestep: float | None = None,
+    others: Sequence[str] | None = None,
+    examples: Examples | None = None,
+) -> list[Found]:
+    """The n latents with the highest positive score for a concept, highest first.
+
+    Args:
+        statistics: of the concept and at least one other.
+        timestep: look at one timestep (the nearest there is); default all pooled.
+        others: concepts to compare with; default all others, pooled.
+        examples: images with this concept and without, for the area under the curve.
+    """
+    against = statistics.others(concept) if others is None else tuple(others)
+    if not against:
+        raise ValueError(f"concept={concept!r} is the only one in the statistics; collect prompts without it too.")
+    at = None if timestep is None else statistics.nearest(timestep)
+    mean, frequency = statistics.mean(concept, at), statistics.frequency(concept, at)
+    scores = normalized_mean_difference(mean, statistics.mean(against, at))
+    order = scores.argsort(descending=True, stable=True)[:n]
+    return [
+        Found(
+            i,
+            float(scores[i]),
+            float(mean[i]),
+            float(frequency[i]),
+            None if examples is None else examples.area_under_curve(i, concept),
+        )
+        for i in order[scores[order] > 0].tolist()
+    ]

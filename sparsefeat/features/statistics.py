@@ -1,0 +1,360 @@
+"""Streaming statistics of codes, for every concept, timestep and latent."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sparsefeat_kernels import SparseCode, feature_stats_
+from torch import Tensor
+
+from sparsefeat.features.folders import read_folder, write_folder
+from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument, attach
+from sparsefeat.sae import SAE
+
+Concepts = str | Sequence[str]
+
+# The key of activations read outside the schedule (text encoders run before it is set).
+OUTSIDE_SCHEDULE = -1.0
+
+
+@dataclass
+class _Block:
+    """The statistics of one timestep: three [concepts, n_latents] tensors, and the rows seen of every concept."""
+
+    total: Tensor  # fp32
+    count: Tensor  # int32, active entries
+    maximum: Tensor  # fp32; -inf where never active
+    rows: Tensor  # int64 [concepts]
+
+    @staticmethod
+    def empty(concepts: int, n_latents: int) -> _Block:
+        return _Block(
+            torch.zeros(concepts, n_latents),
+            torch.zeros(concepts, n_latents, dtype=torch.int32),
+            torch.full((concepts, n_latents), -torch.inf),
+            torch.zeros(concepts, dtype=torch.int64),
+        )
+
+
+class Statistics:
+    """Sum, count and maximum of every latent's activations by concept and timestep, built up a batch at a time.
+
+    Args:
+        concepts: names of the concepts.
+        n_latents: of the SAE.
+        timesteps: where to expect activations; more may come (`add` makes room). Naming them allocates now.
+
+    Timesteps, not step indices, are the keys, so runs of 50 and of 100 steps can be merged or used for one another
+    (`nearest`). A position may count for several concepts. Two means are available, and they differ by the firing rate:
+    `mean` over all positions (SAeUron's mu) and `mean_active` over the positions where the latent is active (the
+    mean.pt of sdxl-unbox). What `add` sees is a row of a code; rows are never kept.
+
+    Size: concepts x timesteps x n_latents x 12 bytes (20 x 50 x 20,480: 234 MiB); printed before it is allocated.
+    """
+
+    def __init__(self, concepts: Iterable[str], n_latents: int, timesteps: Iterable[float] = ()):
+        self.concepts = tuple(concepts)
+        if isinstance(concepts, str) or not self.concepts or len(set(self.concepts)) != len(self.concepts):
+            raise ValueError(f"concepts={concepts!r} must be one or more different names, as a list.")
+        self.n_latents = n_latents
+        self._blocks: dict[float, _Block] = {}
+        self.reserve(timesteps)
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """The timesteps there are statistics for, ascending."""
+        return tuple(sorted(self._blocks))
+
+    def footprint(self, timesteps: int | None = None) -> int:
+        """Bytes for this many timesteps (default: those held)."""
+        n = len(self._blocks) if timesteps is None else timesteps
+        return n * len(self.concepts) * (self.n_latents * 12 + 8)
+
+    def reserve(self, timesteps: Iterable[float]) -> None:
+        """Make room for these timesteps, saying first how much it takes."""
+        new = [t for t in dict.fromkeys(float(t) for t in timesteps) if t not in self._blocks]
+        if not new:
+            return
+        print(
+            f"Statistics: {len(self.concepts)} concepts x {len(new)} timesteps x {self.n_latents} latents take "
+            f"{self.footprint(len(new)) / 2**20:.1f} MiB.",
+            file=sys.stderr,
+        )
+        for timestep in new:
+            self._blocks[timestep] = _Block.empty(len(self.concepts), self.n_latents)
+
+    def add(self, code: SparseCode, concept: Tensor, timestep: float) -> None:
+        """Count the rows of a code.
+
+        Args:
+            code: padded or CSR, of any device.
+            concept: [rows] index into `concepts` of each row; negative: skip the row.
+            timestep: of the rows.
+        """
+        if code.n_latents != self.n_latents:
+            raise ValueError(
+                f"the code has {code.n_latents} latents, these statistics {self.n_latents}; use the same SAE."
+            )
+        self.reserve([timestep])
+        block = self._blocks[float(timestep)]
+        concept = concept.to("cpu", torch.int32)
+        values, indices, group = code.values.detach().cpu(), code.indices.cpu(), concept
+        if code.row_offsets is not None:  # every entry a row of its own
+            group = concept.repeat_interleave(code.row_offsets.cpu().diff())
+            values, indices = values[:, None], indices[:, None]
+        feature_stats_(block.total, block.count, block.maximum, values.float(), indices, group)
+        block.rows += torch.bincount(concept[concept >= 0].long(), minlength=len(self.concepts))
+
+    def merge(self, *others: Statistics) -> Statistics:
+        """New statistics of the rows of this one and the others, over the union of concepts and timesteps."""
+        parts = (self, *others)
+        if len({part.n_latents for part in parts}) > 1:
+            raise ValueError(f"only statistics of one SAE merge; these have {[p.n_latents for p in parts]} latents.")
+        concepts = tuple(dict.fromkeys(c for part in parts for c in part.concepts))
+        merged = Statistics(concepts, self.n_latents, sorted({t for part in parts for t in part.timesteps}))
+        for part in parts:
+            places = torch.tensor([concepts.index(c) for c in part.concepts])
+            for timestep, block in part._blocks.items():
+                into = merged._blocks[timestep]
+                into.total[places] += block.total
+                into.count[places] += block.count
+                into.rows[places] += block.rows
+                into.maximum[places] = torch.maximum(into.maximum[places], block.maximum)
+        return merged
+
+    def nearest(self, timestep: float) -> float:
+        """The timestep of these statistics that is nearest to `timestep` (of two equally near ones the smaller)."""
+        if not self._blocks:
+            raise ValueError(
+                "these statistics are empty; collect some first, with CollectStatistics or collect_statistics."
+            )
+        return min(self.timesteps, key=lambda t: (abs(t - timestep), t))
+
+    def others(self, *concepts: str) -> tuple[str, ...]:
+        """All concepts but these."""
+        self._places(concepts)
+        return tuple(c for c in self.concepts if c not in concepts)
+
+    def total(self, concepts: Concepts, timestep: float | None = None) -> Tensor:
+        """fp64 [n_latents]: sum of the activations over the rows of these concepts, at one timestep or all."""
+        return sum(
+            (block.total[places].double().sum(0) for block, places in self._pooled(concepts, timestep)), self._zeros()
+        )
+
+    def count(self, concepts: Concepts, timestep: float | None = None) -> Tensor:
+        """fp64 [n_latents]: number of rows in which the latent was active."""
+        return sum(
+            (block.count[places].double().sum(0) for block, places in self._pooled(concepts, timestep)), self._zeros()
+        )
+
+    def rows(self, concepts: Concepts, timestep: float | None = None) -> int:
+        """Number of rows seen."""
+        return sum(int(block.rows[places].sum()) for block, places in self._pooled(concepts, timestep))
+
+    def maximum(self, concepts: Concepts, timestep: float | None = None) -> Tensor:
+        """fp32 [n_latents]: the largest activation; 0 where there was none."""
+        largest = torch.stack(
+            [block.maximum[places].amax(0) for block, places in self._pooled(concepts, timestep)]
+        ).amax(0)
+        return largest.masked_fill(largest == -torch.inf, 0)
+
+    def mean(self, concepts: Concepts, timestep: float | None = None) -> Tensor:
+        """fp64 [n_latents]: mean over all rows, active or not. Several concepts are pooled row by row."""
+        return self.total(concepts, timestep) / max(1, self.rows(concepts, timestep))
+
+    def mean_active(self, concepts: Concepts, timestep: float | None = None) -> Tensor:
+        """fp64 [n_latents]: mean over the rows where the latent is active; 0 where it never was."""
+        return self.total(concepts, timestep) / self.count(concepts, timestep).clamp(min=1)
+
+    def frequency(self, concepts: Concepts, timestep: float | None = None) -> Tensor:
+        """fp64 [n_latents]: share of the rows in which the latent is active."""
+        return self.count(concepts, timestep) / max(1, self.rows(concepts, timestep))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `statistics.json` and its tensors, whole or not at all."""
+        tensors: dict[str, Tensor] = {}
+        for i, timestep in enumerate(self.timesteps):
+            block = self._blocks[timestep]
+            tensors |= {
+                f"{i}.total": block.total,
+                f"{i}.count": block.count,
+                f"{i}.maximum": block.maximum,
+                f"{i}.rows": block.rows,
+            }
+        config = {"concepts": list(self.concepts), "n_latents": self.n_latents, "timesteps": list(self.timesteps)}
+        write_folder(folder, "statistics", config, tensors)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Statistics:
+        config, tensors = read_folder(folder, "statistics")
+        statistics = cls(config["concepts"], int(config["n_latents"]))
+        shape = (len(statistics.concepts), statistics.n_latents)
+        for i, timestep in enumerate(config["timesteps"]):
+            block = _Block(*(tensors[f"{i}.{name}"] for name in ("total", "count", "maximum", "rows")))
+            if any(tuple(t.shape) != shape for t in (block.total, block.count, block.maximum)):
+                raise ValueError(
+                    f"folder={str(folder)!r}: tensors of timestep {timestep} do not have the shape {shape}."
+                )
+            statistics._blocks[float(timestep)] = block
+        return statistics
+
+    def __repr__(self) -> str:
+        return (
+            f"Statistics({len(self.concepts)} concepts, {len(self._blocks)} timesteps, {self.n_latents} latents, "
+            f"{self.footprint() / 2**20:.1f} MiB)"
+        )
+
+    def _places(self, concepts: Concepts) -> Tensor:
+        names = (concepts,) if isinstance(concepts, str) else tuple(concepts)
+        unknown = [name for name in names if name not in self.concepts]
+        if unknown or not names:
+            raise ValueError(
+                f"concept={', '.join(map(repr, unknown)) or concepts!r} is not in these statistics, which have "
+                f"{', '.join(self.concepts)}."
+            )
+        return torch.tensor([self.concepts.index(name) for name in names])
+
+    def _pooled(self, concepts: Concepts, timestep: float | None) -> list[tuple[_Block, Tensor]]:
+        places = self._places(concepts)
+        if timestep is not None and float(timestep) not in self._blocks:
+            known = ", ".join(f"{t:g}" for t in self.timesteps) or "none"
+            raise ValueError(
+                f"timestep={timestep} has no statistics (there are: {known}); look one up with .nearest()."
+            )
+        chosen = self.timesteps if timestep is None else (float(timestep),)
+        return [(self._blocks[t], places) for t in chosen]
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self.n_latents, dtype=torch.float64)
+
+
+class CollectStatistics(Instrument):
+    """Instrument: adds the codes of every call to `statistics`.
+
+    Args:
+        sae: whose codes.
+        statistics: they are added here; `run[collect]` is the same object.
+        concepts: the concept (or several) of each prompt: a list in the order of a call's prompts, or a mapping from
+            the prompt's text, which also serves several calls. None: do not count this prompt.
+        at: hookpoint; default the SAE's.
+        condition: rows to count (SAeUron: the conditional half only).
+    """
+
+    def __init__(
+        self,
+        sae: SAE,
+        statistics: Statistics,
+        concepts: Sequence[Concepts | None] | Mapping[str, Concepts | None],
+        at: str | Hookpoint | None = None,
+        condition: str = "cond",
+    ):
+        self.sae, self.statistics, self.condition = sae, statistics, condition
+        self.concepts = concepts
+        self.at = hookpoint_of(sae, at)
+        self._of_image: list[tuple[int, ...]] = []
+        self._call: Call | None = None
+
+    def hookpoints(self) -> tuple[Hookpoint, ...]:
+        return (self.at,)
+
+    def begin_call(self, call: Call) -> None:
+        if isinstance(self.concepts, Mapping):
+            if call.prompts is None:
+                raise ValueError(
+                    "concepts= by prompt need the prompts' text; this call was given embeddings: pass a list."
+                )
+            missing = [p for p in call.prompts if p not in self.concepts]
+            if missing:
+                raise ValueError(f"concepts= says nothing about the prompt {missing[0]!r}; map it, to None to skip it.")
+            of_prompt = [self.concepts[p] for p in call.prompts]
+        else:
+            of_prompt = list(self.concepts)
+            n_prompts = len(call.prompts) if call.prompts is not None else len(of_prompt)
+            if len(of_prompt) != n_prompts:
+                raise ValueError(
+                    f"concepts= has {len(of_prompt)} entries for {n_prompts} prompts; give one for each prompt."
+                )
+        places = [() if c is None else tuple(self.statistics._places(c).tolist()) for c in of_prompt]
+        self._of_image = [place for place in places for _ in range(call.images_per_prompt)]
+        self._call = call
+
+    def at_hookpoint(self, activations: Activations, context: Context) -> None:
+        of_row = [
+            self._of_image[image] if condition == self.condition else ()
+            for image, condition in zip(context.prompt_index, context.condition, strict=True)
+        ]
+        if context.recomputing or not any(of_row):
+            return
+        code = activations.code(self.sae)
+        timestep = OUTSIDE_SCHEDULE if context.timestep is None else context.timestep
+        schedule = self._call.timesteps if self._call is not None else None
+        if schedule is not None and timestep in schedule:  # all at once, so that their size is said once
+            self.statistics.reserve(schedule)
+        row_batch = torch.arange(context.batch).repeat_interleave(context.positions)
+        for slot in range(max(map(len, of_row))):
+            of_batch = torch.tensor([places[slot] if slot < len(places) else -1 for places in of_row])
+            self.statistics.add(code, of_batch[row_batch], timestep)
+
+    def end_call(self, call: Call) -> Statistics:
+        return self.statistics
+
+
+def hookpoint_of(sae: SAE, at: str | Hookpoint | None) -> Hookpoint:
+    """`at`, or where the SAE says that it belongs.
+
+    Refuses an SAE whose codes would depend on what else is in the batch (BatchTopK in training mode).
+    """
+    if sae.training and sae.config.activation == "batch_topk":
+        raise ValueError(
+            "sae is in training mode, where BatchTopK shares its k among all rows of a batch; call sae.eval() first."
+        )
+    where = at if at is not None else sae.config.hookpoint
+    if where is None:
+        raise ValueError(
+            'at=None, and the SAE does not know its hookpoint; name one, as in at="unet.mid_block.attentions.0".'
+        )
+    return Hookpoint.parse(where) if isinstance(where, str) else where
+
+
+def collect_statistics(
+    pipe: Any,
+    sae: SAE,
+    prompts: Mapping[str, Sequence[str]],
+    *,
+    at: str | Hookpoint | None = None,
+    batch_size: int = 4,
+    seed: int | None = 0,
+    statistics: Statistics | None = None,
+    **call: Any,
+) -> Statistics:
+    """Run the pipeline on the prompts of each concept and return the statistics of its codes.
+
+    Args:
+        prompts: concept -> its prompts. A prompt listed under several concepts is generated once and counts for each.
+        batch_size: prompts a call.
+        seed: image i of all prompts starts from the generator seeded seed + i, whatever the batch size; None: unseeded.
+        statistics: add to these instead of new ones.
+        call: arguments of the pipeline, e.g. num_inference_steps, guidance_scale.
+    """
+    concepts_of: dict[str, list[str]] = {}
+    for concept, its_prompts in prompts.items():
+        if isinstance(its_prompts, str) or not its_prompts:
+            raise ValueError(f"prompts[{concept!r}]={its_prompts!r} must be a list of one or more prompts.")
+        for prompt in dict.fromkeys(its_prompts):
+            concepts_of.setdefault(prompt, []).append(concept)
+    statistics = statistics if statistics is not None else Statistics(prompts, sae.n_latents)
+    collect = CollectStatistics(sae, statistics, concepts_of, at=at)
+    texts = list(concepts_of)
+    options: dict[str, Any] = {"output_type": "latent", **call}
+    with attach(pipe, collect):
+        for start in range(0, len(texts), batch_size):
+            batch = texts[start : start + batch_size]
+            if seed is not None:
+                options["generator"] = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
+            pipe(batch, **options)
+    return statistics

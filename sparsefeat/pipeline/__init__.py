@@ -1,0 +1,28 @@
+"""Where and when: hookpoints, the context of a call, and `attach`, which lets instruments read and edit a pipeline."""
+
+from __future__ import annotations
+
+from sparsefeat.pipeline.context import Call, Context
+from sparsefeat.pipeline.hookpoints import Hookpoint, HookpointInfo, UnknownHookpointError, hookpoints, resolve
+from sparsefeat.pipeline.instrument import Activations, AttentionCall, Delta, Instrument, Replace
+from sparsefeat.pipeline.session import Recordings, Session, attach
+from sparsefeat.pipeline.wiring import HookpointNotReachedError
+
+__all__ = [
+    "Activations",
+    "AttentionCall",
+    "Call",
+    "Context",
+    "Delta",
+    "Hookpoint",
+    "HookpointInfo",
+    "HookpointNotReachedError",
+    "Instrument",
+    "Recordings",
+    "Replace",
+    "Session",
+    "UnknownHookpointError",
+    "attach",
+    "hookpoints",
+    "resolve",
+]

@@ -1,0 +1,155 @@
+"""Places in a pipeline: `Hookpoint`, what a pipeline offers, and how a name becomes a module."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from sparsefeat.pipeline.families import family_of
+from sparsefeat.pipeline.family import Family
+
+IO = ("output", "input", "diff")
+STREAMS = ("image", "text")
+
+# Names that wrappers put into a module's path: torch.compile's, and PEFT's around an adapted layer.
+_WRAPPERS = ("_orig_mod", "base_layer")
+
+
+@dataclass(frozen=True)
+class Hookpoint:
+    """A named module of a pipeline and which of its tensors is meant; written `path[:io]`.
+
+    `path` starts with the pipeline's component ("unet.mid_block.attentions.0"). `io` is the module's "output", its
+    "input", or "diff", output minus input: what the block adds to its residual stream. `stream` tells the image from
+    the text in blocks that carry both; where a model has only one, it is not looked at.
+    """
+
+    path: str
+    io: str = "output"
+    stream: str = "image"
+
+    def __post_init__(self) -> None:
+        if self.io not in IO:
+            raise ValueError(f"io={self.io!r} of hookpoint {self.path!r} is not one of {', '.join(IO)}")
+        if self.stream not in STREAMS:
+            raise ValueError(f"stream={self.stream!r} of hookpoint {self.path!r} is not one of {', '.join(STREAMS)}")
+
+    @classmethod
+    def parse(cls, text: str, stream: str = "image") -> Hookpoint:
+        """`Hookpoint.parse("unet.mid_block.attentions.0:diff")`; without a colon the output is meant."""
+        path, _, io = text.partition(":")
+        return cls(path, io or "output", stream)
+
+    def __str__(self) -> str:
+        return self.path if self.io == "output" else f"{self.path}:{self.io}"
+
+
+@dataclass(frozen=True)
+class HookpointInfo:
+    """One line of `hookpoints(pipe)`: `width` is d_model of the output (None if only a run would tell)."""
+
+    hookpoint: Hookpoint
+    width: int | None
+    stream: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module that was found: its component, its path as this pipeline names it, and what is known of its family."""
+
+    path: str
+    module: nn.Module = field(repr=False)
+    root_name: str
+    root: nn.Module = field(repr=False)
+    family: Family = field(repr=False)
+
+
+class UnknownHookpointError(ValueError):
+    """No module of the pipeline has this name."""
+
+
+def hookpoints(pipe: Any) -> list[HookpointInfo]:
+    """The blocks of a pipeline that can be hooked, in each model's own order.
+
+    Any other module works too, by its path; these are the ones whose outputs are known to be a stream.
+    """
+    found = []
+    for root_name, root in components(pipe).items():
+        family = family_of(root)
+        for path, kind, module in family.blocks(getattr(root, "_orig_mod", root)):
+            hookpoint = Hookpoint(f"{root_name}.{_plain(path)}", "output", family.stream)
+            found.append(HookpointInfo(hookpoint, family.width(module, "output"), family.stream, kind))
+    return found
+
+
+def components(pipe: Any) -> dict[str, nn.Module]:
+    """The modules a pipeline is made of, by name."""
+    parts = getattr(pipe, "components", None)
+    parts = parts if isinstance(parts, Mapping) else vars(pipe)
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def resolve(pipe: Any, path: str) -> Target:
+    """The module meant by `path`, in this pipeline and these library versions.
+
+    The component may be left out ("mid_block.attentions.0" is looked for in the denoiser), names of other library
+    versions are understood, and what wrappers put into names ("_orig_mod", "base_layer") makes no difference.
+    """
+    plain = _plain(path)
+    parts = components(pipe)
+    root_name, _, inner = plain.partition(".")
+    if root_name in parts:
+        candidates = [(root_name, inner)]
+    else:
+        candidates = [(name, plain) for name, root in parts.items() if family_of(root).runs_in_steps]
+    found = []
+    for root_name, inner in candidates:
+        root = parts[root_name]
+        family = family_of(root)
+        named = _named_modules(root)
+        for name in (inner, *family.aliases(inner)):
+            if name in named:
+                found.append(Target(f"{root_name}.{name}".rstrip("."), named[name], root_name, root, family))
+                break
+    if len(found) > 1:
+        raise UnknownHookpointError(
+            f"hookpoint {path!r} is in {' and in '.join(t.root_name for t in found)} of {type(pipe).__name__}: name "
+            f"the component, as in {found[0].path!r}"
+        )
+    if not found:
+        raise UnknownHookpointError(_unknown(pipe, path, parts))
+    return found[0]
+
+
+def _plain(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
+def _named_modules(root: nn.Module) -> dict[str, nn.Module]:
+    """Every module of a root by its plain path. Of a wrapper and what it wraps the wrapper is meant: its output is
+    what the model goes on with, and hooks on torch.compile's wrapper are not part of the compiled graph.
+    """
+    named: dict[str, nn.Module] = {}
+    for path, module in root.named_modules(remove_duplicate=False):
+        named.setdefault(_plain(path), module)
+    return named
+
+
+def _unknown(pipe: Any, path: str, parts: Mapping[str, nn.Module]) -> str:
+    message = f"{type(pipe).__name__} has no module {path!r}"
+    component = path.partition(".")[0]
+    if component not in parts and getattr(pipe, component, parts) is None:
+        return f"{message}: its {component} is None; load the pipeline with it"
+    known = [str(info.hookpoint) for info in hookpoints(pipe)]
+    everything = [f"{name}.{inner}" for name, root in parts.items() for inner in _named_modules(root) if inner]
+    # A component that was left out must not make every real name look far away.
+    wanted = [_plain(path), *(f"{name}.{_plain(path)}" for name in parts)]
+    near = [name for query in wanted for name in difflib.get_close_matches(query, known, n=4, cutoff=0.75)]
+    near = near or difflib.get_close_matches(_plain(path), everything, n=4, cutoff=0.5) or known[:4]
+    nearest = ", ".join(dict.fromkeys(near[:4]))
+    return f"{message}; the nearest are {nearest} (sparsefeat.hookpoints(pipe) lists all)"

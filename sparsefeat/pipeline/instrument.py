@@ -1,0 +1,158 @@
+"""What is attached to a pipeline: `Instrument`, what it sees at a hookpoint (`Activations`), and what it may answer.
+
+An instrument that adds a fixed direction to every conditional row of one block, complete:
+
+    class Push(Instrument):
+        def __init__(self, hookpoint, direction):
+            self.hookpoint, self.direction = hookpoint, direction
+
+        def hookpoints(self):
+            return (self.hookpoint,)
+
+        def at_hookpoint(self, activations, context):
+            return Delta(context.row_condition()[:, None] * self.direction)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from sparsefeat.pipeline.context import Call, Context
+    from sparsefeat.pipeline.hookpoints import Hookpoint
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Add `rows` [batch * positions, d_model] to the block's output (to its input at an `input` hookpoint).
+
+    The sum is taken in float32, or in the output's dtype if that is wider, and rounded once. Anything that broadcasts
+    to the rows' shape is accepted, so a direction [d_model] is an edit of every row.
+    """
+
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Replace:
+    """Put `rows` [batch * positions, d_model] in the place of the activations.
+
+    At a `diff` hookpoint the block's output becomes input + rows.
+    """
+
+    rows: torch.Tensor
+
+
+class Activations:
+    """The activations of one hookpoint in one run of its module, as instruments see them.
+
+    `tensor` is what the module gave (or was given), [batch, channels, height, width] or [batch, positions, channels];
+    `rows` is the same as [batch * positions, d_model], positions in row-major order, in the module's dtype. Do not
+    write into either: answer with a `Delta` or a `Replace`.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+        self._rows: torch.Tensor | None = None
+        self._codes: dict[int, Any] = {}
+
+    @property
+    def rows(self) -> torch.Tensor:
+        if self._rows is None:
+            self._rows = rows_of(self.tensor)
+        return self._rows
+
+    def code(self, sae: Any) -> Any:
+        """`sae.encode(rows)`, computed once for all instruments here that hold this same SAE object.
+
+        An edit by an instrument in between makes new activations, which are encoded anew.
+        """
+        if id(sae) not in self._codes:
+            self._codes[id(sae)] = sae.encode(self.rows)
+        return self._codes[id(sae)]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of `F.scaled_dot_product_attention` inside a tapped attention module, with its own tensors.
+
+    `query` [batch, heads, queries, head_dim], `key` and `value` [batch, heads, keys, head_dim] are exactly what the
+    processor computed: LoRA, fused projections, normalisation and rotary embeddings are in them. `scale` multiplies
+    query . key; `mask` is the call's `attn_mask`. `index` counts such calls within one run of the module: an
+    IP-Adapter's image keys come second.
+    """
+
+    path: str
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+    mask: torch.Tensor | None
+    is_cross: bool
+    is_causal: bool = False
+    index: int = 0
+
+
+class Instrument:
+    """Something attached to a pipeline. Every method may be left out; they are called in this order:
+
+    `prepare` once, before anything is hooked; then for every call of the pipeline `begin_call`, `at_hookpoint` and
+    `at_attention` as the modules run, `end_step` when a denoising step is complete, and `end_call` after a call that
+    ended without an exception. A call that was interrupted has no `end_call`: put no clean-up there, and start afresh
+    in `begin_call`. Modules of the pipeline that an instrument runs inside its own methods are not hooked.
+    """
+
+    def hookpoints(self) -> tuple[Hookpoint, ...]:
+        """Where `at_hookpoint` is wanted; asked once, after `prepare`."""
+        return ()
+
+    def attentions(self, pipe: Any) -> tuple[str, ...]:
+        """Module paths of the attention modules whose calls `at_attention` wants to see; asked once."""
+        return ()
+
+    def expected_width(self, hookpoint: Hookpoint) -> int | None:
+        """The d_model this instrument needs at the hookpoint, checked before anything runs; None if any will do."""
+        sae = getattr(self, "sae", None)
+        return None if sae is None else sae.d_model
+
+    def prepare(self, pipe: Any) -> None:
+        """Work before the run; the pipeline may be called here, and nothing of this session is attached yet."""
+
+    def begin_call(self, call: Call) -> None:
+        """The pipeline was called."""
+
+    def active(self, context: Context) -> bool:
+        """Whether `at_hookpoint` is wanted now. Outside its window of steps an instrument costs no encode."""
+        return True
+
+    def at_hookpoint(self, activations: Activations, context: Context) -> Delta | Replace | None:
+        """The module of one of the hookpoints ran. None leaves it untouched."""
+        return None
+
+    def at_attention(self, call: AttentionCall, context: Context) -> None:
+        """One of the attention modules is about to attend."""
+
+    def end_step(self, context: Context) -> None:
+        """The denoising step `context.step` is complete. There is no hookpoint and no batch in this context."""
+
+    def end_call(self, call: Call) -> Any:
+        """The pipeline's call is complete. What is returned is the call's recording, `session[instrument]`."""
+        return None
+
+
+def rows_of(tensor: torch.Tensor) -> torch.Tensor:
+    """[batch, channels, *grid] or [batch, positions, channels] -> [batch * positions, channels]."""
+    if tensor.ndim > 3:  # channels come second in convolutional layouts, last in sequences
+        tensor = tensor.movedim(1, -1)
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def like_tensor(rows: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The inverse of `rows_of`: rows laid out as `tensor` is."""
+    if tensor.ndim > 3:
+        batch, channels, *grid = tensor.shape
+        return rows.reshape(batch, *grid, channels).movedim(-1, 1)
+    return rows.reshape(tensor.shape)

@@ -1,0 +1,78 @@
+"""Blocks give a tensor, a tuple, or a dataclass. Here the stream's tensor is taken out and put back, the type kept.
+
+Which element is meant is the model family's knowledge (`Family.output_index`); everything here goes by structure.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+
+def take(output: Any, index: int) -> torch.Tensor:
+    """The stream's tensor in a module's output: the output itself, or element `index` of a tuple or ModelOutput."""
+    if isinstance(output, torch.Tensor):
+        return output
+    elements = list(output.values()) if isinstance(output, Mapping) else output
+    if isinstance(elements, (tuple, list)) and len(elements) > index and isinstance(elements[index], torch.Tensor):
+        return elements[index]
+    raise TypeError(
+        f"a block gave {type(output).__name__} where a tensor, or a tuple with a tensor at position {index}, was "
+        "expected; take a hookpoint from sparsefeat.hookpoints(pipe)"
+    )
+
+
+def put(output: Any, index: int, tensor: torch.Tensor) -> Any:
+    """The same output, of the same type, with the stream's tensor replaced. The given object is not written to."""
+    if isinstance(output, torch.Tensor):
+        return tensor
+    if isinstance(output, Mapping):
+        changed = copy.copy(output)  # a ModelOutput keeps items and attributes in step when an item is set
+        changed[list(output)[index]] = tensor  # type: ignore[index]
+        return changed
+    elements = [*output[:index], tensor, *output[index + 1 :]]
+    if hasattr(output, "_make"):  # a named tuple takes its fields one by one
+        return output._make(elements)
+    return type(output)(elements)
+
+
+def take_argument(module: torch.nn.Module, name: str | None, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The stream's tensor among a module's arguments, given by position or by name. `name` None: the first one."""
+    name, position = _parameter(module.forward, name)
+    value = kwargs.get(name) if name in kwargs else (args[position] if position < len(args) else None)
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"the argument {name!r} of {type(module).__name__} is {type(value).__name__}, not a tensor; take a "
+            "hookpoint from sparsefeat.hookpoints(pipe)"
+        )
+    return value
+
+
+def put_argument(
+    module: torch.nn.Module, name: str | None, args: tuple, kwargs: dict[str, Any], tensor: torch.Tensor
+) -> tuple[tuple, dict[str, Any]]:
+    """The arguments with the stream's tensor replaced, each still passed the way it was."""
+    name, position = _parameter(module.forward, name)
+    if name in kwargs:
+        return args, {**kwargs, name: tensor}
+    return (*args[:position], tensor, *args[position + 1 :]), kwargs
+
+
+def _parameter(forward: Callable[..., Any], name: str | None) -> tuple[str, int]:
+    names = _parameters(getattr(forward, "__func__", forward))
+    if hasattr(forward, "__self__"):
+        names = names[1:]
+    if name is None:
+        return (names[0] if names else "", 0)  # `forward(*args)` has no names: the first one given
+    return name, names.index(name) if name in names else len(names)
+
+
+@lru_cache(maxsize=256)  # reading a signature takes about 20 us, as long as a small block
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in inspect.signature(function).parameters.values() if p.kind in positional)

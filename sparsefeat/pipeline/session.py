@@ -1,0 +1,168 @@
+"""`attach`, the only way in, and the `Session` it gives."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from sparsefeat.pipeline.compiled import refuse_compiled
+from sparsefeat.pipeline.context import Call
+from sparsefeat.pipeline.hookpoints import Hookpoint, Target, resolve
+from sparsefeat.pipeline.instrument import Instrument
+from sparsefeat.pipeline.wiring import Place, Tap, Wiring
+
+
+def attach(pipe: Any, *instruments: Instrument) -> Session:
+    """Attach instruments to a pipeline. They are active at once, until the `with` block or `.close()` ends it.
+
+        with sf.attach(pipe, rec, steer) as run:
+            image = pipe("a fox").images[0]
+        run[rec]
+
+    Instruments at one hookpoint run in the order given, each on what the one before left; those of an earlier session
+    that is still open run before. Errors of names and widths are raised here, before anything is changed.
+    """
+    for position, instrument in enumerate(instruments):
+        if not isinstance(instrument, Instrument):
+            raise TypeError(
+                f"instruments[{position}] is {type(instrument).__name__}, not an Instrument; attach takes the "
+                "pipeline first and instruments after it"
+            )
+        if any(instrument is earlier for earlier in instruments[:position]):
+            raise ValueError(f"instruments[{position}] ({type(instrument).__name__}) was given twice; give it once")
+    if not instruments:
+        raise ValueError("attach(pipe) was given no instrument; give at least one after the pipeline")
+    wiring = Wiring.of(pipe)
+    wiring.check_thread()
+    for instrument in instruments:
+        instrument.prepare(pipe)
+    places = tuple(
+        _place(pipe, instrument, Hookpoint.parse(h) if isinstance(h, str) else h)
+        for instrument in instruments
+        for h in instrument.hookpoints()
+    )
+    taps = tuple(
+        Tap(instrument, _checked(resolve(pipe, path)))
+        for instrument in instruments
+        for path in instrument.attentions(pipe)
+    )
+    wiring = Wiring.of(pipe)  # `prepare` may have opened and closed sessions of its own
+    session = Session(wiring, pipe, instruments, places, taps)
+    wiring.add(session)
+    return session
+
+
+@dataclass(frozen=True, eq=False)
+class Recordings:
+    """What the instruments recorded in one call: `recordings[instrument]`."""
+
+    call: Call
+    _values: dict[int, Any] = field(repr=False)
+    _instruments: tuple[Instrument, ...] = field(repr=False)
+
+    def __getitem__(self, instrument: Instrument) -> Any:
+        if not any(instrument is mine for mine in self._instruments):
+            raise KeyError(f"this {type(instrument).__name__} was not attached in this session")
+        if id(instrument) not in self._values:
+            raise KeyError(f"this {type(instrument).__name__} recorded nothing: the call never reached its hookpoints")
+        return self._values[id(instrument)]
+
+
+class Session:
+    """An `attach` that is going on, or has ended: recordings stay readable after it."""
+
+    def __init__(
+        self,
+        wiring: Wiring,
+        pipe: Any,
+        instruments: tuple[Instrument, ...],
+        places: tuple[Place, ...],
+        taps: tuple[Tap, ...],
+    ):
+        self.instruments = instruments
+        self.places = places
+        self.taps = taps
+        self.calls: list[Recordings] = []
+        """The completed calls, in order."""
+        self._wiring: Wiring | None = wiring
+        self._pipe = pipe  # as long as the session is open, so that closing it finds the pipeline
+
+    def __getitem__(self, instrument: Instrument) -> Any:
+        """The recording of the last completed call."""
+        if not self.calls:
+            raise KeyError("no call of the pipeline has completed in this session; call it first")
+        return self.calls[-1][instrument]
+
+    def record(self, call: Call, values: dict[int, Any]) -> None:
+        """Keep the recordings of a completed call (the wiring does this)."""
+        self.calls.append(Recordings(call, values, self.instruments))
+
+    @contextmanager
+    def call(
+        self,
+        prompts: str | list[str] | None = None,
+        *,
+        images_per_prompt: int = 1,
+        guidance: bool = False,
+        n_steps: int | None = None,
+    ) -> Iterator[Call]:
+        """One call of the pipeline, for a denoising loop of your own or for running its parts (`encode_prompt`).
+
+        Modules that are hooked may only run inside `pipe(...)` or inside this. `guidance` says whether the denoiser's
+        batch is [uncond, cond]; the steps are those of `pipe.scheduler`.
+        """
+        if self._wiring is None:
+            raise RuntimeError("the session is closed; attach again")
+        call = Call(
+            prompts=[prompts] if isinstance(prompts, str) else prompts,
+            images_per_prompt=images_per_prompt,
+            guidance=guidance,
+            n_steps=n_steps,
+            own_loop=True,
+            pipe_ref=weakref.ref(self._pipe),
+        )
+        with self._wiring.calling(call):
+            yield call
+
+    def close(self) -> None:
+        """Take everything out of the pipeline. Closing twice is harmless, and so is the order of nested sessions."""
+        wiring, self._wiring = self._wiring, None
+        if wiring is not None:
+            wiring.remove(self)
+        self._pipe = None
+        self.places = self.taps = ()  # the modules; the recordings need none of them
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _place(pipe: Any, instrument: Instrument, hookpoint: Hookpoint) -> Place:
+    target = _checked(resolve(pipe, hookpoint.path))
+    family = target.family
+    io = "input" if hookpoint.io == "input" else "output"
+    width, wanted = family.width(target.module, io), instrument.expected_width(hookpoint)
+    if width is not None and wanted is not None and width != wanted:
+        raise ValueError(
+            f"{type(instrument).__name__} needs activations of width {wanted}, but {hookpoint} is {width} wide in "
+            f"this {type(pipe).__name__}: its SAE was made for another model or another hookpoint"
+        )
+    given = family.width(target.module, "input")
+    if hookpoint.io == "diff" and None not in (width, given) and width != given:
+        raise ValueError(
+            f"{hookpoint} has no difference: the block takes width {given} and gives {width}; use its output"
+        )
+    return Place(instrument, hookpoint, target)
+
+
+def _checked(target: Target) -> Target:
+    refuse_compiled(target)
+    return target

@@ -1,0 +1,527 @@
+"""Everything that is changed in a pipeline while sessions are attached to it, in one place, with its undoing.
+
+One `Wiring` serves all sessions of a pipeline. It holds what they need together and nothing more: a torch hook on each
+module with a hookpoint, a wrapper around `forward` of each tapped attention module, a hook on the components these
+lie in, and a class for the pipeline object. What only a running call needs (the scheduler's wrapper) is put in when
+the call begins and taken out when it ends. Nothing depends on an epilogue of the pipeline or of a hook, so an
+exception or an interrupt at any moment leaves nothing behind.
+
+**How the beginning and the end of a call are noticed.** Python looks `__call__` up on the type, so it cannot be
+wrapped on the instance. While sessions are attached the object's class is a subclass of its own, of the same name, that
+overrides `__call__` and nothing else; `isinstance` holds, and `save_pretrained` and `from_pipe` go by the class's
+name. The alternative, wrapping methods that pipelines happen to call (`check_inputs` first, `maybe_free_model_hooks`
+last), needs each of 150 pipelines to call both, and tells an exception from a long call only at the next one.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sparsefeat.pipeline.attention_seam import AttentionTap
+from sparsefeat.pipeline.conditions import Entries, denoiser_entries, outside_entries, spread, text_entries
+from sparsefeat.pipeline.context import Call, Context
+from sparsefeat.pipeline.hookpoints import Hookpoint, Target
+from sparsefeat.pipeline.instrument import (
+    Activations,
+    AttentionCall,
+    Delta,
+    Instrument,
+    Replace,
+    like_tensor,
+)
+from sparsefeat.pipeline.outputs import put, put_argument, take, take_argument
+from sparsefeat.pipeline.schedule import Schedule
+
+if TYPE_CHECKING:
+    from sparsefeat.pipeline.session import Session
+
+# The autograd engine runs backward passes in threads of its own; -1 is "not in a backward pass".
+_backward_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One instrument at one hookpoint."""
+
+    instrument: Instrument
+    hookpoint: Hookpoint
+    target: Target
+
+    @property
+    def hook(self) -> tuple[str, str]:
+        """The torch hook that serves it: the module, and before or after its forward."""
+        return self.target.path, "before" if self.hookpoint.io == "input" else "after"
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """One instrument at one attention module."""
+
+    instrument: Instrument
+    target: Target
+
+
+@dataclass(eq=False)
+class RootRun:
+    """One run of a component: its arguments, from which the grid is known, and the rows of its batch."""
+
+    target: Target
+    arguments: dict[str, Any]
+    entries: Entries
+
+
+@dataclass(eq=False)
+class RunningCall:
+    """The state of the call that is going on."""
+
+    call: Call
+    schedule: Schedule
+    sessions: tuple[Session, ...]
+    result: Any = None
+    roots: dict[str, RootRun] = field(default_factory=dict)
+    texts_seen: dict[str, int] = field(default_factory=dict)
+    reached: set[tuple[str, str]] = field(default_factory=set)
+    tapped: set[str] = field(default_factory=set)
+
+
+class HookpointNotReachedError(RuntimeError):
+    """A call of the pipeline completed without ever running a hooked module. `result` is what the call returned."""
+
+    def __init__(self, message: str, missing: tuple[str, ...], result: Any):
+        super().__init__(message)
+        self.missing = missing
+        self.result = result
+
+
+class Wiring:
+    def __init__(self, pipe: Any):
+        self._pipe = weakref.ref(pipe)
+        self._class = type(pipe)
+        self._thread = threading.get_ident()
+        self.sessions: list[Session] = []
+        self._handles: dict[tuple[str, str], Any] = {}
+        self._taps: dict[str, AttentionTap] = {}
+        self._running: RunningCall | None = None
+        self._in_instrument = False
+        # What checkpointed modules need to run again in a backward pass: the last run's context comes first there.
+        self._replays: dict[tuple[str, str], list[list[tuple[Place, Context]]]] = {}
+
+    @staticmethod
+    def of(pipe: Any) -> Wiring:
+        """The wiring that is in the pipeline, or a new one that is not yet."""
+        return getattr(type(pipe), "_sparsefeat_wiring", None) or Wiring(pipe)
+
+    # Putting in and taking out
+
+    def add(self, session: Session) -> None:
+        self.check_thread()
+        try:
+            self.sessions.append(session)
+            self._fit()
+        except BaseException:
+            self.remove(session)
+            raise
+
+    def remove(self, session: Session) -> None:
+        if session in self.sessions:
+            self.sessions.remove(session)
+        self._fit()
+
+    def _fit(self) -> None:
+        """Make what is in the pipeline what the sessions need. Doing it twice, or after half of it, is harmless."""
+        wanted: dict[tuple[str, str], tuple[Target, Callable[..., Any]]] = {}
+        tapped: dict[str, Target] = {}
+        for session in self.sessions:
+            for target in [part.target for part in session.places] + [part.target for part in session.taps]:
+                root = replace(target, path=target.root_name, module=target.root)
+                wanted.setdefault((root.path, "root"), (root, self._root_hook))
+            for place in session.places:
+                wanted.setdefault(place.hook, (place.target, getattr(self, f"_{place.hook[1]}_hook")))
+            for tap in session.taps:
+                tapped.setdefault(tap.target.path, tap.target)
+        for key in [key for key in self._handles if key not in wanted]:
+            self._handles.pop(key).remove()
+        for path in [path for path in self._taps if path not in tapped]:
+            self._taps.pop(path).remove()
+        for path, target in tapped.items():
+            if path not in self._taps:
+                seen = functools.partial(self._attention, target)
+                self._taps[path] = AttentionTap(path, target.module, self._listening, seen)
+        for key, (target, make) in wanted.items():
+            if key not in self._handles:
+                self._handles[key] = self._register(key[1], target, make(target))
+        self._set_class()
+
+    @staticmethod
+    def _register(kind: str, target: Target, hook: Callable[..., Any]) -> Any:
+        hook = torch.compiler.disable(hook)  # instruments run between the graphs of a compiled model, not in them
+        if kind == "after":
+            # First of the module's hooks: transformers collects `hidden_states` with one, which has to see the edit.
+            return target.module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+        return target.module.register_forward_pre_hook(hook, with_kwargs=True, prepend=kind == "root")
+
+    def _set_class(self) -> None:
+        pipe = self._pipe()
+        if pipe is None:
+            return
+        attached = type(pipe) is not self._class and vars(type(pipe)).get("_sparsefeat_wiring") is self
+        if self.sessions and not attached:
+            object.__setattr__(pipe, "__class__", self._subclass())
+        elif not self.sessions and attached:
+            object.__setattr__(pipe, "__class__", self._class)
+
+    def _subclass(self) -> type:
+        original = self._class.__call__
+        wiring = self
+
+        @functools.wraps(original)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if wiring._in_instrument or not wiring.sessions:
+                return original(self, *args, **kwargs)
+            try:
+                bound = inspect.signature(original).bind(self, *args, **kwargs)
+            except TypeError:
+                return original(self, *args, **kwargs)  # wrong arguments: the pipeline's own error names them
+            bound.apply_defaults()
+            arguments = dict(list(bound.arguments.items())[1:])
+            with wiring.calling(Call.of(self, arguments)) as running:
+                running.result = original(self, *args, **kwargs)
+            return running.result
+
+        names = {name: getattr(self._class, name) for name in ("__module__", "__qualname__", "__doc__")}
+        namespace = {**names, "__call__": call, "_sparsefeat_wiring": self}
+        return types.new_class(self._class.__name__, (self._class,), exec_body=lambda body: body.update(namespace))
+
+    def check_thread(self) -> None:
+        if threading.get_ident() != self._thread:
+            raise RuntimeError(
+                f"this {self._class.__name__} has a session attached in another thread (ident {self._thread}), and "
+                "hooks cannot tell the calls of two threads apart: close the session first, or give each thread a "
+                "pipeline of its own"
+            )
+
+    # One call
+
+    @contextmanager
+    def calling(self, call: Call) -> Iterator[RunningCall]:
+        """One call of the pipeline: from `begin_call` to `end_call` and the check that every hookpoint was reached."""
+        self.check_thread()
+        if self._running is not None:
+            raise RuntimeError(
+                f"this {self._class.__name__} was called again before its call had ended (from a callback?); call "
+                "it inside an instrument's own method, where it is not hooked, or use a second pipeline"
+            )
+        pipe = self._pipe()
+        schedule = Schedule(pipe, self._step_completed, own_loop=call.own_loop)
+        running = RunningCall(call, schedule, tuple(self.sessions))
+        try:
+            self._running = running
+            self._replays.clear()
+            schedule.open()
+            for session in running.sessions:
+                for instrument in session.instruments:
+                    with self._inside_instrument():
+                        instrument.begin_call(call)
+            yield running
+            schedule.close()
+            missing = {session: self._missing(session, running) for session in running.sessions}
+            for session in running.sessions:
+                self._end_call(session, running, missing[session])
+        finally:
+            schedule.close()
+            self._running = None
+        self._report(missing, running.result)
+
+    def _end_call(self, session: Session, running: RunningCall, missing: dict[str, tuple[Instrument, str]]) -> None:
+        """Recordings of the instruments that had all their hookpoints; the others have nothing to record."""
+        unreached = {id(instrument) for instrument, _ in missing.values()}
+        values = {}
+        for instrument in session.instruments:
+            if id(instrument) not in unreached:
+                with self._inside_instrument():
+                    values[id(instrument)] = instrument.end_call(running.call)
+        session.record(running.call, values)
+
+    def _missing(self, session: Session, running: RunningCall) -> dict[str, tuple[Instrument, str]]:
+        """What a completed call did not reach: name -> (instrument, why and what to do).
+
+        In a loop of the user's own a component that did not run at all was not meant to.
+        """
+
+        def meant(target: Target) -> bool:
+            return not running.call.own_loop or target.root_name in running.roots
+
+        missing = {}
+        for place in session.places:
+            if place.hook not in running.reached and meant(place.target):
+                missing[str(place.hookpoint)] = (place.instrument, place.target.family.never_reached)
+        for tap in session.taps:
+            if tap.target.path not in running.tapped and meant(tap.target):
+                processor = type(getattr(tap.target.module, "processor", tap.target.module)).__name__
+                missing[f"the attention of {tap.target.path}"] = (
+                    tap.instrument,
+                    f"its {processor} did not call F.scaled_dot_product_attention, or the module did not run: use the "
+                    f"default processor (pipe.{tap.target.root_name}.set_attn_processor(AttnProcessor2_0())) and the "
+                    f"native backend (pipe.{tap.target.root_name}.reset_attention_backend())",
+                )
+        return missing
+
+    def _report(self, missing: dict[Session, dict[str, tuple[Instrument, str]]], result: Any) -> None:
+        everything = {name: why for names in missing.values() for name, (_, why) in names.items()}
+        if everything:
+            reasons = "; ".join(
+                f"{', '.join(name for name in everything if everything[name] == why)} ({why})"
+                for why in dict.fromkeys(everything.values())
+            )
+            message = f"the call completed without reaching {reasons}. Its result is this exception's `result`"
+            raise HookpointNotReachedError(message, tuple(everything), result)
+
+    @contextmanager
+    def _inside_instrument(self) -> Iterator[None]:
+        before, self._in_instrument = self._in_instrument, True
+        try:
+            yield
+        finally:
+            self._in_instrument = before
+
+    def _step_completed(self) -> None:
+        running = self._running
+        if running is None:
+            return
+        context = self._moment(running)
+        for session in running.sessions:
+            for instrument in session.instruments:
+                with self._inside_instrument():
+                    instrument.end_step(context)
+
+    def _moment(self, running: RunningCall) -> Context:
+        schedule = running.schedule
+        return Context(
+            step=schedule.step, n_steps=schedule.n_steps, fraction=schedule.fraction, prompts=running.call.prompts
+        )
+
+    # What the hooks do
+
+    def _listening(self) -> bool:
+        return bool(self.sessions) and not self._in_instrument and _backward_task() == -1
+
+    def _current(self, target: Target) -> RunningCall:
+        self.check_thread()
+        if self._running is None:
+            raise RuntimeError(
+                f"{target.path} ran outside a call of the pipeline while a session is attached to it, so what step "
+                "and which prompt it is cannot be told: write `with session.call(prompts=[...]):` around a loop of "
+                "your own, or close the session first"
+            )
+        return self._running
+
+    def _root_hook(self, target: Target) -> Callable[..., Any]:
+        def before_root(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if module is target.module and self._listening():
+                self._begin_root(target, self._current(target), args, kwargs)
+
+        return before_root
+
+    def _begin_root(self, target: Target, running: RunningCall, args: tuple, kwargs: dict[str, Any]) -> None:
+        pipe = self._pipe()
+        root = getattr(target.module, "_orig_mod", target.module)
+        try:
+            arguments = dict(inspect.signature(root.forward).bind_partial(*args, **kwargs).arguments)
+        except TypeError:
+            return  # the model's own error names the wrong argument
+        batch = next((a.shape[0] for a in arguments.values() if isinstance(a, torch.Tensor) and a.ndim), 0)
+        call = running.call
+        if target.family.runs_in_steps:
+            running.schedule.start(arguments.get("timestep"))
+            if not call.own_loop:  # the caller of `session.call` said what the loop does
+                guidance = getattr(pipe, "do_classifier_free_guidance", None)
+                call.guidance = guidance if isinstance(guidance, bool) else call.guidance
+            if call.scheduled is None and running.schedule.n_steps is not None:
+                call.n_steps, call.scheduled = running.schedule.n_steps, running.schedule.timesteps
+            entries = denoiser_entries(pipe, call, batch)
+        elif target.family.stream == "text":
+            entries = text_entries(call, batch, running.texts_seen.get(target.path, 0))
+            running.texts_seen[target.path] = running.texts_seen.get(target.path, 0) + batch
+        else:
+            entries = outside_entries(batch)
+        running.roots[target.path] = RootRun(target, arguments, entries)
+
+    def _context(self, running: RunningCall, target: Target, shape: Sequence[int], device: torch.device) -> Context:
+        """The moment, for the rows of a tensor of this shape, [B, C, *grid] or [B, positions, C]."""
+        run = running.roots.get(target.root_name)
+        if run is None:
+            raise RuntimeError(
+                f"{target.path} ran without {target.root_name} around it, so its batch entries and grid cannot be told: "
+                f"call pipe.{target.root_name}, or hook a module that this pipeline does not run on its own"
+            )
+        family = target.family
+        conditions, images = spread(run.entries, shape[0])
+        moment = self._moment(running) if family.runs_in_steps else Context(prompts=running.call.prompts)
+        return replace(
+            moment,
+            condition=conditions,
+            prompt_index=images,
+            grid=family.grid(run.arguments, shape),
+            stream=family.stream,
+            batch=shape[0],
+            positions=math.prod(shape[2:] if len(shape) > 3 else shape[1:-1]),
+            device=device,
+            _timestep=run.arguments.get("timestep"),
+        )
+
+    def _after_hook(self, target: Target) -> Callable[..., Any]:
+        key = (target.path, "after")
+
+        def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+            # A graph compiled for another block of the same class may call this with that block's output.
+            if module is not target.module or self._in_instrument or not self.sessions:
+                return None
+            changed = output
+            activations: dict[tuple[str, int], Activations] = {}
+            edits: list[tuple[Place, Context]] = []
+            for place, context in self._visits(key, target):
+                index = target.family.output_index(module, place.hookpoint.stream)
+                tensor = take(changed, index)
+                base = None
+                if place.hookpoint.io == "diff":
+                    name = target.family.input_name(module, place.hookpoint.stream)
+                    base = take_argument(module, name, args, kwargs)
+                edited = self._ask(place, context, activations, index, tensor, base, edits)
+                if edited is not None:
+                    changed = put(changed, index, edited)
+            self._remember(key, edits)
+            return None if changed is output else changed
+
+        return after
+
+    def _before_hook(self, target: Target) -> Callable[..., Any]:
+        key = (target.path, "before")
+
+        def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            if module is not target.module or self._in_instrument or not self.sessions:
+                return None
+            changed = (args, kwargs)
+            activations: dict[tuple[str, int], Activations] = {}
+            edits: list[tuple[Place, Context]] = []
+            for place, context in self._visits(key, target):
+                name = target.family.input_name(module, place.hookpoint.stream)
+                tensor = take_argument(module, name, *changed)
+                index = 0 if place.hookpoint.stream == "image" else 1
+                edited = self._ask(place, context, activations, index, tensor, None, edits)
+                if edited is not None:
+                    changed = put_argument(module, name, *changed, edited)
+            self._remember(key, edits)
+            return None if changed[0] is args and changed[1] is kwargs else changed
+
+        return before
+
+    def _visits(self, key: tuple[str, str], target: Target) -> Iterator[tuple[Place, Context | None]]:
+        """The instruments to ask at this hook, in order. In a backward pass (gradient checkpointing runs the forward
+        again) only those that edited the run in question, with the context they had: the graph must come out the
+        same, and nothing may be recorded twice. Elsewhere the context is made when the tensor is known.
+        """
+        if _backward_task() != -1:
+            runs = self._replays.get(key)
+            if runs:
+                yield from ((place, replace(context, recomputing=True)) for place, context in runs.pop())
+            return
+        running = self._current(target)
+        running.reached.add(key)
+        for session in running.sessions:
+            for place in session.places:
+                if place.hook == key:
+                    yield place, None
+
+    def _remember(self, key: tuple[str, str], edits: list[tuple[Place, Context]]) -> None:
+        if torch.is_grad_enabled() and _backward_task() == -1:
+            self._replays.setdefault(key, []).append(edits)
+
+    def _ask(
+        self,
+        place: Place,
+        context: Context | None,
+        activations: dict[tuple[str, int], Activations],
+        index: int,
+        tensor: torch.Tensor,
+        base: torch.Tensor | None,
+        edits: list[tuple[Place, Context]],
+    ) -> torch.Tensor | None:
+        """Let one instrument see the tensor; the edited tensor, or None if it leaves it untouched."""
+        hookpoint = place.hookpoint
+        if base is not None and base.shape != tensor.shape:
+            raise ValueError(
+                f"{hookpoint} cannot be read: the block takes {list(base.shape)} and gives {list(tensor.shape)}, "
+                "which have no difference; use its output"
+            )
+        seen = activations.get((hookpoint.io, index))
+        if seen is None:
+            seen = activations[hookpoint.io, index] = Activations(tensor if base is None else tensor - base)
+        if context is None:
+            assert self._running is not None
+            context = self._context(self._running, place.target, tensor.shape, tensor.device)
+        context = replace(context, hookpoint=hookpoint)
+        with self._inside_instrument():
+            answer = place.instrument.at_hookpoint(seen, context) if place.instrument.active(context) else None
+        if answer is None:
+            return None
+        edited = _edited(answer, hookpoint, place.instrument, tensor, base)
+        for io_index in [key for key in activations if key[1] == index]:
+            del activations[io_index]
+        edits.append((place, context))
+        return edited
+
+    def _attention(self, target: Target, call: AttentionCall) -> None:
+        running = self._current(target)
+        running.tapped.add(target.path)
+        taps = [tap for session in running.sessions for tap in session.taps if tap.target.path == target.path]
+        if not taps:
+            return  # attached in the middle of the call, by a callback: from the next call on
+        batch, heads, queries, head_dim = call.query.shape
+        context = self._context(running, target, (batch, queries, heads * head_dim), call.query.device)
+        context = replace(context, hookpoint=Hookpoint(target.path))
+        for tap in taps:
+            with self._inside_instrument():
+                if tap.instrument.active(context):
+                    tap.instrument.at_attention(call, context)
+
+
+def _channels(tensor: torch.Tensor) -> int:
+    return tensor.shape[1] if tensor.ndim > 3 else tensor.shape[-1]
+
+
+def _edited(
+    answer: Any, hookpoint: Hookpoint, instrument: Instrument, tensor: torch.Tensor, base: torch.Tensor | None
+) -> torch.Tensor:
+    """The block's tensor after a Delta or a Replace: one addition in float32 (or wider), one rounding."""
+    who = f"{type(instrument).__name__} at {hookpoint}"
+    if not isinstance(answer, (Delta, Replace)):
+        raise TypeError(f"{who} answered {type(answer).__name__}; answer None, Delta(rows) or Replace(rows)")
+    shape = (tensor.numel() // max(_channels(tensor), 1), _channels(tensor))
+    rows = answer.rows
+    try:
+        rows = rows.to(tensor.device).expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{who} answered rows of shape {list(rows.shape)}, but the activations there are {list(shape)} "
+            "[batch * positions, d_model]"
+        ) from None
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    rows = like_tensor(rows, tensor).to(wide)
+    onto = tensor if isinstance(answer, Delta) else base  # a replaced difference goes onto the block's input
+    edited = (rows if onto is None else onto.to(wide) + rows).to(tensor.dtype)
+    if edited.stride() != tensor.stride():
+        # Convolutions choose their algorithm, and so their rounding, by the memory format: keep the block's.
+        edited = torch.empty_like(tensor).copy_(edited)
+    return edited

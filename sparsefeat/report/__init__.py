@@ -1,0 +1,8 @@
+"""HTML pages and figures: what was found, steered and erased, for people to look at."""
+
+from __future__ import annotations
+
+from sparsefeat.report.figures import contact_sheet, enlarge, overlay
+from sparsefeat.report.page import check_folder, write_page
+
+__all__ = ["check_folder", "contact_sheet", "enlarge", "overlay", "write_page"]

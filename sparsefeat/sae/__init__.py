@@ -1,0 +1,9 @@
+"""SAEs as modules: configuration, encoding and decoding, loading and saving."""
+
+from __future__ import annotations
+
+from sparsefeat.sae.config import SAEConfig
+from sparsefeat.sae.io import load_sae, push_to_hub, save
+from sparsefeat.sae.module import SAE
+
+__all__ = ["SAE", "SAEConfig", "load_sae", "push_to_hub", "save"]

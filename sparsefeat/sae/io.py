@@ -1,0 +1,97 @@
+"""Open an SAE from a folder or a hub, save it, share it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from sparsefeat.sae.config import SAEConfig
+from sparsefeat.sae.formats import FORMATS, detect
+from sparsefeat.sae.module import SAE
+
+
+def save(sae: SAE, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
+    """Write `config.json` and `sae.safetensors`; the same as `sae.save(folder)`."""
+    return sae.save(folder, dtype=dtype, overwrite=overwrite)
+
+
+def load_sae(
+    source: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> SAE:
+    """Open a trained SAE, in evaluation mode.
+
+    source: a local folder, which wins, or a hub id `owner/name`; `subfolder` is a folder within either, `revision` a
+    branch, tag or commit of the hub. dtype: None gives float32 (float64 if stored so), whatever the file holds.
+    """
+    folder = _folder(source, revision, subfolder)
+    found = detect(folder)
+    config, tensors = found.read(folder)
+    shapes = config.tensor_shapes()
+    if {name: tuple(t.shape) for name, t in tensors.items()} != shapes:
+        raise ValueError(f"the {found.name} reader gave tensors that do not fit its config: report this as a bug")
+    if dtype is None:
+        dtype = torch.promote_types(tensors["W_dec"].dtype, torch.float32)
+    elif not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}: choose a floating dtype, such as torch.float16")
+    for name, tensor in tensors.items():
+        # A sum in fp64 is NaN or Inf exactly when an entry is: no mask as large as the weights.
+        if not tensor.sum(dtype=torch.float64).isfinite():
+            raise ValueError(f"{name} in {folder} has NaN or Inf: it is damaged, download or train it again")
+    _check_threshold(config, tensors.get("threshold"), folder)
+    with torch.device("meta"):
+        sae = SAE(config)
+    # A copy: safetensors hands out views of the mapped file, which a later save into the same folder would replace.
+    sae.load_state_dict({name: t.to(device, dtype, copy=True) for name, t in tensors.items()}, assign=True)
+    return sae.eval()
+
+
+def push_to_hub(sae: SAE, repo_id: str, *, private: bool | None = None, subfolder: str | None = None) -> str:
+    """Upload the SAE to a hub repository, created if need be; returns the address of the commit."""
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    hub.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        sae.save(Path(folder) / "sae")
+        return hub.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "sae", path_in_repo=subfolder).commit_url
+
+
+def _folder(source: str | Path, revision: str | None, subfolder: str | None) -> Path:
+    local = Path(source).expanduser()
+    if local.is_file():
+        raise NotADirectoryError(f"{local} is a file: pass the folder it lies in")
+    if local.is_dir():
+        folder = local / subfolder if subfolder else local
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} does not exist: correct subfolder={subfolder!r}")
+        return folder
+    if isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{source} does not exist: pass a folder, or a hub id written 'owner/name'")
+    from huggingface_hub import snapshot_download
+
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    wanted = [prefix + name for known in FORMATS for name in known.files]
+    try:
+        root = Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # the hub's client raises its own, httpx's and OSError, one for every way to fail
+        reason = str(error).strip().split("\n")[0]
+        raise OSError(
+            f"{source!r} is no local folder and could not be fetched from the hub ({type(error).__name__}: {reason}): "
+            "check the name, revision and your connection"
+        ) from error
+    folder = root / prefix if prefix else root
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{source!r} on the hub has no SAE in subfolder {subfolder!r}: see its list of files")
+    return folder
+
+
+def _check_threshold(config: SAEConfig, threshold: torch.Tensor | None, folder: Path) -> None:
+    if config.inference == "threshold" and threshold is not None and float(threshold) < 0:
+        raise ValueError(f"threshold in {folder} is {float(threshold):g}, unset: put inference 'topk' into its config")

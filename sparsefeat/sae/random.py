@@ -1,0 +1,31 @@
+"""Random directions: where training starts, and the control a trained SAE must beat."""
+
+from __future__ import annotations
+
+import torch
+from sparsefeat_kernels import SparseCode
+from torch import Tensor
+
+from sparsefeat.sae.module import SAE
+
+
+@torch.no_grad()
+def randomise(sae: SAE, sample: Tensor, seed: int) -> SAE:
+    """Give `sae` random unit decoder rows and the encoder tied to them; biases stay as they are, `b_enc` becomes 0.
+
+    The encoder has one factor, with which the reconstruction of `sample [rows, d_model]` is closest: tied unit rows
+    overshoot when many latents are active and undershoot when few are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(sae.W_dec.shape, generator=generator)
+    sae.W_dec.copy_(directions / directions.norm(dim=1, keepdim=True))
+    sae.W_enc.copy_(sae.W_dec)
+    sae.b_enc.zero_()
+    sample = sample.reshape(-1, sae.d_model).to(sae.device, sae.dtype)
+    code = sae.encode(sample)
+    start = sae.decode(SparseCode(torch.zeros_like(code.values), code.indices, code.n_latents), like=sample)
+    guess = sae.decode(code, like=sample) - start
+    factor = (guess * (sample - start)).sum() / guess.square().sum().clamp_min(torch.finfo(guess.dtype).tiny)
+    if factor > 0:
+        sae.W_enc *= factor
+    return sae

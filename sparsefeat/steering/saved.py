@@ -1,0 +1,103 @@
+"""Instruments on disk: `instrument.save(folder)` and `load_instrument(folder)`.
+
+A folder holds `instrument.json` (kind, settings, and the fingerprint of the SAE), its tensors, and unless left out the
+SAE itself in `sae/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from sparsefeat.features.folders import read_folder, write_folder
+from sparsefeat.pipeline import Instrument
+from sparsefeat.sae import SAE, load_sae
+
+
+class Saved(Protocol):
+    """An instrument that can be saved: `save` writes it through `save_instrument`."""
+
+    sae: SAE
+
+    def save(self, folder: str | os.PathLike[str], include_sae: bool = True) -> None: ...
+
+    @classmethod
+    def from_saved(cls, sae: SAE, config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+        """The instrument from the settings and tensors that `save` wrote."""
+
+
+_KINDS: dict[str, type[Saved]] = {}
+_Class = TypeVar("_Class", bound=type[Saved])
+
+
+def register(kind: str) -> Callable[[_Class], _Class]:
+    """Class decorator: instruments of this kind are restored by the class's `from_saved(sae, config, tensors)`.
+
+    `kind` is "package:name", where the class is to be found; packages of sparsefeat are imported when they are needed.
+    """
+
+    def add(cls: _Class) -> _Class:
+        _KINDS[kind] = cls
+        return cls
+
+    return add
+
+
+def save_instrument(
+    instrument: Any,
+    folder: str | os.PathLike[str],
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    include_sae: bool,
+) -> None:
+    """Write an instrument of a registered kind; called by its `save`."""
+    kind = next(kind for kind, cls in _KINDS.items() if cls is type(instrument))
+    if include_sae:
+        instrument.sae.save(Path(folder) / "sae", overwrite=True)
+    description = {"kind": kind, "format": 1, "sae": fingerprint(instrument.sae), "settings": config}
+    write_folder(folder, "instrument", description, tensors)
+
+
+def load_instrument(folder: str | os.PathLike[str], sae: SAE | None = None) -> Instrument:
+    """The instrument that was saved in `folder`.
+
+    Args:
+        folder: what `save` wrote.
+        sae: the SAE it was made with; default the copy saved in the folder.
+
+    Raises:
+        FileNotFoundError: no instrument there, or it was saved without its SAE and none is given.
+        ValueError: a kind that is not known, or another SAE than it was made with.
+    """
+    description, tensors = read_folder(folder, "instrument")
+    kind = str(description.get("kind"))
+    if kind not in _KINDS and re.fullmatch(r"sparsefeat\.\w+:\w+", kind):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(kind.partition(":")[0])
+    if kind not in _KINDS:
+        raise ValueError(f"{folder} holds an instrument of kind {kind!r}; known are {', '.join(sorted(_KINDS))}.")
+    if sae is None:
+        if not (Path(folder) / "sae").is_dir():
+            raise FileNotFoundError(f"{folder} was saved without its SAE; pass it: load_instrument(folder, sae=sae).")
+        sae = load_sae(Path(folder) / "sae")
+    if fingerprint(sae) != description["sae"]:
+        raise ValueError(
+            f"sae= is not the SAE that {folder} was made with ({description['sae']}, given: {fingerprint(sae)}); "
+            "latents would mean other things. Pass the same SAE."
+        )
+    return _KINDS[kind].from_saved(sae, description["settings"], tensors)
+
+
+def fingerprint(sae: SAE) -> str:
+    """Shape and a hash of the decoder, in bf16 so that the SAE's own precision does not matter."""
+    rounded = sae.W_dec.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy()
+    return f"{sae.n_latents}x{sae.d_model}-{hashlib.sha256(rounded.tobytes()).hexdigest()[:16]}"

@@ -1,0 +1,212 @@
+"""Steer: add, scale, set or clamp latents of an SAE while a pipeline runs."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsefeat.features.statistics import hookpoint_of
+from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint, Instrument
+from sparsefeat.sae import SAE
+from sparsefeat.steering.code_rule import CodeRule, code_edit
+from sparsefeat.steering.saved import register, save_instrument
+from sparsefeat.steering.where import (
+    Mask,
+    Steps,
+    StepWindow,
+    check_condition,
+    check_map,
+    condition_signs,
+    map_of_rows,
+    mask_of_rows,
+)
+
+
+@register("sparsefeat.steering:Steer")
+class Steer(Instrument):
+    """Instrument: edits of chosen latents, added to the block's output (the SAE's error is kept).
+
+    For every row of weight w = sign(condition) x mask:
+
+        x' = x + w sum over latents of (add + add_map at the row's position) W_dec[latent]
+               + w sum over latents of (z' - z) W_dec[latent],   z' from z by scale, set and clamp.
+
+    Args:
+        sae: whose latents. A standardising SAE's edits are multiplied by the row's scale (`SAE.row_scale`).
+        add: latent -> amount, added whether the latent is active or not; never encodes.
+        add_map: latent -> map of amounts [H, W] (or [images, H, W]), resized to the grid: by area to a coarser one,
+            bilinearly to a finer one; a painted mask times the latent's usual activation, for one. Never encodes.
+        scale: latent -> factor of its activation (0 removes it, negative turns it round).
+        set: latent -> value it gets at every position.
+        clamp: latent -> (low, high) that its activation, scaled if it is also in `scale`, is held between; None for no
+            bound. A low above 0 raises it at every position.
+        steps: (start, stop) fractions of the schedule, or a list of step indices; default all.
+        mask: weights [H, W] (or [images, H, W]), resized to the grid, or a callable of the `Context` that returns them
+            ([H, W] or one map for each batch row), e.g. `HeatMaps.mask("fox")`.
+        condition: "cond" (default), "uncond", "cond+uncond-" (added to the conditional half, subtracted from the
+            unconditional one) or "both" (added to every row). Without guidance all rows are conditional.
+        at: hookpoint; default the SAE's.
+    """
+
+    def __init__(
+        self,
+        sae: SAE,
+        *,
+        add: Mapping[int, float] | None = None,
+        add_map: Mapping[int, Any] | None = None,
+        scale: Mapping[int, float] | None = None,
+        set: Mapping[int, float] | None = None,
+        clamp: Mapping[int, tuple[float | None, float | None]] | None = None,
+        steps: Steps = None,
+        mask: Mask = None,
+        condition: str = "cond",
+        at: str | Hookpoint | None = None,
+    ):
+        edits = {"add": add, "add_map": add_map, "scale": scale, "set": set, "clamp": clamp}
+        for name, edit in edits.items():
+            _check_latents(name, edit, sae.n_latents)
+        if not any(edits.values()):
+            raise ValueError("this Steer edits nothing; give at least one latent, as in add={12: 8.0}.")
+        self.sae = sae
+        self.add = {i: _number("add", i, amount) for i, amount in (add or {}).items()}
+        self.add_map = {i: check_map(f"add_map[{i}]", given) for i, given in (add_map or {}).items()}
+        self.rule = _rule(scale or {}, set or {}, clamp or {})
+        self.window = StepWindow.parse(steps)
+        self.mask = mask if mask is None or callable(mask) else check_map("mask", mask)
+        self.condition = check_condition(condition)
+        self.at = hookpoint_of(sae, at)
+        self._n_images = 0
+
+    def hookpoints(self) -> tuple[Hookpoint, ...]:
+        return (self.at,)
+
+    def begin_call(self, call: Call) -> None:
+        self._n_images = call.n_images or 1
+
+    def active(self, context: Context) -> bool:
+        return self.window.contains(context)
+
+    def at_hookpoint(self, activations: Activations, context: Context) -> Delta | None:
+        x = activations.rows
+        weight = row_weights(self.condition, self.mask, context, len(x), self._n_images)
+        change = code_edit(activations, self.sae, self.rule, weight) if len(self.rule) else None
+        if self.add or self.add_map:
+            added = self._added(activations, context, weight)
+            change = added if change is None else change + added
+        return None if change is None else Delta(change)
+
+    def _added(self, activations: Activations, context: Context, weight: Tensor) -> Tensor:
+        """What `add` and `add_map` add, [rows, d_model] fp32: an outer product each, or one for all constants."""
+        x = activations.rows
+        scale = self.sae.row_scale(x)
+        if scale is not None:
+            weight = weight * scale[:, 0].to(weight)
+        weight = weight.to(x.device)
+        parts = []
+        if self.add:
+            amounts = torch.tensor(list(self.add.values()), device=x.device)
+            parts.append(weight[:, None] * (amounts @ self._directions(list(self.add), x.device)))
+        if self.add_map:
+            maps = [
+                map_of_rows(f"add_map[{i}]", given, context, self._n_images).reshape(-1)
+                for i, given in self.add_map.items()
+            ]
+            amounts = torch.stack(maps, 1).to(x.device, torch.float32) * weight[:, None]
+            parts.append(amounts @ self._directions(list(self.add_map), x.device))
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+    def _directions(self, latents: list[int], device: torch.device) -> Tensor:
+        return self.sae.directions(latents).detach().to(device, torch.float32)
+
+    def save(self, folder: str | os.PathLike[str], include_sae: bool = True) -> None:
+        """Write the edit, and by default its SAE, for `load_instrument(folder)`.
+
+        Raises:
+            ValueError: the mask is a callable.
+        """
+        if callable(self.mask) and not isinstance(self.mask, Tensor):
+            raise ValueError("a Steer whose mask is a callable cannot be saved; give the mask as a tensor.")
+        tensors = {f"add_map.{i}": given for i, given in self.add_map.items()}
+        if isinstance(self.mask, Tensor):
+            tensors["mask"] = self.mask
+        tensors |= {f"rule.{name}": getattr(self.rule, name) for name in _RULE_FIELDS}
+        config = {
+            "add": [[i, amount] for i, amount in self.add.items()],
+            "steps": self.window.to_json(),
+            "condition": self.condition,
+            "at": [str(self.at), self.at.stream],
+        }
+        save_instrument(self, folder, config, tensors, include_sae)
+
+    @classmethod
+    def from_saved(cls, sae: SAE, config: dict[str, Any], tensors: dict[str, Tensor]) -> Steer:
+        steer = cls.__new__(cls)
+        steer.sae = sae
+        steer.add = {int(i): float(amount) for i, amount in config["add"]}
+        steer.add_map = {int(k.removeprefix("add_map.")): t for k, t in tensors.items() if k.startswith("add_map.")}
+        steer.rule = CodeRule(**{name: tensors[f"rule.{name}"] for name in _RULE_FIELDS})
+        for name, latents in (("add", steer.add), ("add_map", steer.add_map), ("rule", steer.rule.latents.tolist())):
+            _check_latents(name, dict.fromkeys(latents), sae.n_latents)
+        steer.window = StepWindow.from_json(config["steps"])
+        steer.mask = tensors.get("mask")
+        steer.condition = check_condition(config["condition"])
+        steer.at = Hookpoint.parse(*config["at"])
+        steer._n_images = 0
+        return steer
+
+
+_RULE_FIELDS = ("latents", "gain", "offset", "low", "high", "gate")
+
+
+def row_weights(condition: str, mask: Mask, context: Context, rows: int, n_images: int) -> Tensor:
+    """fp32 [rows]: sign of the row's condition times the mask at its position."""
+    signs = condition_signs(condition, context)
+    weights = signs[:, None].expand(-1, rows // len(signs))
+    over_grid = mask_of_rows(mask, context, n_images)
+    if over_grid is not None:
+        weights = weights * over_grid.cpu()
+    return weights.reshape(-1)
+
+
+def _rule(
+    scale: Mapping[int, float], set: Mapping[int, float], clamp: Mapping[int, tuple[float | None, float | None]]
+) -> CodeRule:
+    fields: dict[int, dict[str, float]] = {}
+    for latent, factor in scale.items():
+        fields[latent] = {"gain": _number("scale", latent, factor)}
+    for latent, value in set.items():
+        if latent in fields or latent in clamp:
+            raise ValueError(f"latent {latent} is in set= and also in scale= or clamp=; give it one of them.")
+        fields[latent] = {"gain": 0.0, "offset": _number("set", latent, value)}
+    for latent, bounds in clamp.items():
+        low, high = bounds if isinstance(bounds, (tuple, list)) and len(bounds) == 2 else (math.nan, math.nan)
+        low, high = -math.inf if low is None else low, math.inf if high is None else high
+        if not low <= high:
+            raise ValueError(f"clamp[{latent}]={bounds!r} must be (low, high) with low <= high, None for no bound.")
+        fields.setdefault(latent, {}).update(low=float(low), high=float(high))
+    return CodeRule.build(fields)
+
+
+def _check_latents(name: str, edit: Mapping[int, Any] | None, n_latents: int) -> None:
+    if edit is None:
+        return
+    if not isinstance(edit, Mapping):
+        raise ValueError(f"{name}={edit!r} must map latents to amounts, as in {name}={{12: 8.0}}.")
+    for latent in edit:
+        if isinstance(latent, bool) or not isinstance(latent, int) or not 0 <= latent < n_latents:
+            raise ValueError(f"{name} names latent {latent!r}; this SAE has latents 0 to {n_latents - 1}.")
+
+
+def _number(name: str, latent: int, amount: Any) -> float:
+    try:
+        number = float(amount)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name}[{latent}]={amount!r} must be a finite number.")
+    return number

@@ -1,0 +1,7 @@
+"""A store of rows on disk: written in shards, killed and resumed without loss, read as a stream or by row."""
+
+from __future__ import annotations
+
+from sparsefeat.store.shards import Field, Shard, ShardReader, ShardWriter
+
+__all__ = ["Field", "Shard", "ShardReader", "ShardWriter"]

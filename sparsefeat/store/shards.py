@@ -1,0 +1,364 @@
+"""A store: rows of a few named fields, in safetensors shards, with a JSON manifest that says what a row is.
+
+    manifest.json                   {"format": "sparsefeat.store", "format_version": 1, "fields": …, "metadata": …}
+    w0000-000003-65536.safetensors  worker 0's shard 3, of 65,536 rows: one tensor [rows, *shape] a field
+
+A shard is written under a temporary name, synced and renamed, so a name without `.partial` is a whole shard and the
+list of names is the list of rows: nothing else has to be kept in step, and a killed run loses at most the shard in
+hand. Every writer has its worker id and touches only the shards that carry it; to merge stores of one schema, list
+several folders in `ShardReader`, or copy the shards into one (worker ids must differ).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+NAME, VERSION, MANIFEST = "sparsefeat.store", 1, "manifest.json"
+SHARD_NAME = re.compile(r"w(\d{4,})-(\d{6,})-(\d+)\.safetensors")
+DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+
+
+@dataclass(frozen=True)
+class Field:
+    """One row's entry: its dtype and shape, `()` for a number."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if str(self.dtype).removeprefix("torch.") not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype}: a store holds {', '.join(DTYPES)}")
+        object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A whole shard on disk. Ordered by worker, then index, within a folder."""
+
+    path: Path
+    worker: int
+    index: int
+    n_rows: int
+
+
+class ShardWriter:
+    """Appends rows to a store, made if it is not there.
+
+    fields: what a row holds; metadata: what all rows share (JSON). Both must be those of an existing store.
+    worker: this writer's id; two writers at once need two ids. shard_rows: a shard is closed when it has that many.
+
+    A shard ends only between two `append`s, so that what one append holds is written whole or not at all. `mark` is
+    the last mark whose append is on disk: after a kill, go on from there.
+
+    >>> with ShardWriter("acts", {"rows": Field(torch.float16, (320,)), "image": Field(torch.int64)}) as writer:
+    ...     for i in range((writer.mark or 0), len(prompts)):
+    ...         writer.append({"rows": rows, "image": image_ids}, mark=i + 1)
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        fields: Mapping[str, Field],
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        worker: int = 0,
+        shard_rows: int = 65_536,
+    ) -> None:
+        if not fields:
+            raise ValueError("fields is empty: name at least one, such as {'rows': Field(torch.float16, (d_model,))}")
+        if worker < 0 or shard_rows < 1:
+            raise ValueError(
+                f"worker is {worker} and shard_rows {shard_rows}: pass a worker id from 0, at least one row"
+            )
+        self.folder, self.fields, self.worker, self.shard_rows = Path(folder), dict(fields), worker, shard_rows
+        self._buffer: list[dict[str, Tensor]] = []
+        self._buffered = 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_manifest(self.folder, _manifest(self.fields, metadata or {}))
+            self._lock = open(self.folder / f".w{worker:04d}.lock", "w")  # noqa: SIM115 (held until close)
+        except OSError as error:
+            raise type(error)(f"cannot write into {self.folder} ({error.strerror}): choose another folder") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise RuntimeError(
+                f"another writer has worker {worker} of {self.folder} open: give this one its own worker id"
+            ) from None
+        for leftover in self.folder.glob(f"w{worker:04d}-*.partial"):
+            leftover.unlink()
+        own = [shard for shard in list_shards(self.folder) if shard.worker == worker]
+        self._next = own[-1].index + 1 if own else 0
+        self.n_rows = sum(shard.n_rows for shard in own)
+        self.mark: Any = _read_mark(own[-1]) if own else None
+        self._pending_mark = self.mark
+
+    def append(self, rows: Mapping[str, Tensor], mark: Any = None) -> None:
+        """Add rows: for every field a tensor `[n, *shape]` of its dtype. `mark`: any JSON value, see the class."""
+        if set(rows) != set(self.fields):
+            raise ValueError(f"append got fields {sorted(rows)}: this store has {sorted(self.fields)}")
+        n = {name: tensor.shape[0] if tensor.ndim else -1 for name, tensor in rows.items()}
+        if len(set(n.values())) != 1:
+            raise ValueError(f"append got different numbers of rows, {n}: give every field the same")
+        for name, field in self.fields.items():
+            tensor = rows[name]
+            if tensor.dtype != field.dtype or tuple(tensor.shape[1:]) != field.shape:
+                raise ValueError(
+                    f"field {name!r} got {tensor.dtype} {list(tensor.shape)}: it holds {field.dtype} "
+                    f"[n, {', '.join(map(str, field.shape))}]"
+                )
+        json.dumps(mark)  # refused now, not when the shard is full
+        # A copy: what is on disk must be what was appended, even if the caller reuses the tensor.
+        self._buffer.append({name: tensor.detach().to("cpu", copy=True) for name, tensor in rows.items()})
+        self._buffered += next(iter(n.values()))
+        if mark is not None:
+            self._pending_mark = mark
+        if self._buffered >= self.shard_rows:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is buffered as a shard, however few rows."""
+        if self._lock.closed:
+            raise ValueError(f"the writer of {self.folder} is closed: open a new one, it goes on where this one was")
+        if not self._buffered:
+            return
+        tensors = {name: torch.cat([part[name] for part in self._buffer]) for name in self.fields}
+        target = self.folder / f"w{self.worker:04d}-{self._next:06d}-{self._buffered}.safetensors"
+        partial = target.with_suffix(".partial")
+        try:
+            save_file(tensors, partial, metadata={"mark": json.dumps(self._pending_mark)})
+            _sync(partial)
+            os.rename(partial, target)
+            _sync(self.folder)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(
+                f"cannot write {target} ({error}): free some space; rows up to mark {self.mark!r} are safe"
+            ) from error
+        self.n_rows += self._buffered
+        self.mark = self._pending_mark
+        self._next += 1
+        self._buffer, self._buffered = [], 0
+
+    def close(self) -> None:
+        if not self._lock.closed:
+            try:
+                self.flush()
+            finally:
+                self._lock.close()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ShardReader:
+    """Reads one store, or several of one schema as if they were one. Holds no rows; what a method holds, it says."""
+
+    def __init__(self, *folders: str | Path) -> None:
+        if not folders:
+            raise ValueError("ShardReader needs at least one folder")
+        self.folders = tuple(Path(folder) for folder in folders)
+        self.schema, self.metadata = read_manifest(self.folders[0])
+        for other in self.folders[1:]:
+            if read_manifest(other)[0] != self.schema:
+                raise ValueError(f"{other} has other fields than {self.folders[0]}: read them apart")
+        self.shards: tuple[Shard, ...] = tuple(shard for folder in self.folders for shard in list_shards(folder))
+        self._starts = [0]
+        for shard in self.shards:
+            self._starts.append(self._starts[-1] + shard.n_rows)
+
+    @property
+    def folder(self) -> Path:
+        return self.folders[0]
+
+    @property
+    def n_rows(self) -> int:
+        return self._starts[-1]
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def read_shard(self, number: int, fields: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """The fields of the shard at `shards[number]`. Holds that shard."""
+        shard, names = self.shards[number], self._names(fields)
+        try:
+            with safe_open(shard.path, framework="pt") as file:
+                for name in names:
+                    found = tuple(file.get_slice(name).get_shape())
+                    if found != (shard.n_rows, *self.schema[name].shape):
+                        raise ValueError(
+                            f"{name} in {shard.path} has shape {list(found)}, not what its name and the manifest say: "
+                            "remove the shard or copy it again"
+                        )
+                return {name: file.get_tensor(name) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise OSError(
+                f"{shard.path} cannot be read ({error}): copy it again, or remove it to go without"
+            ) from error
+
+    def rows(self, index: Tensor | Sequence[int], fields: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Rows by number, in the order asked. Holds the result and one shard at a time."""
+        wanted = torch.as_tensor(index, dtype=torch.int64).flatten()
+        if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < self.n_rows:
+            raise IndexError(f"rows {int(wanted.min())} to {int(wanted.max())} were asked for: there are {self.n_rows}")
+        names = self._names(fields)
+        out = {
+            name: torch.empty((len(wanted), *self.schema[name].shape), dtype=self.schema[name].dtype) for name in names
+        }
+        which = torch.searchsorted(torch.tensor(self._starts[1:]), wanted, right=True)
+        for number in which.unique().tolist():
+            place = (which == number).nonzero().squeeze(-1)
+            shard = self.read_shard(number, names)
+            for name in names:
+                out[name][place] = shard[name][wanted[place] - self._starts[number]]
+        return out
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        fields: Sequence[str] | None = None,
+        seed: int | None = None,
+        epoch: int = 0,
+        skip: int = 0,
+        drop_last: bool = False,
+        window: int = 8,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Batches of rows, once through the store, without the first `skip` of them.
+
+        seed None keeps the order. Otherwise the shards are put in an order, and the rows of `window` consecutive ones
+        among each other in another, that seed and epoch decide. Holds one window of shards and a batch; skipped
+        windows are not read.
+        """
+        if batch_size < 1 or window < 1 or skip < 0:
+            raise ValueError(f"batch_size {batch_size}, window {window}, skip {skip}: pass at least 1, 1 and 0")
+        names = self._names(fields)
+        order, window = list(range(len(self.shards))), window if seed is not None else 1
+        # Torch's CPU generator keeps 64 bits of seed; the multiplier keeps (seed, epoch) pairs apart.
+        generator = torch.Generator().manual_seed(((seed or 0) * 1_000_003 + epoch) % 2**63)
+        if seed is not None:
+            order = torch.randperm(len(order), generator=generator).tolist()
+        behind = skip * batch_size  # rows still to pass by
+        left = {name: torch.empty((0, *self.schema[name].shape), dtype=self.schema[name].dtype) for name in names}
+        for first in range(0, len(order), window):
+            group = order[first : first + window]
+            n_rows = sum(self.shards[number].n_rows for number in group)
+            mixed = torch.randperm(n_rows, generator=generator) if seed is not None else None
+            if behind >= n_rows:
+                behind -= n_rows
+                continue
+            parts = [self.read_shard(number, names) for number in group]
+            pool = {name: torch.cat([part[name] for part in parts]) for name in names}
+            del parts
+            chosen = torch.arange(n_rows) if mixed is None else mixed
+            chosen, behind = chosen[behind:], 0
+            start = 0
+            while True:
+                take = batch_size - len(next(iter(left.values())))
+                picked = chosen[start : start + take]
+                left = {name: torch.cat([left[name], pool[name][picked]]) for name in names}
+                start += take
+                if len(next(iter(left.values()))) < batch_size:
+                    break
+                yield left
+                left = {name: tensor[:0] for name, tensor in left.items()}
+        if len(next(iter(left.values()))) and not drop_last:
+            yield left
+
+    def _names(self, fields: Sequence[str] | None) -> list[str]:
+        names = list(self.schema) if fields is None else list(fields)
+        unknown = [name for name in names if name not in self.schema]
+        if unknown or not names:
+            raise ValueError(f"fields {unknown} are not in {self.folder}: choose among {list(self.schema)}")
+        return names
+
+
+def list_shards(folder: Path) -> list[Shard]:
+    """The whole shards of a folder, by worker and index."""
+    found = []
+    for path in folder.iterdir():
+        match = SHARD_NAME.fullmatch(path.name)
+        if match:
+            found.append(Shard(path, *(int(part) for part in match.groups())))
+    return sorted(found, key=lambda shard: (shard.worker, shard.index))
+
+
+def read_manifest(folder: Path) -> tuple[dict[str, Field], dict[str, Any]]:
+    """The fields and metadata of the store in `folder`."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a store, it has no {MANIFEST}: pass the folder a ShardWriter wrote")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != NAME or values["format_version"] != VERSION:
+            raise ValueError(f"format {values['format']!r} version {values['format_version']!r}")
+        fields = {name: Field(getattr(torch, dtype), tuple(shape)) for name, (dtype, shape) in values["fields"].items()}
+        return fields, values["metadata"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no manifest of {NAME} version {VERSION} ({error}): pass another folder") from None
+
+
+def _manifest(fields: Mapping[str, Field], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    described = {name: [str(field.dtype).removeprefix("torch."), list(field.shape)] for name, field in fields.items()}
+    content = {"format": NAME, "format_version": VERSION, "fields": described, "metadata": dict(metadata)}
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(content, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metadata cannot be JSON ({error}): keep strings, numbers, lists and dicts") from None
+    return plain
+
+
+def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Put the manifest there, or compare with the one that is; of several writers at once, one wins."""
+    path = folder / MANIFEST
+    if not path.exists():
+        if any(SHARD_NAME.fullmatch(other.name) for other in folder.iterdir()):
+            raise ValueError(f"{folder} has shards but no {MANIFEST}: restore it, or choose a new folder")
+        partial = folder / f".{MANIFEST}.{os.getpid()}.partial"
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _sync(partial)
+        try:
+            os.link(partial, path)  # unlike a rename, fails if another writer was first
+        except FileExistsError:
+            pass
+        finally:
+            partial.unlink()
+    fields, metadata = read_manifest(folder)
+    present = _manifest(fields, metadata)
+    for part in ("fields", "metadata"):
+        if present[part] != content[part]:
+            raise ValueError(
+                f"{folder} is a store with other {part} ({present[part]}, not {content[part]}): choose a new folder"
+            )
+
+
+def _read_mark(shard: Shard) -> Any:
+    try:
+        with safe_open(shard.path, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("mark", "null"))
+    except SafetensorError as error:
+        raise OSError(f"{shard.path} cannot be read ({error}): remove it, the run goes on before it") from None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,46 @@
+"""Where training starts: biases at the middle of the data, random unit directions, encoder tied to decoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsefeat.sae import SAE
+from sparsefeat.sae.normalizers import standardize
+from sparsefeat.sae.random import randomise
+
+
+def geometric_median(rows: Tensor, max_iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """The point `[d]` whose summed distance to the rows is least, by Weiszfeld's iteration.
+
+    Stops when the point moves by less than `tolerance` times its distance scale. Unlike the mean, a few rows of huge
+    norm (which transformers have) do not drag it along.
+    """
+    if rows.ndim != 2 or not rows.shape[0]:
+        raise ValueError(f"rows has shape {list(rows.shape)}: pass [rows, d] with at least one row")
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    median = rows.mean(0)
+    for _ in range(max_iterations):
+        distance = torch.linalg.vector_norm(rows - median, dim=1)
+        scale = distance.mean()
+        weight = distance.clamp_min(1e-6 * float(scale) + torch.finfo(rows.dtype).tiny).reciprocal()
+        previous, median = median, (weight / weight.sum()) @ rows
+        if torch.linalg.vector_norm(median - previous) <= tolerance * scale:
+            break
+    return median
+
+
+@torch.no_grad()
+def initialise(sae: SAE, sample: Tensor, seed: int = 0) -> SAE:
+    """Start values from a `sample [rows, d_model]` of the activations; returns the same SAE.
+
+    `b_out` is the sample's geometric median, and so is `b_pre` unless the normaliser is "none". Directions are random,
+    the encoder tied to the decoder up to one factor: see `sparsefeat.sae.random`.
+    """
+    config = sae.config
+    sample = sample.reshape(-1, config.d_model).to(sae.device, sae.dtype)
+    rows = standardize(sample, config.eps) if config.normalizer == "standardize" else sample
+    median = geometric_median(rows).to(sae.dtype)
+    sae.b_out.copy_(median)
+    sae.b_pre.copy_(median if config.normalizer != "none" else torch.zeros_like(median))
+    return randomise(sae, sample, seed)

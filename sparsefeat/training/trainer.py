@@ -1,0 +1,303 @@
+"""Train an SAE on rows of activations. A run can be stopped at any time and goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sparsefeat.sae import SAE
+from sparsefeat.sae.config import TOPK_ACTIVATIONS
+from sparsefeat.store import ShardReader
+from sparsefeat.training.initialise import initialise
+from sparsefeat.training.objectives import training_loss
+from sparsefeat.training.rows import RowSource, StoreRows, TensorRows, stream
+
+CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
+SAMPLE_ROWS = 32_768  # rows the start values are taken from, as sdxl-unbox does
+THRESHOLD_DECAY = 0.99  # of BatchTopK's inference threshold, SAELens' rate
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """steps: optimiser steps, of `batch_size` rows each.
+
+    lr: peak learning rate of Adam; None is 2e-4 / sqrt(n_latents / 2^14), the scaling of arXiv 2406.04093. It rises
+        linearly over `warmup_steps` and falls linearly to 0 over the last `decay_steps` (None: all after the warm-up).
+    grad_clip: largest norm of the whole gradient.
+    auxk, k_aux, multi_topk: weights of the loss's parts and the width of AuxK (None: d_model / 2), see `objectives`.
+    dead_after: a latent is dead once it has not fired for this many rows.
+    seed: of the start values and of the order of the rows.
+    checkpoint_every, log_every: in steps.
+    """
+
+    steps: int
+    batch_size: int = 4096
+    lr: float | None = None
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    grad_clip: float = 1.0
+    auxk: float = 1 / 32
+    k_aux: int | None = None
+    multi_topk: float = 0.0
+    dead_after: int = 10_000_000
+    seed: int = 0
+    checkpoint_every: int = 1000
+    log_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "dead_after", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: pass at least 1")
+        for name in ("lr", "grad_clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}: pass a positive number")
+        for name in ("auxk", "multi_topk"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: pass a weight of 0 or more")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}: choose from 0 to steps, {self.steps}")
+
+    def lr_at(self, step: int, n_latents: int) -> float:
+        peak = self.lr if self.lr is not None else 2e-4 / math.sqrt(n_latents / 2**14)
+        decay = self.decay_steps if self.decay_steps is not None else self.steps - self.warmup_steps
+        rise = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        fall = min(1.0, (self.steps - step) / decay) if decay else 1.0
+        return peak * rise * fall
+
+
+class SAETrainer:
+    """Trains `sae` in place.
+
+    rows: a tensor `[..., d_model]`, a `ShardReader` with a field "rows", or any `RowSource`.
+    folder: where checkpoints and `metrics.jsonl` go; a checkpoint there is resumed from. None keeps nothing.
+
+    `b_pre` stays at the geometric median it starts from: beside a trained `b_enc` it adds nothing (`W_enc (x - b_pre) +
+    b_enc` sees it only through the sum), and its gradient would cost another decode a step. `b_out` is trained.
+    Decoder rows have unit norm after every step: the gradient along a row is removed before the step, the row
+    renormalised after it.
+
+    >>> trainer = SAETrainer(SAE(SAEConfig(128, 1024, k=16)), activations, TrainConfig(steps=2000), folder="runs/mid")
+    >>> sae = trainer.fit()                       # the same lines after an interruption go on from the checkpoint
+    """
+
+    def __init__(
+        self, sae: SAE, rows: Tensor | ShardReader | RowSource, config: TrainConfig, folder: str | Path | None = None
+    ) -> None:
+        if sae.config.activation not in TOPK_ACTIVATIONS:
+            raise ValueError(
+                f"activation {sae.config.activation!r} has no sparsity of its own to train: train 'batch_topk' "
+                "with inference 'threshold', which encodes the same way"
+            )
+        if isinstance(rows, Tensor):
+            self.source: RowSource = TensorRows(rows)
+        else:
+            self.source = StoreRows(rows) if isinstance(rows, ShardReader) else rows
+        if self.source.d_model != sae.d_model:
+            raise ValueError(
+                f"rows have width {self.source.d_model}, the SAE's d_model is {sae.d_model}: they must agree"
+            )
+        if self.source.n_rows < config.batch_size:
+            raise ValueError(
+                f"batch_size is {config.batch_size} but there are {self.source.n_rows} rows: make it smaller, "
+                "or collect more"
+            )
+        self.sae, self.config = sae, config
+        self.folder = None if folder is None else Path(folder)
+        self.step = 0
+        self.rows_since_fired = torch.zeros(sae.n_latents, dtype=torch.int64, device=sae.device)
+        self.log: list[dict[str, float]] = []
+        self._trained = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_out)
+        self.optimizer = torch.optim.Adam(self._trained, lr=0.0, eps=6.25e-10, fused=True)  # eps of OpenAI's trainer
+        if self.folder is not None and (self.folder / CHECKPOINT).is_file():
+            self._resume(self.folder / CHECKPOINT)
+        else:
+            sample = next(self.source.batches(min(self.source.n_rows, SAMPLE_ROWS), seed=config.seed))
+            initialise(sae, sample, config.seed)
+
+    def fit(self, progress: bool = True) -> SAE:
+        """Train to the last step; the SAE, in evaluation mode. Ctrl-C ends the step in hand, saves and leaves."""
+        config = self.config
+        batches = stream(self.source, config.batch_size, config.seed, self.step)
+        interval = 0.5 if sys.stderr.isatty() else 20  # seconds; a log file wants few lines
+        bar = tqdm(
+            total=config.steps, initial=self.step, disable=not progress, mininterval=interval, desc="SAE", unit="step"
+        )
+        started, first = time.perf_counter(), self.step
+        self.sae.train()
+        with bar, _deferred_interrupt() as interrupted:
+            while self.step < config.steps:
+                batch = next(batches)
+                due = (self.step + 1) % config.log_every == 0 or self.step + 1 == config.steps
+                measured = self.train_step(batch, measure=due)
+                bar.update()
+                if measured is not None:
+                    seconds = time.perf_counter() - started
+                    measured["rows_per_second"] = (self.step - first) * config.batch_size / seconds
+                    self._write_log(measured)
+                    bar.set_postfix(fvu=f"{measured['fvu']:.4f}", dead=f"{measured['dead']:.1%}", refresh=False)
+                if self.step % config.checkpoint_every == 0 or self.step == config.steps or interrupted.is_set():
+                    self.checkpoint()
+                if interrupted.is_set():
+                    kept = "nothing was kept, pass folder=" if self.folder is None else "the same lines go on from here"
+                    raise KeyboardInterrupt(f"stopped after step {self.step} of {config.steps}; {kept}")
+        return self.sae.eval()
+
+    def train_step(self, batch: Tensor, measure: bool = False) -> dict[str, float] | None:
+        """One optimiser step; its figures if `measure`, which waits for the device."""
+        sae, config = self.sae, self.config
+        x = batch.to(sae.device, sae.dtype)
+        dead = self.rows_since_fired >= config.dead_after
+        loss = training_loss(sae, x, dead, auxk=config.auxk, k_aux=config.k_aux, multi_topk=config.multi_topk)
+        self.optimizer.zero_grad(set_to_none=True)
+        gradients = torch.autograd.grad(loss.total, self._trained)
+        for parameter, gradient in zip(self._trained, gradients, strict=True):
+            parameter.grad = gradient
+        with torch.no_grad():
+            self._project_decoder_gradient()
+            norm = torch.nn.utils.clip_grad_norm_(self._trained, config.grad_clip)
+            lr = config.lr_at(self.step, sae.n_latents)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            sae.W_dec /= torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True)
+            values, indices = loss.code.values.detach(), loss.code.indices
+            self._count_fired(values, indices, x.shape[0])
+            if sae.threshold is not None:
+                self._follow_threshold(values)
+        self.step += 1
+        if not measure:
+            return None
+        if not loss.total.isfinite():
+            raise FloatingPointError(
+                f"the loss is {float(loss.total)} at step {self.step}: look for NaN or Inf in the rows, or lower lr "
+                f"({lr:g}); the last checkpoint is unharmed"
+            )
+        return {
+            "step": self.step,
+            "fvu": float(loss.fvu),
+            "auxk": float(loss.auxk),
+            "multi_topk": float(loss.multi_topk),
+            "l0": float((values != 0).sum(-1).float().mean()),
+            "dead": float(dead.float().mean()),
+            "grad_norm": float(norm),
+            "lr": lr,
+        }
+
+    def checkpoint(self) -> None:
+        """Write everything `fit` needs to go on, whole or not at all."""
+        if self.folder is None:
+            return
+        state = {
+            "step": self.step,
+            "sae": self.sae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rows_since_fired": self.rows_since_fired,
+            "sae_config": self.sae.config.to_json(),
+            "train_config": asdict(self.config),
+        }
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = self.folder / f"{CHECKPOINT}.partial"
+            with open(partial, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self.folder / CHECKPOINT)
+        except OSError as error:
+            raise OSError(
+                f"cannot write a checkpoint into {self.folder} ({error.strerror}): choose another folder"
+            ) from error
+
+    def _resume(self, path: Path) -> None:
+        try:
+            state: dict[str, Any] = torch.load(path, map_location=self.sae.device, weights_only=True)
+            kept = {name: state[name] for name in ("sae_config", "train_config", "step", "rows_since_fired")}
+        except Exception as error:  # torch.load raises RuntimeError, UnpicklingError, EOFError, KeyError, ...
+            raise ValueError(
+                f"{path} is not a checkpoint of this trainer ({error}): remove it to start anew"
+            ) from error
+        for name, now in (("sae_config", self.sae.config.to_json()), ("train_config", asdict(self.config))):
+            free = ("checkpoint_every", "log_every")  # no weight depends on them
+            differ = [key for key, value in now.items() if kept[name].get(key) != value and key not in free]
+            changed = {key: (kept[name].get(key), now[key]) for key in differ}
+            if changed:
+                said = ", ".join(f"{key} {was!r} -> {value!r}" for key, (was, value) in changed.items())
+                raise ValueError(f"{path} was written with another config ({said}): use that, or another folder")
+        self.sae.load_state_dict(state["sae"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rows_since_fired.copy_(kept["rows_since_fired"])
+        self.step = int(kept["step"])
+        log = path.parent / METRICS
+        if log.is_file():
+            self.log = [entry for entry in _readable(log.read_text(encoding="utf-8")) if entry["step"] <= self.step]
+            log.write_text("".join(json.dumps(entry) + "\n" for entry in self.log), encoding="utf-8")
+
+    def _project_decoder_gradient(self) -> None:
+        """Remove from every decoder row's gradient its part along the row, which renormalising would undo anyway."""
+        weight, gradient = self.sae.W_dec, self.sae.W_dec.grad
+        assert gradient is not None
+        gradient -= (gradient * weight).sum(-1, keepdim=True) * weight
+
+    def _count_fired(self, values: Tensor, indices: Tensor, n_rows: int) -> None:
+        hits = torch.zeros(self.sae.n_latents, dtype=torch.int32, device=values.device)
+        hits.scatter_add_(0, indices.flatten().long(), (values != 0).flatten().int())
+        self.rows_since_fired += n_rows
+        self.rows_since_fired.masked_fill_(hits > 0, 0)
+
+    def _follow_threshold(self, values: Tensor) -> None:
+        """Move BatchTopK's threshold towards the smallest value this batch kept."""
+        threshold = self.sae.threshold
+        assert threshold is not None
+        smallest = values.masked_fill(values <= 0, math.inf).min().to(threshold.dtype)
+        smallest = torch.where(smallest.isfinite(), smallest, threshold)
+        threshold.lerp_(smallest, 1.0 if self.step == 0 else 1 - THRESHOLD_DECAY)
+
+    def _write_log(self, entry: dict[str, float]) -> None:
+        self.log.append(entry)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / METRICS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+def _readable(text: str) -> Iterator[dict[str, float]]:
+    for line in text.splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return  # the line a killed run was writing
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Within, Ctrl-C sets the event and nothing else; a second one interrupts at once."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted  # Python delivers signals to the main thread alone
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        interrupted.set()
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,90 @@
+"""Words to token positions, with fast tokenizers' offsets and without."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsefeat.attention.words import token_indices, tokens_of, words_of
+from tests.tiny import MAX_TOKENS, tiny_tokenizer
+
+
+class SlowTokenizer:
+    """A tokenizer without offsets: whole words, CLIP's end mark, `ing` split off."""
+
+    is_fast = False
+    model_max_length = 10
+    all_special_tokens = ("<s>", "</s>")
+
+    def __call__(self, text, truncation=False, max_length=None):
+        pieces = []
+        for word in text.lower().split():
+            pieces += [word[:-3], "ing</w>"] if word.endswith("ing") else [f"{word}</w>"]
+        self.names = ["<s>", *pieces, "</s>"][:max_length]
+        return {"input_ids": list(range(len(self.names)))}
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.names[i] for i in ids]
+
+
+def test_tokens_cover_the_characters_they_were_made_of():
+    text = "a Fox, cat"
+    tokens = tokens_of(tiny_tokenizer(), text)
+    assert [text[t.start : t.stop] for t in tokens] == ["", "a", "Fox", ",", "cat", ""]
+    assert [t.special for t in tokens] == [True, False, False, False, False, True]
+    assert [t.index for t in tokens] == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("word", "occurrence", "expected"),
+    [
+        ("fox", None, (2, 9)),
+        ("FOX", 0, (2,)),
+        ("fox", 1, (9,)),
+        ("fox", -1, (9,)),
+        ("dog", None, (4, 5, 6)),
+        ("fox a dog", None, (2, 3, 4, 5, 6)),
+        ("fox  a\tdog", None, (2, 3, 4, 5, 6)),
+    ],
+)
+def test_a_word_or_phrase_is_all_its_tokens_of_all_its_occurrences(word, occurrence, expected):
+    text = "a fox a dog, a fox"  # "fox" is one token of this tokenizer, "dog" three, the comma one
+    assert token_indices(tokens_of(tiny_tokenizer(), text), text, word, occurrence) == expected
+
+
+def test_a_slow_tokenizer_is_followed_by_spelling():
+    text = "Painting a painting of Foxes"
+    tokens = tokens_of(SlowTokenizer(), text)
+    assert [text[t.start : t.stop] for t in tokens] == ["", "Paint", "ing", "a", "paint", "ing", "of", "Foxes", ""]
+    assert token_indices(tokens, text, "painting") == (1, 2, 4, 5)
+    assert token_indices(tokens, text, "foxes") == (7,)
+
+
+def test_a_word_is_not_found_inside_another_and_the_error_lists_the_words():
+    text = "foxes and a cat, and a cat"
+    tokens = tokens_of(tiny_tokenizer(), text)
+    with pytest.raises(ValueError, match=r"'fox' is not in the prompt .*; its words are: foxes, and, a, cat\.$"):
+        token_indices(tokens, text, "fox")
+
+
+def test_errors_name_the_mistake():
+    text = "a cat"
+    tokens = tokens_of(tiny_tokenizer(), text)
+    with pytest.raises(ValueError, match="is empty"):
+        token_indices(tokens, text, "  ")
+    with pytest.raises(ValueError, match=r"occurrence=1 of word='cat' does not exist; it occurs 1 time"):
+        token_indices(tokens, text, "cat", 1)
+    text = "b" + " a" * MAX_TOKENS + " cat"
+    with pytest.raises(ValueError, match="stands behind the 16 tokens"):
+        token_indices(tokens_of(tiny_tokenizer(), text), text, "cat")
+
+
+def test_words_leave_punctuation_out():
+    assert words_of("A noto emoji, of Bob's well-made fox!") == (
+        "A",
+        "noto",
+        "emoji",
+        "of",
+        "Bob's",
+        "well-made",
+        "fox",
+    )

@@ -1,0 +1,182 @@
+"""Recordings against dense codes taken from the pipeline by a plain hook."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsefeat.features import Record
+from sparsefeat.features.record import active_entries, join
+from sparsefeat.pipeline import attach
+from sparsefeat.sae import SAE, SAEConfig
+from tests.tiny import pixels, tiny_sd
+
+AT = "unet.up_blocks.1.attentions.1"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_sd()
+
+
+def make_sae(**options):
+    torch.manual_seed(1)
+    config = {"d_model": 32, "n_latents": 128, "k": 6, "hookpoint": AT, **options}
+    return SAE(SAEConfig(**config)).requires_grad_(False).eval()
+
+
+class Plain:
+    """The module's outputs as [batch, positions, d] fp64, one a model run."""
+
+    def __init__(self, module):
+        self.rows = []
+        self.handle = module.register_forward_hook(
+            lambda m, args, out: self.rows.append(out[0].double().flatten(2).transpose(1, 2))
+        )
+
+
+def dense_codes(sae, rows):
+    """relu of the k largest pre-activations of every row, in fp64."""
+    pre = (rows - sae.b_pre.double()) @ sae.W_enc.double().T + sae.b_enc.double()
+    if sae.config.activation == "relu":
+        return pre.relu()
+    kept = pre.topk(sae.config.k, -1)
+    return torch.zeros_like(pre).scatter_(-1, kept.indices, kept.values.relu())
+
+
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+def test_codes_maps_and_scores_are_those_of_the_rows(pipe, guidance, activation):
+    sae = make_sae() if activation == "topk" else make_sae(activation="relu", k=None)
+    record, plain = Record(sae), Plain(pipe.unet.up_blocks[1].attentions[1])
+    with attach(pipe, record) as run:
+        prompts = ["a fox", "a cat"]
+        pixels(pipe, prompts, steps=3, guidance_scale=guidance, num_images_per_prompt=2, height=48, width=80)
+    plain.handle.remove()
+    recording = run[record]
+    assert recording.steps == (0, 1, 2)
+    assert recording.images == (0, 1, 2, 3)
+    assert recording.grid == (6, 10)
+    assert [recording.prompt(i) for i in range(4)] == ["a fox", "a fox", "a cat", "a cat"]
+    # [steps, images, positions, latents], of the conditional half
+    expected = torch.stack([dense_codes(sae, rows[-4:]) for rows in plain.rows])
+
+    torch.testing.assert_close(recording.codes(1, image=2).dense().double(), expected[1, 2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(recording.codes(2).dense().double(), expected[2].flatten(0, 1), rtol=1e-4, atol=1e-5)
+    latent = int(expected.sum((0, 1, 2)).argmax())
+    torch.testing.assert_close(
+        recording.map(latent, image=1).double(), expected[:, 1, :, latent].sum(0).view(6, 10), rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        recording.map(latent, image=1, step=2).double(), expected[2, 1, :, latent].view(6, 10), rtol=1e-4, atol=1e-5
+    )
+    scores = expected.mean(2).sum(0)  # [images, latents]: mean over positions, summed over steps
+    for image, score in ((None, scores.mean(0)), (3, scores[3])):
+        top = recording.top(5, image)
+        assert [t.score for t in top] == pytest.approx(score.topk(5).values.tolist(), rel=1e-4)
+        assert [t.latent for t in top] == score.topk(5).indices.tolist()
+        part = expected if image is None else expected[:, image : image + 1]
+        for t in top:
+            assert t.maximum == pytest.approx(float(part[..., t.latent].max()), rel=1e-4)
+            assert t.frequency == pytest.approx(float((part[..., t.latent] != 0).double().mean()), abs=1e-9)
+    assert float(recording.map(top[0].latent, 3).mean()) == pytest.approx(top[0].score, rel=1e-5)
+    assert recording.top(2, 0, step=1)[0].score == pytest.approx(float(expected[1, 0].mean(0).max()), rel=1e-4)
+
+
+def test_the_unconditional_half_is_recorded_when_asked_for(pipe):
+    sae = make_sae()
+    record, plain = Record(sae, condition="uncond"), Plain(pipe.unet.up_blocks[1].attentions[1])
+    with attach(pipe, record) as run:
+        pixels(pipe)
+    plain.handle.remove()
+    expected = dense_codes(sae, plain.rows[1][0])
+    torch.testing.assert_close(run[record].codes(1).dense().double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_spilled_to_disk_reads_as_what_is_in_memory(pipe, tmp_path):
+    for sae in (make_sae(), make_sae(activation="relu", k=None)):
+        memory, disk = Record(sae), Record(sae, max_bytes=3000, store=tmp_path / sae.config.activation)
+        with attach(pipe, memory, disk) as run:
+            pixels(pipe, ["a fox", "a cat"], steps=3)
+            pixels(pipe, "a cat")
+        for i, folder in ((0, "call-0000"), (1, "call-0001")):
+            kept, spilled = run.calls[i][memory], run.calls[i][disk]
+            assert any(str(place[0]).endswith(folder) for place in spilled._stored.values())
+            assert spilled.nbytes <= 3000
+            assert spilled.top(7) == kept.top(7)
+            latent = kept.top(1)[0].latent
+            assert torch.equal(spilled.map(latent), kept.map(latent))
+            for step in kept.steps:
+                assert torch.equal(spilled.codes(step).dense(), kept.codes(step).dense())
+
+
+def test_without_a_store_the_limit_stops_the_call_and_says_what_to_do(pipe):
+    record = Record(make_sae(), max_bytes=1000)
+    before = pixels(pipe)
+    with attach(pipe, record), pytest.raises(MemoryError, match=r"max_bytes=1000; pass store=<folder>"):
+        pixels(pipe)
+    assert (pixels(pipe) == before).all()
+
+
+def test_sums_alone_give_the_same_scores_and_no_maps(pipe):
+    sae = make_sae()
+    full, sums = Record(sae), Record(sae, positions=False)
+    with attach(pipe, full, sums) as run:
+        pixels(pipe, ["a fox", "a cat"], steps=3)
+    assert run[sums].top(9) == run[full].top(9)
+    assert run[sums].top(3, image=1, step=2) == run[full].top(3, image=1, step=2)
+    with pytest.raises(ValueError, match=r"\.map\(\) needs; record with Record\(positions=True\)"):
+        run[sums].map(3)
+
+
+def test_t8_steps_are_the_schedulers_in_every_call_and_with_every_scheduler():
+    sae = make_sae()
+    for scheduler in ("ddim", "heun", "pndm"):  # a Heun step runs the model twice
+        record = Record(sae)
+        with attach(tiny_sd(scheduler), record) as run:
+            pipe = run._pipe
+            pixels(pipe, steps=3)
+            pixels(pipe, steps=4)
+        assert run.calls[0][record].steps == (0, 1, 2)
+        assert run.calls[1][record].steps == (0, 1, 2, 3)
+
+
+def test_a_text_encoder_is_recorded_before_the_schedule(pipe):
+    sae = make_sae(hookpoint=None)
+    record = Record(sae, at="text_encoder.text_model.encoder.layers.1")
+    with attach(pipe, record) as run:
+        pixels(pipe, ["a fox", "a cat"])
+    recording = run[record]
+    assert recording.steps == (None,)
+    assert recording.grid is None
+    assert recording.map(recording.top(1)[0].latent, image=1).shape == (16,)
+
+
+def test_recording_does_not_change_the_image(pipe):
+    before = pixels(pipe)
+    with attach(pipe, Record(make_sae())):
+        assert (pixels(pipe) == before).all()
+
+
+def test_errors_name_the_mistake(pipe):
+    with pytest.raises(ValueError, match=r"does not know its hookpoint; name one"):
+        Record(make_sae(hookpoint=None))
+    record = Record(make_sae())
+    with attach(pipe, record) as run:
+        pixels(pipe)
+    with pytest.raises(ValueError, match=r"latent=128 is out of range; this SAE has 128 latents"):
+        run[record].map(128)
+    with pytest.raises(ValueError, match=r"image=1 was not recorded; there are \[0\]"):
+        run[record].map(3, image=1)
+    with pytest.raises(ValueError, match=r"step=5 was not recorded; there are \[0, 1\]"):
+        run[record].codes(5)
+
+
+def test_joined_codes_of_both_forms_are_their_rows_in_order():
+    topk, relu = make_sae(), make_sae(activation="relu", k=None)
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(3))
+    parts = [topk.encode(x[:3]), relu.encode(x[3:])]
+    joined = join(parts)
+    assert torch.equal(joined.dense(), torch.cat([part.dense() for part in parts]))
+    row, latent, value = active_entries(joined)
+    assert torch.equal(joined.dense()[row, latent.long()], value)

@@ -1,0 +1,144 @@
+"""Compiles every kernel as its launcher would, without a GPU. Run by test_ahead_of_time.py in a process of its own,
+since the interpreter and the compiler cannot share one.
+
+The launchers themselves run, on meta tensors; each kernel call is caught where Triton would launch it, and compiled with
+the specialisation Triton would have given it (divisibility by 16, ones as constants).
+
+    python ahead_of_time.py FOLDER ARCHITECTURE...    prints a JSON line a kernel: what it is and what it costs
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+assert not os.environ.get("TRITON_INTERPRET"), "the interpreter cannot compile"
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from sparsefeat_kernels import dispatch  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+# d_model, n_latents, k: SAeUron, Concept Steerers (SD 1.4), FLUX SAE
+SHAPES = {"1280/20480/32": (1280, 20480, 32), "768/3072/32": (768, 3072, 32), "3072/65536/64": (3072, 65536, 64)}
+ROWS = 1024
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def launches(shape: str, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]:
+    """(kernel, arguments) of every call that the launchers make at this shape."""
+    calls: list[tuple[Any, dict[str, Any]]] = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        calls.append((self, dict(zip(self.arg_names, args, strict=False)) | kwargs))
+
+    encode, decode, edit, stats, csr = (
+        importlib.import_module(f"sparsefeat_kernels.{name}")
+        for name in ("topk_encode", "sparse_decode", "sparse_edit", "feature_stats", "csr")
+    )
+    d, n, k = SHAPES[shape]
+    with torch.device("meta"):
+        x, W = torch.empty(ROWS, d, dtype=dtype), torch.empty(n, d, dtype=dtype)
+        b, c = torch.empty(n, dtype=dtype), torch.empty(d, dtype=dtype)
+        values, indices = torch.empty(ROWS, k), torch.empty(ROWS, k, dtype=torch.int32)
+        latents, rule, weight = torch.empty(8, dtype=torch.int64), (torch.empty(8),) * 5, torch.empty(ROWS)
+        tables = torch.empty(4, n), torch.empty(4, n, dtype=torch.int32), torch.empty(4, n)
+        group = torch.empty(ROWS, dtype=torch.int32)
+        original = triton.runtime.jit.JITFunction.run
+        triton.runtime.jit.JITFunction.run = record
+        try:
+            encode._topk_encode_triton(x, W, b, c, k, "relu")
+            encode._topk_encode_triton(x, W, b, c, k, "signed")
+            decode._sparse_decode_triton(values, indices, W, c)
+            decode._grad_values_triton(x, values, indices, W)
+            csr._weight_gradient_triton(values, indices, x, c, n)
+            edit._edit_triton(x, values, indices, latents, W[:8], rule, weight)
+            edit._edit_triton(None, values, indices, latents, W[:8], rule, weight)
+            stats._feature_stats_triton(*tables, values, indices, group)
+        finally:
+            triton.runtime.jit.JITFunction.run = original
+    return calls
+
+
+def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
+    """The source and options of a call, as Triton's own launcher specialises them."""
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(position,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]  # torch's allocations are aligned
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), options
+
+
+def evidence(compiled: Any, architecture: str, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"shared": compiled.metadata.shared}
+    if architecture == "gfx942":
+        found["spills"] = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]))
+        found["registers"] = max(int(n) for n in re.findall(r"\.vgpr_count:\s*(\d+)", compiled.asm["amdgcn"]))
+        found["tensor_core"] = "mfma" in compiled.asm["amdgcn"]
+        return found
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
+    found["registers"] = int(re.findall(r"REG:(\d+)", usage.stdout + usage.stderr)[-1])
+    sass = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    found["spills"] = len(re.findall(r"\b(?:STL|LDL)\b", sass))  # instructions on local memory
+    found["tensor_core"] = bool(re.search(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", sass))
+    found["wide_loads"] = len(re.findall(r"\b(?:LDG|LDGSTS)\.[\w.]*128|\bUTMALDG", sass))
+    return found
+
+
+def main(folder: Path, architectures: list[str]) -> None:
+    for architecture in architectures:
+        dispatch_backend = "hip" if architecture == "gfx942" else "cuda"
+        importlib.import_module("sparsefeat_kernels.topk_encode").backend = lambda name=dispatch_backend: name
+        seen = set()
+        # Every published shape where spills are asserted, one shape on the others; fp32 only where it differs.
+        full = architecture in ("sm_80", "sm_90")
+        for shape in SHAPES if full else list(SHAPES)[:1]:
+            for dtype in (torch.bfloat16, torch.float32) if shape == "1280/20480/32" else (torch.bfloat16,):
+                for kernel, arguments in launches(shape, dtype):
+                    source, options = specialised(kernel, arguments)
+                    name = kernel.fn.__name__
+                    key = f"{name} {source.signature} {source.constants} {source.attrs} {options}"
+                    if key in seen:
+                        continue
+                    seen.add(key)
+                    compiled = triton.compile(source, target=TARGETS[architecture], options=options)
+                    row = {"architecture": architecture, "kernel": name, "shape": shape, "dtype": str(dtype)[6:]}
+                    print(json.dumps(row | evidence(compiled, architecture, folder)), flush=True)
+
+
+if __name__ == "__main__":
+    assert dispatch.TRITON_AVAILABLE
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,28 @@
+"""Kernel tests run on poisoned memory, and on both implementations where they ask for `path`."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from sparsefeat_kernels import force_triton
+from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def memory(poisoned_memory: None) -> None:
+    """Overridden where a test traces the program that allocates."""
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The device to put tensors on; ops take the CPU implementation or the Triton launcher (interpreted without a GPU)."""
+    if request.param == "cpu":
+        yield "cpu"
+        return
+    if not TRITON_AVAILABLE:
+        pytest.skip("Triton is not installed")
+    with force_triton():
+        yield DEVICE

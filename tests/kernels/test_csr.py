@@ -1,0 +1,57 @@
+"""The latent-major view, and the weight gradient on it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sparsefeat_kernels.csr import latent_major, reference, weight_gradient
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(0, 9), st.integers(1, 6), st.integers(1, 12))
+def test_every_latent_owns_its_entries_in_row_order(seed: int, rows: int, k: int, n: int):
+    g = torch.Generator().manual_seed(seed)
+    indices = torch.randint(-1, n + 1, (rows, k), generator=g, dtype=torch.int32)  # some out of range
+    values = torch.randint(-1, 3, (rows, k), generator=g).float()
+    row_ids, order, offsets = latent_major(indices, values, n)
+    assert sorted(order.tolist()) == list(range(rows * k))
+    for latent in range(n):
+        owned = order[offsets[latent] : offsets[latent + 1]]
+        expected = ((indices == latent) & (values != 0)).flatten().nonzero()[:, 0]
+        assert torch.equal(owned, expected)  # positions ascend: stable
+        assert torch.equal(row_ids[offsets[latent] : offsets[latent + 1]], owned // k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_weight_gradient_is_the_dense_product(path: str, dtype: torch.dtype):
+    g = torch.Generator().manual_seed(1)
+    rows, k, n, d = 13, 3, 6, 9
+    indices = torch.stack([torch.randperm(n, generator=g)[:k] for _ in range(rows)]).int().to(path)
+    coefficients = torch.randn(rows, k, generator=g).to(path)
+    x, shift = (torch.randn(s, generator=g).to(dtype).to(path) for s in ((rows, d), (d,)))
+    weight, bias = weight_gradient(coefficients, indices, x, shift, n)
+    assert weight.dtype == dtype
+    expected_weight, expected_bias = reference(coefficients.double(), indices, x.double(), shift.double(), n)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-3
+    torch.testing.assert_close(weight.double(), expected_weight, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(bias.double(), expected_bias, rtol=1e-5, atol=1e-5)
+    again = weight_gradient(coefficients, indices, x, shift, n)
+    assert torch.equal(weight, again[0]) and torch.equal(bias, again[1])
+
+
+def test_weight_gradient_in_blocks_of_columns(monkeypatch):
+    monkeypatch.setitem(latent_major.__globals__, "COLUMN_BLOCK_BYTES", 100)
+    indices, coefficients = torch.tensor([[0, 2], [2, 1]]).int(), torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+    x, shift = torch.arange(22.0).view(2, 11), torch.ones(11)
+    torch.testing.assert_close(
+        weight_gradient(coefficients, indices, x, shift, 4), reference(coefficients, indices, x, shift, 4)
+    )
+
+
+def test_nothing_active(path: str):
+    indices, zeros = torch.zeros(2, 3, dtype=torch.int32, device=path), torch.zeros(2, 3, device=path)
+    for rows in (0, 2):
+        weight, bias = weight_gradient(
+            zeros[:rows], indices[:rows], torch.ones(rows, 4, device=path), torch.zeros(4, device=path), 5
+        )
+        assert torch.equal(weight, torch.zeros(5, 4, device=path)) and torch.equal(bias, torch.zeros(5, device=path))

@@ -1,0 +1,105 @@
+"""The ops as citizens of torch: opcheck on both implementations, torch.compile, and what importing them brings in."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sparsefeat_kernels as kernels
+import torch
+
+
+@pytest.fixture
+def memory() -> None:
+    """Real memory: here torch traces the programs that allocate."""
+
+
+def calls(device: str) -> dict[str, tuple]:
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=g).to(device).requires_grad_()
+
+    indices = torch.tensor([[0, 3], [2, 1], [4, 0]], dtype=torch.int32, device=device)
+    values, rows = normal(3, 2), torch.zeros(3, dtype=torch.int32, device=device)
+    latents, rule = torch.tensor([0, 2], device=device), [normal(2).detach() for _ in range(5)]
+    tables = torch.zeros(1, 5), torch.zeros(1, 5, dtype=torch.int32), torch.zeros(1, 5)
+    edit = (values, indices, latents, normal(2, 4), *rule, normal(3).detach())
+    return {
+        "topk_encode": (normal(3, 4), normal(5, 4), normal(5), normal(4), 2, "relu"),
+        "sparse_decode": (values, indices, normal(5, 4), normal(4)),
+        "sparse_decode_grad_values": (normal(3, 4).detach(), values.detach(), indices, normal(5, 4).detach()),
+        "weight_gradient": (values.detach(), indices, normal(3, 4).detach(), normal(4).detach(), 5),
+        "sparse_edit_delta": edit,
+        "sparse_edit": (normal(3, 4), *edit),
+        "feature_stats_": (*(t.to(device) for t in tables), values.detach(), indices, rows),
+    }
+
+
+@pytest.mark.parametrize("name", calls("cpu"))
+def test_opcheck(path: str, name: str):
+    torch.library.opcheck(getattr(torch.ops.sparsefeat, name).default, calls(path)[name])
+
+
+def test_a_training_step_compiles_to_one_graph():
+    g = torch.Generator().manual_seed(0)
+    sizes = ((6, 4), (9, 4), (9,), (4,), (9, 4))
+    inputs = [torch.randn(size, generator=g) for size in sizes]
+    latents, one = torch.tensor([1, 2]), torch.ones(2)
+    bounds = -torch.inf * one, torch.inf * one, -torch.inf * one
+
+    def step(x, W_enc, b_enc, b_pre, W_dec):
+        values, indices = kernels.topk_encode(x, W_enc, b_enc, b_pre, 3)
+        y = kernels.sparse_decode(values, indices, W_dec, b_pre)
+        y = kernels.sparse_edit(y, values, indices, latents, W_dec[latents], one * 2, one, *bounds, torch.ones(6))
+        count = torch.zeros(1, 9, dtype=torch.int32)
+        kernels.feature_stats_(
+            torch.zeros(1, 9), count, torch.zeros(1, 9), values.detach(), indices, torch.zeros(6, dtype=torch.int32)
+        )
+        return (y - x).square().sum(), count
+
+    results = []
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        tensors = [t.clone().requires_grad_() for t in inputs]
+        loss, count = run(*tensors)
+        loss.backward()
+        results.append((loss.detach(), count, *(t.grad for t in tensors)))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(eager, compiled)
+
+
+def test_importing_the_kernels_imports_only_torch_triton_and_the_standard_library():
+    program = """
+import sys
+import torch
+try:
+    import triton, triton.language
+except ImportError:
+    pass
+before = set(sys.modules)
+import sparsefeat_kernels
+roots = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(sorted(roots - set(sys.stdlib_module_names) - {"torch", "triton", "sparsefeat_kernels"}))
+print(sorted({"diffusers", "transformers", "sparsefeat", "numpy.testing"} & set(sys.modules)))
+"""
+    assert run_python(program) == "[]\n[]\n"
+
+
+def test_without_triton_everything_works_on_the_cpu_path():
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch, sparsefeat_kernels as kernels
+with kernels.force_triton():
+    print(kernels.topk_encode(torch.ones(1, 2), torch.eye(2), torch.arange(2.0), torch.zeros(2), 1))
+"""
+    assert run_python(program) == "(tensor([[2.]]), tensor([[1]], dtype=torch.int32))\n"
+
+
+def run_python(program: str) -> str:
+    folder = str(Path(kernels.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": folder}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout

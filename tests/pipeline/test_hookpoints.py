@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sparsefeat.pipeline import Hookpoint, UnknownHookpointError, hookpoints, resolve
+from tests.tiny import tiny_sd, tiny_sdxl, tiny_t5_encoder
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return tiny_sd()
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    return tiny_sdxl()
+
+
+@pytest.mark.parametrize("io", ["output", "input", "diff"])
+def test_a_hookpoint_reads_back_what_it_writes(io):
+    hookpoint = Hookpoint("unet.mid_block.attentions.0", io)
+    assert Hookpoint.parse(str(hookpoint)) == hookpoint
+    assert Hookpoint.parse(f"unet.mid_block.attentions.0:{io}") == hookpoint
+
+
+def test_without_a_colon_the_output_is_meant():
+    assert Hookpoint.parse("unet.mid_block") == Hookpoint("unet.mid_block", "output")
+
+
+def test_what_a_hookpoint_cannot_be_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match=r"io='residual' of hookpoint 'unet.mid_block' is not one of output, input"):
+        Hookpoint.parse("unet.mid_block:residual")
+    with pytest.raises(ValueError, match=r"stream='audio'"):
+        Hookpoint("unet.mid_block", stream="audio")
+
+
+def test_the_listing_names_the_published_blocks_with_their_widths(sd):
+    listing = {str(info.hookpoint): info for info in hookpoints(sd)}
+    assert listing["unet.up_blocks.1.attentions.1"].width == 32
+    assert listing["unet.down_blocks.0.attentions.0"].width == 16
+    assert listing["unet.mid_block.attentions.0.transformer_blocks.0.attn2"].kind == "cross_attention"
+    assert listing["unet.up_blocks.2.resnets.1"].width == 16
+    assert listing["text_encoder.encoder.layers.2"].stream == "text"
+    assert listing["text_encoder.encoder.layers.2"].width == 32
+    assert not any(name.startswith("vae") for name in listing)
+
+
+def test_every_listed_width_is_the_width_of_what_the_block_gives(sdxl):
+    from sparsefeat.pipeline import attach
+    from tests.pipeline.instruments import Watch
+    from tests.tiny import pixels
+
+    listing = hookpoints(sdxl)
+    watches = [Watch(str(info.hookpoint)) for info in listing]
+    with attach(sdxl, *watches):
+        pixels(sdxl, negative_prompt="cat", steps=1)
+    for info, watch in zip(listing, watches, strict=True):
+        assert info.width in (None, watch.rows[0].shape[1]), info
+        assert info.stream == watch.contexts[0].stream, info
+    assert sum(info.width is None for info in listing) == 0
+
+
+@pytest.mark.parametrize(
+    ("published", "here"),
+    [
+        ("text_encoder.text_model.encoder.layers.1", "text_encoder.encoder.layers.1"),
+        ("text_encoder.encoder.layers.1", "text_encoder.encoder.layers.1"),
+        ("text_encoder_2.encoder.layers.1", "text_encoder_2.text_model.encoder.layers.1"),
+        ("text_encoder_2.text_model.encoder.layers.1", "text_encoder_2.text_model.encoder.layers.1"),
+        ("unet._orig_mod.mid_block.attentions.0", "unet.mid_block.attentions.0"),
+        ("mid_block.attentions.0", "unet.mid_block.attentions.0"),
+        ("unet", "unet"),
+    ],
+)
+def test_names_of_other_library_versions_and_wrappers_resolve(sdxl, published, here):
+    target = resolve(sdxl, published)
+    assert target.path == here
+    root_name, _, inner = here.partition(".")
+    assert target.module is getattr(sdxl, root_name).get_submodule(inner)
+
+
+def test_a_wrapped_layer_is_meant_as_a_whole():
+    class Adapted(nn.Module):  # as PEFT wraps a layer
+        def __init__(self, layer):
+            super().__init__()
+            self.base_layer = layer
+
+    pipe = tiny_sd()
+    attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    attention.to_q = Adapted(attention.to_q)
+    path = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
+    assert resolve(pipe, path).module is attention.to_q
+    assert resolve(pipe, f"{path}.base_layer").module is attention.to_q
+
+
+def test_hooks_go_to_the_wrapper_that_compile_puts_around_a_model():
+    pipe = tiny_sd()
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    assert resolve(pipe, "unet").module is pipe.unet
+    assert resolve(pipe, "unet.mid_block").module is pipe.unet._orig_mod.mid_block
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ("unet.up_blocks.1.attention.1", "unet.up_blocks.1.attentions.1"),
+        ("unet.up_block.1.attentions.1", "unet.up_blocks.1.attentions.1"),
+        ("up_block.1.attentions.1", "unet.up_blocks.1.attentions.1"),
+        ("unet.up_blocks.1.attentions.7", "unet.up_blocks.1.attentions.1"),
+        ("text_encoder.encoder.layer.1", "text_encoder.encoder.layers.1"),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn3", "transformer_blocks.0.attn2"),
+    ],
+)
+def test_a_wrong_name_lists_the_nearest_real_ones(sd, wrong, nearest):
+    with pytest.raises(UnknownHookpointError) as error:
+        resolve(sd, wrong)
+    assert wrong in str(error.value)
+    assert nearest in str(error.value)
+
+
+def test_a_name_without_any_resemblance_still_shows_what_there_is(sd):
+    with pytest.raises(UnknownHookpointError, match=r"the nearest are \w+\."):
+        resolve(sd, "zzz")
+
+
+def test_a_component_that_is_not_loaded_is_named(sd):
+    with pytest.raises(UnknownHookpointError, match="its image_encoder is None"):
+        resolve(sd, "image_encoder.vision_model.encoder.layers.0")
+
+
+def test_a_name_that_two_denoisers_have_asks_which():
+    class Two:
+        components = {"unet": tiny_sd().unet, "unet_2": tiny_sd().unet}
+
+    with pytest.raises(UnknownHookpointError, match="is in unet and in unet_2 of Two: name the component"):
+        resolve(Two(), "mid_block.attentions.0")
+
+
+def test_t5_blocks_are_listed_with_their_width():
+    class Holder:
+        components = {"text_encoder": tiny_t5_encoder(d_model=24)}
+
+    listing = {str(info.hookpoint): info.width for info in hookpoints(Holder())}
+    assert listing == {"text_encoder.encoder.block.0": 24, "text_encoder.encoder.block.1": 24}

@@ -1,0 +1,177 @@
+"""A report's data as the demo gives them, made from real EmojiCanvas drawings and invented numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sparsefeat.assets import emojicanvas
+from sparsefeat.report import overlay
+
+HOOKPOINT = "unet.up_blocks.1.attentions.1:output"
+
+
+def sample(n_features: int = 6, n_examples: int = 6, seed: int = 3) -> tuple[dict[str, Any], dict[str, Image.Image]]:
+    rng = np.random.default_rng(seed)
+    canvas = emojicanvas.load()
+    drawings, masks = canvas.on_white(), canvas.masks()
+    objects = {name: index for index, name in enumerate(canvas.names)}
+    images: dict[str, Image.Image] = {}
+
+    def drawing(name: str, style: int = 0) -> str:
+        key = f"{name}-{canvas.styles[style]}"
+        images.setdefault(key, Image.fromarray(drawings[style, objects[name]]))
+        return key
+
+    def heat(key: str, name: str, style: int, label: str) -> str:
+        """A blob somewhere on the drawing, on a 16 x 16 grid with a little noise."""
+        y, x = np.mgrid[:16, :16]
+        cy, cx = rng.uniform(4, 12, 2)
+        covered = masks[style, objects[name]].reshape(16, 4, 16, 4).mean((1, 3))
+        values = covered * np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / 20) + 0.06 * rng.random((16, 16))
+        images[f"{key}-{label}"] = overlay(images[key], values)
+        return f"{key}-{label}"
+
+    def prompt(name: str, style: int = 0) -> str:
+        return emojicanvas.prompt(name, canvas.styles[style])
+
+    def example(name: str, style: int, label: str, score: float) -> dict[str, Any]:
+        key = drawing(name, style)
+        return {"image": key, "overlay": heat(key, name, style, label), "prompt": prompt(name, style), "score": score}
+
+    shown = ("fox", "sunflower", "rocket", "alarm-clock", "watermelon", "castle")
+    fox = drawing("fox")
+    top = []
+    for i in range(n_features):
+        near = rng.permutation(len(canvas.names))[:n_examples]
+        top.append(
+            {
+                "latent": int(rng.integers(2048)),
+                "score": 14.283 / (i + 1.25),
+                "overlay": heat(fox, "fox", 0, f"latent{i}"),
+                "best_word": ("fox", "noto", "cat face", "orange", "fire", "panda", "owl", "mono")[i % 8],
+                "best_word_auc": 0.9987 - 0.0312 * i,
+                "examples": [
+                    example(canvas.names[o], int(rng.integers(4)), f"latent{i}", 13.8127 / (j + 1.1))
+                    for j, o in enumerate(near)
+                ],
+            }
+        )
+
+    def faded(name: str, share: float) -> str:
+        key = drawing(name)
+        blend = Image.blend(images[key], Image.fromarray(drawings[2, objects["frog"]]), share)
+        images[f"{key}-steered{share:.2f}"] = blend
+        return f"{key}-steered{share:.2f}"
+
+    def strip(name: str, strengths: tuple[float, ...]) -> list[dict[str, Any]]:
+        span = strengths[-1] - strengths[0]
+        return [{"strength": s, "image": faded(name, (s - strengths[0]) / span)} for s in strengths]
+
+    def pair(name: str, style: int, after: str, style_after: int, is_target: bool) -> dict[str, Any]:
+        return {
+            "prompt": prompt(name, style),
+            "before": drawing(name, style),
+            "after": drawing(after, style_after),
+            "is_target": is_target,
+            "judge_before": f"{emojicanvas.words(name)}, {canvas.styles[style]}",
+            "judge_after": f"{emojicanvas.words(after)}, {canvas.styles[style_after]}",
+        }
+
+    fox_pairs = [pair("fox", style, "cat-face", style, True) for style in range(4)]
+    fox_pairs += [pair(name, style, name, style, False) for name in ("panda", "rocket") for style in (0, 2)]
+    style_pairs = [pair(name, 3, name, 1, True) for name in ("house", "guitar", "fox")]
+    style_pairs += [pair(name, style, name, style, False) for name, style in (("house", 0), ("guitar", 1), ("fox", 2))]
+
+    results = {
+        "version": "0.1.0",
+        "date": "2026-11-22",
+        "device": "AMD EPYC 9R14, 2 cores",
+        "versions": {"torch": "2.13.0", "diffusers": "0.42.1", "transformers": "5.23.0", "triton": "3.7.1"},
+        "pipeline": {"name": "the embedded EmojiCanvas pipeline", "n_steps": 20, "guidance": 3.0},
+        "prompts": [{"prompt": prompt(name), "seed": 2000 + i, "image": drawing(name)} for i, name in enumerate(shown)],
+        "features": {
+            "hookpoint": HOOKPOINT,
+            "sae": {"n_latents": 20480, "k": 32, "d_model": 1280, "fvu": 0.0871},
+            "prompt": prompt("fox"),
+            "image": fox,
+            "top": top,
+        },
+        "steering": [
+            {
+                "hookpoint": HOOKPOINT,
+                "latent": 1417,
+                "label": "fox → frog",
+                "prompt": prompt("fox"),
+                "strip": strip("fox", (-12.5, -8.0, -4.0, 0.0, 4.0, 8.0, 12.5)),
+            },
+            {
+                "hookpoint": "unet.mid_block.attentions.0:diff",
+                "latent": 88,
+                "label": "roundness",
+                "prompt": prompt("castle"),
+                "strip": strip("castle", (-2.0, -1.0, 0.0, 1.0, 2.0)),
+            },
+        ],
+        "erasure": [
+            {
+                "kind": "object",
+                "target": "fox",
+                "method": "SAeUron-style latent ablation",
+                "pairs": fox_pairs,
+                "removed_share": 0.9625,
+                "kept_share": 0.9871,
+            },
+            {
+                "kind": "style",
+                "target": "mono",
+                "method": "SAeUron-style latent ablation",
+                "pairs": style_pairs,
+                "removed_share": 1.0,
+                "kept_share": 0.9534,
+            },
+        ],
+        "benchmark": {
+            "device": "AMD EPYC 9R14, 2 cores",
+            "date": "2026-11-21",
+            "judge": {"object_accuracy": 0.9934, "style_accuracy": 0.9982, "n_images": 8200},
+            "generation": {"object_accuracy": 0.9641, "style_accuracy": 0.9917, "n_images": 600, "seconds": 1843.2},
+            "saes": [
+                {"hookpoint": HOOKPOINT, "n_latents": 2048, "k": 16, "fvu": 0.0871, "dead_share": 0.0132},
+                {"hookpoint": "unet.mid_block:diff", "n_latents": 4096, "k": 32, "fvu": 0.0423, "dead_share": 0.2071},
+            ],
+            "erasure": [
+                {"method": name, "target_kind": kind, "ua": ua, "ira": ira, "cra": cra, "frechet": frechet}
+                | {"n_targets": n, "n_images": n * 216}
+                for kind, n in (("object", 50), ("style", 4))
+                for name, ua, ira, cra, frechet in (
+                    ("no edit", 0.0341, 0.9641, 0.9917, 0.0),
+                    ("negative prompt", 0.6127, 0.9012, 0.9613, 31.482),
+                    ("latent ablation", 0.9413, 0.9527, 0.9884, 4.0291),
+                    ("difference-of-means direction", 0.8806, 0.8911, 0.9721, 12.733),
+                )
+            ],
+            "overhead": {"plain_seconds": 1.731, "recorded_seconds": 1.842, "erased_seconds": 1.905, "ratio": 1.0641},
+        },
+        "heat_maps": [
+            {
+                "prompt": prompt(name, style),
+                "image": drawing(name, style),
+                "words": [
+                    {"word": word, "overlay": heat(drawing(name, style), name, style, f"word{j}")}
+                    for j, word in enumerate([canvas.styles[style], "emoji", *emojicanvas.words(name).split()])
+                ],
+            }
+            for name, style in (("fox", 0), ("alarm-clock", 1), ("birthday-cake", 2))
+        ],
+        "timings": [
+            {"name": "load the pipeline", "seconds": 0.8134},
+            {"name": "draw six images", "seconds": 12.411},
+            {"name": "features", "seconds": 31.92},
+            {"name": "heat maps", "seconds": 0.0217},
+            {"name": "whole demo", "seconds": 148.7},
+        ],
+    }
+    return results, images

@@ -1,0 +1,118 @@
+"""The command line: what it says when something is wrong, and that it does what it says on the embedded pipeline."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from sparsefeat.cli import app, parse_pairs
+
+runner = CliRunner()
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["features"], ["steer"], ["erase"], ["heatmap"], ["evaluate"], ["sae"], ["sae", "info"]]
+)
+def test_every_command_explains_itself(command):
+    result = runner.invoke(app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["steer", "a fox", "--add", "twelve=3"], "LATENT=NUMBER"),
+        (["steer", "a fox"], "edits nothing"),
+        (["steer", "a fox", "--add", "99999=3"], "99999"),
+        (["steer", "a fox", "--add", "3=1", "--window", "early"], "START:STOP"),
+        (["erase", "a fox"], "--concept"),
+        (["erase", "an emoji of a fox", "--concept", "zebra"], "zebra"),
+        (["features", "a fox", "--pipeline", "some/model"], "--sae"),
+        (["features", "a fox", "--sae", "no/such/folder-at-all"], "no/such/folder-at-all"),
+        (["features", "a fox", "--at", "unet.mid_blok.attentions.0"], "mid_block"),
+        (["evaluate", "imagenet"], "emoji"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_bad_input_is_one_sentence_and_exit_code_1(arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 1, result.output
+    assert said in result.output
+    assert "Traceback" not in result.output
+
+
+def test_an_existing_output_folder_is_left_alone(tmp_path):
+    kept = tmp_path / "out"
+    kept.mkdir()
+    (kept / "precious.txt").write_text("precious")
+    for command in (["heatmap", "an emoji of a fox"], ["features", "an emoji of a fox"]):
+        result = runner.invoke(app, [*command, "--out", str(kept)])
+        assert result.exit_code == 1
+        assert "exists already" in result.output
+    assert (kept / "precious.txt").read_text() == "precious"
+
+
+def test_parse_pairs():
+    assert parse_pairs(["12=8", "3=-0.5"], "--add") == {12: 8.0, 3: -0.5}
+
+
+@pytest.mark.embedded
+def test_features_prints_top_latents_and_writes_their_maps(tmp_path):
+    out = tmp_path / "features"
+    result = runner.invoke(
+        app, ["features", "a noto emoji of a fox", "--steps", "2", "--top", "3", "--out", str(out)]
+    )
+    assert result.exit_code == 0, result.output
+    assert (out / "image.png").is_file()
+    assert len(list(out.glob("*-latent-*.png"))) >= 3
+    assert "latent, score" in result.output
+
+
+@pytest.mark.embedded
+def test_steer_changes_the_image_and_a_scale_of_one_does_not(tmp_path):
+    for edit, changed in ((["--scale", "5=1"], False), (["--add", "5=6", "--condition", "both"], True)):
+        out = tmp_path / str(changed)
+        result = runner.invoke(
+            app, ["steer", "a noto emoji of a fox", *edit, "--steps", "3", "--out", str(out)]
+        )
+        assert result.exit_code == 0, result.output
+        before, after = (Image.open(out / name).tobytes() for name in ("before.png", "after.png"))
+        assert (before != after) == changed
+
+
+@pytest.mark.embedded
+def test_erase_fits_saves_and_uses_the_saved_erasure(tmp_path):
+    concepts = tmp_path / "concepts.json"
+    concepts.write_text(json.dumps({"fox": ["an emoji of a fox"], "owl": ["an emoji of an owl"]}))
+    base = ["erase", "a noto emoji of a fox", "--steps", "2", "--sae", str(first_sae())]
+    fitted = runner.invoke(
+        app,
+        [*base, "--concept", "fox", "--concepts", str(concepts), "--save", str(tmp_path / "fit"), "--out", str(tmp_path / "a")],
+    )
+    assert fitted.exit_code == 0, fitted.output
+    again = runner.invoke(app, [*base, "--fitted", str(tmp_path / "fit"), "--out", str(tmp_path / "b")])
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "a" / "after.png").read_bytes() == (tmp_path / "b" / "after.png").read_bytes()
+
+
+@pytest.mark.embedded
+def test_heatmap_writes_one_map_a_word_and_refuses_a_word_that_is_not_there(tmp_path):
+    base = ["heatmap", "a noto emoji of a fox", "--steps", "2"]
+    result = runner.invoke(app, [*base, "--word", "fox", "--out", str(tmp_path / "maps")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "maps" / "fox.png").is_file()
+    result = runner.invoke(app, [*base, "--word", "rocket", "--out", str(tmp_path / "other")])
+    assert result.exit_code == 1
+    assert "rocket" in result.output
+
+
+def first_sae():
+    from sparsefeat.assets import sae_folders
+
+    return sae_folders()[0]

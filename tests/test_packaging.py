@@ -1,0 +1,84 @@
+"""What is installed: every package listed, the kernels alone importable, assets within their budget."""
+
+from __future__ import annotations
+
+import configparser
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def listed_packages() -> set[str]:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    return set(config["options"]["packages"].split())
+
+
+def packages_on_disk() -> set[str]:
+    found = set()
+    for base in (ROOT / "sparsefeat", ROOT / "kernels" / "sparsefeat_kernels"):
+        for init in base.rglob("__init__.py"):
+            found.add(".".join(init.parent.relative_to(base.parent).parts))
+    return found
+
+
+def test_every_package_on_disk_is_listed_for_installation():
+    assert listed_packages() == packages_on_disk()
+
+
+def test_importing_sparsefeat_loads_neither_torch_nor_diffusers():
+    code = "import sys, sparsefeat; print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert output.stdout.strip() == "[]"
+
+
+def test_every_public_name_resolves_and_an_unknown_one_lists_them():
+    import sparsefeat
+
+    for name in sparsefeat.__all__:
+        assert getattr(sparsefeat, name) is not None
+    with pytest.raises(AttributeError, match="load_sae"):
+        sparsefeat.load_say  # noqa: B018
+
+
+def test_embedded_assets_stay_within_sixteen_mebibytes():
+    total = sum(path.stat().st_size for path in (ROOT / "sparsefeat" / "assets").rglob("*") if path.is_file())
+    assert total <= 16 * 2**20, f"{total / 2**20:.1f} MiB"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return next(folder.glob("sparsefeat-*.whl"))
+
+
+def test_the_wheel_holds_both_packages_their_types_and_every_asset(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert "sparsefeat/py.typed" in names
+    assert "sparsefeat_kernels/py.typed" in names
+    for path in (ROOT / "sparsefeat").rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            assert path.relative_to(ROOT).as_posix() in names, path
+    assert any(name.endswith("licenses/NOTICE") for name in names)
+
+
+def test_the_wheel_works_outside_the_checkout(wheel, tmp_path):
+    """Unpacked elsewhere, with this environment's dependencies, the command finds its code and its assets there."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = (
+        "import sys; sys.path.insert(0, 'site'); import sparsefeat, sparsefeat_kernels, sparsefeat.cli as cli;"
+        "assert 'site' in sparsefeat.__file__ and 'site' in sparsefeat_kernels.__file__, sparsefeat.__file__;"
+        "cli.app(['sae', 'info'])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "unet." in run.stdout
