@@ -61,7 +61,11 @@ def test_topk_encode(benchmark, shape):
     peer = seconds(dense)
     benchmark(topk_encode, x, w, b_enc, b_pre, k)
     ours = benchmark.stats.stats.median
-    benchmark.extra_info |= {"shape": SHAPES[shape], "over_product_alone": ours / product, "speedup_over_dense": peer / ours}
+    benchmark.extra_info |= {
+        "shape": SHAPES[shape],
+        "over_product_alone": ours / product,
+        "speedup_over_dense": peer / ours,
+    }
 
 
 @pytest.mark.parametrize("shape", SHAPES)

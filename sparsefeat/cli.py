@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -123,6 +124,17 @@ def new_folder(path: Path) -> Path:
     return path
 
 
+@contextmanager
+def output_folder(path: Path) -> Iterator[Path]:
+    """`new_folder`, taken back if nothing came to be in it."""
+    folder = new_folder(path)
+    try:
+        yield folder
+    finally:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def save(image: Any, path: Path) -> None:
     from sparsefeat.report import enlarge
 
@@ -174,20 +186,20 @@ def features(
     from sparsefeat.pipeline import attach
     from sparsefeat.report import overlay
 
-    pipe = open_pipeline(pipeline, device)
     records = [Record(s, at) for s in open_saes(sae, pipeline, device)]
-    folder = new_folder(out)
-    with attach(pipe, *records) as run:
-        image = pipe(prompt, **call_options(pipeline, steps, guidance, seed)).images[0]
-    save(image, folder / "image.png")
-    for record in records:
-        recording = run[record]
-        typer.echo(f"{record.at}: latent, score (mean activation, summed over steps), largest, share of positions")
-        for rank, found in enumerate(recording.top(top)):
-            typer.echo(f"{found.latent:8d} {found.score:10.4f} {found.maximum:10.4f} {found.frequency:8.2%}")
-            if recording.grid is not None:
-                name = f"{str(record.at).replace(':', '-')}-{rank:02d}-latent-{found.latent}.png"
-                overlay(image, recording.map(found.latent)).save(folder / name)
+    pipe = open_pipeline(pipeline, device)
+    with output_folder(out) as folder:
+        with attach(pipe, *records) as run:
+            image = pipe(prompt, **call_options(pipeline, steps, guidance, seed)).images[0]
+        save(image, folder / "image.png")
+        for record in records:
+            recording = run[record]
+            typer.echo(f"{record.at}: latent, score (mean activation, summed over steps), largest, share of positions")
+            for rank, found in enumerate(recording.top(top)):
+                typer.echo(f"{found.latent:8d} {found.score:10.4f} {found.maximum:10.4f} {found.frequency:8.2%}")
+                if recording.grid is not None:
+                    name = f"{str(record.at).replace(':', '-')}-{rank:02d}-latent-{found.latent}.png"
+                    overlay(image, recording.map(found.latent)).save(folder / name)
 
 
 @app.command()
@@ -229,10 +241,10 @@ def steer(
     }
     edit = Steer(saes[0], at=at, steps=fractions, condition=condition, **{k: v for k, v in edits.items() if v})
     pipe = open_pipeline(pipeline, device)
-    folder = new_folder(out)
-    save(pipe(prompt, **call_options(pipeline, steps, guidance, seed)).images[0], folder / "before.png")
-    with attach(pipe, edit):
-        save(pipe(prompt, **call_options(pipeline, steps, guidance, seed)).images[0], folder / "after.png")
+    with output_folder(out) as folder:
+        save(pipe(prompt, **call_options(pipeline, steps, guidance, seed)).images[0], folder / "before.png")
+        with attach(pipe, edit):
+            save(pipe(prompt, **call_options(pipeline, steps, guidance, seed)).images[0], folder / "after.png")
 
 
 def concept_prompts(concept: str, concepts: Path | None, pipeline: str | None) -> dict[str, list[str]]:
@@ -286,29 +298,33 @@ def erase(
 
     if (concept is None) == (fitted is None):
         raise ValueError("name what to erase with --concept, or an erasure fitted before with --fitted; one of the two")
-    pipe = open_pipeline(pipeline, device)
-    folder = new_folder(out)
     options = call_options(pipeline, steps, guidance, seed)
-    if fitted is not None:
-        instruments = [load_instrument(fitted)]
-    else:
-        assert concept is not None
-        given = concept_prompts(concept, concepts, pipeline)
-        fit_options = {key: value for key, value in options.items() if key != "generator"}
-        instruments = [
-            Erase.fit(
-                pipe, one, concept, given, at=at, n_latents=latents, gamma=gamma, magnitude="scale", batch_size=25,
+    given = None if concept is None else concept_prompts(concept, concepts, pipeline)
+    saes = [] if fitted is not None else open_saes(sae, pipeline, device)
+    pipe = open_pipeline(pipeline, device)
+    with output_folder(out) as folder:
+        if fitted is not None:
+            instruments = [load_instrument(fitted)]
+        else:
+            assert concept is not None
+            assert given is not None
+            fit_options = {key: value for key, value in options.items() if key != "generator"}
+            how = {
+                "n_latents": latents,
+                "gamma": gamma,
+                "magnitude": "scale",
+                "batch_size": 25,
+                "at": at,
                 **fit_options,
-            )
-            for one in open_saes(sae, pipeline, device)
-        ]  # fmt: skip
-    if save_to is not None:
-        for i, one in enumerate(instruments):
-            one.save(save_to if len(instruments) == 1 else save_to / str(i))
-    save(pipe(prompt, **options).images[0], folder / "before.png")
-    with attach(pipe, *instruments):
-        again = call_options(pipeline, steps, guidance, seed)
-        save(pipe(prompt, **again).images[0], folder / "after.png")
+            }
+            instruments = [Erase.fit(pipe, one, concept, given, **how) for one in saes]
+        if save_to is not None:
+            for i, one in enumerate(instruments):
+                one.save(save_to if len(instruments) == 1 else save_to / str(i))
+        save(pipe(prompt, **options).images[0], folder / "before.png")
+        with attach(pipe, *instruments):
+            again = call_options(pipeline, steps, guidance, seed)
+            save(pipe(prompt, **again).images[0], folder / "after.png")
 
 
 @app.command()
@@ -329,15 +345,17 @@ def heatmap(
     from sparsefeat.report import overlay
 
     pipe = open_pipeline(pipeline, device)
-    folder = new_folder(out)
     maps = HeatMaps()
-    with attach(pipe, maps) as run:
-        image = pipe(prompt, **call_options(pipeline, steps, guidance, seed)).images[0]
-    save(image, folder / "image.png")
-    for one in word or list(dict.fromkeys(prompt.split())):
-        path = folder / f"{one.strip('.,').replace('/', '-')}.png"
-        overlay(image, run[maps].word(one).values).save(path)
-        typer.echo(str(path))
+    with output_folder(out) as folder:
+        with attach(pipe, maps) as run:
+            image = pipe(prompt, **call_options(pipeline, steps, guidance, seed)).images[0]
+        words = word or list(dict.fromkeys(prompt.split()))
+        found = {one: run[maps].word(one).values for one in words}
+        save(image, folder / "image.png")
+        for one, values in found.items():
+            path = folder / f"{one.strip('.,').replace('/', '-')}.png"
+            overlay(image, values).save(path)
+            typer.echo(str(path))
 
 
 @app.command()

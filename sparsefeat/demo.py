@@ -185,11 +185,11 @@ def show_steering(demo: Demo, statistics: dict[tuple[int, str], Statistics]) -> 
 
 
 def recipes_for(target: Target) -> dict[str, Any]:
-    """The hyperparameters that the benchmark's validation chose for this target, or a middling choice."""
+    """The hyperparameters that the benchmark's validation chose for this kind of target, or a middling choice."""
     if BENCHMARK.is_file():
-        chosen = json.loads(BENCHMARK.read_text()).get("recipes", {}).get("keep", {})
-        if f"{target.kind}: {target.name}" in chosen:
-            return chosen[f"{target.kind}: {target.name}"]
+        chosen = json.loads(BENCHMARK.read_text()).get("validation", {}).get("keep", {})
+        if target.kind in chosen:
+            return chosen[target.kind]["chosen"]
     return {"saes": [0, 1], "n_latents": 8, "gamma": -2.0}
 
 

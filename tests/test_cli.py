@@ -45,6 +45,7 @@ def test_bad_input_is_one_sentence_and_exit_code_1(arguments, said, tmp_path, mo
     assert result.exit_code == 1, result.output
     assert said in result.output
     assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []  # no empty folder is left behind
 
 
 def test_an_existing_output_folder_is_left_alone(tmp_path):
@@ -65,9 +66,7 @@ def test_parse_pairs():
 @pytest.mark.embedded
 def test_features_prints_top_latents_and_writes_their_maps(tmp_path):
     out = tmp_path / "features"
-    result = runner.invoke(
-        app, ["features", "a noto emoji of a fox", "--steps", "2", "--top", "3", "--out", str(out)]
-    )
+    result = runner.invoke(app, ["features", "a noto emoji of a fox", "--steps", "2", "--top", "3", "--out", str(out)])
     assert result.exit_code == 0, result.output
     assert (out / "image.png").is_file()
     assert len(list(out.glob("*-latent-*.png"))) >= 3
@@ -78,9 +77,7 @@ def test_features_prints_top_latents_and_writes_their_maps(tmp_path):
 def test_steer_changes_the_image_and_a_scale_of_one_does_not(tmp_path):
     for edit, changed in ((["--scale", "5=1"], False), (["--add", "5=6", "--condition", "both"], True)):
         out = tmp_path / str(changed)
-        result = runner.invoke(
-            app, ["steer", "a noto emoji of a fox", *edit, "--steps", "3", "--out", str(out)]
-        )
+        result = runner.invoke(app, ["steer", "a noto emoji of a fox", *edit, "--steps", "3", "--out", str(out)])
         assert result.exit_code == 0, result.output
         before, after = (Image.open(out / name).tobytes() for name in ("before.png", "after.png"))
         assert (before != after) == changed
@@ -93,7 +90,17 @@ def test_erase_fits_saves_and_uses_the_saved_erasure(tmp_path):
     base = ["erase", "a noto emoji of a fox", "--steps", "2", "--sae", str(first_sae())]
     fitted = runner.invoke(
         app,
-        [*base, "--concept", "fox", "--concepts", str(concepts), "--save", str(tmp_path / "fit"), "--out", str(tmp_path / "a")],
+        [
+            *base,
+            "--concept",
+            "fox",
+            "--concepts",
+            str(concepts),
+            "--save",
+            str(tmp_path / "fit"),
+            "--out",
+            str(tmp_path / "a"),
+        ],
     )
     assert fitted.exit_code == 0, fitted.output
     again = runner.invoke(app, [*base, "--fitted", str(tmp_path / "fit"), "--out", str(tmp_path / "b")])

@@ -1,6 +1,6 @@
 """Copy the trained pipeline into the package, whole or not at all.
 
-    python tools/install_pipeline.py             # from build/training/pipeline to sparsefeat/assets/pipeline
+python tools/install_pipeline.py             # from build/training/pipeline to sparsefeat/assets/pipeline
 """
 
 from __future__ import annotations

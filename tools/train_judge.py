@@ -3,8 +3,8 @@
     python tools/train_judge.py                  # a few minutes on two cores; resumable
 
 Objects are learned from the fifty drawn objects, styles from the whole grid. Augmentation: shift, scale, rotation,
-colour jitter, blur, and a pass through the embedded autoencoder (the pipeline's images all come out of it; none is a
-generated image). Beside the shipped judge, two more are trained to be honest about it: one that never sees a fifth of
+colour jitter, blur, and copies that went through the embedded autoencoder (the pipeline's images all come out of it;
+none is a generated image). Beside the shipped judge, two more are trained to be honest about it: one that never sees a fifth of
 the concepts (style accuracy on those), and one a vendor that never sees it (object accuracy on that vendor).
 """
 
@@ -29,36 +29,41 @@ from sparsefeat.evaluation.judge import FOLDER, Judge
 BATCH = 128
 
 
-def augment(images: torch.Tensor, vae: AutoencoderTiny) -> torch.Tensor:
-    """Shift up to 4 pixels, scale 0.8 to 1.1, rotation 10 degrees, colour jitter, blur; half of them autoencoded."""
+def augment(images: torch.Tensor) -> torch.Tensor:
+    """Shift up to 4 pixels, scale 0.8 to 1.1, rotation up to 10 degrees, colour jitter, blur, noise."""
     n = len(images)
     scale, angle = 1 / (0.8 + 0.3 * torch.rand(n)), (torch.rand(n) - 0.5) * (20 * math.pi / 180)
     theta = torch.zeros(n, 2, 3)
     theta[:, 0, 0], theta[:, 0, 1] = scale * angle.cos(), -scale * angle.sin()
     theta[:, 1, 0], theta[:, 1, 1] = scale * angle.sin(), scale * angle.cos()
     theta[:, :, 2] = (torch.rand(n, 2) - 0.5) * (4 * 4 / 64)
-    moved = F.grid_sample(
-        images - 1, F.affine_grid(theta, list(images.shape), align_corners=False), align_corners=False
-    )
-    moved = moved + 1
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    moved = F.grid_sample(images - 1, grid, align_corners=False) + 1
     jitter = 1 + 0.1 * (torch.rand(n, 3, 1, 1) - 0.5)
     moved = 1 - (1 - moved) * jitter  # white stays white
-    split = n // 2
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        coded = vae.encoder(moved[:split].contiguous(memory_format=torch.channels_last))
-        coded = vae.decoder(coded + 0.1 * torch.rand(split, 1, 1, 1) * torch.randn_like(coded)).float()
-    moved = torch.cat([coded.clamp(-1, 1), moved[split:]])
     soft = F.avg_pool2d(F.pad(moved, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     moved = torch.lerp(moved, soft, (torch.rand(n, 1, 1, 1) * 0.8))
     return (moved + 0.02 * torch.randn_like(moved)).clamp(-1, 1)
 
 
-def train(
-    name: str, objects: torch.Tensor, grid: torch.Tensor, vae: AutoencoderTiny, n_steps: int, hidden_vendor: int = -1
-) -> Judge:
-    """`objects` [style, object, 3, 64, 64] and `grid` [style, concept, ...] uint8. `hidden_vendor` is left out."""
+@torch.no_grad()
+def autoencoded(images: torch.Tensor, vae: AutoencoderTiny, jitter: float = 0.0) -> torch.Tensor:
+    """uint8 [..., 3, 64, 64] through the autoencoder and back, latents jittered."""
+    flat = images.flatten(0, -4)
+    parts = []
+    for chunk in flat.split(200):
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = vae.encoder((chunk.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last))
+            decoded = vae.decoder(latents + jitter * torch.randn_like(latents)).float()
+        parts.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().byte())
+    return torch.cat(parts).view(images.shape)
+
+
+def train(name: str, objects: torch.Tensor, grid: torch.Tensor, n_steps: int, hidden_vendor: int = -1) -> Judge:
+    """`objects` [version, style, object, 3, 64, 64] and `grid` [version, style, concept, ...] uint8, where the versions
+    are the drawing and its autoencoded copies. `hidden_vendor` is left out."""
     torch.manual_seed(0)
-    judge = Judge(objects.shape[1], objects.shape[0]).to(memory_format=torch.channels_last)
+    judge = Judge(objects.shape[2], objects.shape[1]).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, n_steps, pct_start=0.1)
     run = TrainingRun(
@@ -66,20 +71,21 @@ def train(
         n_steps,
         {"judge": judge, "optimizer": optimizer, "schedule": schedule},
     )
-    seen = torch.tensor([s for s in range(objects.shape[0]) if s != hidden_vendor])
+    seen = torch.tensor([s for s in range(objects.shape[1]) if s != hidden_vendor])
     n_drawn = BATCH * 5 // 8
     for _, bar in run.steps():
-        s, o = seen[torch.randint(len(seen), (n_drawn,))], torch.randint(objects.shape[1], (n_drawn,))
-        gs, gc = seen[torch.randint(len(seen), (BATCH - n_drawn,))], torch.randint(grid.shape[1], (BATCH - n_drawn,))
+        n_more = BATCH - n_drawn
+        s, o = seen[torch.randint(len(seen), (n_drawn,))], torch.randint(objects.shape[2], (n_drawn,))
+        gs, gc = seen[torch.randint(len(seen), (n_more,))], torch.randint(grid.shape[2], (n_more,))
+        v, gv = torch.randint(len(objects), (n_drawn,)), torch.randint(len(grid), (n_more,))
         styles = torch.cat([s, gs])
         known = torch.cat([o, torch.full_like(gc, -100)])  # -100: no object label, ignored by the loss
-        images = torch.cat([objects[s, o], grid[gs, gc]]).float() / 127.5 - 1
-        mixed = torch.randperm(BATCH)
-        images = augment(images[mixed], vae).to(memory_format=torch.channels_last)
+        images = torch.cat([objects[v, s, o], grid[gv, gs, gc]]).float() / 127.5 - 1
+        images = augment(images).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             object_logits, style_logits = judge(images)
-        loss = F.cross_entropy(object_logits.float(), known[mixed], label_smoothing=0.05)
-        loss = loss + F.cross_entropy(style_logits.float(), styles[mixed], label_smoothing=0.05)
+        loss = F.cross_entropy(object_logits.float(), known, label_smoothing=0.05)
+        loss = loss + F.cross_entropy(style_logits.float(), styles, label_smoothing=0.05)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -101,8 +107,8 @@ def accuracy(judge: Judge, images: torch.Tensor, objects: torch.Tensor | None, s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--control-steps", type=int, default=500, help="steps of each judge of the honesty report")
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--control-steps", type=int, default=250, help="steps of each judge of the honesty report")
     arguments = parser.parse_args()
     vae = AutoencoderTiny.from_pretrained(VAE).eval().to(memory_format=torch.channels_last)
 
@@ -116,20 +122,18 @@ def main() -> None:
     object_of = torch.arange(n_objects).repeat(n_styles)
     flat = objects.flatten(0, 1).float() / 127.5 - 1
 
-    judge = train("shipped", objects, grid, vae, arguments.steps)
+    torch.manual_seed(2)
+    drawn_versions = torch.stack([objects, *(autoencoded(objects, vae, jitter) for jitter in (0.0, 0.1, 0.1))])
+    grid_versions = torch.stack([grid, autoencoded(grid, vae, 0.05)])
+    judge = train("shipped", drawn_versions, grid_versions, arguments.steps)
     torch.manual_seed(1_000_003)  # augmentations it has not seen
-    fresh, order = [], []
-    for _ in range(5):  # shuffled: the first half of a batch is the autoencoded one
-        order.append(torch.randperm(len(flat)))
-        fresh.append(augment(flat[order[-1]], vae))
-    shuffled = torch.cat(order)
-    with torch.no_grad():
-        coded = vae.decoder(vae.encoder(flat)).clamp(-1, 1)
+    coded = autoencoded(objects, vae).flatten(0, 1).float() / 127.5 - 1
+    fresh = torch.cat([augment(version) for version in (flat, coded, flat, coded)])
     report: dict = {
         "steps": arguments.steps,
         "real": accuracy(judge, flat, object_of, style_of),
         "autoencoded": accuracy(judge, coded, object_of, style_of),
-        "held_out_augmentations": accuracy(judge, torch.cat(fresh), object_of[shuffled], style_of[shuffled]),
+        "held_out_augmentations": accuracy(judge, fresh, object_of.repeat(4), style_of.repeat(4)),
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in half(judge.state_dict()).items()}, FOLDER / "judge.safetensors")
@@ -140,13 +144,15 @@ def main() -> None:
     drawn = [canvas.names.index(name) for name in emojicanvas.OBJECTS]
     hidden = [c for c in range(len(canvas.names)) if c % 5 == 0 and c not in drawn]
     shown = [c for c in range(len(canvas.names)) if c not in hidden]
-    control = train("unseen-concepts", objects, grid[:, shown], vae, arguments.control_steps)
+    control = train("unseen-concepts", drawn_versions, grid_versions[:, :, shown], arguments.control_steps)
     unseen = grid[:, hidden].flatten(0, 1).float() / 127.5 - 1
     report["unseen_concepts"] = accuracy(control, unseen, None, torch.arange(n_styles).repeat_interleave(len(hidden)))
     report["unseen_concepts"]["steps"] = arguments.control_steps
     report["unseen_vendor"] = {}
     for vendor, style in enumerate(emojicanvas.STYLES):
-        control = train(f"without-{style}", objects, grid, vae, arguments.control_steps, hidden_vendor=vendor)
+        control = train(
+            f"without-{style}", drawn_versions, grid_versions, arguments.control_steps, hidden_vendor=vendor
+        )
         rows = style_of == vendor
         measured = accuracy(control, flat[rows], object_of[rows], style_of[rows])
         report["unseen_vendor"][style] = {"object_accuracy": measured["object_accuracy"], "n_images": int(rows.sum())}

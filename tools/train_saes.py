@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from train_autoencoder import ROOT
+from training_run import save_atomically
 
 from sparsefeat.assets import load_pipeline
 from sparsefeat.assets.embedded import PIPELINE, SAES
@@ -39,16 +40,18 @@ def main() -> None:
     pipe = load_pipeline(arguments.pipeline)
     seen = [t for repeat in (0, 1) for t in whole_grid(STATISTICS, repeat) if not held_out(t)]
     unseen = [t for t in whole_grid(TEST) if held_out(t)]
-    for hookpoint in arguments.hookpoints:
+    folder = ROOT / "build" / "training" / f"saes-{arguments.n_latents}-{arguments.k}"
+    cache = folder / "rows.pt"
+    if cache.is_file():
+        collected = torch.load(cache, weights_only=True)
+    else:
+        collected = {
+            "seen": activation_rows(pipe, arguments.hookpoints, seen, rows_per_image=40),
+            "unseen": activation_rows(pipe, arguments.hookpoints, unseen),
+        }
+        save_atomically(cache, collected)
+    for hookpoint, rows, held in zip(arguments.hookpoints, collected["seen"], collected["unseen"], strict=True):
         name = hookpoint.removeprefix("unet.")
-        run = ROOT / "build" / "training" / f"sae-{name}-{arguments.n_latents}-{arguments.k}"
-        cache = run / "rows.pt"
-        if cache.is_file():
-            rows = torch.load(cache, weights_only=True)
-        else:
-            rows = activation_rows(pipe, hookpoint, seen, rows_per_image=40)
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(rows, cache)
         config = SAEConfig(
             d_model=rows.shape[1],
             n_latents=arguments.n_latents,
@@ -57,12 +60,10 @@ def main() -> None:
             base_model="EmojiCanvas pipeline embedded in sparsefeat",
             metadata={"training_rows": len(rows), "training_steps": arguments.steps},
         )
-        sae = SAE(config)
-        trainer = SAETrainer(
-            sae, rows, TrainConfig(steps=arguments.steps, batch_size=2048, lr=2e-3, dead_after=100_000), run
+        training = TrainConfig(
+            steps=arguments.steps, batch_size=2048, lr=2e-3, warmup_steps=50, dead_after=200_000, checkpoint_every=200
         )
-        sae = trainer.fit()
-        held = activation_rows(pipe, hookpoint, unseen)
+        sae = SAETrainer(SAE(config), rows, training, folder / name).fit()
         print(f"{hookpoint}: {measure_sae(sae, held)}; PCA with {arguments.k}: FVU {pca_fvu(held, arguments.k):.4f}")
         sae.save(arguments.out / name, dtype=torch.float16, overwrite=True)
 

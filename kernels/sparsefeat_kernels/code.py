@@ -133,6 +133,4 @@ def _unflatten(leaves: Any, n_latents: int) -> SparseCode:
     return code
 
 
-pytree.register_pytree_node(
-    SparseCode, _flatten, _unflatten, serialized_type_name="sparsefeat_kernels.code.SparseCode"
-)
+pytree.register_pytree_node(SparseCode, _flatten, _unflatten, serialized_type_name="sparsefeat_kernels.code.SparseCode")

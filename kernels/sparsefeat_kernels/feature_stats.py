@@ -11,9 +11,7 @@ from .sparse_decode import check_code
 __all__ = ["feature_stats_"]
 
 
-def feature_stats_(
-    sum: Tensor, count: Tensor, maximum: Tensor, values: Tensor, indices: Tensor, group: Tensor
-) -> None:
+def feature_stats_(sum: Tensor, count: Tensor, maximum: Tensor, values: Tensor, indices: Tensor, group: Tensor) -> None:
     """Add a batch of codes to the statistics of every latent, in place.
 
         for every row r with group[r] >= 0 and every entry (r, j) with value v = values[r, j] != 0:

@@ -49,7 +49,7 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Tensor,
 
 
 def check_indices(indices: Tensor, n_latents: int) -> None:
-    if indices.numel() and not (0 <= int(indices.min()) and int(indices.max()) < n_latents):
+    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= n_latents):
         raise IndexError(
             f"indices must lie in 0 .. {n_latents - 1}, got values from {int(indices.min())} to {int(indices.max())}"
         )
@@ -285,7 +285,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     values, indices, W_dec = ctx.saved_tensors
     need_values, _, need_W, need_b = ctx.needs_input_grad
     grad_values = torch.ops.sparsefeat.sparse_decode_grad_values(grad, values, indices, W_dec) if need_values else None
-    grad_W = weight_gradient(values, indices, grad, grad.new_zeros(grad.shape[1]), W_dec.shape[0])[0] if need_W else None
+    grad_W = (
+        weight_gradient(values, indices, grad, grad.new_zeros(grad.shape[1]), W_dec.shape[0])[0] if need_W else None
+    )
     return grad_values, None, grad_W, grad.sum(0) if need_b else None
 
 

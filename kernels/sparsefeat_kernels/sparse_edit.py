@@ -219,7 +219,8 @@ def _edit_grad_values(
     out = torch.zeros_like(values, memory_format=torch.contiguous_format)
     if values.numel() == 0 or latents.numel() == 0:
         return out
-    wide, wanted, slot_of_rule = directions.to(dtype), *torch.unique(latents.long(), return_inverse=True)
+    wide = directions.to(dtype)
+    wanted, slot_of_rule = torch.unique(latents.long(), return_inverse=True)
     gain, offset, low, high, gate = (tensor.to(dtype) for tensor in (gain, offset, low, high, gate))
     step = _rows_per_block(values, directions)
     for start in range(0, values.shape[0], step):

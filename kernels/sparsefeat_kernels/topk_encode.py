@@ -70,7 +70,9 @@ def reference(
     chosen = score.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
     values = a.gather(1, chosen)
     values = values.relu() if selection == "relu" else values
-    order = ((values.abs() if selection == "signed" else values) + 0.0).sort(dim=1, descending=True, stable=True).indices
+    order = (
+        ((values.abs() if selection == "signed" else values) + 0.0).sort(dim=1, descending=True, stable=True).indices
+    )
     broken = a.isnan().any(dim=1, keepdim=True)
     indices = torch.where(broken, torch.arange(k, device=x.device), chosen.gather(1, order))
     return torch.where(broken, torch.nan, values.gather(1, order)), indices.to(torch.int32)
@@ -150,9 +152,7 @@ def _preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, out:
     tile = max(1, WEIGHT_TILE_BYTES // (out.dtype.itemsize * max(W_enc.shape[1], 1)))
     for start in range(0, W_enc.shape[0], tile):
         latents = slice(start, start + tile)
-        torch.addmm(
-            b_enc[latents].to(out.dtype), centred, W_enc[latents].to(out.dtype).T, out=out[:, latents]
-        )
+        torch.addmm(b_enc[latents].to(out.dtype), centred, W_enc[latents].to(out.dtype).T, out=out[:, latents])
 
 
 def _select(a: Tensor, k: int, group: int, selection: str) -> tuple[Tensor, Tensor]:
@@ -210,6 +210,7 @@ def _largest(values: Tensor, k: int, signed: bool) -> Tensor:
 # b_pre goes into the bias, b_enc - W_enc b_pre, in fp32.
 
 TRITON_GROUPS = (4, 128)  # smallest and largest group: the largest is BLOCK_LATENTS of the product
+TRITON_SCRATCH_BYTES = 48 << 20  # pre-activations, maxima and centred inputs of a chunk: 512 rows at 20,480 latents
 PRODUCT_TILE = {"BLOCK_ROWS": 128, "BLOCK_LATENTS": 128, "BLOCK_D": 64}
 MAX_KEYS = 16384  # keys of one program of the selection: 32 registers a thread at 16 warps
 
@@ -388,7 +389,7 @@ def _topk_encode_triton(
     tile = {"BLOCK_ROWS": 64, "BLOCK_LATENTS": 128, "BLOCK_D": 16} if full else PRODUCT_TILE
     stages = 2 if full or backend() == "hip" else 3
     padded = n_groups * group
-    chunk = max(1, min(rows, PREACTIVATION_BYTES // (4 * (padded + n_groups + d))))
+    chunk = max(1, min(rows, TRITON_SCRATCH_BYTES // (4 * (padded + n_groups + d))))
     if chunk > tile["BLOCK_ROWS"]:
         chunk -= chunk % tile["BLOCK_ROWS"]
     scratch = x.new_empty(chunk, padded, dtype=torch.float32)

@@ -20,12 +20,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.features.scores import normalized_mean_difference, strictly_above_quantile
-from sparsefeat.features.statistics import OUTSIDE_SCHEDULE, Statistics, collect_statistics, hookpoint_of
-from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint, Instrument
+from sparsefeat.features.statistics import OUTSIDE_SCHEDULE, Statistics, collect_statistics
+from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint
 from sparsefeat.sae import SAE
 from sparsefeat.steering.code_rule import CodeRule, code_edit
-from sparsefeat.steering.saved import register, save_instrument
+from sparsefeat.steering.saved import SavableInstrument, register, save_instrument
 from sparsefeat.steering.steer import row_weights
 from sparsefeat.steering.where import Steps, StepWindow, check_condition
 
@@ -100,7 +101,7 @@ def select(
 
 
 @register("sparsefeat.erasure:Erase")
-class Erase(Instrument):
+class Erase(SavableInstrument):
     """Instrument: SAeUron's erasure of one or several concepts. Made by `Erase.fit` or `Erase.from_statistics`.
 
     Args:
@@ -261,6 +262,7 @@ class Erase(Instrument):
 
     def at_hookpoint(self, activations: Activations, context: Context) -> Delta | None:
         x = activations.rows
+        beside(self.sae, activations)
         selection = self.selection_at(context.timestep)
         weight = row_weights(self.condition, None, context, len(x), 0)
         if self.error == "keep":

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from sparsefeat.assets import emojicanvas
 from sparsefeat.evaluation.frechet import frechet_distance
-from sparsefeat.evaluation.generation import TEST, VALIDATION, Task, generate, task
+from sparsefeat.evaluation.generation import TEST, VALIDATION, Task, generate, task, whole_grid
 from sparsefeat.evaluation.judge import Judge, Verdicts, judge_images
 
 TARGET_OBJECTS = tuple(i for i in range(len(emojicanvas.OBJECTS)) if i % 5 in (0, 2))  # 20 of the 50
@@ -82,6 +82,13 @@ def tasks_for(target: Target, split: int, n_target: int = 20, n_other: int = 40)
     ]
     order = torch.randperm(len(others), generator=torch.Generator().manual_seed(target.index)).tolist()
     return shown + [others[i] for i in order[:n_other]]
+
+
+def baseline_tasks() -> list[Task]:
+    """Every test image there is: the whole grid, and the further images of the object targets."""
+    return sorted(
+        {*whole_grid(TEST), *(t for target in all_targets() for t in tasks_for(target, TEST))}, key=lambda t: t.seed
+    )
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,7 @@ class EmojiBenchmark:
     ) -> None:
         self.pipe, self.judge, self.ledger = pipe, judge, Ledger(work)
         self.n_steps, self.guidance, self.progress = n_steps, guidance, progress
-        self._unedited: dict[Task, tuple[int, int, Tensor]] = {}
+        self._unedited: dict[Task, list[Tensor]] = {}
 
     def draw(self, tasks: Sequence[Task], during: Any = None, negative_prompt: str | None = None) -> Verdicts:
         images = generate(
@@ -192,10 +199,6 @@ class EmojiBenchmark:
             ),
         )
 
-    def each(self, targets: Sequence[Target], what: str) -> Iterator[Target]:
-        """The targets, with a progress bar."""
-        yield from tqdm(targets, desc=what, disable=not self.progress)
-
     def pooled(
         self, key: str, tasks: Sequence[Task], during: Callable[[], AbstractContextManager] | None = None
     ) -> Verdicts:
@@ -217,35 +220,27 @@ class EmojiBenchmark:
             torch.cat([p.features for p in parts]),
         )
 
-    def unedited(self, tasks: Sequence[Task], split: str) -> Verdicts:
-        """The unedited pipeline's verdicts: each image is drawn once and shared by all targets."""
-        pool = sorted(
-            {t for target in all_targets() for t in tasks_for(target, TEST if split == "test" else VALIDATION)},
-            key=lambda t: t.seed,
-        )
-        if not set(tasks) <= set(self._unedited):
-            bar = tqdm(total=len(pool), desc=f"unedited ({split})", disable=not self.progress)
-            for start in range(0, len(pool), 60):
-                chunk = pool[start : start + 60]
-                key = f"{split}/unedited/{start:04d}"
-                verdicts = self.ledger.get(key)
-                if verdicts is None or len(verdicts.objects) != len(chunk):
-                    verdicts = self.ledger.put(key, self.draw(chunk))
-                for t, o, s, f in zip(chunk, verdicts.objects, verdicts.styles, verdicts.features, strict=True):
-                    self._unedited[t] = (int(o), int(s), f)
-                bar.update(len(chunk))
-            bar.close()
+    def unedited(self, tasks: Sequence[Task]) -> Verdicts:
+        """The unedited pipeline's verdicts on test tasks: each image is drawn once and shared by all targets."""
+        if not self._unedited:
+            pool = baseline_tasks()
+            verdicts = self.pooled("unedited", pool)
+            columns = (verdicts.objects, verdicts.styles, verdicts.features)
+            self._unedited = {t: row for t, *row in zip(pool, *columns, strict=True)}
         rows = [self._unedited[t] for t in tasks]
-        return Verdicts(
-            torch.tensor([r[0] for r in rows]), torch.tensor([r[1] for r in rows]), torch.stack([r[2] for r in rows])
-        )
+        return Verdicts(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
-    def choose(self, candidates: Sequence[Method], target: Target) -> Method:
-        """The candidate with the best mean of UA, IRA and CRA on validation noise: 12 target images, 12 others."""
-        tasks = tasks_for(target, VALIDATION, n_target=12, n_other=12)
-        return max(
-            candidates, key=lambda method: scores(self.unit(method, target, tasks, "validation"), target, tasks).mean
-        )
+    def choose(self, candidates: Sequence[Method], targets: Sequence[Target]) -> tuple[Method, dict[str, float]]:
+        """The candidate with the best mean of UA, IRA and CRA over `targets` on validation noise (8 target images and 8
+        others each), and every candidate's mean."""
+        means: dict[str, float] = {}
+        for method in tqdm(candidates, desc="validation", disable=not self.progress):
+            parts = []
+            for target in targets:
+                tasks = tasks_for(target, VALIDATION, n_target=8, n_other=8)
+                parts.append(scores(self.unit(method, target, tasks, "validation"), target, tasks).mean)
+            means[method.name] = statistics.fmean(parts)
+        return max(candidates, key=lambda method: means[method.name]), means
 
     def row(self, name: str, kind: str, methods: dict[Target, Method | None], real: Tensor) -> dict[str, Any]:
         """One row of the table: means over the targets of `kind`. A method of None is the unedited pipeline."""
@@ -256,7 +251,7 @@ class EmojiBenchmark:
         for target in tqdm(chosen, desc=f"{name}, {kind}", disable=not self.progress):
             tasks = tasks_for(target, TEST)
             method = methods[target]
-            verdicts = self.unedited(tasks, "test") if method is None else self.unit(method, target, tasks, "test")
+            verdicts = self.unedited(tasks) if method is None else self.unit(method, target, tasks, "test")
             parts.append(scores(verdicts, target, tasks))
             keeps = torch.tensor([not target.shows(t) for t in tasks])
             kept.append(verdicts.features[keeps])

@@ -45,8 +45,8 @@ class Judge(nn.Module):
 
     def __init__(self, n_objects: int, n_styles: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
-        self.blocks = nn.Sequential(Residual(32, 48), Residual(48, 80), Residual(80, 160))
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+        self.blocks = nn.Sequential(Residual(32, 64), Residual(64, 160))
         self.object_head = nn.Linear(160, n_objects)
         self.style_head = nn.Linear(160, n_styles)
 
@@ -65,9 +65,6 @@ class Verdicts:
     objects: Tensor
     styles: Tensor
     features: Tensor
-
-    def first(self, n: int) -> Verdicts:
-        return Verdicts(self.objects[:n], self.styles[:n], self.features[:n])
 
 
 def as_tensor(images: list[Image.Image] | np.ndarray | Tensor) -> Tensor:

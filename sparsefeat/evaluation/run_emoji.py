@@ -40,12 +40,14 @@ from sparsefeat.sae import SAE
 from sparsefeat.training import CollectActivations
 
 
-def activation_rows(pipe: Any, at: str, tasks: Sequence[Task], rows_per_image: int | None = None) -> Tensor:
-    """Conditional rows of all steps at a hookpoint while the tasks are drawn, fp32 [n, d_model]."""
-    collect = CollectActivations(at, rows_per_image=rows_per_image, dtype=torch.float32)
+def activation_rows(
+    pipe: Any, hookpoints: Sequence[str], tasks: Sequence[Task], rows_per_image: int | None = None
+) -> list[Tensor]:
+    """Conditional rows of all steps at each hookpoint while the tasks are drawn once, fp32 [n, d_model]."""
+    collect = CollectActivations(*hookpoints, rows_per_image=rows_per_image, dtype=torch.float32)
     with attach(pipe, collect):
         generate(pipe, tasks, n_steps=N_STEPS, guidance=GUIDANCE)
-    return collect.collected().rows
+    return [collect.collected(h).rows for h in hookpoints]
 
 
 def collect_grid_statistics(
@@ -129,26 +131,24 @@ def negative_prompt() -> Method:
     return Method("negative-prompt", negative_prompt=lambda target: target.words)
 
 
-# What validation chooses from, for each target: latents a step and strength, at one SAE or at both.
-RECIPES = tuple(
-    Recipe(saes, n, gamma) for saes in ((0,), (0, 1)) for n, gamma in ((2, -2.0), (4, -2.0), (8, -2.0), (8, -4.0))
-)
-REFLECTED_RECIPES = RECIPES
+# What validation chooses from, once for objects and once for styles: where, latents a step, and strength.
+RECIPES = (Recipe((0, 1), 4, -2.0), Recipe((0, 1), 8, -2.0), Recipe((0, 1), 8, -4.0), Recipe((0, 1), 16, -2.0))
+VALIDATED = {OBJECT: 6, STYLE: 4}  # targets of each kind that validation looks at
 
 
 def measure_generation(bench: EmojiBenchmark) -> dict[str, Any]:
-    """Judge accuracy over the whole grid, two images a cell."""
-    tasks = [t for repeat in (10, 11) for t in whole_grid(TEST, repeat)]
-    verdicts = bench.pooled("generation", tasks)
+    """Judge accuracy over the whole grid, one image a cell."""
+    tasks = whole_grid(TEST)
+    verdicts = bench.unedited(tasks)
     result = accuracy(verdicts, tasks)
-    by_style = {
-        name: accuracy_where(verdicts, tasks, lambda t, i=i: t.style == i) for i, name in enumerate(emojicanvas.STYLES)
-    }
     return {
         "object_accuracy": result.object,
         "style_accuracy": result.style,
         "n_images": result.n_images,
-        "by_style": by_style,
+        "by_style": {
+            name: accuracy_where(verdicts, tasks, lambda t, i=i: t.style == i)
+            for i, name in enumerate(emojicanvas.STYLES)
+        },
     }
 
 
@@ -162,24 +162,20 @@ def accuracy_where(verdicts: Any, tasks: Sequence[Task], wanted: Any) -> dict[st
     }
 
 
-def measure_saes(bench: EmojiBenchmark, saes: Sequence[SAE], object_accuracy: float) -> list[dict[str, Any]]:
+def measure_saes(bench: EmojiBenchmark, saes: Sequence[SAE]) -> list[dict[str, Any]]:
     """Quality on held-out prompts, beside PCA and a random SAE, and what splicing each in costs."""
-    unseen = [t for t in whole_grid(TEST) if held_out(t)]
+    hookpoints = [str(sae.config.hookpoint) for sae in saes]
+    held = activation_rows(bench.pipe, hookpoints, [t for t in whole_grid(TEST) if held_out(t)])
     seen = [t for t in whole_grid(STATISTICS) if not held_out(t)]
+    fitted = activation_rows(bench.pipe, hookpoints, seen, rows_per_image=16)
+    tasks = whole_grid(TEST)
+    unedited = accuracy(bench.unedited(tasks), tasks)
     measured = []
-    for sae in saes:
+    for sae, rows, fit_rows in zip(saes, held, fitted, strict=True):
         config = sae.config
-        assert config.hookpoint is not None
-        rows = activation_rows(bench.pipe, config.hookpoint, unseen)
-        fitted = activation_rows(bench.pipe, config.hookpoint, seen, rows_per_image=16)
         quality = measure_sae(sae, rows)
-        tasks = whole_grid(TEST, repeat=10)
-        key = config.hookpoint.replace(":", "-")
-        verdicts = bench.pooled(f"spliced/{key}", tasks, lambda sae=sae: attach(bench.pipe, Splice(sae)))
-        spliced = accuracy(verdicts, tasks)
-        unedited = accuracy(
-            bench.pooled("generation", [t for r in (10, 11) for t in whole_grid(TEST, r)]).first(len(tasks)), tasks
-        )
+        key = f"spliced/{str(config.hookpoint).replace(':', '-')}"
+        spliced = accuracy(bench.pooled(key, tasks, lambda sae=sae: attach(bench.pipe, Splice(sae))), tasks)
         measured.append(
             {
                 "hookpoint": config.hookpoint,
@@ -187,8 +183,8 @@ def measure_saes(bench: EmojiBenchmark, saes: Sequence[SAE], object_accuracy: fl
                 "n_latents": config.n_latents,
                 "k": config.k,
                 "fvu": quality.fvu,
-                "fvu_pca": pca_fvu(rows, config.k or round(quality.l0), fit_rows=fitted),
-                "fvu_random": measure_sae(random_control(sae, fitted), rows).fvu,
+                "fvu_pca": pca_fvu(rows, config.k or round(quality.l0), fit_rows=fit_rows),
+                "fvu_random": measure_sae(random_control(sae, fit_rows), rows).fvu,
                 "l0": quality.l0,
                 "cosine": quality.cosine,
                 "dead_share": quality.dead,
@@ -204,32 +200,32 @@ def measure_saes(bench: EmojiBenchmark, saes: Sequence[SAE], object_accuracy: fl
 
 
 def measure_erasure(bench: EmojiBenchmark, eraser: Eraser, judge: Judge) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The table's rows, and the hyperparameters that validation chose."""
+    """The table's rows; and what validation measured and chose, by error convention and kind of target."""
     targets = all_targets()
     real = real_features(judge)
-    chosen: dict[str, dict[Target, Recipe]] = {"keep": {}, "saeuron_released": {}}
-    for error, recipes in (("keep", RECIPES), ("saeuron_released", REFLECTED_RECIPES)):
-        methods = {eraser.saeuron(recipe, error).name: recipe for recipe in recipes}
-        for target in bench.each(targets, f"validation, {error}"):
-            best = bench.choose([eraser.saeuron(recipe, error) for recipe in recipes], target)
-            chosen[error][target] = methods[best.name]
+    chosen: dict[tuple[str, str], Recipe] = {}
+    validation: dict[str, Any] = {}
+    for error in ("keep", "saeuron_released"):
+        by_name = {eraser.saeuron(recipe, error).name: recipe for recipe in RECIPES}
+        for kind, n_validated in VALIDATED.items():
+            some = [t for t in targets if t.kind == kind][:: 3 if kind == OBJECT else 1][:n_validated]
+            best, means = bench.choose([eraser.saeuron(recipe, error) for recipe in RECIPES], some)
+            chosen[error, kind] = by_name[best.name]
+            validation.setdefault(error, {})[kind] = {"chosen": asdict(by_name[best.name]), "means": means}
     table: dict[str, dict[Target, Method | None]] = {
         "unedited": dict.fromkeys(targets),
-        "saeuron": {t: eraser.saeuron(chosen["keep"][t], "keep") for t in targets},
-        "saeuron (released code's error sign)": {
-            t: eraser.saeuron(chosen["saeuron_released"][t], "saeuron_released") for t in targets
+        "SAeUron": {t: eraser.saeuron(chosen["keep", t.kind], "keep") for t in targets},
+        "SAeUron, released code's error sign": {
+            t: eraser.saeuron(chosen["saeuron_released", t.kind], "saeuron_released") for t in targets
         },
         "negative prompt": {t: negative_prompt() for t in targets},
-        "random latents": {t: eraser.random(chosen["keep"][t]) for t in targets},
+        "as many random latents": {t: eraser.random(chosen["keep", t.kind]) for t in targets},
     }
     rows = [bench.row(name, kind, methods, real) for kind in (OBJECT, STYLE) for name, methods in table.items()]
     allowed = {row["target_kind"]: allowed_mean(row) for row in rows if row["method"] == "unedited"}
     for row in rows:
         row["share_of_allowed"] = row["mean"] / allowed[row["target_kind"]]
-    recipes_used = {
-        error: {f"{t.kind}: {t.name}": asdict(r) for t, r in by_target.items()} for error, by_target in chosen.items()
-    }
-    return rows, recipes_used
+    return rows, validation
 
 
 def evaluate_emoji(
@@ -251,9 +247,9 @@ def evaluate_emoji(
     }
     results["generation"] = measure_generation(bench)
     write_json(out, results)
-    results["saes"] = measure_saes(bench, saes, results["generation"]["object_accuracy"])
+    results["saes"] = measure_saes(bench, saes)
     write_json(out, results)
     eraser = Eraser(pipe, saes, collect_grid_statistics(pipe, saes, work / "statistics"))
-    results["erasure"], results["recipes"] = measure_erasure(bench, eraser, judge)
+    results["erasure"], results["validation"] = measure_erasure(bench, eraser, judge)
     write_json(out, results)
     return results

@@ -13,7 +13,7 @@ import torch
 from sparsefeat_kernels import SparseCode
 from torch import Tensor
 
-from sparsefeat.features.statistics import hookpoint_of
+from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument
 from sparsefeat.sae import SAE
 from sparsefeat.store import Field, ShardReader, ShardWriter
@@ -127,7 +127,7 @@ class Record(Instrument):
         wanted = [b for b, condition in enumerate(context.condition) if condition == self.condition]
         if recording is None or context.recomputing or not wanted:
             return
-        code, positions = activations.code(self.sae), context.positions
+        code, positions = activations.code(beside(self.sae, activations)), context.positions
         for b in wanted:
             part = code.slice_rows(b * positions, (b + 1) * positions).to("cpu")
             recording._add(context.step, context.prompt_index[b], part, context.grid, context.timestep)

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsefeat.features.attached import hookpoint_of
 from sparsefeat.features.record import Record, Recording
 from sparsefeat.features.scores import area_under_curve, normalized_mean_difference
-from sparsefeat.features.statistics import Concepts, Statistics, hookpoint_of
+from sparsefeat.features.statistics import Concepts, Statistics
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument
 from sparsefeat.sae import SAE
 

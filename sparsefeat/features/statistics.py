@@ -12,6 +12,7 @@ import torch
 from sparsefeat_kernels import SparseCode, feature_stats_
 from torch import Tensor
 
+from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.features.folders import read_folder, write_folder
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument, attach
 from sparsefeat.sae import SAE
@@ -20,6 +21,9 @@ Concepts = str | Sequence[str]
 
 # The key of activations read outside the schedule (text encoders run before it is set).
 OUTSIDE_SCHEDULE = -1.0
+
+# Allocations below this are not worth a line on the terminal.
+SAID_FROM_BYTES = 1 << 20
 
 
 @dataclass
@@ -54,7 +58,8 @@ class Statistics:
     `mean` over all positions (SAeUron's mu) and `mean_active` over the positions where the latent is active (the
     mean.pt of sdxl-unbox). What `add` sees is a row of a code; rows are never kept.
 
-    Size: concepts x timesteps x n_latents x 12 bytes (20 x 50 x 20,480: 234 MiB); printed before it is allocated.
+    Size: concepts x timesteps x n_latents x 12 bytes (20 x 50 x 20,480: 234 MiB); printed before it is
+    allocated, from 1 MiB on.
     """
 
     def __init__(self, concepts: Iterable[str], n_latents: int, timesteps: Iterable[float] = ()):
@@ -80,11 +85,12 @@ class Statistics:
         new = [t for t in dict.fromkeys(float(t) for t in timesteps) if t not in self._blocks]
         if not new:
             return
-        print(
-            f"Statistics: {len(self.concepts)} concepts x {len(new)} timesteps x {self.n_latents} latents take "
-            f"{self.footprint(len(new)) / 2**20:.1f} MiB.",
-            file=sys.stderr,
-        )
+        if self.footprint(len(new)) >= SAID_FROM_BYTES:
+            print(
+                f"Statistics: {len(self.concepts)} concepts x {len(new)} timesteps x {self.n_latents} latents take "
+                f"{self.footprint(len(new)) / 2**20:.1f} MiB.",
+                file=sys.stderr,
+            )
         for timestep in new:
             self._blocks[timestep] = _Block.empty(len(self.concepts), self.n_latents)
 
@@ -211,12 +217,10 @@ class Statistics:
 
     def _places(self, concepts: Concepts) -> Tensor:
         names = (concepts,) if isinstance(concepts, str) else tuple(concepts)
-        unknown = [name for name in names if name not in self.concepts]
+        unknown = ", ".join(repr(name) for name in names if name not in self.concepts)
         if unknown or not names:
-            raise ValueError(
-                f"concept={', '.join(map(repr, unknown)) or concepts!r} is not in these statistics, which have "
-                f"{', '.join(self.concepts)}."
-            )
+            known = ", ".join(self.concepts)
+            raise ValueError(f"concept={unknown or concepts} is not in these statistics, which have {known}.")
         return torch.tensor([self.concepts.index(name) for name in names])
 
     def _pooled(self, concepts: Concepts, timestep: float | None) -> list[tuple[_Block, Tensor]]:
@@ -290,11 +294,12 @@ class CollectStatistics(Instrument):
         ]
         if context.recomputing or not any(of_row):
             return
-        code = activations.code(self.sae)
+        code = activations.code(beside(self.sae, activations))
         timestep = OUTSIDE_SCHEDULE if context.timestep is None else context.timestep
-        schedule = self._call.timesteps if self._call is not None else None
-        if schedule is not None and timestep in schedule:  # all at once, so that their size is said once
-            self.statistics.reserve(schedule)
+        if timestep not in self.statistics.timesteps and self._call is not None:
+            schedule = self._call.timesteps or ()
+            if timestep in schedule:  # all of them at once, so that their size is said once
+                self.statistics.reserve(schedule)
         row_batch = torch.arange(context.batch).repeat_interleave(context.positions)
         for slot in range(max(map(len, of_row))):
             of_batch = torch.tensor([places[slot] if slot < len(places) else -1 for places in of_row])
@@ -302,23 +307,6 @@ class CollectStatistics(Instrument):
 
     def end_call(self, call: Call) -> Statistics:
         return self.statistics
-
-
-def hookpoint_of(sae: SAE, at: str | Hookpoint | None) -> Hookpoint:
-    """`at`, or where the SAE says that it belongs.
-
-    Refuses an SAE whose codes would depend on what else is in the batch (BatchTopK in training mode).
-    """
-    if sae.training and sae.config.activation == "batch_topk":
-        raise ValueError(
-            "sae is in training mode, where BatchTopK shares its k among all rows of a batch; call sae.eval() first."
-        )
-    where = at if at is not None else sae.config.hookpoint
-    if where is None:
-        raise ValueError(
-            'at=None, and the SAE does not know its hookpoint; name one, as in at="unet.mid_block.attentions.0".'
-        )
-    return Hookpoint.parse(where) if isinstance(where, str) else where
 
 
 def collect_statistics(

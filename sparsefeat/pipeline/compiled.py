@@ -34,10 +34,11 @@ def refuse_compiled(target: Target) -> None:
 
 def _ancestors(target: Target) -> list[tuple[str, nn.Module]]:
     """The modules on the way from the component down to the target, both included."""
-    path = next(p for p, m in target.root.named_modules(remove_duplicate=False) if m is target.module)
     chain: list[tuple[str, nn.Module]] = [(target.root_name, target.root)]
-    for part in path.split(".") if path else ():
+    for part in target.path.split(".")[1:]:
         name, module = chain[-1]
+        while not hasattr(module, part) and hasattr(module, "base_layer"):
+            module = module.base_layer  # PEFT's wrapper, left out of paths
         chain.append((f"{name}.{part}", getattr(module, part)))
     return chain
 

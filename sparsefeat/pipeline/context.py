@@ -28,7 +28,7 @@ class Call:
     """Whether classifier-free guidance is on."""
     n_steps: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """The call's arguments by name, defaults included."""
+    """The call's arguments by name, defaults included; once the call has ended, only text and numbers."""
     own_loop: bool = False
     """The denoising loop is the user's own, inside `session.call(...)`."""
     pipe_ref: weakref.ref | None = field(default=None, repr=False)
@@ -42,6 +42,10 @@ class Call:
     def pipe(self) -> Any:
         """The pipeline, None when it is gone: a kept recording does not keep its pipeline."""
         return self.pipe_ref() if self.pipe_ref is not None else None
+
+    def forget_objects(self) -> None:
+        """Let go of the tensors, images and callbacks among the arguments: recordings outlive their calls."""
+        self.arguments = {name: value for name, value in self.arguments.items() if _is_plain(value)}
 
     @property
     def timesteps(self) -> tuple[float, ...] | None:
@@ -77,6 +81,12 @@ class Call:
             arguments=arguments,
             pipe_ref=weakref.ref(pipe),
         )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(element) for element in value)
+    return value is None or isinstance(value, (str, int, float))
 
 
 @dataclass(frozen=True)

@@ -111,10 +111,10 @@ def resolve(pipe: Any, path: str) -> Target:
     for root_name, inner in candidates:
         root = parts[root_name]
         family = family_of(root)
-        named = _named_modules(root)
         for name in (inner, *family.aliases(inner)):
-            if name in named:
-                found.append(Target(f"{root_name}.{name}".rstrip("."), named[name], root_name, root, family))
+            module = _module(root, name)
+            if module is not None:
+                found.append(Target(f"{root_name}.{name}".rstrip("."), module, root_name, root, family))
                 break
     if len(found) > 1:
         raise UnknownHookpointError(
@@ -128,6 +128,13 @@ def resolve(pipe: Any, path: str) -> Target:
 
 def _plain(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
+def _module(root: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return root.get_submodule(path)  # also through torch.compile's wrapper, which forwards attributes
+    except AttributeError:
+        return _named_modules(root).get(path)  # inside a wrapper that does not, such as PEFT's
 
 
 def _named_modules(root: nn.Module) -> dict[str, nn.Module]:

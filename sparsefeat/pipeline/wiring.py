@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 # The autograd engine runs backward passes in threads of its own; -1 is "not in a backward pass".
 _backward_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
+HookKey = tuple[int, str]  # (id of the module, "before", "after" or "root")
+
 
 @dataclass(frozen=True, eq=False)
 class Place:
@@ -60,9 +62,9 @@ class Place:
     target: Target
 
     @property
-    def hook(self) -> tuple[str, str]:
+    def hook(self) -> HookKey:
         """The torch hook that serves it: the module, and before or after its forward."""
-        return self.target.path, "before" if self.hookpoint.io == "input" else "after"
+        return id(self.target.module), "before" if self.hookpoint.io == "input" else "after"
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +94,17 @@ class RunningCall:
     result: Any = None
     roots: dict[str, RootRun] = field(default_factory=dict)
     texts_seen: dict[str, int] = field(default_factory=dict)
-    reached: set[tuple[str, str]] = field(default_factory=set)
-    tapped: set[str] = field(default_factory=set)
+    reached: set[HookKey] = field(default_factory=set)
+    tapped: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A hookpoint or an attention that a completed call did not reach: whose, and why with the remedy."""
+
+    instrument: Instrument
+    name: str
+    why: str
 
 
 class HookpointNotReachedError(RuntimeError):
@@ -111,17 +122,18 @@ class Wiring:
         self._class = type(pipe)
         self._thread = threading.get_ident()
         self.sessions: list[Session] = []
-        self._handles: dict[tuple[str, str], Any] = {}
-        self._taps: dict[str, AttentionTap] = {}
+        self._handles: dict[HookKey, Any] = {}
+        self._taps: dict[int, AttentionTap] = {}
         self._running: RunningCall | None = None
         self._in_instrument = False
         # What checkpointed modules need to run again in a backward pass: the last run's context comes first there.
-        self._replays: dict[tuple[str, str], list[list[tuple[Place, Context]]]] = {}
+        self._replays: dict[HookKey, list[list[tuple[Place, Context]]]] = {}
 
     @staticmethod
     def of(pipe: Any) -> Wiring:
         """The wiring that is in the pipeline, or a new one that is not yet."""
-        return getattr(type(pipe), "_sparsefeat_wiring", None) or Wiring(pipe)
+        wiring = getattr(type(pipe), "_sparsefeat_wiring", None)
+        return wiring if wiring is not None and wiring._pipe() is pipe else Wiring(pipe)  # not that of a copy
 
     # Putting in and taking out
 
@@ -141,24 +153,24 @@ class Wiring:
 
     def _fit(self) -> None:
         """Make what is in the pipeline what the sessions need. Doing it twice, or after half of it, is harmless."""
-        wanted: dict[tuple[str, str], tuple[Target, Callable[..., Any]]] = {}
-        tapped: dict[str, Target] = {}
+        wanted: dict[HookKey, tuple[Target, Callable[..., Any]]] = {}
+        tapped: dict[int, Target] = {}
         for session in self.sessions:
             for target in [part.target for part in session.places] + [part.target for part in session.taps]:
                 root = replace(target, path=target.root_name, module=target.root)
-                wanted.setdefault((root.path, "root"), (root, self._root_hook))
+                wanted.setdefault((id(root.module), "root"), (root, self._root_hook))
             for place in session.places:
                 wanted.setdefault(place.hook, (place.target, getattr(self, f"_{place.hook[1]}_hook")))
             for tap in session.taps:
-                tapped.setdefault(tap.target.path, tap.target)
+                tapped.setdefault(id(tap.target.module), tap.target)
         for key in [key for key in self._handles if key not in wanted]:
             self._handles.pop(key).remove()
-        for path in [path for path in self._taps if path not in tapped]:
-            self._taps.pop(path).remove()
-        for path, target in tapped.items():
-            if path not in self._taps:
+        for module in [module for module in self._taps if module not in tapped]:
+            self._taps.pop(module).remove()
+        for module, target in tapped.items():
+            if module not in self._taps:
                 seen = functools.partial(self._attention, target)
-                self._taps[path] = AttentionTap(path, target.module, self._listening, seen)
+                self._taps[module] = AttentionTap(target.path, target.module, self._listening, seen)
         for key, (target, make) in wanted.items():
             if key not in self._handles:
                 self._handles[key] = self._register(key[1], target, make(target))
@@ -188,7 +200,7 @@ class Wiring:
 
         @functools.wraps(original)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if wiring._in_instrument or not wiring.sessions:
+            if wiring._in_instrument or not wiring.sessions or wiring._pipe() is not self:
                 return original(self, *args, **kwargs)
             try:
                 bound = inspect.signature(original).bind(self, *args, **kwargs)
@@ -242,11 +254,12 @@ class Wiring:
         finally:
             schedule.close()
             self._running = None
+            call.forget_objects()
         self._report(missing, running.result)
 
-    def _end_call(self, session: Session, running: RunningCall, missing: dict[str, tuple[Instrument, str]]) -> None:
+    def _end_call(self, session: Session, running: RunningCall, missing: list[Missing]) -> None:
         """Recordings of the instruments that had all their hookpoints; the others have nothing to record."""
-        unreached = {id(instrument) for instrument, _ in missing.values()}
+        unreached = {id(what.instrument) for what in missing}
         values = {}
         for instrument in session.instruments:
             if id(instrument) not in unreached:
@@ -254,8 +267,8 @@ class Wiring:
                     values[id(instrument)] = instrument.end_call(running.call)
         session.record(running.call, values)
 
-    def _missing(self, session: Session, running: RunningCall) -> dict[str, tuple[Instrument, str]]:
-        """What a completed call did not reach: name -> (instrument, why and what to do).
+    def _missing(self, session: Session, running: RunningCall) -> list[Missing]:
+        """What a completed call did not reach.
 
         In a loop of the user's own a component that did not run at all was not meant to.
         """
@@ -263,23 +276,25 @@ class Wiring:
         def meant(target: Target) -> bool:
             return not running.call.own_loop or target.root_name in running.roots
 
-        missing = {}
-        for place in session.places:
-            if place.hook not in running.reached and meant(place.target):
-                missing[str(place.hookpoint)] = (place.instrument, place.target.family.never_reached)
+        missing = [
+            Missing(place.instrument, str(place.hookpoint), place.target.family.never_reached)
+            for place in session.places
+            if place.hook not in running.reached and meant(place.target)
+        ]
         for tap in session.taps:
-            if tap.target.path not in running.tapped and meant(tap.target):
+            if id(tap.target.module) not in running.tapped and meant(tap.target):
                 processor = type(getattr(tap.target.module, "processor", tap.target.module)).__name__
-                missing[f"the attention of {tap.target.path}"] = (
-                    tap.instrument,
+                why = (
                     f"its {processor} did not call F.scaled_dot_product_attention, or the module did not run: use the "
                     f"default processor (pipe.{tap.target.root_name}.set_attn_processor(AttnProcessor2_0())) and the "
-                    f"native backend (pipe.{tap.target.root_name}.reset_attention_backend())",
+                    f"native backend (pipe.{tap.target.root_name}.reset_attention_backend())"
                 )
+                missing.append(Missing(tap.instrument, f"the attention of {tap.target.path}", why))
         return missing
 
-    def _report(self, missing: dict[Session, dict[str, tuple[Instrument, str]]], result: Any) -> None:
-        everything = {name: why for names in missing.values() for name, (_, why) in names.items()}
+    @staticmethod
+    def _report(missing: dict[Session, list[Missing]], result: Any) -> None:
+        everything = {what.name: what.why for session in missing.values() for what in session}
         if everything:
             reasons = "; ".join(
                 f"{', '.join(name for name in everything if everything[name] == why)} ({why})"
@@ -361,6 +376,8 @@ class Wiring:
     def _context(self, running: RunningCall, target: Target, shape: Sequence[int], device: torch.device) -> Context:
         """The moment, for the rows of a tensor of this shape, [B, C, *grid] or [B, positions, C]."""
         run = running.roots.get(target.root_name)
+        if run is None and not target.family.runs_in_steps and target.family.stream == "image":
+            run = RootRun(target, {}, outside_entries(shape[0]))  # `vae.decode` runs the decoder without `vae.forward`
         if run is None:
             raise RuntimeError(
                 f"{target.path} ran without {target.root_name} around it, so its batch entries and grid cannot be told: "
@@ -382,7 +399,7 @@ class Wiring:
         )
 
     def _after_hook(self, target: Target) -> Callable[..., Any]:
-        key = (target.path, "after")
+        key = (id(target.module), "after")
 
         def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
             # A graph compiled for another block of the same class may call this with that block's output.
@@ -407,7 +424,7 @@ class Wiring:
         return after
 
     def _before_hook(self, target: Target) -> Callable[..., Any]:
-        key = (target.path, "before")
+        key = (id(target.module), "before")
 
         def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
             if module is not target.module or self._in_instrument or not self.sessions:
@@ -427,7 +444,7 @@ class Wiring:
 
         return before
 
-    def _visits(self, key: tuple[str, str], target: Target) -> Iterator[tuple[Place, Context | None]]:
+    def _visits(self, key: HookKey, target: Target) -> Iterator[tuple[Place, Context | None]]:
         """The instruments to ask at this hook, in order. In a backward pass (gradient checkpointing runs the forward
         again) only those that edited the run in question, with the context they had: the graph must come out the
         same, and nothing may be recorded twice. Elsewhere the context is made when the tensor is known.
@@ -444,7 +461,7 @@ class Wiring:
                 if place.hook == key:
                     yield place, None
 
-    def _remember(self, key: tuple[str, str], edits: list[tuple[Place, Context]]) -> None:
+    def _remember(self, key: HookKey, edits: list[tuple[Place, Context]]) -> None:
         if torch.is_grad_enabled() and _backward_task() == -1:
             self._replays.setdefault(key, []).append(edits)
 
@@ -484,8 +501,8 @@ class Wiring:
 
     def _attention(self, target: Target, call: AttentionCall) -> None:
         running = self._current(target)
-        running.tapped.add(target.path)
-        taps = [tap for session in running.sessions for tap in session.taps if tap.target.path == target.path]
+        running.tapped.add(id(target.module))
+        taps = [tap for session in running.sessions for tap in session.taps if tap.target.module is target.module]
         if not taps:
             return  # attached in the middle of the call, by a callback: from the next call on
         batch, heads, queries, head_dim = call.query.shape

@@ -44,7 +44,7 @@ def load_sae(
         # A sum in fp64 is NaN or Inf exactly when an entry is: no mask as large as the weights.
         if not tensor.sum(dtype=torch.float64).isfinite():
             raise ValueError(f"{name} in {folder} has NaN or Inf: it is damaged, download or train it again")
-    _check_threshold(config, tensors.get("threshold"), folder)
+    _check_biases(config, tensors, folder)
     with torch.device("meta"):
         sae = SAE(config)
     # A copy: safetensors hands out views of the mapped file, which a later save into the same folder would replace.
@@ -92,6 +92,9 @@ def _folder(source: str | Path, revision: str | None, subfolder: str | None) -> 
     return folder
 
 
-def _check_threshold(config: SAEConfig, threshold: torch.Tensor | None, folder: Path) -> None:
-    if config.inference == "threshold" and threshold is not None and float(threshold) < 0:
-        raise ValueError(f"threshold in {folder} is {float(threshold):g}, unset: put inference 'topk' into its config")
+def _check_biases(config: SAEConfig, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """What shapes and finiteness do not tell, but encoding would silently get wrong."""
+    if config.inference == "threshold" and float(tensors["threshold"]) < 0:
+        raise ValueError(f"threshold in {folder} is negative, unset: put inference 'topk' into its config")
+    if config.normalizer == "none" and tensors["b_pre"].any():
+        raise ValueError(f"b_pre in {folder} is not zero but normalizer is 'none': put 'b_pre' into its config")

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,20 +23,23 @@ from sparsefeat.pipeline import Instrument
 from sparsefeat.sae import SAE, load_sae
 
 
-class Saved(Protocol):
-    """An instrument that can be saved: `save` writes it through `save_instrument`."""
+class SavableInstrument(Instrument):
+    """An instrument of one SAE that can be written to a folder and read back by `load_instrument`."""
 
     sae: SAE
 
-    def save(self, folder: str | os.PathLike[str], include_sae: bool = True) -> None: ...
+    def save(self, folder: str | os.PathLike[str], include_sae: bool = True) -> None:
+        """Write the settings, by `save_instrument`, and by default the SAE."""
+        raise NotImplementedError
 
     @classmethod
-    def from_saved(cls, sae: SAE, config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    def from_saved(cls, sae: SAE, config: dict[str, Any], tensors: dict[str, Tensor]) -> SavableInstrument:
         """The instrument from the settings and tensors that `save` wrote."""
+        raise NotImplementedError
 
 
-_KINDS: dict[str, type[Saved]] = {}
-_Class = TypeVar("_Class", bound=type[Saved])
+_KINDS: dict[str, type[SavableInstrument]] = {}
+_Class = TypeVar("_Class", bound=type[SavableInstrument])
 
 
 def register(kind: str) -> Callable[[_Class], _Class]:
@@ -53,7 +56,7 @@ def register(kind: str) -> Callable[[_Class], _Class]:
 
 
 def save_instrument(
-    instrument: Any,
+    instrument: SavableInstrument,
     folder: str | os.PathLike[str],
     config: dict[str, Any],
     tensors: dict[str, Tensor],
@@ -67,7 +70,7 @@ def save_instrument(
     write_folder(folder, "instrument", description, tensors)
 
 
-def load_instrument(folder: str | os.PathLike[str], sae: SAE | None = None) -> Instrument:
+def load_instrument(folder: str | os.PathLike[str], sae: SAE | None = None) -> SavableInstrument:
     """The instrument that was saved in `folder`.
 
     Args:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsefeat.features.statistics import hookpoint_of
-from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint, Instrument
+from sparsefeat.features.attached import beside, hookpoint_of
+from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint
 from sparsefeat.sae import SAE
 from sparsefeat.steering.code_rule import CodeRule, code_edit
-from sparsefeat.steering.saved import register, save_instrument
+from sparsefeat.steering.saved import SavableInstrument, register, save_instrument
 from sparsefeat.steering.where import (
     Mask,
     Steps,
@@ -28,7 +28,7 @@ from sparsefeat.steering.where import (
 
 
 @register("sparsefeat.steering:Steer")
-class Steer(Instrument):
+class Steer(SavableInstrument):
     """Instrument: edits of chosen latents, added to the block's output (the SAE's error is kept).
 
     For every row of weight w = sign(condition) x mask:
@@ -93,6 +93,7 @@ class Steer(Instrument):
 
     def at_hookpoint(self, activations: Activations, context: Context) -> Delta | None:
         x = activations.rows
+        beside(self.sae, activations)
         weight = row_weights(self.condition, self.mask, context, len(x), self._n_images)
         change = code_edit(activations, self.sae, self.rule, weight) if len(self.rule) else None
         if self.add or self.add_map:

@@ -182,11 +182,7 @@ class SAETrainer:
         self.step += 1
         if not measure:
             return None
-        if not loss.total.isfinite():
-            raise FloatingPointError(
-                f"the loss is {float(loss.total)} at step {self.step}: look for NaN or Inf in the rows, or lower lr "
-                f"({lr:g}); the last checkpoint is unharmed"
-            )
+        self._check_finite()
         return {
             "step": self.step,
             "fvu": float(loss.fvu),
@@ -200,6 +196,7 @@ class SAETrainer:
 
     def checkpoint(self) -> None:
         """Write everything `fit` needs to go on, whole or not at all."""
+        self._check_finite()
         if self.folder is None:
             return
         state = {
@@ -222,6 +219,13 @@ class SAETrainer:
             raise OSError(
                 f"cannot write a checkpoint into {self.folder} ({error.strerror}): choose another folder"
             ) from error
+
+    def _check_finite(self) -> None:
+        if not all(bool(parameter.isfinite().all()) for parameter in self._trained):
+            raise FloatingPointError(
+                f"the weights have NaN or Inf after step {self.step}: look for them in the rows, or lower lr "
+                f"({self.config.lr_at(self.step, self.sae.n_latents):g}); the checkpoint, if there is one, is unharmed"
+            )
 
     def _resume(self, path: Path) -> None:
         try:

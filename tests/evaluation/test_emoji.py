@@ -23,7 +23,9 @@ from tests.tiny import tiny_sd
 
 
 def verdicts(pairs: list[tuple[int, int]]) -> Verdicts:
-    return Verdicts(torch.tensor([p[0] for p in pairs]), torch.tensor([p[1] for p in pairs]), torch.randn(len(pairs), 3))
+    return Verdicts(
+        torch.tensor([p[0] for p in pairs]), torch.tensor([p[1] for p in pairs]), torch.randn(len(pairs), 3)
+    )
 
 
 def test_scores_of_an_object_are_unlearncanvas_definitions():

@@ -26,10 +26,10 @@ def test_quality_is_that_of_the_formulas_for_any_batch_size(batch_size):
     x_hat, z = sae(x).detach().double(), sae.encode(x).dense()
     x = x.double()
     assert quality.rows == 217
-    assert quality.fvu == pytest.approx(float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()), rel=1e-9)
+    assert quality.fvu == pytest.approx(float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()), rel=1e-6)
     cosine = (x * x_hat).sum(1) / (x.norm(dim=1) * x_hat.norm(dim=1))
-    assert quality.cosine == pytest.approx(float(cosine.mean()), rel=1e-9)
-    assert quality.norm_ratio == pytest.approx(float((x_hat.norm(dim=1) / x.norm(dim=1)).mean()), rel=1e-9)
+    assert quality.cosine == pytest.approx(float(cosine.mean()), rel=1e-6)
+    assert quality.norm_ratio == pytest.approx(float((x_hat.norm(dim=1) / x.norm(dim=1)).mean()), rel=1e-6)
     assert quality.l0 == pytest.approx(float((z != 0).sum(1).double().mean()))
     torch.testing.assert_close(quality.density, (z != 0).float().mean(0))
     assert quality.dead == pytest.approx(float((quality.density == 0).double().mean()))
@@ -45,8 +45,7 @@ def test_a_store_s_batches_and_leading_dimensions_count_the_same():
 
 def test_a_large_mean_does_not_cancel():
     """With E[x^2] - E[x]^2 in float32 the variance of these rows would be lost altogether."""
-    sae, x = example()
-    x = x.double()
+    x = example()[1].double()
     code = SparseCode(torch.zeros(217, 1), torch.zeros(217, 1).int(), 45)
     metrics = SAEMetrics(10, 45)
     noise = 0.1 * torch.randn_like(x)

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
 from sparsefeat_kernels import force_triton
 from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
 

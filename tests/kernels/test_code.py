@@ -9,7 +9,9 @@ from torch.utils import _pytree as pytree
 
 
 def both_forms() -> list[SparseCode]:
-    padded = SparseCode(torch.tensor([[3.0, 1.0], [2.0, 0.0], [0.0, 0.0]]), torch.tensor([[4, 0], [1, 4], [0, 0]]).int(), 5)
+    padded = SparseCode(
+        torch.tensor([[3.0, 1.0], [2.0, 0.0], [0.0, 0.0]]), torch.tensor([[4, 0], [1, 4], [0, 0]]).int(), 5
+    )
     csr = SparseCode(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([4, 0, 1]).int(), 5, torch.tensor([0, 2, 3, 3]))
     return [padded, csr]
 
@@ -24,7 +26,9 @@ def test_both_forms_answer_alike(code: SparseCode):
     assert torch.equal(code.select(torch.tensor([4, 2, 4, 1])), DENSE[:, [4, 2, 4, 1]])
     assert code.select([]).shape == (3, 0)
     for start, stop in ((0, 3), (1, 2), (2, 9), (-1, 3), (2, 1)):
-        assert torch.equal(code.slice_rows(start, stop).dense(), DENSE[start : max(stop, start) if start >= 0 else stop])
+        assert torch.equal(
+            code.slice_rows(start, stop).dense(), DENSE[start : max(stop, start) if start >= 0 else stop]
+        )
     assert torch.equal(code.to("cpu").dense(), DENSE)
 
 

@@ -36,7 +36,8 @@ def test_weight_gradient_is_the_dense_product(path: str, dtype: torch.dtype):
     torch.testing.assert_close(weight.double(), expected_weight, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(bias.double(), expected_bias, rtol=1e-5, atol=1e-5)
     again = weight_gradient(coefficients, indices, x, shift, n)
-    assert torch.equal(weight, again[0]) and torch.equal(bias, again[1])
+    assert torch.equal(weight, again[0])
+    assert torch.equal(bias, again[1])
 
 
 def test_weight_gradient_in_blocks_of_columns(monkeypatch):
@@ -54,4 +55,5 @@ def test_nothing_active(path: str):
         weight, bias = weight_gradient(
             zeros[:rows], indices[:rows], torch.ones(rows, 4, device=path), torch.zeros(4, device=path), 5
         )
-        assert torch.equal(weight, torch.zeros(5, 4, device=path)) and torch.equal(bias, torch.zeros(5, device=path))
+        assert torch.equal(weight, torch.zeros(5, 4, device=path))
+        assert torch.equal(bias, torch.zeros(5, device=path))

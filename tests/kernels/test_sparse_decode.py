@@ -49,7 +49,7 @@ def test_indices_out_of_range_are_skipped_or_refused(path: str):
     without = sparse_decode(values.index_fill(1, torch.tensor([1, 2], device=path), 0.0), indices, W, b)
     indices[:, 1], indices[:, 2] = 9, -1
     assert torch.equal(sparse_decode(values, indices, W, b), without)
-    with pytest.raises(IndexError, match="indices must lie in 0 .. 8"):
+    with pytest.raises(IndexError, match="indices must lie in 0"):
         sparse_decode(values, indices, W, b, validate=True)
 
 

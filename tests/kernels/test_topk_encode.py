@@ -59,7 +59,8 @@ def test_the_k_largest_within_the_rounding_bound(path: str, shape: tuple[int, in
     inputs = problem(rows, d, n, dtype, path)
     for selection in SELECTIONS if shape == SHAPES["small"] else ("relu",):
         values, indices = topk_encode(*inputs, k, selection)
-        assert values.dtype == torch.float32 and indices.dtype == torch.int32
+        assert values.dtype == torch.float32
+        assert indices.dtype == torch.int32
         assert_is_topk(values, indices, *inputs, selection)
 
 
@@ -151,7 +152,8 @@ def test_only_rows_with_nan_are_broken(path: str):
     x, W, b, p = problem(4, 6, 40, torch.float32, path)
     x[2, 3] = torch.nan
     values, indices = topk_encode(x, W, b, p, 5)
-    assert values[2].isnan().all() and indices[2].tolist() == [0, 1, 2, 3, 4]
+    assert values[2].isnan().all()
+    assert indices[2].tolist() == [0, 1, 2, 3, 4]
     kept = [0, 1, 3]
     assert_is_topk(values[kept], indices[kept], x[kept], W, b, p, "relu")
 
@@ -183,7 +185,8 @@ def test_strided_inputs_give_the_bits_of_contiguous_ones(path: str):
 def test_the_same_bits_every_time(path: str):
     inputs = problem(3, 9, 60, torch.float32, path)
     first, second = topk_encode(*inputs, 6), topk_encode(*inputs, 6)
-    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
 
 
 def test_the_scratch_does_not_grow_with_rows():

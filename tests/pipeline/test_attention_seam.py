@@ -49,9 +49,7 @@ def test_the_queries_keys_and_values_are_those_of_the_module(build):
 
 
 def test_every_attention_module_of_the_unet_is_seen_with_its_grid_at_any_size(pipe):
-    paths = [
-        f"unet.{path}" for path, _ in pipe.unet.named_modules() if path.endswith((".attn1", ".attn2"))
-    ]
+    paths = [f"unet.{path}" for path, _ in pipe.unet.named_modules() if path.endswith((".attn1", ".attn2"))]
     seen = WatchAttention(*paths)
     with attach(pipe, seen):
         pixels(pipe, width=72, height=56, steps=1)
@@ -74,7 +72,7 @@ def test_fused_projections_are_seen_like_separate_ones(pipe):
     separate = WatchAttention(SELF, CROSS)
     with attach(pipe, separate):
         pixels(pipe, steps=1)
-    pipe.fuse_qkv_projections()
+    pipe.unet.fuse_qkv_projections()
     fused = WatchAttention(SELF, CROSS)
     with attach(pipe, fused):
         pixels(pipe, steps=1)

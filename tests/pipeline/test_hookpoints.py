@@ -132,7 +132,8 @@ def test_a_component_that_is_not_loaded_is_named(sd):
 
 def test_a_name_that_two_denoisers_have_asks_which():
     class Two:
-        components = {"unet": tiny_sd().unet, "unet_2": tiny_sd().unet}
+        def __init__(self):
+            self.unet, self.unet_2 = tiny_sd().unet, tiny_sd().unet
 
     with pytest.raises(UnknownHookpointError, match="is in unet and in unet_2 of Two: name the component"):
         resolve(Two(), "mid_block.attentions.0")
@@ -140,7 +141,8 @@ def test_a_name_that_two_denoisers_have_asks_which():
 
 def test_t5_blocks_are_listed_with_their_width():
     class Holder:
-        components = {"text_encoder": tiny_t5_encoder(d_model=24)}
+        def __init__(self):
+            self.text_encoder = tiny_t5_encoder(d_model=24)
 
     listing = {str(info.hookpoint): info.width for info in hookpoints(Holder())}
     assert listing == {"text_encoder.encoder.block.0": 24, "text_encoder.encoder.block.1": 24}

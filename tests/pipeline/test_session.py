@@ -338,8 +338,8 @@ def test_attach_refuses_what_is_no_instrument(sd):
 def test_a_hookpoint_never_reached_is_an_error_after_the_call_with_its_result(sd):
     embeds, negative = sd.encode_prompt("a fox", "cpu", 1, True)
     images = pixels(sd)
-    text, image = Watch("text_encoder.encoder.layers.1"), Watch(BLOCK)
-    with attach(sd, text, image) as run:
+    text, also, image = Watch("text_encoder.encoder.layers.1"), Watch("text_encoder.encoder.layers.1"), Watch(BLOCK)
+    with attach(sd, text, also, image) as run:
         with pytest.raises(HookpointNotReachedError) as error:
             pixels(sd, None, prompt_embeds=embeds, negative_prompt_embeds=negative)
         assert np.array_equal(error.value.result.images, images)
@@ -347,8 +347,9 @@ def test_a_hookpoint_never_reached_is_an_error_after_the_call_with_its_result(sd
         assert "prompt_embeds" in str(error.value)
         assert "session of its own" in str(error.value), "the remedy is missing"
         assert run[image] == 2, "what was reached is recorded all the same"
-        with pytest.raises(KeyError, match="never reached"):
-            run[text]
+        for unreached in (text, also):
+            with pytest.raises(KeyError, match="never reached"):
+                run[unreached]
         pixels(sd)
         assert run[text] == 2
 
@@ -367,9 +368,7 @@ def test_nothing_is_raised_over_another_exception(sd):
         attach(sd, Watch("text_encoder.encoder.layers.1")) as run,
         pytest.raises(RuntimeError, match="from the callback"),
     ):
-        pixels(
-            sd, None, prompt_embeds=embeds, negative_prompt_embeds=negative, callback_on_step_end=interrupt
-        )
+        pixels(sd, None, prompt_embeds=embeds, negative_prompt_embeds=negative, callback_on_step_end=interrupt)
     assert run.calls == []
 
 
@@ -401,7 +400,7 @@ def test_wrong_arguments_of_the_call_give_the_pipelines_own_error(sd):
         with pytest.raises(ValueError, match="Provide either `prompt` or `prompt_embeds`"):
             sd(promt="a fox")
         with pytest.raises(ValueError, match="divisible by 8"):
-            sd("a fox", height=13)
+            sd("a fox", height=13, width=64)
 
 
 # Loops of one's own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 import json
@@ -14,7 +15,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import nn
 
-from sparsefeat.pipeline import Delta, attach
+from sparsefeat.pipeline import Delta, HookpointNotReachedError, attach
 from tests.pipeline.instruments import Edit, Watch, WatchAttention, push, zero
 from tests.tiny import pixels, tiny_scheduler, tiny_sd, tiny_sdxl
 
@@ -297,6 +298,37 @@ def test_the_pipeline_is_freed_when_it_is_forgotten_and_recordings_are_kept():
     assert gone() is None
     assert run[watch] == 1
     assert run.calls[0].call.pipe is None
+
+
+def test_a_recording_keeps_the_text_and_numbers_of_its_call_and_nothing_large(pipe):
+    latents = torch.randn(1, 4, 16, 16)
+    with attach(pipe, Watch(BLOCK)) as run:
+        pixels(pipe, latents=latents, negative_prompt="cat", steps=1)
+    arguments = run.calls[0].call.arguments
+    assert (arguments["prompt"], arguments["negative_prompt"], arguments["num_inference_steps"]) == ("a fox", "cat", 1)
+    assert "latents" not in arguments
+    assert "generator" not in arguments
+
+
+def test_a_copy_made_during_a_session_is_an_ordinary_pipeline(pipe):
+    images = pixels(pipe)
+    watch = Watch(BLOCK)
+    with attach(pipe, watch, Edit(push(), BLOCK)) as run:
+        copied = copy.deepcopy(pipe)
+        assert np.array_equal(pixels(copied), images)
+        assert run.calls == []
+
+
+def test_a_module_replaced_during_a_session_is_hooked_by_the_next(pipe):
+    before = Watch(BLOCK)
+    with attach(pipe, before) as outer:
+        pixels(pipe, steps=1)
+        pipe.unet.up_blocks[1].attentions[1] = copy.deepcopy(tiny_sd(seed=5).unet.up_blocks[1].attentions[1])
+        with attach(pipe, after := Watch(BLOCK)) as inner:
+            with pytest.raises(HookpointNotReachedError, match="replaced after `attach`"):
+                pixels(pipe, steps=1)
+            assert inner[after] == 1
+        assert len(outer.calls) == 2
 
 
 # Offloading wraps `forward` of modules and puts it back in the middle; an accelerator is not needed to see that.

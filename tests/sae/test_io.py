@@ -209,6 +209,12 @@ def test_an_unset_threshold_is_said(folder):
         load_sae(folder)
 
 
+def test_a_bias_the_normalizer_denies_is_said(folder):
+    reconfigure(folder, normalizer="none")
+    with pytest.raises(ValueError, match=r"b_pre .* is not zero but normalizer is 'none': put 'b_pre'"):
+        load_sae(folder)
+
+
 def test_a_folder_without_an_sae_says_what_was_expected(tmp_path):
     (tmp_path / "ae.pt").write_text("x")
     with pytest.raises(FileNotFoundError, match=r"found \['ae\.pt'\].*config\.json and sae\.safetensors"):

@@ -169,6 +169,14 @@ def test_a_neutral_edit_gives_the_same_image_bit_for_bit(pipe, sae, call, condit
     assert (pixels(pipe, prompts, **call) == before).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_neutral_edit_of_a_half_precision_pipeline_changes_no_bit(sae, dtype):
+    pipe = tiny_sd(dtype=dtype)
+    before = pixels(pipe)
+    with attach(pipe, Steer(sae, add={3: 0.0}, scale=dict.fromkeys(range(60), 1.0), condition="both")):
+        assert (pixels(pipe) == before).all()
+
+
 class Seen(Instrument):
     """The rows at the hookpoint, at every step."""
 

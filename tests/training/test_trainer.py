@@ -264,10 +264,18 @@ def test_what_users_get_wrong_is_said(tmp_path: Path):
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(CONFIG, **change)
-    bad = rows.clone()
-    bad[::2] = float("nan")
-    with pytest.raises(FloatingPointError, match="look for NaN or Inf in the rows"):
-        SAETrainer(small(), bad, CONFIG).fit(progress=False)
+
+
+def test_weights_that_are_not_finite_stop_the_run_and_never_reach_the_checkpoint(tmp_path: Path):
+    rows = small_rows()
+    config = dataclasses.replace(CONFIG, log_every=100, checkpoint_every=3)
+    trainer = SAETrainer(small(), rows, config, tmp_path)
+    trainer.checkpoint()
+    kept = (tmp_path / "checkpoint.pt").read_bytes()
+    trainer.source = TensorRows(rows.index_fill(0, torch.arange(0, 500, 2), float("nan")))
+    with pytest.raises(FloatingPointError, match="NaN or Inf after step 3: look for them in the rows"):
+        trainer.fit(progress=False)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == kept
 
 
 def test_a_checkpoint_of_another_config_or_a_broken_one_is_refused(tmp_path: Path):

@@ -1,0 +1,33 @@
+"""An SAE as instruments hold it: where it belongs, and on which device it computes."""
+
+from __future__ import annotations
+
+from sparsefeat.pipeline import Activations, Hookpoint
+from sparsefeat.sae import SAE
+
+
+def hookpoint_of(sae: SAE, at: str | Hookpoint | None) -> Hookpoint:
+    """`at`, or where the SAE says that it belongs.
+
+    Refuses an SAE whose codes would depend on what else is in the batch (BatchTopK in training mode).
+    """
+    if sae.training and sae.config.activation == "batch_topk":
+        raise ValueError(
+            "sae is in training mode, where BatchTopK shares its k among all rows of a batch; call sae.eval() first."
+        )
+    where = at if at is not None else sae.config.hookpoint
+    if where is None:
+        raise ValueError(
+            'at=None, and the SAE does not know its hookpoint; name one, as in at="unet.mid_block.attentions.0".'
+        )
+    return Hookpoint.parse(where) if isinstance(where, str) else where
+
+
+def beside(sae: SAE, activations: Activations) -> SAE:
+    """The SAE, moved to the activations' device if it was on another: with offloading that is only known in the call.
+
+    The SAE is no part of the pipeline, whose own moves leave it where it is.
+    """
+    if sae.device != activations.tensor.device:
+        sae.to(activations.tensor.device)
+    return sae

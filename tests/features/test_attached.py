@@ -1,0 +1,37 @@
+"""The SAE of an instrument: its place and its device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsefeat.features.attached import beside, hookpoint_of
+from sparsefeat.pipeline import Activations, Hookpoint
+from sparsefeat.sae import SAE, SAEConfig
+
+
+class Elsewhere:
+    """An SAE as far as its device is concerned."""
+
+    def __init__(self, device):
+        self.device, self.moves = torch.device(device), []
+
+    def to(self, device):
+        self.device = device
+        self.moves.append(str(device))
+
+
+def test_an_sae_on_another_device_is_moved_once():
+    activations, sae = Activations(torch.zeros(1, 2, 3)), Elsewhere("meta")
+    for _ in range(3):
+        assert beside(sae, activations) is sae
+    assert sae.moves == ["cpu"]
+
+
+def test_the_hookpoint_is_the_one_named_or_the_saes():
+    sae = SAE(SAEConfig(d_model=4, n_latents=8, k=2, hookpoint="unet.mid_block.attentions.0:diff"))
+    assert hookpoint_of(sae, None) == Hookpoint("unet.mid_block.attentions.0", "diff")
+    assert hookpoint_of(sae, "unet.mid_block") == Hookpoint("unet.mid_block")
+    assert hookpoint_of(sae, Hookpoint("transformer.x", stream="text")).stream == "text"
+    with pytest.raises(ValueError, match="does not know its hookpoint; name one"):
+        hookpoint_of(SAE(SAEConfig(d_model=4, n_latents=8, k=2)), None)

@@ -1,0 +1,40 @@
+"""The code in the README and the guides runs as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/instruments.md")
+
+
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"__name__": "page"}
+    for block in python_blocks(page):
+        exec(compile(block, page, "exec"), names)
+    if page == "README.md":
+        assert len(names["top"]) == 10
+        assert names["overlay"].size == names["image"].size
+        assert names["steered"].tobytes() != names["image"].tobytes()
+        assert names["erased"].size == names["image"].size
+
+
+def test_the_readmes_first_example_has_twelve_lines():
+    assert len(python_blocks("README.md")[0].strip().splitlines()) <= 13  # one of them empty
+
+
+def test_every_relative_link_and_picture_of_the_readme_exists():
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r"`(docs/[a-z_]+\.md)`", text):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
