@@ -84,7 +84,7 @@ def open_pipeline(name: str | None, device: str) -> Any:
     from diffusers import DiffusionPipeline
 
     dtype = torch.float32 if device == "cpu" else torch.float16
-    pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype).to(device)
+    pipe = DiffusionPipeline.from_pretrained(name).to(device, dtype)
     if not sys.stderr.isatty():
         pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -234,12 +234,15 @@ def steer(
         fractions = (float(start), float(stop))
     except ValueError:
         raise ValueError(f"--window {window!r} must be START:STOP, as in --window 0:0.5") from None
-    edits = {
-        "add": parse_pairs(add or [], "--add"),
-        "scale": parse_pairs(scale or [], "--scale"),
-        "set": parse_pairs(set_ or [], "--set"),
-    }
-    edit = Steer(saes[0], at=at, steps=fractions, condition=condition, **{k: v for k, v in edits.items() if v})
+    edit = Steer(
+        saes[0],
+        add=parse_pairs(add or [], "--add"),
+        scale=parse_pairs(scale or [], "--scale"),
+        set=parse_pairs(set_ or [], "--set"),
+        steps=fractions,
+        condition=condition,
+        at=at,
+    )
     pipe = open_pipeline(pipeline, device)
     with output_folder(out) as folder:
         save(pipe(prompt, **call_options(pipeline, steps, guidance, seed)).images[0], folder / "before.png")

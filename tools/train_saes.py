@@ -24,7 +24,15 @@ from sparsefeat.evaluation.sae_metrics import measure_sae, pca_fvu
 from sparsefeat.sae import SAE, SAEConfig
 from sparsefeat.training import SAETrainer, TrainConfig
 
-HOOKPOINTS = ("unet.mid_block.attentions.0", "unet.up_blocks.0.attentions.0")
+HOOKPOINTS = tuple(
+    f"unet.{block}"
+    for block in (
+        "down_blocks.1.attentions.0",
+        "mid_block.attentions.0",
+        "up_blocks.0.attentions.0",
+        "up_blocks.0.attentions.1",
+    )
+)
 
 
 def main() -> None:
@@ -34,7 +42,7 @@ def main() -> None:
     parser.add_argument("--hookpoints", nargs="+", default=list(HOOKPOINTS))
     parser.add_argument("--n-latents", type=int, default=1024)
     parser.add_argument("--k", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1200)
     arguments = parser.parse_args()
 
     pipe = load_pipeline(arguments.pipeline)

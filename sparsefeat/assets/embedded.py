@@ -34,6 +34,6 @@ def load_pipeline(folder: Path | str = PIPELINE, **options: Any) -> StableDiffus
 
     if not (Path(folder) / "model_index.json").is_file():
         raise FileNotFoundError(f"no pipeline in {folder}; train it with `python tools/train_pipeline.py`")
-    pipe = StableDiffusionPipeline.from_pretrained(str(folder), torch_dtype=torch.float32, **options)
+    pipe = StableDiffusionPipeline.from_pretrained(str(folder), **options).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe

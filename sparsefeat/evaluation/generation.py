@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparsefeat.assets import emojicanvas
 from sparsefeat.evaluation.judge import Verdicts
+from sparsefeat.evaluation.machine import draw_precision
 
 # Splits: which noise. Nothing that was chosen or fitted on one is measured on it.
 STATISTICS, VALIDATION, TEST = 0, 1, 2
@@ -71,7 +72,7 @@ def generate(
     for start in range(0, len(tasks), batch):
         chunk = tasks[start : start + batch]
         generators = [torch.Generator().manual_seed(t.seed) for t in chunk]
-        with during(chunk) if during is not None else nullcontext():
+        with draw_precision(), during(chunk) if during is not None else nullcontext():
             images = pipe(
                 [t.prompt for t in chunk],
                 num_inference_steps=n_steps,

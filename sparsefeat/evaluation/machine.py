@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -18,6 +19,23 @@ def device_name() -> str:
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     return f"{model}, {torch.get_num_threads()} threads"
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 matrix instructions (Linux only): the embedded pipeline then draws in half the time."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def precision() -> str:
+    """What `draw_precision` draws in: "bfloat16 autocast" or "float32"."""
+    return "bfloat16 autocast" if has_bfloat16() else "float32"
+
+
+def draw_precision() -> AbstractContextManager:
+    """Autocast to bfloat16 where the CPU has instructions for it; instruments stay in float32 either way."""
+    return torch.autocast("cpu", torch.bfloat16) if has_bfloat16() else nullcontext()
 
 
 def versions() -> dict[str, str]:

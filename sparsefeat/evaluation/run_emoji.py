@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from sparsefeat.evaluation.emoji import (
 )
 from sparsefeat.evaluation.generation import STATISTICS, TEST, Task, accuracy, generate, held_out, whole_grid
 from sparsefeat.evaluation.judge import Judge, judge_report
-from sparsefeat.evaluation.machine import device_name, versions
+from sparsefeat.evaluation.machine import device_name, precision, versions
 from sparsefeat.evaluation.sae_metrics import measure_sae, pca_fvu, random_control
 from sparsefeat.evaluation.splice import Splice
 from sparsefeat.features import CollectStatistics, Statistics
@@ -175,7 +176,7 @@ def measure_saes(bench: EmojiBenchmark, saes: Sequence[SAE]) -> list[dict[str, A
         config = sae.config
         quality = measure_sae(sae, rows)
         key = f"spliced/{str(config.hookpoint).replace(':', '-')}"
-        spliced = accuracy(bench.pooled(key, tasks, lambda sae=sae: attach(bench.pipe, Splice(sae))), tasks)
+        spliced = accuracy(bench.pooled(key, tasks, partial(attach, bench.pipe, Splice(sae))), tasks)
         measured.append(
             {
                 "hookpoint": config.hookpoint,
@@ -237,7 +238,7 @@ def evaluate_emoji(
         "device": device_name(),
         "date": date.today().isoformat(),
         "versions": versions(),
-        "protocol": {"n_steps": N_STEPS, "guidance": GUIDANCE, "n_target": 20, "n_other": 40},
+        "protocol": {"n_steps": N_STEPS, "guidance": GUIDANCE, "n_target": 20, "n_other": 40, "precision": precision()},
     }
     report = judge_report()
     results["judge"] = {

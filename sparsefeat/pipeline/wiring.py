@@ -22,7 +22,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -305,9 +305,14 @@ class Wiring:
 
     @contextmanager
     def _inside_instrument(self) -> Iterator[None]:
+        """Autocast is for the model: an instrument's arithmetic keeps the precision of its tensors."""
         before, self._in_instrument = self._in_instrument, True
         try:
-            yield
+            with ExitStack() as full_precision:
+                for device in ("cpu", "cuda"):
+                    if torch.is_autocast_enabled(device):
+                        full_precision.enter_context(torch.autocast(device, enabled=False))
+                yield
         finally:
             self._in_instrument = before
 

@@ -83,10 +83,13 @@ class SAE(nn.Module):
         if config.normalizer == "standardize":
             rows = standardize(rows, config.eps)
         weights = (self.W_enc, self.b_enc, self.b_pre)
-        if config.activation == "batch_topk" and self.training:
-            return batch_topk_encode(rows, *weights, k or config.k or 1)
-        if config.uses_threshold and k is None:
-            return threshold_encode(rows, *weights, self.threshold)
+        with torch.autocast(
+            rows.device.type, enabled=False
+        ):  # the ops leave it by themselves; these two are plain torch
+            if config.activation == "batch_topk" and self.training:
+                return batch_topk_encode(rows, *weights, k or config.k or 1)
+            if config.uses_threshold and k is None:
+                return threshold_encode(rows, *weights, self.threshold)
         values, indices = topk_encode(rows, *weights, k or config.k or 1, SELECTION[config.activation])
         return SparseCode(values, indices, config.n_latents)
 

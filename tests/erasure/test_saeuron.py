@@ -132,6 +132,21 @@ def test_t4_the_factor_multiplies_the_activation_and_its_mean(sae, data, magnitu
         torch.testing.assert_close(rows_of(erase, x, at(t)).double(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_activations_up_to_the_threshold_are_left_alone(sae):
+    x = some_rows(positions=200)
+    z = dense_code(sae, x)
+    latent = int((z > 0).flatten(0, 1).sum(0).argmax())
+    middle = float(z[..., latent][z[..., latent] > 0].median())
+    chosen = Selection(torch.tensor([latent]), torch.tensor([-3.0]), torch.tensor([middle]))
+    above = z[..., latent] > chosen.threshold.double()
+    assert 0 < int(above.sum()) < int((z[..., latent] > 0).sum())  # the case says something
+    change = torch.where(above, -4 * z[..., latent], 0.0)
+    out = rows_of(Erase(sae, {1.0: chosen}), x, at(1.0, positions=200)).double()
+    near = (z[..., latent] - middle).abs() < 1e-4  # a value that rounds to the threshold may fall on either side
+    expected = change[..., None] * sae.W_dec[latent].double()
+    torch.testing.assert_close(out[~near], expected[~near], rtol=1e-4, atol=1e-4)
+
+
 def test_t3_the_released_code_reflects_every_row_about_its_reconstruction(sae, data):
     statistics, dense = data
     options = {"percentile": 97.0, "gamma": -5.0}

@@ -114,4 +114,5 @@ def test_an_image_does_not_depend_on_what_else_is_in_its_batch():
     tasks = [task(o, 0, TEST) for o in range(3)]
     together = generate(pipe, tasks, n_steps=2, guidance=3.0, batch=3)
     apart = generate(pipe, tasks, n_steps=2, guidance=3.0, batch=1)
-    assert torch.allclose(together, apart, atol=1e-4)
+    assert torch.allclose(together, apart, atol=0.02)  # bfloat16, where the CPU has it
+    assert not torch.allclose(together[0], together[1], atol=0.02)

@@ -123,6 +123,7 @@ def main(folder: Path, architectures: list[str]) -> None:
     for architecture in architectures:
         dispatch_backend = "hip" if architecture == "gfx942" else "cuda"
         importlib.import_module("sparsefeat_kernels.topk_encode").backend = lambda name=dispatch_backend: name
+        seen = set()
         for shape in SHAPES if architecture in FULL else list(SHAPES)[:1]:
             first = shape == next(iter(SHAPES))
             for dtype in (torch.bfloat16, torch.float32) if first and architecture in FULL else (torch.bfloat16,):
@@ -133,6 +134,10 @@ def main(folder: Path, architectures: list[str]) -> None:
                     if dtype == torch.float32 and name == "_topk_encode_select_kernel":
                         continue  # the same program as for bfloat16
                     source, options = specialised(kernel, arguments)
+                    key = f"{name} {source.signature} {source.constants} {source.attrs} {options}"
+                    if key in seen:
+                        continue
+                    seen.add(key)
                     compiled = triton.compile(source, target=TARGETS[architecture], options=options)
                     row = {"architecture": architecture, "kernel": name, "shape": shape, "dtype": str(dtype)[6:]}
                     print(json.dumps(row | evidence(compiled, architecture, folder)), flush=True)

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from sparsefeat.pipeline import Delta, HookpointNotReachedError, Instrument, Replace, UnknownHookpointError, attach
+from sparsefeat.pipeline import (
+    Delta,
+    Hookpoint,
+    HookpointNotReachedError,
+    Instrument,
+    Replace,
+    UnknownHookpointError,
+    attach,
+)
 from tests.pipeline.instruments import CountingSAE, Edit, Watch, push, same, zero
 from tests.tiny import pixels, tiny_sd, tiny_sdxl
 
@@ -476,3 +484,23 @@ def test_the_base_instrument_does_nothing(sd):
     with attach(sd, nothing := Instrument()) as run:
         assert np.array_equal(pixels(sd), images)
         assert run[nothing] is None
+
+
+def test_autocast_is_for_the_model_and_not_for_instruments():
+    """Under autocast an instrument's products keep the precision of its tensors."""
+    pipe = tiny_sd()
+    seen = []
+
+    class Product(Instrument):
+        def hookpoints(self):
+            return (Hookpoint.parse("unet.mid_block.attentions.0"),)
+
+        def at_hookpoint(self, activations, context):
+            a, b = torch.full((2, 64), 1 + 2**-12), torch.ones(64, 2)
+            seen.append(bool((a @ b == 64 * (1 + 2**-12)).all()) and (a @ b).dtype == torch.float32)
+
+    with torch.autocast("cpu", torch.bfloat16), attach(pipe, Product()):
+        pipe("a fox", num_inference_steps=2, output_type="latent")
+        assert (torch.ones(2, 64) @ torch.ones(64, 2)).dtype == torch.bfloat16  # still on outside
+    assert seen
+    assert all(seen)

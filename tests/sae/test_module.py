@@ -186,3 +186,15 @@ def test_what_users_get_wrong_is_said():
     standard = random_sae("topk", normalizer="standardize")
     with pytest.raises(ValueError, match="pass like=x"):
         standard.decode(standard.encode(torch.randn(4, 13)))
+
+
+@pytest.mark.parametrize("activation", ["topk", "jumprelu", "relu"])
+def test_autocast_does_not_round_a_code(activation):
+    torch.manual_seed(0)
+    k = 4 if activation == "topk" else None
+    sae = SAE(SAEConfig(d_model=16, n_latents=48, activation=activation, k=k)).eval()
+    x = torch.randn(9, 16)
+    plain = sae.encode(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = sae.encode(x)
+    assert torch.equal(plain.dense(), cast.dense())

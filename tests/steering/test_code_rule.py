@@ -139,4 +139,5 @@ def test_rows_with_nan_are_not_left_out():
 def test_a_rule_that_moves_inactive_latents_is_applied_to_every_row():
     assert not CodeRule.build(RULES["set"]).keeps_zero
     assert not CodeRule.build(RULES["lift"]).keeps_zero
+    assert not CodeRule.build({3: {"offset": 2.0, "gate": -0.5}}).keeps_zero
     assert CodeRule.build({3: {"offset": 2.0, "gate": 0.0}}).keeps_zero
