@@ -229,18 +229,31 @@ def _key(ordered, index):
 
 
 @jit
-def _largest_keys(keys, KEYS: tl.constexpr, K: tl.constexpr, HALVINGS: tl.constexpr):
-    """The K largest of [KEYS] keys, descending; KEYS = K << HALVINGS.
+def _merge_descending(x, ROWS: tl.constexpr, K: tl.constexpr, LOG_K: tl.constexpr):
+    """Rows of [ROWS, K] that first fall and then rise (or the reverse), sorted: log K exchanges where a sort takes
+    log K (log K + 1) / 2."""
+    first = (tl.arange(0, 2) == 0)[None, :, None]
+    for step in tl.static_range(LOG_K):
+        pairs = tl.reshape(x, [ROWS << step, 2, K >> (step + 1)])
+        high, low = tl.max(pairs, axis=1)[:, None, :], tl.min(pairs, axis=1)[:, None, :]
+        x = tl.reshape(tl.where(first, high, low), [ROWS, K])
+    return x
+
+
+@jit
+def _largest_keys(keys, K: tl.constexpr, LOG_K: tl.constexpr, HALVINGS: tl.constexpr):
+    """The K largest of [K << HALVINGS] keys, descending.
 
     Rows of K are sorted, odd ones ascending (as complements), so that the larger of each pair of neighbours in a
-    descending and an ascending row are the K largest of both. (tl.topk does this, from Triton 3.4 on.)
+    descending and an ascending row are the K largest of both, and fall and rise. (tl.topk does this, from Triton 3.4.)
     """
-    x = tl.reshape(keys, [1 << HALVINGS, K])
+    flip = -(tl.arange(0, 1 << HALVINGS) & 1).to(tl.int64)[:, None]  # 0 or -1: x ^ -1 is ~x
+    x = tl.sort(tl.reshape(keys, [1 << HALVINGS, K]) ^ flip, dim=1, descending=True) ^ flip
     for level in tl.static_range(HALVINGS):
-        flip = -(tl.arange(0, 1 << (HALVINGS - level)) & 1).to(tl.int64)[:, None]  # 0 or -1: x ^ -1 is ~x
-        x = tl.sort(x ^ flip, dim=1, descending=True) ^ flip
         x = tl.max(tl.reshape(x, [1 << (HALVINGS - level - 1), 2, K]), axis=1)
-    return tl.reshape(tl.sort(x, dim=1, descending=True), [K])
+        flip = -(tl.arange(0, 1 << (HALVINGS - level - 1)) & 1).to(tl.int64)[:, None]
+        x = _merge_descending(x ^ flip, 1 << (HALVINGS - level - 1), K, LOG_K) ^ flip
+    return tl.reshape(x, [K])
 
 
 @jit
@@ -339,6 +352,8 @@ def _topk_encode_select_kernel(
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SEARCHED: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LOG_SEARCHED: tl.constexpr,
+    LOG_K: tl.constexpr,
     GROUP_HALVINGS: tl.constexpr,
     CANDIDATE_HALVINGS: tl.constexpr,
 ):
@@ -348,13 +363,13 @@ def _topk_encode_select_kernel(
     group = tl.arange(0, BLOCK_GROUPS)
     maxima = tl.load(maxima_ptr + row * n_groups + group, mask=group < n_groups, other=-0x80000000)  # [BLOCK_GROUPS]
     broken = tl.max(maxima, axis=0) == 0x7FFFFFFF
-    best = _largest_keys(_key(maxima, group), BLOCK_GROUPS, BLOCK_SEARCHED, GROUP_HALVINGS)
+    best = _largest_keys(_key(maxima, group), BLOCK_SEARCHED, LOG_SEARCHED, GROUP_HALVINGS)
     best = 0x7FFFFFFF - (best & 0xFFFFFFFF)  # [BLOCK_SEARCHED] groups
     latent = best[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [BLOCK_SEARCHED, GROUP]
     a = tl.load(scratch_ptr + latent, mask=latent < n_latents, other=0.0)
     score = tl.where(latent < n_latents, _ordered(tl.abs(a) if SIGNED else a), -0x80000000)
     keys = tl.reshape(_key(score, latent), [BLOCK_SEARCHED * GROUP])
-    top = _largest_keys(keys, BLOCK_SEARCHED * GROUP, BLOCK_K, CANDIDATE_HALVINGS)
+    top = _largest_keys(keys, BLOCK_K, LOG_K, CANDIDATE_HALVINGS)
     place = tl.arange(0, BLOCK_K)
     latent = 0x7FFFFFFF - (top & 0xFFFFFFFF)  # [BLOCK_K]
     value = tl.load(scratch_ptr + latent, mask=place < k, other=0.0)
@@ -421,6 +436,7 @@ def _topk_encode_triton(
                 scratch, maxima, values[out], indices[out], n_latents, k, padded, n_groups,
                 RELU=selection == "relu", SIGNED=signed, GROUP=group, BLOCK_GROUPS=block_groups,
                 BLOCK_SEARCHED=block_searched, BLOCK_K=block_k,
+                LOG_SEARCHED=block_searched.bit_length() - 1, LOG_K=block_k.bit_length() - 1,
                 GROUP_HALVINGS=(block_groups // block_searched).bit_length() - 1,
                 CANDIDATE_HALVINGS=(block_searched * group // block_k).bit_length() - 1,
                 num_warps=min(16, max(4, keys // 512)),  # 2,048 keys: 8 warps spill on sm_80, 4 do not
