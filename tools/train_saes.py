@@ -24,14 +24,22 @@ from sparsefeat.evaluation.sae_metrics import measure_sae, pca_fvu
 from sparsefeat.sae import SAE, SAEConfig
 from sparsefeat.training import SAETrainer, TrainConfig
 
-HOOKPOINTS = tuple(
-    f"unet.{block}"
-    for block in (
-        "down_blocks.1.attentions.0",
-        "mid_block.attentions.0",
-        "up_blocks.0.attentions.0",
-        "up_blocks.0.attentions.1",
-    )
+# Two whole blocks, and every cross-attention: what the text adds to the image goes through one of these seven.
+HOOKPOINTS = (
+    "unet.mid_block.attentions.0",
+    "unet.up_blocks.0.attentions.0",
+    *(
+        f"unet.{block}.transformer_blocks.0.attn2"
+        for block in (
+            "down_blocks.0.attentions.0",
+            "down_blocks.1.attentions.0",
+            "mid_block.attentions.0",
+            "up_blocks.0.attentions.0",
+            "up_blocks.0.attentions.1",
+            "up_blocks.1.attentions.0",
+            "up_blocks.1.attentions.1",
+        )
+    ),
 )
 
 
@@ -40,30 +48,30 @@ def main() -> None:
     parser.add_argument("--pipeline", type=Path, default=PIPELINE)
     parser.add_argument("--out", type=Path, default=SAES)
     parser.add_argument("--hookpoints", nargs="+", default=list(HOOKPOINTS))
-    parser.add_argument("--n-latents", type=int, default=1024)
-    parser.add_argument("--k", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--expansion", type=int, default=8, help="latents, as a multiple of the width")
+    parser.add_argument("--active", type=int, default=8, help="k is the width divided by this")
+    parser.add_argument("--steps", type=int, default=900)
     arguments = parser.parse_args()
 
     pipe = load_pipeline(arguments.pipeline)
     seen = [t for repeat in (0, 1) for t in whole_grid(STATISTICS, repeat) if not held_out(t)]
     unseen = [t for t in whole_grid(TEST) if held_out(t)]
-    folder = ROOT / "build" / "training" / f"saes-{arguments.n_latents}-{arguments.k}"
+    folder = ROOT / "build" / "training" / f"saes-{arguments.expansion}-{arguments.active}"
     cache = folder / "rows.pt"
     if cache.is_file():
         collected = torch.load(cache, weights_only=True)
     else:
         collected = {
             "seen": activation_rows(pipe, arguments.hookpoints, seen, rows_per_image=40),
-            "unseen": activation_rows(pipe, arguments.hookpoints, unseen),
+            "unseen": activation_rows(pipe, arguments.hookpoints, unseen, rows_per_image=64),
         }
         save_atomically(cache, collected)
     for hookpoint, rows, held in zip(arguments.hookpoints, collected["seen"], collected["unseen"], strict=True):
-        name = hookpoint.removeprefix("unet.")
+        name, width = hookpoint.removeprefix("unet."), rows.shape[1]
         config = SAEConfig(
-            d_model=rows.shape[1],
-            n_latents=arguments.n_latents,
-            k=arguments.k,
+            d_model=width,
+            n_latents=width * arguments.expansion,
+            k=width // arguments.active,
             hookpoint=f"{hookpoint}:output",
             base_model="EmojiCanvas pipeline embedded in sparsefeat",
             metadata={"training_rows": len(rows), "training_steps": arguments.steps},
@@ -72,7 +80,7 @@ def main() -> None:
             steps=arguments.steps, batch_size=2048, lr=2e-3, warmup_steps=50, dead_after=200_000, checkpoint_every=200
         )
         sae = SAETrainer(SAE(config), rows, training, folder / name).fit()
-        print(f"{hookpoint}: {measure_sae(sae, held)}; PCA with {arguments.k}: FVU {pca_fvu(held, arguments.k):.4f}")
+        print(f"{hookpoint}: {measure_sae(sae, held)}; PCA with {config.k}: FVU {pca_fvu(held, width // arguments.active):.4f}")
         sae.save(arguments.out / name, dtype=torch.float16, overwrite=True)
 
 
