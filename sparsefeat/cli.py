@@ -90,15 +90,17 @@ def open_pipeline(name: str | None, device: str) -> Any:
     return pipe
 
 
-def open_saes(names: list[str] | None, pipeline: str | None, device: str) -> list[SAE]:
-    from sparsefeat.assets import sae_folders
+def open_saes(names: list[str] | None, pipeline: str | None, device: str, default: str = "all") -> list[SAE]:
+    """The named SAEs; without names the embedded ones: "all", the "block" one, or those of cross-attentions, "text"."""
+    from sparsefeat.assets import block_sae_folder, sae_folders, text_sae_folders
     from sparsefeat.sae import load_sae
 
     if names:
         return [load_sae(name, device=device) for name in names]
     if pipeline is not None:
         raise ValueError("--pipeline is not the embedded one, so its SAE must be named: add --sae FOLDER")
-    return [load_sae(folder, device=device) for folder in sae_folders()]
+    folders = {"all": sae_folders, "block": lambda: [block_sae_folder()], "text": text_sae_folders}[default]()
+    return [load_sae(folder, device=device) for folder in folders]
 
 
 def call_options(pipeline: str | None, steps: int | None, guidance: float | None, seed: int) -> dict[str, Any]:
@@ -186,7 +188,7 @@ def features(
     from sparsefeat.pipeline import attach
     from sparsefeat.report import overlay
 
-    records = [Record(s, at) for s in open_saes(sae, pipeline, device)]
+    records = [Record(s, at) for s in open_saes(sae, pipeline, device, "block")]
     pipe = open_pipeline(pipeline, device)
     with output_folder(out) as folder:
         with attach(pipe, *records) as run:
@@ -226,8 +228,8 @@ def steer(
     from sparsefeat.pipeline import attach
     from sparsefeat.steering import Steer
 
-    saes = open_saes(sae, pipeline, device)
-    if sae is not None and len(saes) > 1:
+    saes = open_saes(sae, pipeline, device, "block")
+    if len(saes) > 1:
         raise ValueError("--sae was given more than once; steer edits the latents of one SAE")
     start, _, stop = window.partition(":")
     try:
@@ -283,7 +285,7 @@ def erase(
     concepts: Annotated[Path | None, typer.Option(help="JSON file: concept -> prompts, to fit on.")] = None,
     fitted: Annotated[Path | None, typer.Option(help="A folder that an earlier --save wrote: no fitting.")] = None,
     save_to: Annotated[Path | None, typer.Option("--save", help="Keep the fitted erasure in this folder.")] = None,
-    latents: Annotated[int, typer.Option(min=1, help="Latents a step.")] = 8,
+    latents: Annotated[int, typer.Option(min=1, help="Latents a step, at each SAE.")] = 4,
     gamma: Annotated[float, typer.Option(help="Their activations are multiplied by this.")] = -2.0,
     pipeline: Pipeline = None,
     sae: Saes = None,
@@ -303,7 +305,7 @@ def erase(
         raise ValueError("name what to erase with --concept, or an erasure fitted before with --fitted; one of the two")
     options = call_options(pipeline, steps, guidance, seed)
     given = None if concept is None else concept_prompts(concept, concepts, pipeline)
-    saes = [] if fitted is not None else open_saes(sae, pipeline, device)
+    saes = [] if fitted is not None else open_saes(sae, pipeline, device, "text")
     pipe = open_pipeline(pipeline, device)
     with output_folder(out) as folder:
         if fitted is not None:

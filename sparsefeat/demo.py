@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsefeat.assets import GUIDANCE, N_STEPS, emojicanvas, load_pipeline, sae_folders
+from sparsefeat.assets import GUIDANCE, N_STEPS, block_sae_folder, emojicanvas, load_pipeline, text_sae_folders
 from sparsefeat.assets.embedded import FOLDER
 from sparsefeat.attention import HeatMaps
 from sparsefeat.erasure import Erase
@@ -43,7 +43,10 @@ N_FEATURES = 6
 
 @dataclass
 class Demo:
-    """What the demo has made so far: the page's `results` and its images by key."""
+    """What the demo has made so far: the page's `results` and its images by key.
+
+    The first SAE is a whole block's, for features and steering; the others are of cross-attentions, for erasure.
+    """
 
     pipe: Any
     saes: list[SAE]
@@ -160,22 +163,18 @@ def show_steering(demo: Demo, statistics: dict[tuple[int, str], Statistics]) -> 
 
     demo.results["steering"] = []
     for kind, concept, subject in ((STYLE, "mono", at("rose", "fluent")), (OBJECT, "red-heart", at("star", "twemoji"))):
-        best = max(
-            ((i, found) for i in range(len(demo.saes)) for found in search(statistics[i, kind], concept, 1)),
-            key=lambda pair: pair[1].score,
-        )
-        i, found = best
-        usual = float(statistics[i, kind].mean_active(concept)[found.latent])
+        found = search(statistics[0, kind], concept, 1)[0]
+        usual = float(statistics[0, kind].mean_active(concept)[found.latent])
         strip = []
         for strength in STRENGTHS:
-            steer = Steer(demo.saes[i], add={found.latent: strength * usual}, condition="both")
+            steer = Steer(demo.saes[0], add={found.latent: strength * usual}, condition="both")
             with attach(demo.pipe, steer):
                 pixels = demo.draw([subject])[0]
             key = demo.picture(f"steer-{concept}-{strength:+g}", pixels)
             strip.append({"strength": strength * usual, "image": key})
         demo.results["steering"].append(
             {
-                "hookpoint": demo.saes[i].config.hookpoint,
+                "hookpoint": demo.saes[0].config.hookpoint,
                 "latent": found.latent,
                 "label": f"latent {found.latent}, the most specific to “{emojicanvas.words(concept)}”",
                 "prompt": subject.prompt,
@@ -187,10 +186,10 @@ def show_steering(demo: Demo, statistics: dict[tuple[int, str], Statistics]) -> 
 def recipes_for(target: Target) -> dict[str, Any]:
     """The hyperparameters that the benchmark's validation chose for this kind of target, or a middling choice."""
     if BENCHMARK.is_file():
-        chosen = json.loads(BENCHMARK.read_text()).get("validation", {}).get("keep", {})
+        chosen = json.loads(BENCHMARK.read_text()).get("validation", {})
         if target.kind in chosen:
             return chosen[target.kind]["chosen"]
-    return {"saes": [0, 1], "n_latents": 8, "gamma": -2.0}
+    return {"n_latents": 4, "gamma": -2.0}
 
 
 def show_erasure(demo: Demo, statistics: dict[tuple[int, str], Statistics]) -> None:
@@ -207,14 +206,15 @@ def show_erasure(demo: Demo, statistics: dict[tuple[int, str], Statistics]) -> N
         recipe = recipes_for(target)
         erases = [
             Erase.from_statistics(
-                demo.saes[i],
+                sae,
                 statistics[i, target.kind],
                 target.name,
                 n_latents=recipe["n_latents"],
                 gamma=recipe["gamma"],
                 magnitude="scale",
             )
-            for i in recipe["saes"]
+            for i, sae in enumerate(demo.saes)
+            if i > 0
         ]
         tasks = hit + kept
         before = demo.draw(tasks)
@@ -244,7 +244,7 @@ def show_erasure(demo: Demo, statistics: dict[tuple[int, str], Statistics]) -> N
                 "kind": target.kind,
                 "target": target.words,
                 "method": f"{recipe['n_latents']} latents a step, z' = {recipe['gamma']:g} z, at "
-                + " and ".join(str(demo.saes[i].config.hookpoint) for i in recipe["saes"]),
+                + f"{len(erases)} cross-attentions",
                 "pairs": pairs,
                 "removed_share": 1 - sum(correct[: len(hit)]) / len(hit),
                 "kept_share": sum(correct[len(hit) :]) / len(kept),
@@ -284,9 +284,7 @@ def run_demo(out: Path, *, force: bool = False) -> Path:
     """Do the main job on the embedded pipeline and write the page into `out`. Returns the page's path."""
     check_folder(out, force=force)
     started = time.perf_counter()
-    saes = [load_sae(folder) for folder in sae_folders()]
-    if not saes:
-        raise FileNotFoundError("the package holds no embedded SAEs; train them with `python tools/train_saes.py`")
+    saes = [load_sae(folder) for folder in (block_sae_folder(), *text_sae_folders())]
     torch.manual_seed(0)
     demo = Demo(load_pipeline(), saes, load_judge())
     demo.results |= {
@@ -298,7 +296,7 @@ def run_demo(out: Path, *, force: bool = False) -> Path:
     }
     with demo.timed("drawing 8 prompts"):
         draw_prompts(demo)
-    with demo.timed("drawing 200 images with statistics at both SAEs"):
+    with demo.timed("drawing 200 images with statistics at four SAEs"):
         examples, _, statistics, pixels = survey(demo)
     with demo.timed("features of one image"):
         show_features(demo, examples, pixels)

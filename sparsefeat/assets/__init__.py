@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
-from sparsefeat.assets.embedded import GUIDANCE, N_STEPS, load_pipeline, sae_folders
+from sparsefeat.assets.embedded import (
+    GUIDANCE,
+    N_STEPS,
+    block_sae_folder,
+    load_pipeline,
+    sae_folders,
+    text_sae_folders,
+)
 
-__all__ = ["GUIDANCE", "N_STEPS", "load_pipeline", "sae_folders"]
+__all__ = ["GUIDANCE", "N_STEPS", "block_sae_folder", "load_pipeline", "sae_folders", "text_sae_folders"]

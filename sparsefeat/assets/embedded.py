@@ -27,6 +27,16 @@ def sae_folders() -> list[Path]:
     return sorted(folder.parent for folder in SAES.glob("*/config.json"))
 
 
+def block_sae_folder() -> Path:
+    """The SAE of a whole block, `up_blocks.0.attentions.0`: for looking at features and steering."""
+    return SAES / "up_blocks.0.attentions.0"
+
+
+def text_sae_folders() -> list[Path]:
+    """The SAEs of the cross-attention of the layers at full resolution: for erasing what the text asks for."""
+    return [folder for folder in sae_folders() if folder.name.endswith(".attn2")]
+
+
 def load_pipeline(folder: Path | str = PIPELINE, **options: Any) -> StableDiffusionPipeline:
     """`StableDiffusionPipeline.from_pretrained(folder)` in fp32, quiet. Raises FileNotFoundError with the remedy."""
     import torch

@@ -231,13 +231,13 @@ class EmojiBenchmark:
         return Verdicts(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
     def choose(self, candidates: Sequence[Method], targets: Sequence[Target]) -> tuple[Method, dict[str, float]]:
-        """The candidate with the best mean of UA, IRA and CRA over `targets` on validation noise (8 target images and 8
+        """The candidate with the best mean of UA, IRA and CRA over `targets` on validation noise (6 target images and 6
         others each), and every candidate's mean."""
         means: dict[str, float] = {}
         for method in tqdm(candidates, desc="validation", disable=not self.progress):
             parts = []
             for target in targets:
-                tasks = tasks_for(target, VALIDATION, n_target=8, n_other=8)
+                tasks = tasks_for(target, VALIDATION, n_target=6, n_other=6)
                 parts.append(scores(self.unit(method, target, tasks, "validation"), target, tasks).mean)
             means[method.name] = statistics.fmean(parts)
         return max(candidates, key=lambda method: means[method.name]), means

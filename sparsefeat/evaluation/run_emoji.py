@@ -6,7 +6,7 @@ the file this writes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -79,15 +79,14 @@ def collect_grid_statistics(
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyperparameters of one erasure: at which SAEs, how many latents a step, how strongly (z' = gamma z)."""
+    """Hyperparameters of one erasure: how many latents a step and SAE, and how strongly (z' = gamma z)."""
 
-    saes: tuple[int, ...]
     n_latents: int
     gamma: float
 
     @property
     def name(self) -> str:
-        return f"at{'+'.join(map(str, self.saes))}-n{self.n_latents}-g{abs(self.gamma):g}"
+        return f"n{self.n_latents}-g{abs(self.gamma):g}"
 
 
 class Eraser:
@@ -99,7 +98,7 @@ class Eraser:
     def erases(self, target: Target, recipe: Recipe, error: str) -> list[Erase]:
         return [
             Erase.from_statistics(
-                self.saes[i],
+                sae,
                 self.collected[i, target.kind],
                 target.name,
                 n_latents=recipe.n_latents,
@@ -107,7 +106,7 @@ class Eraser:
                 magnitude="scale",
                 error=error,
             )
-            for i in recipe.saes
+            for i, sae in enumerate(self.saes)
         ]
 
     def saeuron(self, recipe: Recipe, error: str) -> Method:
@@ -121,7 +120,7 @@ class Eraser:
             erases = self.erases(target, recipe, "keep")
             chosen = [
                 random_latents(erase, seed=target.index, statistics=self.collected[i, target.kind])
-                for i, erase in zip(recipe.saes, erases, strict=True)
+                for i, erase in enumerate(erases)
             ]
             return attach(self.pipe, *chosen)
 
@@ -132,9 +131,8 @@ def negative_prompt() -> Method:
     return Method("negative-prompt", negative_prompt=lambda target: target.words)
 
 
-# What validation chooses from, once for objects and once for styles: where, latents a step, and strength.
-RECIPES = (Recipe((0, 1), 4, -2.0), Recipe((0, 1), 8, -2.0), Recipe((0, 1), 8, -4.0), Recipe((0, 1), 16, -2.0))
-VALIDATED = {OBJECT: 6, STYLE: 4}  # targets of each kind that validation looks at
+# What validation chooses from, once for objects and once for styles.
+RECIPES = (Recipe(4, -2.0), Recipe(8, -2.0), Recipe(16, -1.0))
 
 
 def measure_generation(bench: EmojiBenchmark) -> dict[str, Any]:
@@ -169,7 +167,7 @@ def measure_saes(bench: EmojiBenchmark, saes: Sequence[SAE]) -> list[dict[str, A
     held = activation_rows(bench.pipe, hookpoints, [t for t in whole_grid(TEST) if held_out(t)])
     seen = [t for t in whole_grid(STATISTICS) if not held_out(t)]
     fitted = activation_rows(bench.pipe, hookpoints, seen, rows_per_image=16)
-    tasks = whole_grid(TEST)
+    tasks = whole_grid(TEST)[::2]  # every other cell: all four styles, and each object in some
     unedited = accuracy(bench.unedited(tasks), tasks)
     measured = []
     for sae, rows, fit_rows in zip(saes, held, fitted, strict=True):
@@ -200,33 +198,40 @@ def measure_saes(bench: EmojiBenchmark, saes: Sequence[SAE]) -> list[dict[str, A
     return measured
 
 
-def measure_erasure(bench: EmojiBenchmark, eraser: Eraser, judge: Judge) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The table's rows; and what validation measured and chose, by error convention and kind of target."""
+def measure_erasure(
+    bench: EmojiBenchmark, eraser: Eraser, judge: Judge, on_row: Callable[[list[dict[str, Any]], dict[str, Any]], None]
+) -> None:
+    """Choose on validation, then measure the table's rows; `on_row(rows, validation)` hears of every finished row.
+
+    The released code's error sign and the random latents use the hyperparameters that validation chose for SAeUron.
+    """
     targets = all_targets()
     real = real_features(judge)
-    chosen: dict[tuple[str, str], Recipe] = {}
     validation: dict[str, Any] = {}
-    for error in ("keep", "saeuron_released"):
-        by_name = {eraser.saeuron(recipe, error).name: recipe for recipe in RECIPES}
-        for kind, n_validated in VALIDATED.items():
-            some = [t for t in targets if t.kind == kind][:: 3 if kind == OBJECT else 1][:n_validated]
-            best, means = bench.choose([eraser.saeuron(recipe, error) for recipe in RECIPES], some)
-            chosen[error, kind] = by_name[best.name]
-            validation.setdefault(error, {})[kind] = {"chosen": asdict(by_name[best.name]), "means": means}
-    table: dict[str, dict[Target, Method | None]] = {
-        "unedited": dict.fromkeys(targets),
-        "SAeUron": {t: eraser.saeuron(chosen["keep", t.kind], "keep") for t in targets},
-        "SAeUron, released code's error sign": {
-            t: eraser.saeuron(chosen["saeuron_released", t.kind], "saeuron_released") for t in targets
-        },
-        "negative prompt": {t: negative_prompt() for t in targets},
-        "as many random latents": {t: eraser.random(chosen["keep", t.kind]) for t in targets},
+    chosen: dict[str, Recipe] = {}
+    for kind in (OBJECT, STYLE):
+        some = [t for t in targets if t.kind == kind][:: 5 if kind == OBJECT else 1]
+        by_name = {eraser.saeuron(recipe, "keep").name: recipe for recipe in RECIPES}
+        best, means = bench.choose([eraser.saeuron(recipe, "keep") for recipe in RECIPES], some)
+        chosen[kind] = by_name[best.name]
+        validation[kind] = {"chosen": asdict(chosen[kind]), "means": means, "targets": [t.name for t in some]}
+    methods: dict[str, Callable[[Target], Method | None]] = {
+        "unedited": lambda t: None,
+        "SAeUron": lambda t: eraser.saeuron(chosen[t.kind], "keep"),
+        "negative prompt": lambda t: negative_prompt(),
+        "as many random latents": lambda t: eraser.random(chosen[t.kind]),
+        "SAeUron, released code's error sign": lambda t: eraser.saeuron(chosen[t.kind], "saeuron_released"),
     }
-    rows = [bench.row(name, kind, methods, real) for kind in (OBJECT, STYLE) for name, methods in table.items()]
-    allowed = {row["target_kind"]: allowed_mean(row) for row in rows if row["method"] == "unedited"}
-    for row in rows:
-        row["share_of_allowed"] = row["mean"] / allowed[row["target_kind"]]
-    return rows, validation
+    rows: list[dict[str, Any]] = []
+    allowed: dict[str, float] = {}
+    for name, method in methods.items():
+        for kind in (STYLE, OBJECT):
+            row = bench.row(name, kind, {t: method(t) for t in targets}, real)
+            if name == "unedited":
+                allowed[kind] = allowed_mean(row)
+            row["share_of_allowed"] = row["mean"] / allowed[kind]
+            rows.append(row)
+            on_row(rows, validation)
 
 
 def evaluate_emoji(
@@ -250,7 +255,12 @@ def evaluate_emoji(
     write_json(out, results)
     results["saes"] = measure_saes(bench, saes)
     write_json(out, results)
-    eraser = Eraser(pipe, saes, collect_grid_statistics(pipe, saes, work / "statistics"))
-    results["erasure"], results["validation"] = measure_erasure(bench, eraser, judge)
-    write_json(out, results)
+    text_saes = [sae for sae in saes if str(sae.config.hookpoint).endswith(".attn2:output")]
+    eraser = Eraser(pipe, text_saes, collect_grid_statistics(pipe, text_saes, work / "statistics"))
+
+    def on_row(rows: list[dict[str, Any]], validation: dict[str, Any]) -> None:
+        results["erasure"], results["validation"] = rows, validation
+        write_json(out, results)
+
+    measure_erasure(bench, eraser, judge, on_row)
     return results
