@@ -309,7 +309,8 @@ def erase(
     pipe = open_pipeline(pipeline, device)
     with output_folder(out) as folder:
         if fitted is not None:
-            instruments = [load_instrument(fitted)]
+            folders = sorted(fitted.iterdir()) if (fitted / "0").is_dir() else [fitted]
+            instruments = [load_instrument(folder) for folder in folders]
         else:
             assert concept is not None
             assert given is not None

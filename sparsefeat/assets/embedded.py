@@ -44,6 +44,9 @@ def load_pipeline(folder: Path | str = PIPELINE, **options: Any) -> StableDiffus
 
     if not (Path(folder) / "model_index.json").is_file():
         raise FileNotFoundError(f"no pipeline in {folder}; train it with `python tools/train_pipeline.py`")
-    pipe = StableDiffusionPipeline.from_pretrained(str(folder), **options).to(torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(str(folder), **options)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):  # transformers keeps the file's fp16, diffusers does not
+        if part.dtype != torch.float32:
+            part.to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe

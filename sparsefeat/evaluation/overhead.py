@@ -33,8 +33,8 @@ def measure_overhead(
 ) -> Overhead:
     """Run `run()`, which calls the pipeline once, with the instrument attached, and time it at module `path`.
 
-    Two hooks of our own stand around the session's hook on the module, so that everything attaching does there counts:
-    reshaping, encoding, editing, adding. A step lasts from one start of the denoiser to the next. The first `warm_up`
+    Two hooks of our own, the first and the last on the module, stand around the session's, so that everything attaching
+    does there counts: reshaping, encoding, editing, adding. A step lasts from one start of the denoiser to the next. The first `warm_up`
     steps are left out, and the last one (nothing marks its end). CUDA work is waited for at each mark.
     """
     module: nn.Module = resolve(pipe, path).module
@@ -56,9 +56,10 @@ def measure_overhead(
         spent[step] = spent.get(step, 0.0) + now() - started
 
     handles = [denoiser.register_forward_pre_hook(lambda *_: starts.append(now()), prepend=True)]
-    handles.append(module.register_forward_hook(mark_before))
     try:
         with attach(pipe, instrument):
+            # The session puts its hook first: ours must come after it, and go before it.
+            handles.append(module.register_forward_hook(mark_before, prepend=True))
             handles.append(module.register_forward_hook(mark_after))
             run()
     finally:

@@ -19,7 +19,7 @@ from sparsefeat.steering import Steer
 HOOKPOINT = "unet.up_blocks.1.attentions.1"
 
 
-def sd_sized_pipeline(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+def sd_sized_pipeline(device: str = "cpu") -> Any:
     """A `StableDiffusionPipeline` whose UNet has Stable Diffusion 1.5's configuration (860 M random weights)."""
     from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
@@ -35,7 +35,7 @@ def sd_sized_pipeline(device: str = "cpu", dtype: torch.dtype = torch.float32) -
         vae=vae,
         text_encoder=None,
         tokenizer=None,
-        unet=unet.to(device, dtype).eval(),
+        unet=unet.to(device).eval(),
         scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
