@@ -37,7 +37,7 @@ BENCHMARK = FOLDER / "results" / "emoji.json"
 SPLIT = 3
 SHOWN = ("fox", "octopus", "rocket", "pizza", "rose", "castle", "owl", "key")
 ERASED = (Target(OBJECT, emojicanvas.OBJECTS.index("fox")), Target(STYLE, emojicanvas.STYLES.index("mono")))
-STRENGTHS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # in units of the latent's own mean when it fires
+STRENGTHS = (-6.0, -3.0, -1.5, 0.0, 1.5, 3.0, 6.0)  # in units of the latent's own mean when it fires
 N_FEATURES = 6
 
 
@@ -45,7 +45,8 @@ N_FEATURES = 6
 class Demo:
     """What the demo has made so far: the page's `results` and its images by key.
 
-    The first SAE is a whole block's, for features and steering; the others are of cross-attentions, for erasure.
+    The first SAE is a whole block's, for features; the others are of cross-attentions, for steering
+    and erasure.
     """
 
     pipe: Any
@@ -158,23 +159,25 @@ def best_word(examples: Examples, latent: int) -> tuple[str, float]:
 
 
 def show_steering(demo: Demo, statistics: dict[tuple[int, str], Statistics]) -> None:
-    """Two strips: the latent most specific to a style and to an object, added to another prompt's image."""
+    """Two strips: the last cross-attention's latent most specific to a style and to an object, added elsewhere."""
     from sparsefeat.features import search
 
     demo.results["steering"] = []
-    for kind, concept, subject in ((STYLE, "mono", at("rose", "fluent")), (OBJECT, "red-heart", at("star", "twemoji"))):
-        found = search(statistics[0, kind], concept, 1)[0]
-        usual = float(statistics[0, kind].mean_active(concept)[found.latent])
+    shown = ((STYLE, "mono", at("rose", "fluent")), (OBJECT, "red-heart", at("star", "twemoji")))
+    for kind, concept, subject in shown:
+        last = len(demo.saes) - 1
+        found = search(statistics[last, kind], concept, 1)[0]
+        usual = float(statistics[last, kind].mean_active(concept)[found.latent])
         strip = []
         for strength in STRENGTHS:
-            steer = Steer(demo.saes[0], add={found.latent: strength * usual}, condition="both")
+            steer = Steer(demo.saes[last], add={found.latent: strength * usual})
             with attach(demo.pipe, steer):
                 pixels = demo.draw([subject])[0]
             key = demo.picture(f"steer-{concept}-{strength:+g}", pixels)
             strip.append({"strength": strength * usual, "image": key})
         demo.results["steering"].append(
             {
-                "hookpoint": demo.saes[0].config.hookpoint,
+                "hookpoint": demo.saes[last].config.hookpoint,
                 "latent": found.latent,
                 "label": f"latent {found.latent}, the most specific to “{emojicanvas.words(concept)}”",
                 "prompt": subject.prompt,
