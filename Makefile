@@ -1,7 +1,7 @@
 # make demo    install, run the main job on the embedded pipeline, print where its page is
 # make test    install, lint, type-check, import contracts, tests
 # make bench   kernels against dense PyTorch on this machine
-# make evaluate  the EmojiCanvas benchmark: bench/results/emoji.json (about half an hour on two cores)
+# make evaluate  the EmojiCanvas benchmark: bench/results/emoji.json
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -1,7 +1,7 @@
 """Train the embedded pipeline's autoencoder: 64x64 images to 16x16x4 latents and back.
 
     python tools/train_autoencoder.py            # about 15 minutes on two cores; resumable
-    python tools/train_autoencoder.py --refine   # then the decoder alone, about 8 minutes
+    python tools/train_autoencoder.py --refine   # then the decoder alone, 1,500 steps
 
 Trained on the whole grid with every second image one of the fifty objects that the pipeline draws. Loss: L1 plus MSE,
 and a penalty that keeps each latent channel near mean 0 and variance 1, so that no scaling factor is needed. Latents
@@ -60,9 +60,10 @@ def psnr(model: AutoencoderTiny, images: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, help="default 2000, or 1500 with --refine")
     parser.add_argument("--refine", action="store_true", help="train the decoder further, on mostly the drawn objects")
     arguments = parser.parse_args()
+    arguments.steps = arguments.steps or (1500 if arguments.refine else 2000)
 
     def tensor(canvas: emojicanvas.EmojiCanvas) -> torch.Tensor:
         return torch.from_numpy(canvas.on_white()).flatten(0, 1).permute(0, 3, 1, 2).contiguous()  # uint8

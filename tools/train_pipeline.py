@@ -1,6 +1,6 @@
 """Train the embedded text-to-image pipeline: text encoder and UNet together, on the fifty objects in four styles.
 
-    python tools/train_pipeline.py               # resumable; about an hour on two cores
+    python tools/train_pipeline.py               # resumable
 
 A `StableDiffusionPipeline` in miniature: a 2-layer CLIP text model of width 128 over a small vocabulary, a UNet of
 channels (64, 128) with cross-attention at both levels, latents 16x16x4 of the autoencoder that
@@ -168,7 +168,7 @@ def export(average: Averaged, tokenizer: CLIPTokenizer) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--steps", type=int, default=4900)
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile")
     arguments = parser.parse_args()
 
