@@ -1,13 +1,18 @@
 # make demo    install, run the main job on the embedded pipeline, print where its page is
 # make test    install, lint, type-check, import contracts, tests
-# make bench   kernels against dense PyTorch on this machine
+# make bench   the ops against dense PyTorch and other libraries on this machine, ten minutes: bench/results/
+# make peers   the other libraries, in an environment of their own, which make bench then uses
 # make evaluate  the EmojiCanvas benchmark: bench/results/emoji.json
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types contracts pytest bench evaluate tables browser clean
+PEERS ?= .venv-peers
+# What measures: the environment with the other libraries where there is one.
+MEASURE = $(if $(wildcard $(PEERS)/.installed),$(PEERS)/bin,$(BIN))/python
+
+.PHONY: demo test lint types contracts pytest bench peers evaluate tables browser clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -42,7 +47,20 @@ pytest: $(VENV)/.tests-installed
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.tests-installed
-	$(BIN)/python -m pytest bench --benchmark-only -o addopts=-q
+	$(MEASURE) -m bench.run
+
+peers: $(PEERS)/.installed
+
+# torch first and pinned, as above; torchvision comes along with these and is built for another build of torch, which
+# breaks every import of transformers.
+$(PEERS)/.installed: constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt eai-sparsify sae-lens dictionary-learning overcomplete
+	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt matplotlib pytest pytest-benchmark typer
+	$(PEERS)/bin/python -m pip install --quiet --no-deps -e .
+	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $@
 
 evaluate: $(VENV)/.installed
 	$(BIN)/sparsefeat evaluate emoji
@@ -56,4 +74,4 @@ browser:
 	{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 clean:
-	rm -rf $(VENV) build/lib dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) build/lib dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -91,15 +91,15 @@ def open_pipeline(name: str | None, device: str) -> Any:
 
 
 def open_saes(names: list[str] | None, pipeline: str | None, device: str, default: str = "all") -> list[SAE]:
-    """The named SAEs; without names the embedded ones: "all", the "block" one, or those of cross-attentions, "text"."""
-    from sparsefeat.assets import block_sae_folder, sae_folders, text_sae_folders
+    """The named SAEs; without names the embedded ones: "all", the "block" one, or the one of the "text" encoder."""
+    from sparsefeat.assets import block_sae_folder, sae_folders, text_encoder_sae_folder
     from sparsefeat.sae import load_sae
 
     if names:
         return [load_sae(name, device=device) for name in names]
     if pipeline is not None:
         raise ValueError("--pipeline is not the embedded one, so its SAE must be named: add --sae FOLDER")
-    folders = {"all": sae_folders, "block": lambda: [block_sae_folder()], "text": text_sae_folders}[default]()
+    folders = {"all": sae_folders(), "block": [block_sae_folder()], "text": [text_encoder_sae_folder()]}[default]
     return [load_sae(folder, device=device) for folder in folders]
 
 
@@ -285,8 +285,8 @@ def erase(
     concepts: Annotated[Path | None, typer.Option(help="JSON file: concept -> prompts, to fit on.")] = None,
     fitted: Annotated[Path | None, typer.Option(help="A folder that an earlier --save wrote: no fitting.")] = None,
     save_to: Annotated[Path | None, typer.Option("--save", help="Keep the fitted erasure in this folder.")] = None,
-    latents: Annotated[int, typer.Option(min=1, help="Latents a step, at each SAE.")] = 4,
-    gamma: Annotated[float, typer.Option(help="Their activations are multiplied by this.")] = -2.0,
+    latents: Annotated[int, typer.Option(min=1, help="Latents a step, at each SAE.")] = 32,
+    gamma: Annotated[float, typer.Option(help="Their activations are multiplied by this.")] = -0.5,
     pipeline: Pipeline = None,
     sae: Saes = None,
     at: At = None,
@@ -391,6 +391,32 @@ def evaluate(
         results["overhead"] = measure_sd_sized()
         write_json(out, results)
     typer.echo(f"wrote {out}")
+
+
+@app.command()
+@plain_errors
+def bench(
+    only: Annotated[str | None, typer.Option(help="One op, such as topk_encode.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Time for the rounds of one op; three are run at least.")] = 1.0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+) -> None:
+    """Measure each op against dense PyTorch on this machine, beside the results that the package carries."""
+    import torch
+
+    from sparsefeat.evaluation.machine import device_name
+    from sparsefeat.evaluation.measure import measure_ceilings
+    from sparsefeat.evaluation.ops_bench import measure_here
+    from sparsefeat.evaluation.speed_table import COMMITTED, describe, load_results
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device {device!r} cannot be measured here; choose cpu, or cuda on a machine with a GPU")
+    committed = list(load_results(COMMITTED).values())
+    ceilings = measure_ceilings(device)
+    typer.echo(f"{device_name()}: {', '.join(f'{name} {value}' for name, value in ceilings.as_json().items())}")
+    for records in measure_here(ceilings, device, seconds, only):
+        for line in describe(records, committed):
+            typer.echo(line)
 
 
 @sae_app.command("info")

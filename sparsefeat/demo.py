@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsefeat.assets import GUIDANCE, N_STEPS, block_sae_folder, emojicanvas, load_pipeline, text_sae_folders
+from sparsefeat.assets import (
+    GUIDANCE,
+    N_STEPS,
+    block_sae_folder,
+    cross_attention_sae_folders,
+    emojicanvas,
+    load_pipeline,
+    text_encoder_sae_folder,
+)
 from sparsefeat.assets.embedded import FOLDER
 from sparsefeat.attention import HeatMaps
 from sparsefeat.erasure import Erase
@@ -25,6 +33,7 @@ from sparsefeat.evaluation.generation import STATISTICS, Task, generate, task
 from sparsefeat.evaluation.judge import Judge, judge_images, load_judge
 from sparsefeat.evaluation.machine import device_name, versions
 from sparsefeat.evaluation.overhead import measure_overhead
+from sparsefeat.evaluation.run_emoji import CROSS_ATTENTIONS, RECIPES, place_of
 from sparsefeat.features import CollectExamples, CollectStatistics, Examples, Record, Statistics
 from sparsefeat.pipeline import attach
 from sparsefeat.report import check_folder, contact_sheet, overlay, write_page
@@ -45,8 +54,8 @@ N_FEATURES = 6
 class Demo:
     """What the demo has made so far: the page's `results` and its images by key.
 
-    The first SAE is a whole block's, for features; the others are of cross-attentions, for steering
-    and erasure.
+    The first SAE is a whole block's, for features; then come those of cross-attentions, for steering and erasure, and
+    the text encoder's, for erasure.
     """
 
     pipe: Any
@@ -165,7 +174,7 @@ def show_steering(demo: Demo, statistics: dict[tuple[int, str], Statistics]) -> 
     demo.results["steering"] = []
     shown = ((STYLE, "mono", at("rose", "fluent")), (OBJECT, "red-heart", at("star", "twemoji")))
     for kind, concept, subject in shown:
-        last = len(demo.saes) - 1
+        last = max(i for i, sae in enumerate(demo.saes) if place_of(sae) == CROSS_ATTENTIONS)
         found = search(statistics[last, kind], concept, 1)[0]
         usual = float(statistics[last, kind].mean_active(concept)[found.latent])
         strip = []
@@ -192,7 +201,7 @@ def recipes_for(target: Target) -> dict[str, Any]:
         chosen = json.loads(BENCHMARK.read_text()).get("validation", {})
         if target.kind in chosen:
             return chosen[target.kind]["chosen"]
-    return {"n_latents": 4, "gamma": -2.0}
+    return asdict(RECIPES[0])
 
 
 def show_erasure(demo: Demo, statistics: dict[tuple[int, str], Statistics]) -> None:
@@ -217,7 +226,7 @@ def show_erasure(demo: Demo, statistics: dict[tuple[int, str], Statistics]) -> N
                 magnitude="scale",
             )
             for i, sae in enumerate(demo.saes)
-            if i > 0
+            if place_of(sae) == recipe["place"]
         ]
         tasks = hit + kept
         before = demo.draw(tasks)
@@ -246,8 +255,7 @@ def show_erasure(demo: Demo, statistics: dict[tuple[int, str], Statistics]) -> N
             {
                 "kind": target.kind,
                 "target": target.words,
-                "method": f"{recipe['n_latents']} latents a step, z' = {recipe['gamma']:g} z, at "
-                + f"{len(erases)} cross-attentions",
+                "method": f"{recipe['n_latents']} latents, z' = {recipe['gamma']:g} z, at the {recipe['place']}",
                 "pairs": pairs,
                 "removed_share": 1 - sum(correct[: len(hit)]) / len(hit),
                 "kept_share": sum(correct[len(hit) :]) / len(kept),
@@ -287,7 +295,9 @@ def run_demo(out: Path, *, force: bool = False) -> Path:
     """Do the main job on the embedded pipeline and write the page into `out`. Returns the page's path."""
     check_folder(out, force=force)
     started = time.perf_counter()
-    saes = [load_sae(folder) for folder in (block_sae_folder(), *text_sae_folders())]
+    saes = [
+        load_sae(folder) for folder in (block_sae_folder(), *cross_attention_sae_folders(), text_encoder_sae_folder())
+    ]
     torch.manual_seed(0)
     demo = Demo(load_pipeline(), saes, load_judge())
     demo.results |= {
@@ -299,7 +309,7 @@ def run_demo(out: Path, *, force: bool = False) -> Path:
     }
     with demo.timed("drawing 8 prompts"):
         draw_prompts(demo)
-    with demo.timed("drawing 200 images with statistics at four SAEs"):
+    with demo.timed("drawing 200 images with statistics at five SAEs"):
         examples, _, statistics, pixels = survey(demo)
     with demo.timed("features of one image"):
         show_features(demo, examples, pixels)

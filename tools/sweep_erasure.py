@@ -1,6 +1,6 @@
 """Try erasure hyperparameters on validation noise: how many latents, how strongly, at which SAEs.
 
-    python tools/sweep_erasure.py 4=-2 8=-2 16=-1                 # the embedded cross-attention SAEs
+    python tools/sweep_erasure.py 16=-0.5 32=-0.5                 # the embedded SAE of the text encoder
     python tools/sweep_erasure.py --saes build/other 16=-10       # SAEs that `train_saes.py --out build/other` wrote
 
 Each argument is LATENTS=GAMMA. Prints UA, IRA, CRA and their mean over two styles and four objects, 12 images each.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from train_autoencoder import ROOT
 
-from sparsefeat.assets import GUIDANCE, N_STEPS, load_pipeline, text_sae_folders
+from sparsefeat.assets import GUIDANCE, N_STEPS, load_pipeline, text_encoder_sae_folder
 from sparsefeat.evaluation.emoji import EmojiBenchmark, Scores, all_targets, scores, tasks_for
 from sparsefeat.evaluation.generation import VALIDATION
 from sparsefeat.evaluation.judge import load_judge
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--saes", type=Path, nargs="+", help="SAE folders, or one folder of them")
     parser.add_argument("--error", choices=("keep", "saeuron_released"), default="keep")
     arguments = parser.parse_args()
-    folders = arguments.saes or text_sae_folders()
+    folders = arguments.saes or [text_encoder_sae_folder()]
     if len(folders) == 1 and not (folders[0] / "config.json").is_file():
         folders = sorted(path.parent for path in folders[0].glob("*/config.json"))
     saes = [load_sae(folder) for folder in folders]
@@ -35,12 +35,12 @@ def main() -> None:
     name = "-".join(folder.name for folder in folders)
     work = ROOT / "build" / "sweep" / (name if len(name) < 200 else str(len(folders)))
     bench = EmojiBenchmark(pipe, load_judge(), work, n_steps=N_STEPS, guidance=GUIDANCE, progress=False)
-    eraser = Eraser(pipe, saes, collect_grid_statistics(pipe, saes, work / "statistics"))
+    eraser = Eraser(pipe, saes, ["all"] * len(saes), collect_grid_statistics(pipe, saes, work / "statistics"))
     targets = [all_targets()[i] for i in (0, 3, 4, 9, 15, 21)]
     print("error, latents, gamma: UA IRA CRA mean, of styles | of objects")
     for text in arguments.recipes:
         n_latents, _, gamma = text.partition("=")
-        recipe = Recipe(int(n_latents), float(gamma))
+        recipe = Recipe("all", int(n_latents), float(gamma))
         method = eraser.saeuron(recipe, arguments.error)
         measured: dict[str, list[Scores]] = {"style": [], "object": []}
         for target in targets:

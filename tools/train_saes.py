@@ -3,37 +3,59 @@
     python tools/train_saes.py                   # a few minutes on two cores; resumable
 
 Activations: conditional rows of all twenty steps while the pipeline draws four fifths of the grid, two images a cell
-(the other fifth is what the evaluation measures on). One TopK SAE for each hookpoint, 8 times as many latents as the
+(the other fifth is what the evaluation measures on); of the text encoder, every token of the prompts. One TopK SAE for each hookpoint, 8 times as many latents as the
 block is wide and an eighth of its width active.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from train_autoencoder import ROOT
 from training_run import save_atomically
 
-from sparsefeat.assets import load_pipeline
+from sparsefeat.assets import GUIDANCE, emojicanvas, load_pipeline
 from sparsefeat.assets.embedded import PIPELINE, SAES
 from sparsefeat.evaluation.generation import STATISTICS, TEST, held_out, whole_grid
 from sparsefeat.evaluation.run_emoji import activation_rows
 from sparsefeat.evaluation.sae_metrics import measure_sae, pca_fvu
+from sparsefeat.pipeline import attach
 from sparsefeat.sae import SAE, SAEConfig
-from sparsefeat.training import SAETrainer, TrainConfig
+from sparsefeat.training import CollectActivations, SAETrainer, TrainConfig
 
-# Two whole blocks, and the cross-attention of the layers at full resolution. Nearly all that the text does to the image
-# goes through those three: editing the four cross-attentions at half resolution instead changes next to nothing
-# (docs/erasure.md).
+# Two whole blocks; the cross-attention of the layers at full resolution, through which nearly all goes that the text
+# does to the image (docs/erasure.md); and the text encoder's first layer, which sees each prompt once, outside the steps: there the words of a prompt have
+# mixed least.
 HOOKPOINTS = (
     "unet.mid_block.attentions.0",
     "unet.up_blocks.0.attentions.0",
     "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2",
     "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2",
     "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2",
+    "text_encoder.encoder.layers.0",
 )
+
+# Longer fits the few thousand tokens better and splits the latents that many prompts share: erasing a style then took
+# more of the object along (docs/erasure.md).
+TEXT_STEPS = 350
+
+# Without a style, or without an object: what the text encoder also saw in training.
+PARTIAL = [emojicanvas.prompt(o) for o in emojicanvas.OBJECTS] + [
+    emojicanvas.prompt(None, s) for s in emojicanvas.STYLES
+]
+
+
+def text_rows(pipe: Any, hookpoints: Sequence[str], prompts: Sequence[str]) -> list[Tensor]:
+    """Every token's row of each prompt, once: fp32 [n, d_model]."""
+    collect = CollectActivations(*hookpoints, dtype=torch.float32)
+    with attach(pipe, collect), torch.no_grad():
+        pipe(list(prompts), num_inference_steps=1, guidance_scale=GUIDANCE, output_type="latent")
+    return [collect.collected(h).rows for h in hookpoints]
 
 
 def main() -> None:
@@ -50,27 +72,32 @@ def main() -> None:
     seen = [t for repeat in (0, 1) for t in whole_grid(STATISTICS, repeat) if not held_out(t)]
     unseen = [t for t in whole_grid(TEST) if held_out(t)]
     folder = ROOT / "build" / "training" / f"saes-{arguments.expansion}-{arguments.active}"
-    cache = folder / "rows.pt"
-    if cache.is_file():
-        collected = torch.load(cache, weights_only=True)
-    else:
-        collected = {
-            "seen": activation_rows(pipe, arguments.hookpoints, seen, rows_per_image=40),
-            "unseen": activation_rows(pipe, arguments.hookpoints, unseen, rows_per_image=64),
-        }
-        save_atomically(cache, collected)
+    collected = {}
+    for name, tasks, rows_per_image in (("seen", seen, 40), ("unseen", unseen, 64)):
+        caches = {h: folder / "rows" / f"{h}-{name}.pt" for h in arguments.hookpoints}
+        missing = [h for h, cache in caches.items() if not cache.is_file()]
+        of_text = [h for h in missing if h.startswith("text_encoder")]
+        drawn = [h for h in missing if h not in of_text]
+        rows = dict(zip(drawn, activation_rows(pipe, drawn, tasks, rows_per_image), strict=True)) if drawn else {}
+        if of_text:
+            prompts = list(dict.fromkeys(t.prompt for t in tasks))
+            rows |= zip(of_text, text_rows(pipe, of_text, prompts + (PARTIAL if name == "seen" else [])), strict=True)
+        for hookpoint, found in rows.items():
+            save_atomically(caches[hookpoint], found)
+        collected[name] = [torch.load(cache, weights_only=True) for cache in caches.values()]
     for hookpoint, rows, held in zip(arguments.hookpoints, collected["seen"], collected["unseen"], strict=True):
         name, width = hookpoint.removeprefix("unet."), rows.shape[1]
+        steps = min(arguments.steps, TEXT_STEPS) if hookpoint.startswith("text_encoder") else arguments.steps
         config = SAEConfig(
             d_model=width,
             n_latents=width * arguments.expansion,
             k=width // arguments.active,
             hookpoint=f"{hookpoint}:output",
             base_model="EmojiCanvas pipeline embedded in sparsefeat",
-            metadata={"training_rows": len(rows), "training_steps": arguments.steps},
+            metadata={"training_rows": len(rows), "training_steps": steps},
         )
         training = TrainConfig(
-            steps=arguments.steps, batch_size=2048, lr=2e-3, warmup_steps=50, dead_after=200_000, checkpoint_every=200
+            steps=steps, batch_size=2048, lr=2e-3, warmup_steps=50, dead_after=200_000, checkpoint_every=200
         )
         sae = SAETrainer(SAE(config), rows, training, folder / name).fit()
         print(

@@ -1,6 +1,6 @@
 """Write the README's tables from the measured results, and the copy of the results that the package carries.
 
-    python tools/write_tables.py            # after `sparsefeat evaluate emoji`
+    python tools/write_tables.py            # after `sparsefeat evaluate emoji`, `make bench`, `python -m bench.gpu`
     python tools/write_tables.py --check    # exit code 1 if the README is not what the results say
 
 Each table stands between `<!-- table: NAME -->` and `<!-- end -->`. A test runs the check.
@@ -11,13 +11,17 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sparsefeat.evaluation.speed_table import A_TABLES_ROWS_AN_OP, load_results, speed_markdown
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-RESULTS = ROOT / "bench" / "results" / "emoji.json"
-CARRIED = ROOT / "sparsefeat" / "assets" / "results" / "emoji.json"
+MEASURED = ROOT / "bench" / "results"
+CARRIED = ROOT / "sparsefeat" / "assets" / "results"
+EMOJI = "emoji.json"
 
 
 def percent(share: float) -> str:
@@ -90,30 +94,50 @@ def overhead(results: dict[str, Any]) -> str:
     return table(["`Steer(scale=…)` at", "hook", "step", "share, median"], [row]) + f"\n\n{where(results)}"
 
 
+def speed(devices: dict[str, dict[str, Any]]) -> str:
+    """A table a device that was measured; a device that nobody measured has none."""
+    parts = []
+    for name, results in devices.items():
+        full = f"All shapes and programs: `bench/results/{Path(name).with_suffix('.md')}`."
+        parts.append(f"**{results['device']}**\n\n{speed_markdown(results, A_TABLES_ROWS_AN_OP)} {full}")
+    return "\n\n".join(parts) or "No device was measured yet: `make bench`."
+
+
 TABLES = {"generation": generation, "saes": saes, "erasure": erasure, "overhead": overhead}
 
 
-def filled(text: str, results: dict[str, Any]) -> str:
-    for name, make in TABLES.items():
+def filled(text: str, emoji: dict[str, Any], devices: dict[str, dict[str, Any]]) -> str:
+    contents = {**{name: make(emoji) for name, make in TABLES.items()}, "speed": speed(devices)}
+    for name, content in contents.items():
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        content = make(results)
         text = pattern.sub(lambda m, content=content: m.group(1) + content + m.group(2), text)
     return text
 
 
+def carried(devices: dict[str, dict[str, Any]]) -> Iterator[tuple[Path, Path]]:
+    """The files that the package carries a copy of, and the copies."""
+    for name in (EMOJI, *devices):
+        yield MEASURED / name, CARRIED / name
+
+
 def main() -> None:
-    raw = RESULTS.read_text()
-    results = json.loads(raw)
+    devices = load_results(MEASURED)
     text = README.read_text()
-    wanted = filled(text, results)
+    wanted = filled(text, json.loads((MEASURED / EMOJI).read_text()), devices)
     if "--check" in sys.argv[1:]:
-        stale = [str(p.relative_to(ROOT)) for p, t in ((README, wanted), (CARRIED, raw)) if p.read_text() != t]
+        stale = [
+            source.name
+            for source, copy in carried(devices)
+            if not copy.is_file() or copy.read_text() != source.read_text()
+        ]
+        stale += [README.name] if text != wanted else []
         if stale:
-            raise SystemExit(f"{', '.join(stale)} is not what {RESULTS.name} says; run `python tools/write_tables.py`")
+            raise SystemExit(f"{', '.join(stale)}: not what bench/results says; run `python tools/write_tables.py`")
         return
     README.write_text(wanted)
-    CARRIED.parent.mkdir(parents=True, exist_ok=True)
-    CARRIED.write_text(raw)
+    CARRIED.mkdir(parents=True, exist_ok=True)
+    for source, copy in carried(devices):
+        copy.write_text(source.read_text())
     print(f"tables written into {README.name}")
 
 

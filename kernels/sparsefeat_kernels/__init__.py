@@ -6,23 +6,43 @@ under `torch.compile` and, where training needs it, autograd.
 
 from __future__ import annotations
 
+from . import flops
+from .attention_map import attention_map_, attention_with_map_
+from .attention_rows import attention_column_sums_, attention_rows
+from .attention_tap import attention_tap_, attention_tap_local_
 from .code import SparseCode
 from .csr import latent_major, weight_gradient
 from .dispatch import force_triton, implementation
 from .feature_stats import feature_stats_
+from .matching_pursuit import matching_pursuit
+from .prefilter import PreparedEncoder, bf16_products, prepare_encoder
 from .sparse_decode import sparse_decode
 from .sparse_edit import sparse_edit, sparse_edit_delta
+from .threshold_encode import threshold_encode, threshold_encode_csr
 from .topk_encode import topk_encode
 
 __all__ = [
+    "PreparedEncoder",
     "SparseCode",
+    "attention_column_sums_",
+    "attention_map_",
+    "attention_rows",
+    "attention_tap_",
+    "attention_tap_local_",
+    "attention_with_map_",
+    "bf16_products",
     "feature_stats_",
+    "flops",
     "force_triton",
     "implementation",
     "latent_major",
+    "matching_pursuit",
+    "prepare_encoder",
     "sparse_decode",
     "sparse_edit",
     "sparse_edit_delta",
+    "threshold_encode",
+    "threshold_encode_csr",
     "topk_encode",
     "weight_gradient",
 ]

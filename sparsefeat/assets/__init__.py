@@ -6,9 +6,18 @@ from sparsefeat.assets.embedded import (
     GUIDANCE,
     N_STEPS,
     block_sae_folder,
+    cross_attention_sae_folders,
     load_pipeline,
     sae_folders,
-    text_sae_folders,
+    text_encoder_sae_folder,
 )
 
-__all__ = ["GUIDANCE", "N_STEPS", "block_sae_folder", "load_pipeline", "sae_folders", "text_sae_folders"]
+__all__ = [
+    "GUIDANCE",
+    "N_STEPS",
+    "block_sae_folder",
+    "cross_attention_sae_folders",
+    "load_pipeline",
+    "sae_folders",
+    "text_encoder_sae_folder",
+]

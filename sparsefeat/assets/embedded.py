@@ -32,9 +32,14 @@ def block_sae_folder() -> Path:
     return SAES / "up_blocks.0.attentions.0"
 
 
-def text_sae_folders() -> list[Path]:
-    """The SAEs of the cross-attention of the layers at full resolution: for erasing what the text asks for."""
+def cross_attention_sae_folders() -> list[Path]:
+    """The SAEs of the cross-attention of the layers at full resolution, where the text comes into the image."""
     return [folder for folder in sae_folders() if folder.name.endswith(".attn2")]
+
+
+def text_encoder_sae_folder() -> Path:
+    """The SAE of the text encoder's first layer: for erasing what the prompt asks for."""
+    return SAES / "text_encoder.encoder.layers.0"
 
 
 def load_pipeline(folder: Path | str = PIPELINE, **options: Any) -> StableDiffusionPipeline:

@@ -5,11 +5,12 @@
 with P the cross-attention probabilities of the conditional rows, layers of the down and up blocks of a UNet, and a
 bicubic resize of every map to the largest grid.
 
-Here the sums over heads, layers and steps are taken *before* the resize, one buffer for each grid size: the resize is
-linear, so the result differs from DAAM's only where its clamp at zero acted on the overshoot of a single layer and head
-(maps on the largest grid are never resized and agree exactly). That is 3 buffers for Stable Diffusion 1.5 in place of
-120, 1.7 MB an image in place of 66 MB. Two more differences, both towards the definition: rows are conditional because
-the pipeline said so, not because they stand in the second half of the batch; and the grid may have any shape.
+Here the sums over heads, layers and steps are taken *before* the resize, in one buffer for each grid size, to which
+`attention_map_` adds every layer's probabilities in place without ever holding them. The resize is linear, so the
+result differs from DAAM's only where its clamp at zero acted on the overshoot of a single layer and head (maps on the
+largest grid are never resized and agree exactly). That is 3 buffers for Stable Diffusion 1.5 in place of 120, 1.7 MB an
+image in place of 66 MB. Two more differences, both towards the definition: rows are conditional because the pipeline
+said so, not because they stand in the second half of the batch; and the grid may have any shape.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from sparsefeat_kernels import attention_map_
 from torch import Tensor
 
 from sparsefeat.attention.heat_map import HeatMap, resize
@@ -28,55 +30,17 @@ from sparsefeat.pipeline import AttentionCall, Call, Context, Instrument
 Grid = tuple[int, int]
 Normalization = Literal["none", "steps", "tokens"]
 
-# Probabilities [rows, heads, positions, tokens] are formed for as many heads at a time as fit in this: all heads of a
-# Stable Diffusion 1.5 image at 512 x 512 (8 x 4096 x 77 in fp32 are 10 MB), three at 2048 x 2048 (20 MB each).
-SCRATCH_BYTES = 64 << 20
-
-
-def head_summed_probabilities(
-    query: Tensor, key: Tensor, scale: float | None = None, mask: Tensor | None = None, scratch: int = SCRATCH_BYTES
-) -> Tensor:
-    """sum over h of softmax over t of (scale q_h k_h^T + mask), without holding all heads at once.
-
-    Args:
-        query: [rows, heads, positions, width].
-        key: [rows, key heads, tokens, width]; key heads divide heads (grouped queries).
-        scale: default width ** -0.5.
-        mask: bool (False = left out) or an additive bias, broadcastable to [rows, heads, positions, tokens].
-        scratch: bytes of probabilities formed at a time; at least one head's are.
-
-    Returns:
-        [rows, positions, tokens], fp32 (fp64 for fp64 input). Every position sums to `heads`.
-    """
-    rows, heads, positions, width = query.shape
-    tokens, groups = key.shape[2], heads // key.shape[1]
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    scale = width**-0.5 if scale is None else scale
-    if mask is not None:
-        mask = mask.expand(rows, heads, positions, tokens)
-    chunk = max(1, scratch // (rows * positions * tokens * dtype.itemsize))
-    total = torch.zeros(rows, positions, tokens, dtype=dtype, device=query.device)
-    for start in range(0, heads, chunk):
-        stop = min(start + chunk, heads)
-        keys = key[:, [h // groups for h in range(start, stop)]] if groups > 1 else key[:, start:stop]
-        scores = (query[:, start:stop].to(dtype) * scale) @ keys.to(dtype).transpose(-1, -2)
-        if mask is not None:
-            part = mask[:, start:stop]
-            scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part.to(dtype)
-        total += scores.softmax(-1).sum(1)
-    return total
-
 
 @dataclass
 class _Sum:
-    """Probabilities summed on one grid: `total` [images, positions, tokens], `count` [images] maps that went in."""
+    """Probabilities summed on one grid: `total` [images, positions, tokens], and for each image how many maps went in."""
 
     total: Tensor
-    count: Tensor
+    count: list[int]
 
     def add(self, other: _Sum) -> None:
         self.total += other.total
-        self.count += other.count
+        self.count = [ours + theirs for ours, theirs in zip(self.count, other.count, strict=True)]
 
 
 class HeatMaps(Instrument):
@@ -86,8 +50,8 @@ class HeatMaps(Instrument):
         layers: module paths (or parts of them) of the attention modules to read, e.g. `"up_blocks.1"`. Default:
             DAAM's, every `attn2` of the down and up blocks; where there are no such blocks, every `attn2` module.
 
-    Memory: for each image and grid [height * width, tokens] fp32, twice while it runs (completed steps, and the step in
-    hand). `run[maps]` is a `HeatMapRecording`.
+    Memory: for each image and grid [height * width, tokens] fp32 (`attention_map_` says what a layer takes beside it);
+    twice where a `mask` was asked for (completed steps, and the step in hand). `run[maps]` is a `HeatMapRecording`.
     """
 
     def __init__(self, layers: str | Sequence[str] | None = None):
@@ -97,7 +61,9 @@ class HeatMaps(Instrument):
         self._done: dict[Grid, _Sum] = {}
         self._now: dict[Grid, _Sum] = {}
         self._seen: dict[str, int] = {}
+        self._groups: dict[tuple[int, ...], Tensor] = {}
         self._call: Call | None = None
+        self._is_mask = False
 
     def attentions(self, pipe: Any) -> tuple[str, ...]:
         cross = [
@@ -128,7 +94,7 @@ class HeatMaps(Instrument):
 
     def begin_call(self, call: Call) -> None:
         self._call = call
-        self._done, self._now, self._seen = {}, {}, {}
+        self._done, self._now, self._seen, self._groups = {}, {}, {}, {}
         pipe = call.pipe
         self._pipe_text = {prompt: encoded_text(pipe, prompt) for prompt in call.prompts or ()}
 
@@ -138,24 +104,34 @@ class HeatMaps(Instrument):
         if not rows or not call.is_cross or call.index > 0 or context.recomputing:
             return
         grid = _grid_of(call, context)
-        every = len(rows) == len(context.condition)
-        query, key = (call.query, call.key) if every else (call.query[rows], call.key[rows])
-        mask = call.mask
-        if mask is not None and mask.ndim == 4 and mask.shape[0] > 1 and not every:
-            mask = mask[rows]
-        maps = head_summed_probabilities(query, key, call.scale, mask)
-        images = torch.tensor([context.prompt_index[row] for row in rows], device=maps.device)
+        query, key = call.query.detach(), call.key.detach()
+        heads, positions, tokens = query.shape[1], query.shape[2], key.shape[2]
         held = self._now.get(grid)
-        n_images = max(max(context.prompt_index) + 1, (self._call.n_images if self._call else None) or 0)
-        if held is None or held.total.shape[2] != maps.shape[2]:
-            held = _Sum(maps.new_zeros(n_images, *maps.shape[1:]), maps.new_zeros(n_images))
+        if held is None or held.total.shape[2] != tokens:
+            n_images = max(max(context.prompt_index) + 1, (self._call.n_images if self._call else None) or 0)
+            dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+            held = _Sum(query.new_zeros(n_images, positions, tokens, dtype=dtype), [0] * n_images)
             self._now[grid] = held
-        held.total.index_add_(0, images, maps)
-        held.count.index_add_(0, images, maps.new_full((len(rows),), query.shape[1]))
+        image_of = tuple(
+            image if condition == "cond" else -1
+            for image, condition in zip(context.prompt_index, context.condition, strict=True)
+        )
+        attention_map_(
+            held.total, query, key, call.scale, _four_dimensions(call.mask), group=self._group(image_of, query.device)
+        )
+        for row in rows:
+            held.count[context.prompt_index[row]] += heads
         self._seen[call.path] = self._seen.get(call.path, 0) + 1
 
+    def _group(self, image_of: tuple[int, ...], device: torch.device) -> Tensor:
+        """On the device, once for a call: a copy from the host waits for everything that runs there."""
+        if image_of not in self._groups or self._groups[image_of].device != device:
+            self._groups[image_of] = torch.tensor(image_of, device=device)
+        return self._groups[image_of]
+
     def end_step(self, context: Context) -> None:
-        self._complete()
+        if self._is_mask:
+            self._complete()
 
     def _complete(self) -> None:
         for grid, held in self._now.items():
@@ -173,7 +149,7 @@ class HeatMaps(Instrument):
 
     def _recording(self, call: Call) -> HeatMapRecording:
         return HeatMapRecording(
-            sums={grid: (held.total, held.count) for grid, held in self._done.items()},
+            sums={grid: (held.total, held.total.new_tensor(held.count)) for grid, held in self._done.items()},
             evaluations=max(self._seen.values(), default=0),
             prompts=None if call.prompts is None else tuple(self._pipe_text[p] for p in call.prompts),
             images_per_prompt=call.images_per_prompt,
@@ -187,6 +163,7 @@ class HeatMaps(Instrument):
         or 0 and 1 by `threshold`. During the first step nothing is completed and the mask is zero; so is that of
         an image whose prompt does not have the word, among several prompts.
         """
+        self._is_mask = True
         return WordMask(self, word, threshold, occurrence)
 
     def _word_masks(self, context: Context, mask: WordMask) -> Tensor:
@@ -216,6 +193,11 @@ def _grid_of(call: AttentionCall, context: Context) -> Grid:
             "out of HeatMaps(layers=...)."
         )
     return (int(grid[0]), int(grid[1]))
+
+
+def _four_dimensions(mask: Tensor | None) -> Tensor | None:
+    """An attn_mask as `F.scaled_dot_product_attention` takes it, broadcast from the right, with all four dimensions."""
+    return mask if mask is None or mask.dim() >= 4 else mask[(None,) * (4 - mask.dim())]
 
 
 @dataclass(frozen=True)

@@ -78,23 +78,41 @@ def collect_grid_statistics(
     return collected
 
 
+CROSS_ATTENTIONS, TEXT_ENCODER = "cross-attentions", "text encoder"
+
+
+def place_of(sae: SAE) -> str | None:
+    """Where an SAE sits, of the places where erasure is tried."""
+    at = str(sae.config.hookpoint)
+    if at.startswith("text_encoder."):
+        return TEXT_ENCODER
+    return CROSS_ATTENTIONS if at.endswith(".attn2:output") else None
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """Hyperparameters of one erasure: how many latents a step and SAE, and how strongly (z' = gamma z)."""
+    """Hyperparameters of one erasure: at which SAEs, how many latents a step and SAE, and how strongly (z' = gamma z)."""
 
+    place: str
     n_latents: int
     gamma: float
 
     @property
     def name(self) -> str:
-        return f"n{self.n_latents}-g{abs(self.gamma):g}"
+        return f"{self.place.replace(' ', '-')}-n{self.n_latents}-g{abs(self.gamma):g}"
 
 
 class Eraser:
-    """Builds the methods that are compared, from the SAEs and their statistics."""
+    """Builds the methods that are compared, from the SAEs, the place of each, and their statistics."""
 
-    def __init__(self, pipe: Any, saes: Sequence[SAE], collected: dict[tuple[int, str], Statistics]) -> None:
-        self.pipe, self.saes, self.collected = pipe, saes, collected
+    def __init__(
+        self, pipe: Any, saes: Sequence[SAE], places: Sequence[str], collected: dict[tuple[int, str], Statistics]
+    ) -> None:
+        self.pipe, self.saes, self.places, self.collected = pipe, saes, places, collected
+
+    def at(self, recipe: Recipe) -> list[tuple[int, SAE]]:
+        """The SAEs that a recipe edits, with their numbers."""
+        return [(i, sae) for i, sae in enumerate(self.saes) if self.places[i] == recipe.place]
 
     def erases(self, target: Target, recipe: Recipe, error: str) -> list[Erase]:
         return [
@@ -107,7 +125,7 @@ class Eraser:
                 magnitude="scale",
                 error=error,
             )
-            for i, sae in enumerate(self.saes)
+            for i, sae in self.at(recipe)
         ]
 
     def saeuron(self, recipe: Recipe, error: str) -> Method:
@@ -118,10 +136,10 @@ class Eraser:
 
     def random(self, recipe: Recipe) -> Method:
         def during(target: Target) -> AbstractContextManager:
-            erases = self.erases(target, recipe, "keep")
+            erases = zip(self.at(recipe), self.erases(target, recipe, "keep"), strict=True)
             chosen = [
                 random_latents(erase, seed=target.index, statistics=self.collected[i, target.kind])
-                for i, erase in enumerate(erases)
+                for (i, _), erase in erases
             ]
             return attach(self.pipe, *chosen)
 
@@ -133,7 +151,13 @@ def negative_prompt() -> Method:
 
 
 # What validation chooses from, once for objects and once for styles.
-RECIPES = (Recipe(4, -2.0), Recipe(8, -2.0), Recipe(16, -1.0))
+RECIPES = (
+    Recipe(CROSS_ATTENTIONS, 4, -2.0),
+    Recipe(CROSS_ATTENTIONS, 8, -2.0),
+    Recipe(TEXT_ENCODER, 16, -0.5),
+    Recipe(TEXT_ENCODER, 24, -0.5),
+    Recipe(TEXT_ENCODER, 32, -0.5),
+)
 
 
 def measure_generation(bench: EmojiBenchmark) -> dict[str, Any]:
@@ -259,8 +283,9 @@ def evaluate_emoji(
     write_json(out, results)
     results["saes"] = measure_saes(bench, saes)
     write_json(out, results)
-    text_saes = [sae for sae in saes if str(sae.config.hookpoint).endswith(".attn2:output")]
-    eraser = Eraser(pipe, text_saes, collect_grid_statistics(pipe, text_saes, work / "statistics"))
+    places = {sae: place for sae in saes if (place := place_of(sae)) is not None}
+    collected = collect_grid_statistics(pipe, list(places), work / "statistics")
+    eraser = Eraser(pipe, list(places), list(places.values()), collected)
 
     def on_row(rows: list[dict[str, Any]], validation: dict[str, Any]) -> None:
         results["erasure"], results["validation"] = rows, validation

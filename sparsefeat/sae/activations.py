@@ -1,21 +1,17 @@
 """From rows to codes: top-k, batch top-k and thresholds. Rows come in normalised, `b_pre` not yet subtracted.
 
 None of these holds `[rows, n_latents]`: top-k is the fused kernel, batch top-k searches among every row's own best,
-and thresholds go through the rows in chunks.
+and thresholds are the kernel that lists what is active, padded here.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from sparsefeat_kernels import SparseCode, topk_encode
+from sparsefeat_kernels import SparseCode, threshold_encode_csr, topk_encode
 from torch import Tensor
 
 # Which selection of the kernel an activation is.
 SELECTION = {"topk": "relu", "batch_topk": "relu", "signed_topk": "signed", "raw_topk": "raw"}
-
-SCRATCH_BYTES = 64 * 2**20  # what a threshold encode may hold beside its input and output
 
 
 def batch_topk_encode(rows: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int) -> SparseCode:
@@ -44,90 +40,21 @@ def batch_topk_encode(rows: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor,
 def threshold_encode(rows: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor | None) -> SparseCode:
     """`relu(pre)` where `pre > threshold` (a scalar, one a latent, or None for plain ReLU).
 
-    The width of the code is the largest number of active latents in one row, at least 1. Entries are sorted by value
-    descending, then index; a row with fewer is filled with value 0. A row with NaN is NaN in all its values. Half
-    precision is accumulated and returned in float32. Scratch is at most `SCRATCH_BYTES`, but never less than one row.
-    Differentiable in rows, W_enc, b_enc and b_pre, not in the threshold.
+    The width of the code is the largest number of active latents in one row, at least 1: the host waits for the device
+    to learn it. Entries are sorted by value descending, then index; a row with fewer is filled with value 0. A row with
+    NaN is NaN in all its values. Half precision is accumulated and returned in float32. Scratch is the kernel's and
+    some copies of the active entries. Differentiable in rows, W_enc, b_enc and b_pre, not in the threshold.
     """
-    floor = W_enc.new_zeros((), dtype=_accumulator(rows)) if threshold is None else threshold.clamp_min(0)
-    values, indices = _ThresholdEncode.apply(rows, W_enc, b_enc, b_pre, floor.to(_accumulator(rows)))
-    return SparseCode(values, indices, W_enc.shape[0])
-
-
-class _ThresholdEncode(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, floor: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        dtype, n_latents = _accumulator(rows), W_enc.shape[0]
-        parts: list[tuple[Tensor, Tensor]] = []
-        for chunk in rows.split(_rows_per_chunk(n_latents, dtype)) if len(rows) else ():
-            pre = _pre_activation(chunk, W_enc, b_enc, b_pre, dtype)  # [chunk, n_latents]
-            pre.masked_fill_(pre <= floor, 0)
-            width = max(1, int((pre > 0).sum(-1).max()))
-            values, indices = pre.topk(width, sorted=False)
-            indices, order = indices.sort(-1)
-            values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-            values.masked_fill_(chunk.isnan().any(-1, keepdim=True), float("nan"))
-            parts.append((values, indices.gather(-1, order).int()))
-        width = max((values.shape[1] for values, _ in parts), default=1)
-        values = rows.new_zeros((rows.shape[0], width), dtype=dtype)
-        indices = torch.zeros_like(values, dtype=torch.int32)
-        start = 0
-        for part_values, part_indices in parts:
-            stop = start + part_values.shape[0]
-            values[start:stop, : part_values.shape[1]] = part_values
-            indices[start:stop, : part_values.shape[1]] = part_indices
-            start = stop
-        ctx.save_for_backward(rows, W_enc, b_pre, values, indices)
-        ctx.mark_non_differentiable(indices)
-        return values, indices
-
-    @staticmethod
-    def backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        rows, W_enc, b_pre, values, indices = ctx.saved_tensors
-        dtype, n_latents = values.dtype, W_enc.shape[0]
-        grad_rows = torch.empty_like(rows, dtype=dtype)
-        grad_W_enc = torch.zeros_like(W_enc, dtype=dtype)
-        grad_b_enc = grad_W_enc.new_zeros(n_latents)
-        active = grad_values.where(values > 0, 0)
-        step, start = _rows_per_chunk(n_latents, dtype), 0
-        for chunk in rows.split(step):
-            part = slice(start, start + chunk.shape[0])
-            dense = active.new_zeros((chunk.shape[0], n_latents))
-            dense.scatter_add_(1, indices[part].long(), active[part])
-            grad_rows[part] = dense @ W_enc.to(dtype)
-            grad_W_enc.addmm_(dense.T, chunk.to(dtype) - b_pre.to(dtype))
-            grad_b_enc += dense.sum(0)
-            start += chunk.shape[0]
-        return (
-            grad_rows.to(rows.dtype),
-            grad_W_enc.to(W_enc.dtype),
-            grad_b_enc.to(W_enc.dtype),
-            -grad_rows.sum(0).to(b_pre.dtype),
-            None,
-        )
-
-
-def _accumulator(rows: Tensor) -> torch.dtype:
-    return torch.promote_types(rows.dtype, torch.float32)
-
-
-def _rows_per_chunk(n_latents: int, dtype: torch.dtype) -> int:
-    # A row holds pre-activations, a mask, and at worst (all active) values, indices and sorting order of its own.
-    row_bytes = n_latents * (3 * dtype.itemsize + 3 * 8 + 1)
-    return max(1, SCRATCH_BYTES // 2 // row_bytes)
-
-
-def _pre_activation(rows: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[rows, n_latents]` in dtype; weights of another dtype are widened a tile of latents at a time."""
-    n_latents, d_model = W_enc.shape
-    centred = rows.to(dtype) - b_pre.to(dtype)
-    if W_enc.dtype == dtype:
-        return torch.addmm(b_enc, centred, W_enc.T)
-    pre = centred.new_empty((rows.shape[0], n_latents))
-    tile = max(1, SCRATCH_BYTES // 4 // (d_model * dtype.itemsize))
-    for start in range(0, n_latents, tile):
-        part = slice(start, start + tile)
-        pre[:, part] = torch.addmm(b_enc[part].to(dtype), centred, W_enc[part].to(dtype).T)
-    return pre
+    floor = W_enc.new_zeros(()) if threshold is None else threshold.detach()
+    values, indices, row_offsets = threshold_encode_csr(rows, W_enc, b_enc, b_pre, floor)
+    counts = row_offsets.diff()
+    width = max(1, int(counts.max())) if rows.shape[0] else 1
+    row = torch.repeat_interleave(counts, output_size=values.shape[0])
+    order = values.detach().sort(descending=True, stable=True).indices  # within a row, entries come by index
+    order = order[row[order].sort(stable=True).indices]
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.shape[0], device=order.device) - row_offsets[row]
+    padded = values.new_zeros(rows.shape[0], width).index_put((row, place), values)
+    latents = indices.new_zeros(padded.shape).index_put_((row, place), indices)
+    invalid = padded.detach()[:, :1].isnan()  # the only entry of such a row
+    return SparseCode(padded.masked_fill(invalid, torch.nan), latents, W_enc.shape[0])

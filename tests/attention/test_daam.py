@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
 from sparsefeat.attention import HeatMap, HeatMaps
-from sparsefeat.attention.daam import head_summed_probabilities
-from sparsefeat.pipeline import attach
+from sparsefeat.pipeline import AttentionCall, attach
 from tests.tiny import MAX_TOKENS, pixels, tiny_sd, tiny_sdxl
 
 
@@ -178,26 +179,23 @@ def test_sdxl_has_maps_of_its_own_layers():
         attach(pipe, HeatMaps(layers="nowhere"))
 
 
-@pytest.mark.parametrize("scratch", [1, 3000, 1 << 20])
-@pytest.mark.parametrize("masked", ["none", "bool", "bias"])
-def test_head_sums_do_not_depend_on_the_chunk(scratch, masked):
+@pytest.mark.parametrize("dimensions", [2, 3, 4])
+def test_the_mask_of_the_call_is_honoured_and_only_conditional_rows_count(dimensions):
     generator = torch.Generator().manual_seed(3)
-    q = torch.randn(2, 6, 35, 5, generator=generator, dtype=torch.float64)
-    k = torch.randn(2, 3, 7, 5, generator=generator, dtype=torch.float64)  # two query heads share a key head
-    keep = torch.rand(2, 1, 1, 7, generator=generator) > 0.3
-    keep[..., 0] = True
-    bias = torch.zeros(2, 1, 1, 7, dtype=torch.float64).masked_fill(~keep, -torch.inf)
-    mask = {"none": None, "bool": keep, "bias": bias}[masked]
-    scores = torch.einsum("bhnd,bhtd->bhnt", q, k.repeat_interleave(2, 1)) * 0.3
-    scores = scores if masked == "none" else scores + bias
-    expected = (scores.exp() / scores.exp().sum(-1, keepdim=True)).sum(1)
-    actual = head_summed_probabilities(q, k, 0.3, mask, scratch)
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_half_precision_is_accumulated_in_fp32():
-    generator = torch.Generator().manual_seed(4)
-    q, k = torch.randn(1, 8, 11, 4, generator=generator).half(), torch.randn(1, 8, 5, 4, generator=generator).half()
-    summed = head_summed_probabilities(q, k)
-    assert summed.dtype == torch.float32
-    torch.testing.assert_close(summed, head_summed_probabilities(q.double(), k.double()).float(), rtol=1e-5, atol=1e-6)
+    query = torch.randn(3, 4, 6, 5, generator=generator).half()  # rows: uncond, image 1, image 0
+    key = torch.randn(3, 4, 7, 5, generator=generator).half()
+    kept = torch.rand(3, 4, 6, 7, generator=generator)[(0,) * (4 - dimensions)] > 0.3
+    kept[..., 0] = True
+    call = AttentionCall("unet.attn2", query, key, key, 0.3, kept, is_cross=True)
+    context = SimpleNamespace(
+        condition=("uncond", "cond", "cond"), prompt_index=(0, 1, 0), recomputing=False, grid=(2, 3)
+    )
+    maps = HeatMaps()
+    maps.at_attention(call, context)
+    maps.at_attention(call, context)
+    held = maps._now[2, 3]
+    scores = torch.einsum("bhnd,bhtd->bhnt", query.double(), key.double()) * 0.3
+    expected = 2 * scores.masked_fill(~kept, -torch.inf).softmax(-1).sum(1)[[2, 1]]
+    assert held.total.dtype == torch.float32
+    torch.testing.assert_close(held.total.double(), expected, rtol=1e-5, atol=1e-5)
+    assert held.count == [8, 8]

@@ -36,13 +36,34 @@ TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
 # d_model, n_latents, k: SAeUron, Concept Steerers (SD 1.4), FLUX SAE
 SHAPES = {"1280/20480/32": (1280, 20480, 32), "768/3072/32": (768, 3072, 32), "3072/65536/64": (3072, 65536, 64)}
+# batch, heads, n, d, key heads, t: cross-attention of SD 1.5 (first and last level), SDXL, SD 1.5 with a prompt of two
+# windows, Sana; joint attention of FLUX (the text's keys)
+ATTENTION = (
+    (2, 8, 4096, 40, 8, 77),
+    (2, 8, 256, 160, 8, 77),
+    (2, 10, 4096, 64, 10, 77),
+    (2, 8, 256, 160, 8, 154),
+    (2, 20, 1024, 112, 20, 300),
+    (1, 24, 4096, 128, 24, 512),
+)
 # Every kernel at the first shape; at the others those whose configuration depends on the shape.
-SHAPED = ("_topk_encode_product_kernel", "_topk_encode_select_kernel")
+SHAPED = (
+    "_attention_column_kernel",
+    "_attention_flash_kernel",
+    "_attention_map_kernel",
+    "_attention_rows_kernel",
+    "_attention_tap_kernel",
+    "_threshold_encode_place_kernel",
+    "_threshold_encode_product_kernel",
+    "_topk_encode_product_kernel",
+    "_topk_encode_select_kernel",
+)
 # Where spills are asserted, also the configuration of fp32 (the kernels that only read wider values are left out).
 FULL = ("sm_80", "sm_90")
 ROWS = 128  # one chunk at every shape
@@ -56,9 +77,9 @@ def launches(shape: str, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         calls.append((self, dict(zip(self.arg_names, args, strict=False)) | kwargs))
 
-    encode, decode, edit, stats, csr = (
+    encode, decode, edit, stats, csr, threshold = (
         importlib.import_module(f"sparsefeat_kernels.{name}")
-        for name in ("topk_encode", "sparse_decode", "sparse_edit", "feature_stats", "csr")
+        for name in ("topk_encode", "sparse_decode", "sparse_edit", "feature_stats", "csr", "threshold_encode")
     )
     d, n, k = SHAPES[shape]
     with torch.device("meta"):
@@ -72,14 +93,43 @@ def launches(shape: str, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]
         triton.runtime.jit.JITFunction.run = record
         try:
             encode._topk_encode_triton(x, W, b, c, k, "relu")
+            threshold._threshold_encode_triton(x, W, b, c, b, k)
             decode._sparse_decode_triton(values, indices, W, c)
             decode._grad_values_triton(x, values, indices, W)
             csr._weight_gradient_triton(values, indices, x, c, n)
             edit._edit_triton(x, values, indices, latents, W[:8], rule, weight)
             stats._feature_stats_triton(*tables, values, indices, group)
+            attention_launches(dtype)
         finally:
             triton.runtime.jit.JITFunction.run = original
     return calls
+
+
+def attention_launches(dtype: torch.dtype) -> None:
+    """Every attention op at its shapes, as modules call them: heads side by side in memory."""
+    maps_of, tap, rows = (
+        importlib.import_module(f"sparsefeat_kernels.attention_{name}") for name in ("map", "tap", "rows")
+    )
+    for batch, heads, n, d, key_heads, t in ATTENTION:
+        query = torch.empty(batch, n, heads, d, dtype=dtype).transpose(1, 2)
+        key, value = (torch.empty(batch, t, key_heads, d, dtype=dtype).transpose(1, 2) for _ in range(2))
+        group, lse = torch.empty(batch, dtype=torch.int32), torch.empty(batch, heads, n)
+        out = maps_of._empty_output(query, value)
+        for v, o in ((None, None), (value, out)):
+            maps_of._attention_triton(torch.empty(batch, n, t), query, key, v, d**-0.5, None, None, group, None, o)
+        if d in (40, 128):  # eight words, the padding masked, heads weighted: every optional argument
+            tokens, weight = torch.empty(8, dtype=torch.int64), torch.empty(heads)
+            mask = torch.empty(batch, t, dtype=torch.bool)
+            maps = torch.empty(batch, n, 8)
+            maps_of._attention_triton(maps, query, key, None, d**-0.5, mask, weight, group, tokens, None)
+        if d in (160, 128):
+            maps = torch.empty(batch, n, 8)
+            image = torch.empty(batch, n, key_heads, d, dtype=dtype).transpose(1, 2)
+            marked = torch.empty(n, dtype=torch.bool)
+            tap._attention_tap_triton(maps, query, key[:, :, :8], lse, d**-0.5, None, None, group)
+            rows._attention_rows_triton(query, image, d**-0.5, None, marked)
+            sums = torch.empty(batch, n)
+            rows._attention_column_sums_triton(sums, query, image, lse, d**-0.5, None, None, group)
 
 
 def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
@@ -122,7 +172,8 @@ def evidence(compiled: Any, architecture: str, folder: Path) -> dict[str, Any]:
 def main(folder: Path, architectures: list[str]) -> None:
     for architecture in architectures:
         dispatch_backend = "hip" if architecture == "gfx942" else "cuda"
-        importlib.import_module("sparsefeat_kernels.topk_encode").backend = lambda name=dispatch_backend: name
+        for name in ("topk_encode", "threshold_encode", "attention_map"):
+            importlib.import_module(f"sparsefeat_kernels.{name}").backend = lambda name=dispatch_backend: name
         seen = set()
         for shape in SHAPES if architecture in FULL else list(SHAPES)[:1]:
             first = shape == next(iter(SHAPES))

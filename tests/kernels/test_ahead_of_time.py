@@ -15,16 +15,26 @@ pytestmark = pytest.mark.skipif(not TRITON_AVAILABLE, reason="Triton is not inst
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 KERNELS = {
+    "_attention_column_join_kernel",
+    "_attention_column_kernel",
+    "_attention_flash_kernel",
+    "_attention_map_kernel",
+    "_attention_rows_kernel",
+    "_attention_tap_kernel",
     "_feature_stats_join_kernel",
     "_feature_stats_scan_kernel",
     "_sparse_decode_grad_values_kernel",
     "_sparse_decode_sum_kernel",
     "_sparse_edit_row_kernel",
+    "_threshold_encode_compact_kernel",
+    "_threshold_encode_place_kernel",
+    "_threshold_encode_product_kernel",
     "_topk_encode_bias_kernel",
     "_topk_encode_product_kernel",
     "_topk_encode_select_kernel",
     "_weight_gradient_kernel",
 }
+ATTENTION = {name for name in KERNELS if name.startswith("_attention") and "join" not in name}
 # Shared memory a program may ask for: of sm_80 163 KiB, but 99 KiB on the smaller GPUs of that generation.
 SHARED_LIMIT = {"sm_80": 99 << 10, "sm_90": 99 << 10, "sm_100": 99 << 10, "gfx942": 64 << 10}
 
@@ -65,12 +75,21 @@ def test_no_register_is_spilled(compiled: dict[str, list[dict[str, Any]]], archi
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_half_precision_products_run_on_matrix_units(compiled: dict[str, list[dict[str, Any]]], architecture: str):
-    products = [row for row in compiled[architecture] if row["kernel"] == "_topk_encode_product_kernel"]
+    products = [
+        row
+        for row in compiled[architecture]
+        if row["kernel"].endswith("_encode_product_kernel") or row["kernel"] in ATTENTION
+    ]
     assert all(row["matrix_unit"] for row in products if row["dtype"] == "bfloat16")
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_loads_of_the_large_tensors_are_128_bits_wide(compiled: dict[str, list[dict[str, Any]]], architecture: str):
-    large = {"_topk_encode_product_kernel", "_sparse_decode_sum_kernel", "_topk_encode_select_kernel"}
+    large = ATTENTION | {
+        "_sparse_decode_sum_kernel",
+        "_threshold_encode_product_kernel",
+        "_topk_encode_product_kernel",
+        "_topk_encode_select_kernel",
+    }
     for row in compiled[architecture]:
         assert row["kernel"] not in large or row["wide_loads"] > 0, row

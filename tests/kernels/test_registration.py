@@ -25,9 +25,24 @@ def calls(device: str) -> dict[str, tuple]:
     values, rows = normal(3, 2), torch.zeros(3, dtype=torch.int32, device=device)
     latents, rule = torch.tensor([0, 2], device=device), [normal(2).detach() for _ in range(5)]
     tables = torch.zeros(1, 5), torch.zeros(1, 5, dtype=torch.int32), torch.zeros(1, 5)
+    csr = normal(4).detach(), indices.view(-1)[:4], torch.tensor([0, 1, 4, 4], device=device)
     edit = (values, indices, latents, normal(2, 4), *rule, normal(3).detach())
+    query, key = normal(2, 4, 3, 5).detach(), normal(2, 2, 6, 5).detach()
+    maps, lse = torch.zeros(2, 3, 6, device=device), torch.ones(2, 4, 3, device=device)
+    kept, chosen, group = torch.ones(2, 6, dtype=torch.bool, device=device), latents, torch.tensor([-1, 1]).to(device)
+    weighted = (0.5, kept, normal(4).detach(), group)
     return {
+        "attention_map_": (maps[..., :2].clone(), query, key, *weighted, chosen),
+        "attention_with_map_": (maps, query, key, key[..., :3], *weighted, None),
+        "attention_tap_": (maps, query, key, lse, *weighted),
+        "attention_rows": (query, key, 0.5, kept, kept[0]),
+        "attention_column_sums_": (maps[:, 0].clone(), query, key, lse, *weighted),
         "topk_encode": (normal(3, 4), normal(5, 4), normal(5), normal(4), 2, "relu"),
+        "threshold_encode": (normal(3, 4), normal(5, 4), normal(5), normal(4), torch.rand(5).to(device), 4),
+        "threshold_encode_csr": (normal(3, 4), normal(5, 4), normal(5), normal(4), torch.tensor(0.5, device=device)),
+        "threshold_encode_csr_grad_x": (*csr, normal(5, 4).detach()),
+        "threshold_encode_csr_grad_weights": (*csr, normal(3, 4).detach(), normal(4).detach(), 5),
+        "matching_pursuit": (normal(3, 4).detach(), normal(5, 4).detach(), 2, "gradient", True),
         "sparse_decode": (values, indices, normal(5, 4), normal(4)),
         "sparse_decode_grad_values": (normal(3, 4).detach(), values.detach(), indices, normal(5, 4).detach()),
         "weight_gradient": (values.detach(), indices, normal(3, 4).detach(), normal(4).detach(), 5),

@@ -6,10 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-from sparsefeat_kernels import SparseCode
+from sparsefeat_kernels import SparseCode, threshold_encode_csr
 
 from sparsefeat.sae import SAE, SAEConfig
-from sparsefeat.sae import activations as activations_module
 from tests.sae.dense import CASES, NORMALIZERS, dense, random_sae
 
 
@@ -76,7 +75,7 @@ def test_threshold_codes_are_sorted_as_wide_as_the_fullest_row_and_the_same_in_a
     count = (dense(sae, x)[0] != 0).sum(1)
     assert code.values.shape[1] == int(count.max())
     assert (code.values[:, :-1] >= code.values[:, 1:]).all()
-    monkeypatch.setattr(activations_module, "SCRATCH_BYTES", 1)  # one row a chunk
+    monkeypatch.setitem(threshold_encode_csr.__globals__, "PREACTIVATION_BYTES", 1)  # one row a chunk
     again = sae.encode(x)
     torch.testing.assert_close(again.values, code.values, rtol=1e-6, atol=1e-6)
     active = code.values != 0
@@ -116,13 +115,6 @@ def test_threshold_encoding_in_half_precision_is_summed_in_single():
         for single, rounded in zip(sae.parameters(), half.parameters(), strict=True):
             single.copy_(rounded)
     torch.testing.assert_close(code.dense(), sae.encode(x.float()).dense(), rtol=1e-4, atol=1e-4)
-
-
-def test_threshold_scratch_stays_bounded(monkeypatch):
-    monkeypatch.setattr(activations_module, "SCRATCH_BYTES", 2**20)
-    chunk = activations_module._rows_per_chunk(4096, torch.float32)
-    # Pre-activations, a mask, and at worst the sorted values, indices and order of every latent.
-    assert chunk * 4096 * (4 + 1 + 4 + 4 + 3 * 8) <= 2**20
 
 
 def test_row_scale_is_unbiased_deviation_plus_eps_and_none_otherwise():
@@ -198,3 +190,20 @@ def test_autocast_does_not_round_a_code(activation):
     with torch.autocast("cpu", torch.bfloat16):
         cast = sae.encode(x)
     assert torch.equal(plain.dense(), cast.dense())
+
+
+def test_an_encode_follows_the_weights_when_they_change():
+    """The prefilter keeps a copy of the encoder: it must never answer for weights of before."""
+    import copy
+    import pickle
+
+    torch.manual_seed(0)
+    sae = SAE(SAEConfig(d_model=16, n_latents=512, k=4)).eval()
+    x = torch.randn(100, 16)
+    with torch.no_grad():
+        sae.encode(x)
+        sae.W_enc.mul_(-1)
+        together, one_by_one = sae.encode(x), torch.cat([sae.encode(row[None]).dense() for row in x])
+    torch.testing.assert_close(together.dense(), one_by_one)
+    for copied in (copy.deepcopy(sae), pickle.loads(pickle.dumps(sae))):
+        torch.testing.assert_close(copied.encode(x).dense(), one_by_one)

@@ -1,0 +1,287 @@
+"""Everything worth doing on one GPU inside nine minutes: `python -m bench.gpu --out FOLDER`.
+
+    tests      every file of tests/kernels on the GPU, several at a time, each with a time limit
+    repeats    every op twenty times on the same inputs: the same bits
+    sanitizer  every op once on small inputs under compute-sanitizer, where that is installed
+    tuning     `python -m sparsefeat_kernels.tuning`, where the package has it
+    bench      bench.shapes.gpu_figures, the most wanted first
+    scaling    cost against rows, n_latents, k, d_model
+
+in this order, each within its share of the time. Whatever is finished is in FOLDER at any moment (eight files at most),
+and the same command with `--resume FOLDER` goes on from there. Needs torch, triton, pytest, pytest-benchmark, numpy,
+safetensors and huggingface_hub; the package need not be installed, and neither does diffusers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import peers, scaling
+from bench.measure import OURS, Results, available, measure_ceilings
+from bench.run import file_name, run, write_plot, write_table
+from bench.shapes import gpu_figures, sae_shape
+from sparsefeat.evaluation import ops_bench
+from sparsefeat.evaluation.machine import device_name
+
+ROOT = Path(__file__).resolve().parents[1]
+BUDGET_S = 520.0
+TEST_FILE_S = 170.0
+SHARES = {"tests": 0.36, "repeats": 0.05, "sanitizer": 0.10, "tuning": 0.12, "bench": 1.0, "scaling": 1.0}
+# The ahead-of-time test compiles for other GPUs and needs none.
+SKIPPED = ("test_ahead_of_time.py",)
+REPEATS = 20
+SMALL = {"rows": 33, "d_model": 80, "n_latents": 300, "k": 5}
+SMALL_ATTENTION = {"batch": 2, "heads": 3, "n": 70, "t": 19, "d": 40}
+
+
+@dataclass
+class Lease:
+    """The folder, the clock, and what is done: `gpu.json`, written after every step."""
+
+    out: Path
+    budget: float
+
+    def __post_init__(self) -> None:
+        self.began = time.perf_counter()
+        self.path = self.out / "gpu.json"
+        self.done: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+
+    @property
+    def left(self) -> float:
+        return self.budget - (time.perf_counter() - self.began)
+
+    def keep(self, stage: str, what: Any) -> None:
+        self.done[stage] = what
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.done, indent=1) + "\n")
+        temporary.replace(self.path)
+
+    def share(self, stage: str) -> float:
+        """Seconds a stage may take now."""
+        return max(0.0, min(self.left, SHARES[stage] * self.budget))
+
+
+def environment() -> dict[str, str]:
+    found = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [found.get("PYTHONPATH")])]
+    return {**found, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+
+
+def command(arguments: list[str], limit: float, **variables: str) -> tuple[int | None, str]:
+    """Exit code (None: stopped at its limit) and output."""
+    try:
+        finished = subprocess.run(
+            arguments, cwd=ROOT, env={**environment(), **variables}, timeout=max(limit, 1.0), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as stopped:
+        output = stopped.stdout or b""
+        return None, output.decode(errors="replace") if isinstance(output, bytes) else output
+    return finished.returncode, finished.stdout
+
+
+def last_line(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.strip()]
+    return lines[-1].strip("= ") if lines else ""
+
+
+def tests(lease: Lease) -> None:
+    """Each file's exit code and closing line in gpu.json, their outputs in tests.log."""
+    results: dict[str, Any] = lease.done.get("tests", {})
+    files = [path for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py")) if path.name not in SKIPPED]
+    files = [path for path in files if results.get(path.name, {}).get("code") != 0]
+    deadline = time.perf_counter() + lease.share("tests")
+
+    def one(path: Path) -> tuple[str, int | None, str]:
+        limit = min(TEST_FILE_S, deadline - time.perf_counter())
+        if limit < 5:
+            return path.name, None, "not begun: no time was left"
+        arguments = [sys.executable, "-m", "pytest", str(path), "-q", "-x", "--maxfail=5", "-p", "no:cacheprovider"]
+        return path.name, *command(arguments, limit)
+
+    with ThreadPoolExecutor(max(1, min(6, (os.cpu_count() or 2) // 2))) as pool:
+        for name, code, output in pool.map(one, files):
+            results[name] = {"code": code, "said": last_line(output)}
+            with (lease.out / "tests.log").open("a") as log:
+                log.write(f"######## {name}: {'stopped at its limit' if code is None else f'exit code {code}'}\n")
+                log.write(output[-200_000:] + "\n")
+            lease.keep("tests", results)
+            print(f"{name}: {results[name]}", flush=True)
+
+
+def same_bits(op: str, shape: dict[str, int], dtype: str, device: str) -> bool:
+    """Whether REPEATS runs of our provider give the same bits."""
+    figure = ops_bench.build(op, shape, dtype, device)
+    provider = next(p for p in figure.providers if p.name == OURS)
+    inputs = figure.inputs(0)
+
+    def answer() -> list[torch.Tensor]:
+        state = provider.prepare(inputs)
+        found = provider.canonical(state, provider.run(state))
+        found = list(found.values()) if isinstance(found, dict) else found
+        return [found] if isinstance(found, torch.Tensor) else [t for t in found if isinstance(t, torch.Tensor)]
+
+    with torch.set_grad_enabled(figure.gradients):
+        first = answer()
+        return all(
+            torch.equal(a.view(torch.uint8) if a.dim() else a, b.view(torch.uint8) if b.dim() else b)
+            for _ in range(REPEATS - 1)
+            for a, b in zip(first, answer(), strict=True)
+        )
+
+
+def repeats(lease: Lease) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results: dict[str, Any] = lease.done.get("repeats", {})
+    deadline = time.perf_counter() + lease.share("repeats")
+    for op in available():
+        if op in results or time.perf_counter() > deadline:
+            continue
+        dtype = "float32" if device == "cpu" or op == "matching_pursuit" else "bfloat16"
+        shape = shape_of(op, SMALL if device == "cpu" else sae_shape("SAeUron", 1024))
+        try:
+            results[op] = same_bits(op, shape, dtype, device)
+        except Exception as error:
+            results[op] = f"{type(error).__name__}: {error}"
+        lease.keep("repeats", results)
+        print(f"{op}, {REPEATS} times: {results[op]}", flush=True)
+
+
+def shape_of(op: str, sae: dict[str, int]) -> dict[str, int]:
+    if not op.startswith("attention"):
+        return dict(sae)
+    return {**SMALL_ATTENTION, "selected": 7} if op == "attention_tap" else dict(SMALL_ATTENTION)
+
+
+def one_of_each(device: str) -> None:
+    """Every op once on small inputs of odd sizes: what the sanitizer watches."""
+    for op in available():
+        figure = ops_bench.build(op, shape_of(op, SMALL), "float32" if op == "matching_pursuit" else "float16", device)
+        provider = next(p for p in figure.providers if p.name == OURS)
+        with torch.set_grad_enabled(figure.gradients):
+            state = provider.prepare(figure.inputs(0))
+            provider.run(state)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        print(op, flush=True)
+
+
+def sanitizer(lease: Lease) -> None:
+    if lease.done.get("sanitizer", {}).get("code") == 0:
+        return
+    tool = shutil.which("compute-sanitizer")
+    if tool is None or not torch.cuda.is_available():
+        lease.keep("sanitizer", {"code": None, "said": "compute-sanitizer is not installed, or there is no GPU"})
+        return
+    # Without the caching allocator every tensor is an allocation of its own, and one byte past its end is seen.
+    arguments = [
+        tool,
+        "--tool",
+        "memcheck",
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        "-m",
+        "bench.gpu",
+        "--one-of-each",
+    ]
+    code, output = command(arguments, lease.share("sanitizer"), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    lease.keep("sanitizer", {"code": code, "said": output[-4000:]})
+    print(f"compute-sanitizer: {code}, {last_line(output)}", flush=True)
+
+
+def tuning(lease: Lease) -> None:
+    if lease.done.get("tuning", {}).get("code") == 0:
+        return
+    if importlib.util.find_spec("sparsefeat_kernels.tuning") is None:
+        lease.keep("tuning", {"code": None, "said": "sparsefeat_kernels.tuning does not exist"})
+        return
+    arguments = [sys.executable, "-m", "sparsefeat_kernels.tuning", "--out", str(lease.out / "tuning.json")]
+    code, output = command(arguments, lease.share("tuning"))
+    lease.keep("tuning", {"code": code, "said": output[-4000:]})
+    print(f"tuning: {code}, {last_line(output)}", flush=True)
+
+
+def bench(lease: Lease) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = Results(lease.out / f"{file_name(device_name())}.json", command="python -m bench.gpu")
+    results.not_installed = peers.load()[1]
+    left = run(gpu_figures(), device, results, measure_ceilings(device), lease.left - 45.0)
+    results.write()
+    write_table(results)
+    write_plot(results)
+    lease.keep("bench", {"figures left": left})
+
+
+def scale(lease: Lease) -> None:
+    path = lease.out / f"scaling-{file_name(device_name())}.json"
+    if path.is_file() or lease.left < 15:
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    points = scaling.sweep(device, "bfloat16", 0.2, lease.left - 10.0)
+    path.write_text(json.dumps({"device": device_name(), "points": points}, indent=1) + "\n")
+    scaling.draw(points, path.with_suffix(".png"))
+    lease.keep("scaling", {"points": len(points)})
+
+
+STAGES: dict[str, Callable[[Lease], None]] = {
+    "tests": tests,
+    "repeats": repeats,
+    "sanitizer": sanitizer,
+    "tuning": tuning,
+    "bench": bench,
+    "scaling": scale,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the results go")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="results of an earlier run to go on from")
+    parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="SECONDS")
+    parser.add_argument("--only", choices=STAGES, action="append", help="one stage; may be given more than once")
+    parser.add_argument(
+        "--one-of-each", action="store_true", help="run every op once on small inputs, and nothing else"
+    )
+    arguments = parser.parse_args()
+    if arguments.one_of_each:
+        one_of_each("cuda" if torch.cuda.is_available() else "cpu")
+        return
+    if arguments.out is None:
+        parser.error("--out is needed: a folder for the results")
+    if not torch.cuda.is_available():
+        raise SystemExit("no GPU: python -m bench.run measures a CPU")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.resume is not None:
+        for path in arguments.resume.glob("*"):
+            if path.is_file() and not (arguments.out / path.name).exists():
+                shutil.copy(path, arguments.out / path.name)
+    lease = Lease(arguments.out, arguments.budget)
+    for name, stage in STAGES.items():
+        if arguments.only and name not in arguments.only:
+            continue
+        began = time.perf_counter()
+        try:
+            stage(lease)
+        except Exception as error:  # one stage's failure must not cost the others their lease
+            lease.keep(f"{name} failed", f"{type(error).__name__}: {error}")
+            print(f"{name} failed: {type(error).__name__}: {error}", flush=True)
+        print(f"-- {name}: {time.perf_counter() - began:.0f} s, {lease.left:.0f} s left", flush=True)
+
+
+if __name__ == "__main__":
+    main()

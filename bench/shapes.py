@@ -1,0 +1,116 @@
+"""The shapes that are measured: those of published systems, and what of them two CPU cores can do in ten minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from sparsefeat.evaluation.ops_bench import HERE
+
+# d_model, n_latents, k of published SAEs. Concept Steerers have no top-k (a plain ReLU): k = 32 stands in for the
+# latents that are active. TIDE's k is 5 % of its latents.
+SAES: dict[str, tuple[int, int, int]] = {
+    "sdxl-unbox, k 10": (1280, 5120, 10),
+    "sdxl-unbox, k 160": (1280, 5120, 160),
+    "SAeUron": (1280, 20480, 32),
+    "Steerers, SD 1.4": (768, 3072, 32),
+    "Steerers, SDXL": (2048, 32768, 64),
+    "Steerers, FLUX": (4096, 65536, 64),
+    "ItD": (768, 524288, 64),
+    "FLUX": (3072, 65536, 64),
+    "TIDE": (1152, 18432, 922),
+    "768 wide": (768, 32768, 64),
+    "3072 wide": (3072, 16384, 64),
+}
+ROWS = (256, 1024, 4096, 16384)
+TARGETS = ("SAeUron", "768 wide", "3072 wide")
+
+# batch (two for classifier-free guidance), heads, image positions, text tokens, head width
+CROSS = {
+    "SD 1.5, 64 x 64": {"batch": 2, "heads": 8, "n": 4096, "t": 77, "d": 40},
+    "SD 1.5, 32 x 32": {"batch": 2, "heads": 8, "n": 1024, "t": 77, "d": 80},
+    "SD 1.5, 16 x 16": {"batch": 2, "heads": 8, "n": 256, "t": 77, "d": 160},
+    "SDXL, 64 x 64": {"batch": 2, "heads": 10, "n": 4096, "t": 77, "d": 64},
+    "SDXL, 32 x 32": {"batch": 2, "heads": 20, "n": 1024, "t": 77, "d": 64},
+}
+JOINT = {
+    "SD 3.5 medium": {"batch": 2, "heads": 24, "n": 4096, "t": 333, "d": 64},
+    "SD 3.5 large": {"batch": 2, "heads": 38, "n": 4096, "t": 333, "d": 64},
+    "FLUX": {"batch": 1, "heads": 24, "n": 4096, "t": 512, "d": 128},
+}
+SELECTED = 8
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A figure to measure, and the seconds its rounds may take. compiled: torch.compile's 10 s and more are worth it."""
+
+    op: str
+    shape: Mapping[str, int]
+    dtype: str
+    seconds: float
+    compiled: bool = False
+
+
+def sae_shape(name: str, rows: int) -> dict[str, int]:
+    d_model, n_latents, k = SAES[name]
+    return {"rows": rows, "d_model": d_model, "n_latents": n_latents, "k": k}
+
+
+def cpu_figures() -> Iterator[Wanted]:
+    """The most wanted first: what a budget cuts off is the end."""
+    for name in TARGETS:
+        rows = 1024 if name == "SAeUron" else 512
+        for op in ("topk_encode", "forward", "sparse_decode"):
+            yield Wanted(op, sae_shape(name, rows), "float32", 6.0, compiled=name == "SAeUron")
+    yield Wanted("training_step", sae_shape("SAeUron", 256), "float32", 8.0, compiled=True)
+    for name in TARGETS[1:]:
+        yield Wanted("training_step", sae_shape(name, 256), "float32", 6.0)
+    for op in ("sparse_edit", "feature_stats", "weight_gradient", "threshold_encode", "attention_map", "attention_tap"):
+        yield Wanted(op, HERE[op], "float32", 3.0)
+    yield Wanted("attention_map", CROSS["SD 1.5, 64 x 64"], "float32", 3.0)
+    yield Wanted("matching_pursuit", HERE["matching_pursuit"], "float32", 4.0)
+    # Where the dense way should win: a large share of few latents.
+    yield Wanted("sparse_decode", sae_shape("TIDE", 256), "float32", 4.0)
+    yield Wanted("sparse_decode", sae_shape("sdxl-unbox, k 160", 1024), "float32", 3.0)
+    for name in ("sdxl-unbox, k 10", "Steerers, SD 1.4"):
+        for op in ("topk_encode", "forward"):
+            yield Wanted(op, sae_shape(name, 1024), "float32", 3.0)
+    yield Wanted("topk_encode", sae_shape("sdxl-unbox, k 160", 1024), "float32", 3.0)
+    yield Wanted("topk_encode", sae_shape("SAeUron", 256), "float32", 3.0)
+    yield Wanted("topk_encode", sae_shape("SAeUron", 1024), "bfloat16", 4.0)
+
+
+def gpu_figures() -> Iterator[Wanted]:
+    """bf16, as diffusion models run; fp32 where the issue's targets name it. The most wanted first."""
+    order = ("SAeUron", "FLUX", "sdxl-unbox, k 10", "768 wide", "Steerers, SDXL", "3072 wide")
+    for name in order[:4]:
+        for op in ("topk_encode", "sparse_decode", "forward", "training_step"):
+            yield Wanted(op, sae_shape(name, 4096), "bfloat16", 0.6, compiled=name == "SAeUron")
+    for name in CROSS:
+        yield Wanted("attention_map", CROSS[name], "bfloat16", 0.4)
+    for name in JOINT:
+        for selected in (SELECTED, JOINT[name]["t"]):
+            yield Wanted("attention_tap", {**JOINT[name], "selected": selected}, "bfloat16", 0.6)
+    for op in ("sparse_edit", "feature_stats", "weight_gradient", "threshold_encode"):
+        yield Wanted(op, sae_shape("SAeUron", 4096), "bfloat16", 0.4)
+    for name in ("SAeUron", "768 wide"):
+        yield Wanted("topk_encode", sae_shape(name, 4096), "float32", 0.6)
+    yield Wanted("matching_pursuit", {"rows": 4096, "d_model": 768, "n_latents": 16384, "k": 16}, "float32", 0.6)
+    for name in (*order[4:], "Steerers, SD 1.4", "Steerers, FLUX", "ItD", "sdxl-unbox, k 160", "TIDE"):
+        for op in ("topk_encode", "sparse_decode", "forward"):
+            yield Wanted(op, sae_shape(name, 1024 if name == "ItD" else 4096), "bfloat16", 0.4)
+    for rows in ROWS:
+        for name in ("SAeUron", "FLUX"):
+            if rows != 4096:
+                for op in ("topk_encode", "sparse_decode"):
+                    yield Wanted(op, sae_shape(name, rows), "bfloat16", 0.4)
+
+
+def name_of(shape: Mapping[str, int]) -> str:
+    """The published system a shape belongs to, or ""."""
+    if "d_model" in shape:
+        sizes = (shape["d_model"], shape["n_latents"], shape["k"])
+        return next((name for name, found in SAES.items() if found == sizes), "")
+    sizes = {key: value for key, value in shape.items() if key != "selected"}
+    return next((name for name, found in (*CROSS.items(), *JOINT.items()) if found == sizes), "")
