@@ -67,7 +67,7 @@ def attention_tap_(
     Example:
         >>> maps = torch.zeros(1, 1, 1)
         >>> query, key = torch.tensor([[[[1.0]]]]), torch.tensor([[[[0.0], [1.0]]]])
-        >>> lse = torch.tensor([[[1.3133]]])  # log(exp(0) + exp(1))
+        >>> lse = torch.tensor([[[1.313262]]])  # log(exp(0) + exp(1))
         >>> attention_tap_(maps, query, key[:, :, 1:], lse)
         >>> maps
         tensor([[[0.7311]]])

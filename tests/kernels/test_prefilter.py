@@ -162,7 +162,7 @@ def test_strided_rows_odd_dictionaries_and_large_k_are_answered_too():
     )
     for n, k in ((1021, 5), (1024, 900)):
         small = w[:n].clone(), b[:n].clone()
-        values, indices = topk_encode(x, *small, c, k, prepared=prepare_encoder(*small))
+        values, _ = topk_encode(x, *small, c, k, prepared=prepare_encoder(*small))
         expected = reference(x.double(), small[0].double(), small[1].double(), c.double(), k)
         torch.testing.assert_close(values, expected[0].float(), atol=1e-4, rtol=1e-4)
 
