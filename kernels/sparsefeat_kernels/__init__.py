@@ -10,6 +10,7 @@ from . import flops
 from .attention_map import attention_map_, attention_with_map_
 from .attention_rows import attention_column_sums_, attention_rows
 from .attention_tap import attention_tap_, attention_tap_local_
+from .auxk_encode import auxk_encode
 from .code import SparseCode
 from .csr import latent_major, weight_gradient
 from .dispatch import force_triton, implementation
@@ -30,6 +31,7 @@ __all__ = [
     "attention_tap_",
     "attention_tap_local_",
     "attention_with_map_",
+    "auxk_encode",
     "bf16_products",
     "feature_stats_",
     "flops",

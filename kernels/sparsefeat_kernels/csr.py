@@ -14,8 +14,8 @@ from .dispatch import implementation, jit, next_power_of_2, tl
 
 __all__ = ["latent_major", "weight_gradient"]
 
-# A bound on the fp32 copy of a block of columns of x on the CPU path.
-COLUMN_BLOCK_BYTES = 16 << 20
+# A bound on the centred fp32 copy of x on the CPU path: beyond it, a block of columns at a time.
+CENTRED_BYTES = 32 << 20
 
 
 def latent_major(indices: Tensor, values: Tensor, n_latents: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,25 +100,24 @@ def _weight_gradient_cpu(
     row_ids, order, offsets = latent_major(indices, coefficients, n_latents)
     owned = int(offsets[-1])
     row_ids, sorted_coefficients = row_ids[:owned], coefficients.reshape(-1)[order[:owned]].to(dtype)
+    if owned == 0:
+        return x.new_zeros(n_latents, x.shape[1]), torch.zeros(n_latents, dtype=dtype, device=x.device)
+
+    def summed(of: Tensor, rows: Tensor) -> Tensor:  # embedding_bag sums each latent's rows in order
+        return torch.nn.functional.embedding_bag(
+            rows, of, offsets, mode="sum", per_sample_weights=sorted_coefficients, include_last_offset=True
+        )
+
+    bias = summed(torch.ones(1, 1, dtype=dtype, device=x.device), torch.zeros_like(row_ids))[:, 0]
+    width = max(1, CENTRED_BYTES // (max(x.shape[0], 1) * dtype.itemsize))
+    if width >= x.shape[1]:
+        return summed(x.to(dtype) - shift.to(dtype), row_ids).to(x.dtype), bias
     weight = x.new_empty(n_latents, x.shape[1])
-    # embedding_bag sums each latent's rows in order. Blocks of columns, so that the centred copy of x stays small.
-    width = max(1, COLUMN_BLOCK_BYTES // (max(x.shape[0], n_latents, 1) * dtype.itemsize))
+    width = max(1, min(width, CENTRED_BYTES // (n_latents * dtype.itemsize)))  # the block's result is a copy too
     for start in range(0, x.shape[1], width):
         columns = slice(start, start + width)
-        centred = (x[:, columns].to(dtype) - shift[columns].to(dtype)).contiguous()
-        if owned == 0:
-            weight[:, columns] = 0
-            continue
-        weight[:, columns] = torch.nn.functional.embedding_bag(
-            row_ids, centred, offsets, mode="sum", per_sample_weights=sorted_coefficients, include_last_offset=True
-        )
-    ones = torch.ones(coefficients.numel(), 1, dtype=dtype, device=x.device)
-    if owned == 0:
-        return weight, torch.zeros(n_latents, dtype=dtype, device=x.device)
-    bias = torch.nn.functional.embedding_bag(
-        row_ids * 0, ones[:1], offsets, mode="sum", per_sample_weights=sorted_coefficients, include_last_offset=True
-    )
-    return weight, bias[:, 0]
+        weight[:, columns] = summed((x[:, columns].to(dtype) - shift[columns].to(dtype)).contiguous(), row_ids)
+    return weight, bias
 
 
 # ------------------------------------------------------------------------------------------------------------ Triton

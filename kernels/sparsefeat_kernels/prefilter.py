@@ -16,7 +16,6 @@ b_enc takes part in the product, as three more columns (a float is the sum of th
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import implementation
+from .pair_products import pair_products
 from .topk_encode import (
     PREACTIVATION_BYTES,
     _backward,
@@ -215,22 +215,10 @@ def _survivors(
 
 
 def _products(x: Tensor, W: Tensor, row: Tensor, latent: Tensor) -> Tensor:
-    """x[row] . W[latent] of every pair, rows ascending, without gathering either."""
-    _warned_of_csr()
+    """x[row] . W[latent] of every pair, rows ascending."""
     offsets = torch.zeros(len(x) + 1, dtype=torch.int64)
     torch.cumsum(torch.bincount(row, minlength=len(x)), 0, out=offsets[1:])
-    pattern = torch.sparse_csr_tensor(
-        offsets, latent, torch.zeros(len(row)), size=(len(x), len(W)), check_invariants=False
-    )
-    return torch.sparse.sampled_addmm(pattern, x, W.T, beta=0.0).values()
-
-
-@functools.cache
-def _warned_of_csr() -> None:
-    """torch says once that its CSR tensors are in beta: not of interest to whoever encodes."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor(torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    return pair_products(x, W, offsets, latent)
 
 
 def _largest_of_each_row(

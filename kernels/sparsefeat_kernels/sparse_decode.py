@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .csr import weight_gradient
 from .dispatch import implementation, jit, next_power_of_2, tl
+from .pair_products import pair_products
 
 __all__ = ["sparse_decode"]
 
@@ -109,11 +110,12 @@ def _sparse_decode_cpu(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Te
     y = W_dec.new_empty(rows, d)
     if values.numel() == 0 or W_dec.numel() == 0:
         return y.copy_(b_out.expand(rows, d))
-    values, indices = _owned_entries(values, indices, n_latents, dtype)
-    used = values != 0
-    if W_dec.dtype == dtype and bool(used.all()):
+    smallest, largest = indices.aminmax()
+    if W_dec.dtype == values.dtype == dtype and bool(values.all()) and 0 <= int(smallest) <= int(largest) < n_latents:
         y = torch.nn.functional.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum")
         return y.add_(b_out)
+    values, indices = _owned_entries(values, indices, n_latents, dtype)
+    used = values != 0
     if W_dec.dtype == dtype:  # bags without the padding
         offsets = torch.zeros(rows + 1, dtype=indices.dtype, device=indices.device)
         offsets[1:] = used.sum(1).cumsum(0)
@@ -139,6 +141,10 @@ def _grad_values_cpu(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tenso
     out = torch.zeros_like(values, memory_format=torch.contiguous_format)
     if values.numel() == 0 or W_dec.numel() == 0:
         return out
+    if W_dec.dtype == dtype and W_dec.is_contiguous():
+        offsets = torch.arange(0, rows * k + 1, k, device=at.device)
+        dots = pair_products(grad.to(dtype), W_dec, offsets, at.reshape(-1).long()).view(rows, k)
+        return torch.where(clean != 0, dots, 0).to(out.dtype)
     step = max(1, GATHER_BYTES // (k * W_dec.shape[1] * dtype.itemsize))
     for start in range(0, rows, step):
         block = slice(start, start + step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -136,8 +137,15 @@ def _group_size(n_latents: int, k: int) -> int:
 
 
 def _topk_encode_cpu(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int, selection: str
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_pre: Tensor,
+    k: int,
+    selection: str,
+    also: Callable[[Tensor, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """`also(a, first_row)` sees every chunk's pre-activations [chunk, n_latents] before the next takes their place."""
     rows, d = x.shape
     n_latents, dtype = W_enc.shape[0], _value_dtype(x)
     group = _group_size(n_latents, k)
@@ -158,6 +166,8 @@ def _topk_encode_cpu(
             block = slice(first, min(first + select_rows, a.shape[0]))
             out = slice(start + block.start, start + block.stop)
             values[out], indices[out] = _select(a[block], k, group, selection)
+        if also is not None:
+            also(a[:, :n_latents], start)
     return values, indices
 
 
@@ -402,7 +412,13 @@ def _topk_encode_select_kernel(
 
 
 def _topk_encode_triton(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int, selection: str
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_pre: Tensor,
+    k: int,
+    selection: str,
+    also: Callable[[Tensor, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     rows, d = x.shape
     n_latents, signed, full = W_enc.shape[0], selection == "signed", x.dtype == torch.float32
@@ -445,6 +461,8 @@ def _topk_encode_triton(
                 *bias.stride(), padded, n_groups, SIGNED=signed, GROUP=group, **tile, num_warps=8, num_stages=stages,
             )  # fmt: skip
             out = slice(start, start + part.shape[0])
+            if also is not None:
+                also(scratch[: part.shape[0], :n_latents], start)
             if max(keys, block_k) > MAX_KEYS:  # k or n too large for one program's registers
                 a = scratch[: part.shape[0]]
                 a[:, n_latents:] = 0 if signed else -torch.inf

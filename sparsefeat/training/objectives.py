@@ -23,10 +23,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from sparsefeat_kernels import SparseCode, sparse_decode, topk_encode
+from sparsefeat_kernels import SparseCode, auxk_encode, sparse_decode
 from torch import Tensor
 
 from sparsefeat.sae import SAE
+from sparsefeat.sae.activations import SELECTION
 from sparsefeat.sae.normalizers import standardize
 
 
@@ -51,34 +52,56 @@ def training_loss(
     multi_topk: float = 0.0,
 ) -> Loss:
     """The loss of a batch `x [rows, d_model]`; `dead [n_latents]` bool, None when none is."""
-    code = sae.encode(x)
-    x_hat = sae.decode(code, like=x)
     variance = total_variance(x)
+    latents = dead.nonzero().squeeze(-1) if auxk and dead is not None else None
+    wanted = k_aux or max(1, sae.d_model // 2)
+    code, aux_code, wide_code = _encode(sae, x, latents, wanted, wide=bool(multi_topk))
+    x_hat = sae.decode(code, like=x)
     fvu = squared_error(x, x_hat) / variance
     total, nothing = fvu, fvu.detach() * 0
     aux = wide = nothing
-    if auxk and dead is not None:
-        latents = dead.nonzero().squeeze(-1)
-        if latents.numel():
-            aux = auxk_loss(sae, x, (x - x_hat).detach(), latents, k_aux or max(1, sae.d_model // 2), variance)
-            total = total + auxk * aux
-    if multi_topk:
-        k = min(sae.n_latents, 4 * (sae.config.k or 1))
-        wide = squared_error(x, sae.decode(sae.encode(x, k=k), like=x)) / variance
+    if aux_code is not None and latents is not None:
+        aux = auxk_loss(sae, x, (x - x_hat).detach(), aux_code, min(latents.numel() / wanted, 1.0), variance)
+        total = total + auxk * aux
+    if wide_code is not None:
+        wide = squared_error(x, sae.decode(wide_code, like=x)) / variance
         total = total + multi_topk * wide
     return Loss(total, fvu.detach(), aux.detach(), wide.detach(), code)
 
 
-def auxk_loss(sae: SAE, x: Tensor, residual: Tensor, latents: Tensor, k_aux: int, variance: Tensor) -> Tensor:
-    """L_aux above, for the dead `latents [n_dead]`."""
-    rows = standardize(x, sae.config.eps) if sae.config.normalizer == "standardize" else x
-    k = min(k_aux, latents.numel())
-    values, indices = topk_encode(rows, sae.W_enc[latents], sae.b_enc[latents], sae.b_pre.detach(), k, "relu")
-    guess = sparse_decode(values, indices, sae.W_dec[latents], torch.zeros_like(sae.b_out))
+def _encode(
+    sae: SAE, x: Tensor, latents: Tensor | None, k_aux: int, wide: bool
+) -> tuple[SparseCode, SparseCode | None, SparseCode | None]:
+    """The code, that of the dead latents (None without any) and that of 4 k (None unless asked), in as few passes over
+    the encoder as the activation allows: of top-k one, as the code of 4 k begins with the code of k."""
+    config, n = sae.config, sae.n_latents
+    of_topk = config.activation in ("topk", "signed_topk", "raw_topk")
+    k = config.k or 1
+    k_wide = min(n, 4 * k)
+    aux_code = wide_code = None
+    if latents is not None and latents.numel():
+        rows = standardize(x, config.eps) if config.normalizer == "standardize" else x
+        selected = SELECTION[config.activation] if of_topk else "relu"
+        weights = (sae.W_enc, sae.b_enc, sae.b_pre)
+        first = k_wide if wide and of_topk else k if of_topk else 1
+        parts = auxk_encode(rows, *weights, first, latents, min(k_aux, latents.numel()), selected)
+        aux_code = SparseCode(parts[2], parts[3], n)
+        code = SparseCode(parts[0], parts[1], n) if of_topk else sae.encode(x)
+    else:
+        code = sae.encode(x, k=k_wide) if wide and of_topk else sae.encode(x)
+    if wide:
+        wide_code = code if of_topk else sae.encode(x, k=k_wide)
+        code = SparseCode(code.values[:, :k], code.indices[:, :k], n) if of_topk else code
+    return code, aux_code, wide_code
+
+
+def auxk_loss(sae: SAE, x: Tensor, residual: Tensor, code: SparseCode, factor: float, variance: Tensor) -> Tensor:
+    """L_aux above, for the code of the dead latents; `factor` is min(n_dead / k_aux, 1)."""
+    guess = sparse_decode(code.values, code.indices, sae.W_dec, torch.zeros_like(sae.b_out))
     scale = sae.row_scale(x)
     if scale is not None:
         guess = guess * scale
-    return min(latents.numel() / k_aux, 1.0) * squared_error(residual, guess) / variance
+    return factor * squared_error(residual, guess) / variance
 
 
 def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def test_weight_gradient_is_the_dense_product(path: str, dtype: torch.dtype):
 
 
 def test_weight_gradient_in_blocks_of_columns(monkeypatch):
-    monkeypatch.setitem(latent_major.__globals__, "COLUMN_BLOCK_BYTES", 100)
+    monkeypatch.setitem(latent_major.__globals__, "CENTRED_BYTES", 100)
     indices, coefficients = torch.tensor([[0, 2], [2, 1]]).int(), torch.tensor([[1.0, 2.0], [3.0, 0.0]])
     x, shift = torch.arange(22.0).view(2, 11), torch.ones(11)
     torch.testing.assert_close(

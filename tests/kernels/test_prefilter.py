@@ -107,7 +107,8 @@ def test_no_product_is_further_from_the_reference_than_the_bound_says(name):
         bound = lost * prepared.bounds[0] + size * prepared.bounds[1] + prepared.bounds[2] + p.abs() * 2.0**-8
         error = (p - (centred.double() @ w.double().T + b.double())).abs()
         assert (error <= bound).all()
-        assert (error > bound / 1000).any()  # and it is a bound on this, not on something else
+        if name not in ("tiny", "denormal"):  # there the allowance for flushed denormals is nearly all of it
+            assert (error > bound / 1000).any()  # it is a bound on this, not on something else
 
 
 def test_the_search_is_narrow_on_ordinary_rows(monkeypatch):

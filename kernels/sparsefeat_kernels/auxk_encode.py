@@ -1,0 +1,146 @@
+"""topk_encode for training: the code, and from the same product the dead latents' own largest pre-activations (AuxK)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .csr import weight_gradient
+from .dispatch import implementation
+from .topk_encode import _check, _select, _topk_encode_cpu, _topk_encode_triton, _value_dtype
+from .topk_encode import reference as topk_reference
+
+__all__ = ["auxk_encode"]
+
+# int64 keys of the rows whose dead latents are sorted together: a core's L2 on a CPU, the L2 cache of a GPU.
+SELECTION_BYTES = {"cpu": 1 << 20, "cuda": 16 << 20}
+
+
+def auxk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_pre: Tensor,
+    k: int,
+    dead: Tensor,
+    k_aux: int,
+    selection: str = "relu",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`topk_encode`, and the k_aux largest pre-activations among the latents `dead`, from one pass over W_enc.
+
+    For AuxK (Gao et al. 2024, arXiv 2406.04093, appendix A.2), where the dead latents alone reconstruct what the code
+    missed. (Multi-TopK needs no op of its own: codes are sorted, so the code of 4 k begins with that of k.)
+
+    Args:
+        x, W_enc, b_enc, b_pre, k, selection: of `topk_encode`.
+        dead: int64 [n_dead], latents in ascending order, each once.
+        k_aux: 1 <= k_aux <= n_dead.
+
+    Returns:
+        values, indices [rows, k] of `topk_encode`; aux_values, aux_indices [rows, k_aux], the same among `dead`
+        (ReLU after the selection, whatever `selection` says), indices into all n_latents.
+
+    Gradients: of the values as in `topk_encode`. Those of aux_values reach W_enc and b_enc and stop there: the auxiliary
+    loss teaches dead latents and moves nothing else. One weight gradient serves both codes; the same bits every run.
+
+    Cost: 2 rows n_latents d FLOPs, as for topk_encode alone. Scratch below 64 MiB, whatever rows is. On a GPU the
+    selection among the dead latents is made of torch calls, and waits for the device once a chunk.
+
+    Raises: as `topk_encode`; ValueError or TypeError for `dead` and `k_aux`.
+
+    Example:
+        >>> x = torch.tensor([[2.0, 1.0]])
+        >>> W_enc = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.0]])
+        >>> auxk_encode(x, W_enc, torch.zeros(4), torch.zeros(2), 1, torch.tensor([1, 3]), 2)[2:]
+        (tensor([[1., 0.]]), tensor([[1, 3]], dtype=torch.int32))
+    """
+    a, b, c, d = torch.ops.sparsefeat.auxk_encode(x, W_enc, b_enc, b_pre, k, dead, k_aux, selection)
+    return a, b, c, d
+
+
+def reference(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int, dead: Tensor, k_aux: int, selection: str = "relu"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The meaning of auxk_encode: two encodes."""
+    aux_values, place = topk_reference(x, W_enc[dead], b_enc[dead], b_pre, k_aux)
+    return *topk_reference(x, W_enc, b_enc, b_pre, k, selection), aux_values, dead[place.long()].to(torch.int32)
+
+
+def _check_dead(W_enc: Tensor, dead: Tensor, k_aux: int) -> None:
+    if dead.dim() != 1 or dead.dtype != torch.int64:
+        raise TypeError(
+            f"dead must be int64 [n_dead], got {dead.dtype} of shape {tuple(dead.shape)}; use mask.nonzero()"
+        )
+    if dead.device != W_enc.device:
+        raise ValueError(f"dead must be on W_enc's device {W_enc.device}, got {dead.device}; move one of them")
+    if not 1 <= k_aux <= dead.shape[0] <= W_enc.shape[0]:
+        raise ValueError(
+            f"k_aux must be between 1 and the number of dead latents, {dead.shape[0]} (of {W_enc.shape[0]}), got {k_aux}"
+        )
+
+
+def _auxk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int, dead: Tensor, k_aux: int, selection: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(x, W_enc, b_enc, b_pre, k, selection)
+    _check_dead(W_enc, dead, k_aux)
+    aux_values = x.new_empty(x.shape[0], k_aux, dtype=_value_dtype(x))
+    aux_indices = x.new_empty(x.shape[0], k_aux, dtype=torch.int32)
+    block = max(1, SELECTION_BYTES.get(x.device.type, SELECTION_BYTES["cuda"]) // (8 * dead.shape[0]))
+
+    def among_the_dead(a: Tensor, first_row: int) -> None:
+        for start in range(0, a.shape[0], block):
+            part = a[start : start + block].index_select(1, dead)  # [block, n_dead]
+            out = slice(first_row + start, first_row + start + part.shape[0])
+            aux_values[out], place = _select(part, k_aux, 1, "relu")
+            aux_indices[out] = dead[place].to(torch.int32)
+
+    launch = _topk_encode_triton if implementation(x) == "triton" else _topk_encode_cpu
+    values, indices = launch(x, W_enc, b_enc, b_pre, k, selection, among_the_dead)
+    return values, indices, aux_values, aux_indices
+
+
+def _fake(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int, dead: Tensor, k_aux: int, selection: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(x, W_enc, b_enc, b_pre, k, selection)
+    _check_dead(W_enc, dead, k_aux)
+    rows, dtype = x.shape[0], _value_dtype(x)
+    codes = [(x.new_empty(rows, n, dtype=dtype), x.new_empty(rows, n, dtype=torch.int32)) for n in (k, k_aux)]
+    return *codes[0], *codes[1]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, W_enc, _, b_pre, _, _, _, _ = inputs
+    values, indices, aux_values, aux_indices = output
+    ctx.mark_non_differentiable(indices, aux_indices)
+    ctx.save_for_backward(x, W_enc, b_pre, values, indices, aux_values, aux_indices)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor, grad_aux: Tensor, __: Tensor) -> tuple[Tensor | None, ...]:
+    x, W_enc, b_pre, values, indices, aux_values, aux_indices = ctx.saved_tensors
+    need_x, need_W, need_b_enc, need_b_pre = ctx.needs_input_grad[:4]
+    g = torch.where(values != 0, grad, 0)
+    grad_x = grad_W = grad_b_enc = grad_b_pre = None
+    if need_x or need_b_pre:  # of the code alone
+        grad_x = torch.ops.sparsefeat.sparse_decode(g, indices, W_enc, torch.zeros_like(b_pre))
+        grad_b_pre = -grad_x.to(g.dtype).sum(0).to(b_pre.dtype) if need_b_pre else None
+    if need_W or need_b_enc:
+        both = torch.cat([g, torch.where(aux_values != 0, grad_aux, 0)], 1)
+        weight, bias = weight_gradient(both, torch.cat([indices, aux_indices], 1), x, b_pre, W_enc.shape[0])
+        grad_W = weight if need_W else None
+        grad_b_enc = bias.to(x.dtype) if need_b_enc else None
+    return grad_x if need_x else None, grad_W, grad_b_enc, grad_b_pre, None, None, None, None
+
+
+_auxk_encode_op = torch.library.custom_op(
+    "sparsefeat::auxk_encode",
+    _auxk_encode,
+    mutates_args=(),
+    schema="(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_pre, SymInt k, Tensor dead, SymInt k_aux, str selection)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+_auxk_encode_op.register_fake(_fake)
+_auxk_encode_op.register_autograd(_backward, setup_context=_setup_context)
