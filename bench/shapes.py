@@ -82,7 +82,7 @@ def cpu_figures() -> Iterator[Wanted]:
 
 
 def gpu_figures() -> Iterator[Wanted]:
-    """bf16, as diffusion models run; fp32 where the issue's targets name it. The most wanted first."""
+    """bf16, as diffusion models run; fp32 where its product is the comparison. The most wanted first."""
     order = ("SAeUron", "FLUX", "sdxl-unbox, k 10", "768 wide", "Steerers, SDXL", "3072 wide")
     for name in order[:4]:
         for op in ("topk_encode", "sparse_decode", "forward", "training_step"):

@@ -56,7 +56,8 @@ class CodeRule:
 def code_edit(activations: Activations, sae: SAE, rule: CodeRule, row_weight: Tensor) -> Tensor | None:
     """[rows, d_model] change of the activations by `rule`, each row's times its weight; None where no row can change.
 
-    Rows of weight 0 are not encoded. On a CPU neither are rows in which no latent of the rule can be active (see
+    Of an SAE with thresholds (ReLU, JumpReLU) only the rule's latents are computed: no latent asks for another's value.
+    Of a top-k SAE rows of weight 0 are not encoded. On a CPU neither are rows in which no latent of the rule can be active (see
     `can_be_active`), which for a few latents of a large SAE leaves a small part. The rows that remain are encoded
     in full: whether a latent is among a row's top k depends on all the others.
     """
@@ -70,11 +71,30 @@ def code_edit(activations: Activations, sae: SAE, rule: CodeRule, row_weight: Te
     rows = wanted.nonzero()[:, 0]
     if len(rows) == 0:
         return None
+    if sae.config.uses_threshold and not sae.training:
+        return code_delta(chosen_latents(x, sae, rule.latents), x, sae, rule, row_weight)
     if 2 * len(rows) > len(x):  # then the code of all rows, which instruments share, costs little more
         return code_delta(activations.code(sae), x, sae, rule, row_weight)
     part = x[rows]
     change = code_delta(sae.encode(part), part, sae, rule, row_weight[rows])
     return change.new_zeros(len(x), change.shape[1]).index_copy_(0, rows, change)
+
+
+def chosen_latents(x: Tensor, sae: SAE, latents: Tensor) -> SparseCode:
+    """The code of `latents` [F] alone, for an SAE with thresholds: 2 rows F d_model FLOPs, F rows of the encoder."""
+    weights, bias = sae.W_enc.detach()[latents], sae.b_enc.detach()[latents]
+    threshold = sae.threshold
+    if threshold is None:
+        floor = bias.new_zeros((), dtype=torch.float32)
+    else:
+        floor = (threshold if threshold.ndim == 0 else threshold[latents]).clamp_min(0)
+    rows = x.reshape(-1, sae.d_model).to(sae.dtype)
+    if sae.config.normalizer == "standardize":
+        rows = standardize(rows, sae.config.eps)
+    wide = torch.promote_types(sae.dtype, torch.float32)
+    pre = torch.addmm(bias.to(wide), rows.to(wide) - sae.b_pre.detach().to(wide), weights.to(wide).T)
+    values = torch.where(pre <= floor.to(wide), 0, pre)  # a row with NaN stays NaN
+    return SparseCode(values, latents.to(torch.int32).expand(len(values), -1), sae.n_latents)
 
 
 def code_delta(code: SparseCode, x: Tensor, sae: SAE, rule: CodeRule, row_weight: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ KERNELS = {
     "_topk_encode_bias_kernel",
     "_topk_encode_product_kernel",
     "_topk_encode_select_kernel",
-    "_weight_gradient_kernel",
+    "_weight_gradient_partial_kernel",
+    "_weight_gradient_segment_kernel",
 }
 ATTENTION = {name for name in KERNELS if name.startswith("_attention") and "join" not in name}
 # Shared memory a program may ask for: of sm_80 163 KiB, but 99 KiB on the smaller GPUs of that generation.

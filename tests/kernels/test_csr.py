@@ -49,6 +49,21 @@ def test_weight_gradient_in_blocks_of_columns(monkeypatch):
     )
 
 
+@pytest.mark.parametrize(("rows", "n", "segment"), [(17, 5, 3), (23, 1, 4), (9, 64, 1)])
+def test_latents_that_fire_on_most_rows_are_summed_in_segments(path: str, monkeypatch, rows, n, segment):
+    monkeypatch.setitem(latent_major.__globals__, "SEGMENT", segment)
+    g = torch.Generator().manual_seed(rows)
+    indices = torch.randint(0, n, (rows, 2), generator=g).int()
+    indices[:, 0] = 0  # on every row
+    coefficients = torch.randn(rows, 2, generator=g)
+    coefficients[1, 1] = 0
+    x, shift = torch.randn(rows, 37, generator=g), torch.randn(37, generator=g)
+    found = weight_gradient(*(t.to(path) for t in (coefficients, indices, x, shift)), n)
+    expected = reference(coefficients.double(), indices, x.double(), shift.double(), n)
+    for got, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.double().cpu(), exact, rtol=1e-5, atol=1e-5)
+
+
 def test_nothing_active(path: str):
     indices, zeros = torch.zeros(2, 3, dtype=torch.int32, device=path), torch.zeros(2, 3, device=path)
     for rows in (0, 2):

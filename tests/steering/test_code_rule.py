@@ -141,3 +141,18 @@ def test_a_rule_that_moves_inactive_latents_is_applied_to_every_row():
     assert not CodeRule.build(RULES["lift"]).keeps_zero
     assert not CodeRule.build({3: {"offset": 2.0, "gate": -0.5}}).keeps_zero
     assert CodeRule.build({3: {"offset": 2.0, "gate": 0.0}}).keeps_zero
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "batch_topk"])
+def test_of_an_sae_with_thresholds_only_the_rules_latents_are_read(activation):
+    options = {"inference": "threshold"} if activation == "batch_topk" else {}
+    sae = make_sae(activation, **options)
+    if activation == "batch_topk":
+        sae.threshold.fill_(0.2)
+    x, rule = torch.randn(40, D, generator=torch.Generator().manual_seed(8)), CodeRule.build(RULES["scale"])
+    whole = code_delta(sae.encode(x), x, sae, rule, torch.ones(40))
+    others = [i for i in range(N) if i not in RULES["scale"]]
+    sae.W_enc[others], sae.W_dec[others], sae.b_enc[others] = torch.nan, torch.nan, torch.nan
+    change = code_edit(Activations(x[None]), sae, rule, torch.ones(40))
+    assert change.any()
+    torch.testing.assert_close(change, whole, rtol=1e-5, atol=1e-6)
