@@ -9,7 +9,16 @@ from torch import Tensor
 
 from .csr import weight_gradient
 from .dispatch import implementation
-from .topk_encode import _check, _select, _topk_encode_cpu, _topk_encode_triton, _value_dtype
+from .prefilter import PreparedEncoder, _topk_encode_prefiltered_cpu, can_prefilter, check_current
+from .topk_encode import (
+    PREACTIVATION_BYTES,
+    WEIGHT_TILE_BYTES,
+    _check,
+    _select,
+    _topk_encode_cpu,
+    _topk_encode_triton,
+    _value_dtype,
+)
 from .topk_encode import reference as topk_reference
 
 __all__ = ["auxk_encode"]
@@ -27,6 +36,8 @@ def auxk_encode(
     dead: Tensor,
     k_aux: int,
     selection: str = "relu",
+    *,
+    prepared: PreparedEncoder | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`topk_encode`, and the k_aux largest pre-activations among the latents `dead`, from one pass over W_enc.
 
@@ -37,6 +48,7 @@ def auxk_encode(
         x, W_enc, b_enc, b_pre, k, selection: of `topk_encode`.
         dead: int64 [n_dead], latents in ascending order, each once.
         k_aux: 1 <= k_aux <= n_dead.
+        prepared: as in `topk_encode`. With at most half of the latents dead, these then get a product of their own.
 
     Returns:
         values, indices [rows, k] of `topk_encode`; aux_values, aux_indices [rows, k_aux], the same among `dead`
@@ -56,7 +68,11 @@ def auxk_encode(
         >>> auxk_encode(x, W_enc, torch.zeros(4), torch.zeros(2), 1, torch.tensor([1, 3]), 2)[2:]
         (tensor([[1., 0.]]), tensor([[1, 3]], dtype=torch.int32))
     """
-    a, b, c, d = torch.ops.sparsefeat.auxk_encode(x, W_enc, b_enc, b_pre, k, dead, k_aux, selection)
+    low = bounds = None
+    if prepared is not None:
+        check_current(prepared, W_enc, b_enc)
+        low, bounds = prepared.low, prepared.bounds
+    a, b, c, d = torch.ops.sparsefeat.auxk_encode(x, W_enc, b_enc, b_pre, k, dead, k_aux, selection, low, bounds)
     return a, b, c, d
 
 
@@ -82,28 +98,59 @@ def _check_dead(W_enc: Tensor, dead: Tensor, k_aux: int) -> None:
 
 
 def _auxk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int, dead: Tensor, k_aux: int, selection: str
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_pre: Tensor,
+    k: int,
+    dead: Tensor,
+    k_aux: int,
+    selection: str,
+    low: Tensor | None,
+    bounds: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(x, W_enc, b_enc, b_pre, k, selection)
     _check_dead(W_enc, dead, k_aux)
     aux_values = x.new_empty(x.shape[0], k_aux, dtype=_value_dtype(x))
     aux_indices = x.new_empty(x.shape[0], k_aux, dtype=torch.int32)
-    block = max(1, SELECTION_BYTES.get(x.device.type, SELECTION_BYTES["cuda"]) // (8 * dead.shape[0]))
+    n_dead = dead.shape[0]
+    block = max(1, SELECTION_BYTES.get(x.device.type, SELECTION_BYTES["cuda"]) // (8 * n_dead))
 
     def among_the_dead(a: Tensor, first_row: int) -> None:
         for start in range(0, a.shape[0], block):
-            part = a[start : start + block].index_select(1, dead)  # [block, n_dead]
+            part = a[start : start + block]
+            part = part if part.shape[1] == n_dead else part.index_select(1, dead)  # [block, n_dead]
             out = slice(first_row + start, first_row + start + part.shape[0])
             aux_values[out], place = _select(part, k_aux, 1, "relu")
             aux_indices[out] = dead[place].to(torch.int32)
 
+    if low is not None and bounds is not None and can_prefilter(x) and 2 * n_dead <= W_enc.shape[0]:
+        values, indices = _topk_encode_prefiltered_cpu(x, W_enc, b_enc, b_pre, low, bounds, k, selection)
+        chunk = max(1, PREACTIVATION_BYTES // (4 * n_dead))
+        for start in range(0, x.shape[0], chunk):
+            centred = x[start : start + chunk] - b_pre
+            a = x.new_empty(centred.shape[0], n_dead)
+            for some in range(0, n_dead, tile := max(1, WEIGHT_TILE_BYTES // (4 * max(x.shape[1], 1)))):
+                latents = dead[some : some + tile]
+                torch.addmm(b_enc[latents], centred, W_enc[latents].T, out=a[:, some : some + tile])
+            among_the_dead(a, start)
+        return values, indices, aux_values, aux_indices
     launch = _topk_encode_triton if implementation(x) == "triton" else _topk_encode_cpu
     values, indices = launch(x, W_enc, b_enc, b_pre, k, selection, among_the_dead)
     return values, indices, aux_values, aux_indices
 
 
 def _fake(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int, dead: Tensor, k_aux: int, selection: str
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_pre: Tensor,
+    k: int,
+    dead: Tensor,
+    k_aux: int,
+    selection: str,
+    low: Tensor | None,
+    bounds: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(x, W_enc, b_enc, b_pre, k, selection)
     _check_dead(W_enc, dead, k_aux)
@@ -113,7 +160,7 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, W_enc, _, b_pre, _, _, _, _ = inputs
+    x, W_enc, _, b_pre = inputs[:4]
     values, indices, aux_values, aux_indices = output
     ctx.mark_non_differentiable(indices, aux_indices)
     ctx.save_for_backward(x, W_enc, b_pre, values, indices, aux_values, aux_indices)
@@ -132,14 +179,15 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor, grad_aux: Tensor, __: Tensor) -
         weight, bias = weight_gradient(both, torch.cat([indices, aux_indices], 1), x, b_pre, W_enc.shape[0])
         grad_W = weight if need_W else None
         grad_b_enc = bias.to(x.dtype) if need_b_enc else None
-    return grad_x if need_x else None, grad_W, grad_b_enc, grad_b_pre, None, None, None, None
+    return grad_x if need_x else None, grad_W, grad_b_enc, grad_b_pre, *(None,) * 6
 
 
 _auxk_encode_op = torch.library.custom_op(
     "sparsefeat::auxk_encode",
     _auxk_encode,
     mutates_args=(),
-    schema="(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_pre, SymInt k, Tensor dead, SymInt k_aux, str selection)"
+    schema="(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_pre, SymInt k, Tensor dead, SymInt k_aux, str selection,"
+    " Tensor? low, Tensor? bounds)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 _auxk_encode_op.register_fake(_fake)

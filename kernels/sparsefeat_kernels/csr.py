@@ -10,12 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import huge_pages
 from .dispatch import implementation, jit, next_power_of_2, tl
 
 __all__ = ["latent_major", "weight_gradient"]
 
 # A bound on the centred fp32 copy of x on the CPU path: beyond it, a block of columns at a time.
 CENTRED_BYTES = 32 << 20
+# And on the sums that are made before they go to their latents' places: memory that stays in a core's cache.
+RESULT_BYTES = 4 << 20
 
 
 def latent_major(indices: Tensor, values: Tensor, n_latents: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,23 +103,31 @@ def _weight_gradient_cpu(
     row_ids, order, offsets = latent_major(indices, coefficients, n_latents)
     owned = int(offsets[-1])
     row_ids, sorted_coefficients = row_ids[:owned], coefficients.reshape(-1)[order[:owned]].to(dtype)
+    weight = huge_pages.zeros((n_latents, x.shape[1]), x.dtype, x.device)
     if owned == 0:
-        return x.new_zeros(n_latents, x.shape[1]), torch.zeros(n_latents, dtype=dtype, device=x.device)
+        return weight, torch.zeros(n_latents, dtype=dtype, device=x.device)
 
-    def summed(of: Tensor, rows: Tensor) -> Tensor:  # embedding_bag sums each latent's rows in order
+    def summed(of: Tensor, rows: Tensor, entries: slice, bags: Tensor) -> Tensor:
+        # embedding_bag sums each latent's rows in order
         return torch.nn.functional.embedding_bag(
-            rows, of, offsets, mode="sum", per_sample_weights=sorted_coefficients, include_last_offset=True
-        )
+            rows[entries], of, bags, mode="sum", per_sample_weights=sorted_coefficients[entries],
+            include_last_offset=True,
+        )  # fmt: skip
 
-    bias = summed(torch.ones(1, 1, dtype=dtype, device=x.device), torch.zeros_like(row_ids))[:, 0]
-    width = max(1, CENTRED_BYTES // (max(x.shape[0], 1) * dtype.itemsize))
-    if width >= x.shape[1]:
-        return summed(x.to(dtype) - shift.to(dtype), row_ids).to(x.dtype), bias
-    weight = x.new_empty(n_latents, x.shape[1])
-    width = max(1, min(width, CENTRED_BYTES // (n_latents * dtype.itemsize)))  # the block's result is a copy too
+    one = torch.ones(1, 1, dtype=dtype, device=x.device)
+    bias = summed(one, torch.zeros_like(row_ids), slice(None), offsets)[:, 0]
+    used = offsets.diff().nonzero()[:, 0]
+    ends = torch.cat([offsets[used], offsets[-1:]])  # used latents' entries follow each other without gaps
+    width = max(1, CENTRED_BYTES // (max(x.shape[0], 1) * dtype.itemsize))  # all columns, unless there are many rows
     for start in range(0, x.shape[1], width):
         columns = slice(start, start + width)
-        weight[:, columns] = summed((x[:, columns].to(dtype) - shift[columns].to(dtype)).contiguous(), row_ids)
+        centred = (x[:, columns].to(dtype) - shift[columns].to(dtype)).contiguous()
+        step = max(1, RESULT_BYTES // (centred.shape[1] * dtype.itemsize))
+        for first in range(0, len(used), step):
+            bags = ends[first : first + step + 1]
+            entries = slice(int(bags[0]), int(bags[-1]))
+            latents = used[first : first + step]
+            weight[latents, columns] = summed(centred, row_ids, entries, bags - bags[0]).to(x.dtype)
     return weight, bias
 
 

@@ -142,9 +142,10 @@ def _grad_values_cpu(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tenso
     if values.numel() == 0 or W_dec.numel() == 0:
         return out
     if W_dec.dtype == dtype and W_dec.is_contiguous():
-        offsets = torch.arange(0, rows * k + 1, k, device=at.device)
-        dots = pair_products(grad.to(dtype), W_dec, offsets, at.reshape(-1).long()).view(rows, k)
-        return torch.where(clean != 0, dots, 0).to(out.dtype)
+        used = clean != 0
+        offsets = torch.nn.functional.pad(used.sum(1).cumsum(0), (1, 0))
+        out[used] = pair_products(grad.to(dtype), W_dec, offsets, at[used].long()).to(out.dtype)
+        return out
     step = max(1, GATHER_BYTES // (k * W_dec.shape[1] * dtype.itemsize))
     for start in range(0, rows, step):
         block = slice(start, start + step)

@@ -269,6 +269,8 @@ def as_sae(case: SAECase) -> SAE:
 
 def our_step(state: tuple[SAECase, SAE]) -> dict[str, Tensor]:
     case, sae = state
+    with torch.no_grad():
+        sae.b_enc.add_(0.0)  # an optimiser's step would change the weights: nothing made from them may be kept
     loss = training_loss(sae, case.x, case.is_dead, auxk=AUXK).total
     gradients = torch.autograd.grad(loss, (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_pre, sae.b_out))
     return {"loss": loss.detach(), **dict(zip(("W_enc", "b_enc", "W_dec"), gradients[:3], strict=True))}

@@ -18,8 +18,9 @@ from sparsefeat.sae.normalizers import row_statistics, standardize, unstandardiz
 # copied or pickled SAE makes its own.
 _PREPARED: weakref.WeakKeyDictionary[SAE, PreparedEncoder] = weakref.WeakKeyDictionary()
 
-# Fewer rows at once do not pay for the passes over the weights that the first call makes.
-PREFILTERED_ROWS = 64
+# Fewer rows at once do not pay for the pass over the weights that the first call after a change makes: it costs as much
+# as the prefilter saves at about 60 rows (20,480 x 1280, two cores).
+PREFILTERED_ROWS = 128
 
 
 class SAE(nn.Module):
@@ -84,9 +85,9 @@ class SAE(nn.Module):
 
         `k` replaces the config's, for one of the top-k activations (Multi-TopK, sweeps over sparsity).
 
-        In evaluation mode, in float32 on a CPU with bf16 instructions, top-k encodes of 64 rows or more go through the
-        kernel's certified prefilter, which keeps a bf16 copy of the encoder (half the size of `W_enc`) as long as the
-        SAE lives and makes it again when the weights have changed.
+        In float32 on a CPU with bf16 instructions, top-k encodes of many rows go through the kernel's certified
+        prefilter, which keeps a bf16 copy of the encoder (half the size of `W_enc`) as long as the SAE lives and makes it
+        again when the weights have changed.
         """
         config = self.config
         if k is not None and (config.k is None or not 1 <= k <= config.n_latents):
@@ -103,14 +104,14 @@ class SAE(nn.Module):
             if config.uses_threshold and k is None:
                 return threshold_encode(rows, *weights, self.threshold)
         selection = SELECTION[config.activation]
-        values, indices = topk_encode(rows, *weights, k or config.k or 1, selection, prepared=self._prepared(len(rows)))
+        values, indices = topk_encode(rows, *weights, k or config.k or 1, selection, prepared=self.prepared(len(rows)))
         return SparseCode(values, indices, config.n_latents)
 
-    def _prepared(self, rows: int) -> PreparedEncoder | None:
+    def prepared(self, rows: int) -> PreparedEncoder | None:
+        """For the kernels' `prepared=`: what an encode of so many rows should use, None for the plain path."""
         W_enc = self.W_enc
         if (
-            self.training
-            or rows < PREFILTERED_ROWS
+            rows < PREFILTERED_ROWS
             or W_enc.dtype != torch.float32
             or W_enc.device.type != "cpu"
             or W_enc.is_inference()
@@ -120,7 +121,7 @@ class SAE(nn.Module):
             return None
         found = _PREPARED.get(self)
         if found is None or not found.is_current(W_enc, self.b_enc):
-            found = _PREPARED[self] = prepare_encoder(W_enc, self.b_enc)
+            found = _PREPARED[self] = prepare_encoder(W_enc, self.b_enc, into=found)
         return found
 
     def decode(self, code: SparseCode, like: Tensor | None = None) -> Tensor:
@@ -130,7 +131,10 @@ class SAE(nn.Module):
         """
         if code.n_latents != self.n_latents:
             raise ValueError(f"the code has {code.n_latents} latents, this SAE {self.n_latents}: use its own")
-        out = sparse_decode(code.values, code.indices, self.W_dec, self.b_out)
+        return self.denormalize(sparse_decode(code.values, code.indices, self.W_dec, self.b_out), like)
+
+    def denormalize(self, out: Tensor, like: Tensor | None = None) -> Tensor:
+        """n^-1 above, the last part of `decode`: of `z W_dec + b_out [rows, d_model]`."""
         if self.config.normalizer == "standardize":
             if like is None:
                 raise ValueError("decoding with normalizer 'standardize' needs the activations: pass like=x")

@@ -56,12 +56,12 @@ def training_loss(
     latents = dead.nonzero().squeeze(-1) if auxk and dead is not None else None
     wanted = k_aux or max(1, sae.d_model // 2)
     code, aux_code, wide_code = _encode(sae, x, latents, wanted, wide=bool(multi_topk))
-    x_hat = sae.decode(code, like=x)
+    x_hat, guess = _decode(sae, x, code, aux_code)
     fvu = squared_error(x, x_hat) / variance
     total, nothing = fvu, fvu.detach() * 0
     aux = wide = nothing
-    if aux_code is not None and latents is not None:
-        aux = auxk_loss(sae, x, (x - x_hat).detach(), aux_code, min(latents.numel() / wanted, 1.0), variance)
+    if guess is not None and latents is not None:
+        aux = min(latents.numel() / wanted, 1.0) * squared_error((x - x_hat).detach(), guess) / variance
         total = total + auxk * aux
     if wide_code is not None:
         wide = squared_error(x, sae.decode(wide_code, like=x)) / variance
@@ -84,7 +84,8 @@ def _encode(
         selected = SELECTION[config.activation] if of_topk else "relu"
         weights = (sae.W_enc, sae.b_enc, sae.b_pre)
         first = k_wide if wide and of_topk else k if of_topk else 1
-        parts = auxk_encode(rows, *weights, first, latents, min(k_aux, latents.numel()), selected)
+        prepared = sae.prepared(len(rows))
+        parts = auxk_encode(rows, *weights, first, latents, min(k_aux, latents.numel()), selected, prepared=prepared)
         aux_code = SparseCode(parts[2], parts[3], n)
         code = SparseCode(parts[0], parts[1], n) if of_topk else sae.encode(x)
     else:
@@ -95,13 +96,22 @@ def _encode(
     return code, aux_code, wide_code
 
 
-def auxk_loss(sae: SAE, x: Tensor, residual: Tensor, code: SparseCode, factor: float, variance: Tensor) -> Tensor:
-    """L_aux above, for the code of the dead latents; `factor` is min(n_dead / k_aux, 1)."""
-    guess = sparse_decode(code.values, code.indices, sae.W_dec, torch.zeros_like(sae.b_out))
+def _decode(sae: SAE, x: Tensor, code: SparseCode, aux: SparseCode | None) -> tuple[Tensor, Tensor | None]:
+    """x_hat, and e_hat, the dead latents' guess at what is missing (without bias; None without their code)."""
+    if aux is None:
+        return sae.decode(code, like=x), None
+    nothing, rows = torch.zeros_like(sae.b_out), code.rows
+    # One decode of both makes one gradient of W_dec instead of two and their sum; padded to one width they must not be
+    # larger than that gradient.
+    if 2 * aux.values.numel() <= sae.W_dec.numel() and aux.values.shape[1] >= code.values.shape[1]:
+        padding = (0, aux.values.shape[1] - code.values.shape[1])
+        values, indices = (torch.nn.functional.pad(t, padding) for t in (code.values, code.indices))
+        both = sparse_decode(torch.cat([values, aux.values]), torch.cat([indices, aux.indices]), sae.W_dec, nothing)
+        x_hat, guess = sae.denormalize(both[:rows] + sae.b_out, like=x), both[rows:]
+    else:
+        x_hat, guess = sae.decode(code, like=x), sparse_decode(aux.values, aux.indices, sae.W_dec, nothing)
     scale = sae.row_scale(x)
-    if scale is not None:
-        guess = guess * scale
-    return factor * squared_error(residual, guess) / variance
+    return x_hat, guess if scale is None else guess * scale
 
 
 def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sparsefeat_kernels import auxk_encode, sparse_decode, topk_encode
+from sparsefeat_kernels import auxk_encode, bf16_products, prepare_encoder, sparse_decode, topk_encode
 from sparsefeat_kernels.auxk_encode import reference
 
 
@@ -87,3 +87,23 @@ def test_the_gradient_of_values_goes_by_the_pairs_that_were_used():
     (found,) = torch.autograd.grad((sparse_decode(values, indices, W, b) * upstream).sum(), values)
     expected = torch.einsum("rd,rkd->rk", upstream, W[indices]) * (values != 0)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.skipif(not bf16_products(), reason="this processor has no bf16 matrix instructions")
+@pytest.mark.parametrize("n_dead", [5, 300, 700])
+def test_prepared_weights_give_the_same_codes_and_gradients(n_dead, monkeypatch):
+    monkeypatch.setitem(auxk_encode.__globals__, "WEIGHT_TILE_BYTES", 4 * 19 * 100)  # several tiles of dead latents
+    x, W, b, c, _ = case("cpu", rows=31, n=1024)
+    dead = torch.arange(0, 1024)[
+        torch.randperm(1024, generator=torch.Generator().manual_seed(1))[:n_dead].sort().values
+    ]
+    tensors = [t.requires_grad_() for t in (x, W, b, c)]
+    results = []
+    for options in ({}, {"prepared": prepare_encoder(W, b)}):
+        found = auxk_encode(*tensors, 4, dead, 3, **options)
+        gradients = torch.autograd.grad((found[0] ** 2).sum() + found[2].sum(), tensors)
+        results.append((*found, *gradients))
+    for plain, prefiltered in zip(*results, strict=True):
+        torch.testing.assert_close(prefiltered, plain, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="made from other weights"):
+        auxk_encode(x, W.detach().clone(), b, c, 4, dead, 3, prepared=prepare_encoder(W, b))

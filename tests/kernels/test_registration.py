@@ -44,6 +44,8 @@ def calls(device: str) -> dict[str, tuple]:
             torch.tensor([1, 2, 4], device=device),
             2,
             "relu",
+            None,
+            None,
         ),
         "topk_encode_prefiltered": (
             *(normal(3, 4), normal(5, 4), normal(5), normal(4)),
