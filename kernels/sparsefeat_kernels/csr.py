@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import huge_pages
 from .dispatch import implementation, jit, next_power_of_2, tl
 
 __all__ = ["latent_major", "weight_gradient"]
@@ -103,7 +102,7 @@ def _weight_gradient_cpu(
     row_ids, order, offsets = latent_major(indices, coefficients, n_latents)
     owned = int(offsets[-1])
     row_ids, sorted_coefficients = row_ids[:owned], coefficients.reshape(-1)[order[:owned]].to(dtype)
-    weight = huge_pages.zeros((n_latents, x.shape[1]), x.dtype, x.device)
+    weight = x.new_zeros(n_latents, x.shape[1])
     if owned == 0:
         return weight, torch.zeros(n_latents, dtype=dtype, device=x.device)
 

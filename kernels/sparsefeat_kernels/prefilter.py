@@ -44,6 +44,7 @@ SURVIVING_GROUPS = 8  # a row with more than so many groups a k left is computed
 CANDIDATES = 1 << 20  # entries of surviving groups looked at together: 24 MiB of scratch
 BIAS_COLUMNS = 3
 ALIGNMENT = 32  # bf16 columns: a cache line
+SMALLEST_PRODUCT = 1 << 16  # multiplications; torch makes smaller products by itself, summed as it likes
 LARGEST = 1e38  # of |x'| |w| + |b|: beyond, a partial sum may overflow
 
 
@@ -133,7 +134,8 @@ def bf16_products() -> bool:
 
 def can_prefilter(x: Tensor) -> bool:
     """Whether rows like these go through the prefilter."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and implementation(x) == "cpu" and bf16_products()
+    on_cpu = x.dtype == torch.float32 and x.device.type == "cpu" and implementation(x) == "cpu"
+    return on_cpu and bf16_products() and getattr(torch.backends.mkldnn, "enabled", True)
 
 
 def _group(n_latents: int, k: int) -> int | None:
@@ -147,7 +149,7 @@ def _topk_encode_prefiltered_cpu(
 ) -> tuple[Tensor, Tensor]:
     rows, d = x.shape
     n_latents, width, group = W_enc.shape[0], low.shape[1], _group(W_enc.shape[0], k)
-    if group is None or not W_enc.is_contiguous() or rows == 0:
+    if group is None or not W_enc.is_contiguous() or rows * width * n_latents < SMALLEST_PRODUCT:
         return _topk_encode_cpu(x, W_enc, b_enc, b_pre, k, selection)
     n_groups = n_latents // group
     # Groups are strided: latents that are trained together (the first of a Matryoshka dictionary) fall into different
