@@ -129,3 +129,9 @@ def test_the_pipeline_folder_opens_with_diffusers_alone():
     pipe = StableDiffusionPipeline.from_pretrained(str(PIPELINE))
     assert pipe.vae_scale_factor == 4
     assert pipe.unet.config.sample_size == 16
+
+
+def test_no_config_names_the_folder_it_came_from():
+    configs = list(PIPELINE.rglob("*.json"))
+    assert len(configs) >= 5
+    assert not [path for path in configs if "_name_or_path" in path.read_text()]
