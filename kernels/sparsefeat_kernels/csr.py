@@ -77,8 +77,8 @@ def weight_gradient(
         weight [n_latents, d] in x's dtype, summed in fp32 (fp64 for fp64) in row order and rounded once; bias
         [n_latents] in the dtype of the sum. The same bits on every run.
 
-    Cost: 3 * entries * d FLOPs; reads d values of x an entry, writes n_latents * d. Scratch: 16 MiB and the sorted
-    code.
+    Cost: 3 * entries * d FLOPs; reads d values of x an entry, writes n_latents * d. Scratch on a CPU: 36 MiB and
+    the sorted code; on a GPU 16 MiB of partial sums and the sorted code.
 
     Example:
         >>> c, i = torch.tensor([[2.0], [3.0]]), torch.tensor([[1], [1]], dtype=torch.int32)

@@ -19,13 +19,22 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 # Imported for their registrations: a formula is given to an op that exists.
-from . import csr, matching_pursuit, sparse_decode, sparse_edit, threshold_encode, topk_encode  # noqa: F401
+from . import (  # noqa: F401
+    auxk_encode,
+    csr,
+    matching_pursuit,
+    prefilter,
+    sparse_decode,
+    sparse_edit,
+    threshold_encode,
+    topk_encode,
+)
 
 _ops = torch.ops.sparsefeat
 
 
 def encode_flops(x: torch.Size, W_enc: torch.Size, *_: Any, **__: Any) -> int:
-    """2 rows n_latents d: one product, whatever is selected from it."""
+    """2 rows n_latents d: one product, whatever is selected from it and however it is made."""
     return 2 * x[0] * W_enc[0] * W_enc[1]
 
 
@@ -89,7 +98,13 @@ def matching_pursuit_flops(x: torch.Size, D: torch.Size, k: int, method: str, *_
 
 
 for formula, ops in {
-    encode_flops: (_ops.topk_encode, _ops.threshold_encode, _ops.threshold_encode_csr),
+    encode_flops: (
+        _ops.topk_encode,
+        _ops.topk_encode_prefiltered,
+        _ops.auxk_encode,
+        _ops.threshold_encode,
+        _ops.threshold_encode_csr,
+    ),
     decode_flops: (_ops.sparse_decode,),
     decode_grad_values_flops: (_ops.sparse_decode_grad_values,),
     weight_gradient_flops: (_ops.weight_gradient,),

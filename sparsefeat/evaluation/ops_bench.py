@@ -11,7 +11,6 @@ candidates of an fp32 one).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -279,21 +278,13 @@ def our_step(state: tuple[SAECase, SAE]) -> dict[str, Tensor]:
 # ----------------------------------------------------------------------------------------------------- SAEs: providers
 
 
-def takes_prepared() -> bool:
-    """Whether this version of the kernels has the prefilter (fp32 on a CPU)."""
-    return hasattr(kernels, "prepare_encoder") and "prepared" in inspect.signature(kernels.topk_encode).parameters
-
-
 def prepare_weights(case: SAECase) -> tuple[SAECase, Any]:
-    return case, getattr(kernels, "prepare_encoder")(case.W_enc, case.b_enc)  # noqa: B009
+    return case, kernels.prepare_encoder(case.W_enc, case.b_enc)
 
 
 def our_encode(case: SAECase, prepared: Any = None) -> tuple[Tensor, Tensor]:
     weights = (case.W_enc, case.b_enc, case.b)
-    if prepared is None:
-        return kernels.topk_encode(case.x, *weights, case.k)
-    options: dict[str, Any] = {"prepared": prepared}
-    return kernels.topk_encode(case.x, *weights, case.k, "relu", **options)
+    return kernels.topk_encode(case.x, *weights, case.k, prepared=prepared)
 
 
 def our_forward(case: SAECase, prepared: Any = None) -> Tensor:
@@ -301,7 +292,7 @@ def our_forward(case: SAECase, prepared: Any = None) -> Tensor:
 
 
 def with_prepared(run: Callable[..., Any]) -> list[Provider]:
-    if not takes_prepared():
+    if not kernels.bf16_products():  # then it is the plain path again
         return []
     note = "the weights' bf16 copy and norms are kept between calls"
     return [Provider(PREPARED, lambda state: run(*state), prepare_weights, note=note)]
@@ -682,7 +673,6 @@ class Op:
     providers: Callable[[], list[Provider]]
     fault: Callable[[Any, Any], str]
     cost: Callable[[Mapping[str, int], int], tuple[float, float]]
-    needs: str = ""  # an attribute of sparsefeat_kernels
     gradients: bool = False
 
 
@@ -750,19 +740,15 @@ OPS: dict[str, Op] = {
     "sparse_edit": Op(_edit_providers, edit_fault, _edit_cost),
     "feature_stats": Op(_statistics_providers, statistics_fault, _statistics_cost),
     "weight_gradient": Op(_gradient_providers, gradient_fault, _gradient_cost),
-    "threshold_encode": Op(_threshold_providers, threshold_fault, _encode_cost, needs="threshold_encode"),
-    "matching_pursuit": Op(_pursuit_providers, pursuit_fault, _pursuit_cost, needs="matching_pursuit"),
-    "attention_map": Op(
-        lambda: _attention_providers(_our_cross_attention), attention_fault, _cross_cost, needs="attention_with_map_"
-    ),
-    "attention_tap": Op(
-        lambda: _attention_providers(_our_joint_attention), attention_fault, _joint_cost, needs="attention_tap_"
-    ),
+    "threshold_encode": Op(_threshold_providers, threshold_fault, _encode_cost),
+    "matching_pursuit": Op(_pursuit_providers, pursuit_fault, _pursuit_cost),
+    "attention_map": Op(lambda: _attention_providers(_our_cross_attention), attention_fault, _cross_cost),
+    "attention_tap": Op(lambda: _attention_providers(_our_joint_attention), attention_fault, _joint_cost),
 }
 
 
 def available() -> tuple[str, ...]:
-    return tuple(name for name, op in OPS.items() if not op.needs or hasattr(kernels, op.needs))
+    return tuple(OPS)
 
 
 def build(op: str, shape: Mapping[str, int], dtype: str = "float32", device: str = "cpu") -> Figure:

@@ -40,8 +40,16 @@ def counted(run: Callable[[], Tensor], backward: bool = False) -> dict[str, int]
 ENCODE, GATHER, EDIT = 2 * ROWS * N * D, 2 * ROWS * K * D, 2 * ROWS * F * D
 zero = torch.tensor(0.0)
 
+
+def prefiltered() -> torch.Tensor:
+    x, W_enc, b_enc, b_pre = encoder()
+    return kernels.topk_encode(x, W_enc, b_enc, b_pre, K, prepared=kernels.prepare_encoder(W_enc, b_enc))[0]
+
+
 FORWARD = {
     "topk_encode": (lambda: kernels.topk_encode(*encoder(), K)[0], ENCODE),
+    "topk_encode_prefiltered": (prefiltered, ENCODE),
+    "auxk_encode": (lambda: kernels.auxk_encode(*encoder(), K, torch.arange(2), 1)[0], ENCODE),
     "threshold_encode": (lambda: kernels.threshold_encode(*encoder(), zero, K)[0], ENCODE),
     "threshold_encode_csr": (lambda: kernels.threshold_encode_csr(*encoder(), zero)[0], ENCODE),
     "sparse_decode": (lambda: kernels.sparse_decode(*code(), normal(N, D), normal(D)), GATHER),
