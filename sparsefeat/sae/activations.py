@@ -7,7 +7,7 @@ and thresholds are the kernel that lists what is active, padded here.
 from __future__ import annotations
 
 import torch
-from sparsefeat_kernels import SparseCode, threshold_encode_csr, topk_encode
+from sparsefeat_kernels import SparseCode, matching_pursuit, threshold_encode_csr, topk_encode
 from torch import Tensor
 
 # Which selection of the kernel an activation is.
@@ -58,3 +58,26 @@ def threshold_encode(rows: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, 
     latents = indices.new_zeros(padded.shape).index_put_((row, place), indices)
     invalid = padded.detach()[:, :1].isnan()  # the only entry of such a row
     return SparseCode(padded.masked_fill(invalid, torch.nan), latents, W_enc.shape[0])
+
+
+def groupmax_encode(rows: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int) -> SparseCode:
+    """The largest pre-activation of each of k groups of neighbouring latents, then ReLU; entries in the groups' order.
+
+    One top-1 encode a group: no more than the kernel's scratch at a time.
+    """
+    size = W_enc.shape[0] // k
+    groups = [
+        topk_encode(rows, W_enc[first : first + size], b_enc[first : first + size], b_pre, 1, "relu")
+        for first in range(0, k * size, size)
+    ]
+    values = torch.cat([values for values, _ in groups], 1)
+    indices = torch.cat([indices + group * size for group, (_, indices) in enumerate(groups)], 1)
+    return SparseCode(values, indices, W_enc.shape[0])
+
+
+def pursuit_encode(rows: Tensor, W_dec: Tensor, b_pre: Tensor, k: int, activation: str) -> SparseCode:
+    """k greedy steps over the decoder rows, in float32 at least; an entry of value 0 is a step that was not needed."""
+    wide = torch.promote_types(W_dec.dtype, torch.float32)
+    method = activation.removesuffix("_pursuit")
+    values, indices = matching_pursuit((rows - b_pre).to(wide), W_dec.to(wide), k, method)
+    return SparseCode(values, indices, W_dec.shape[0])

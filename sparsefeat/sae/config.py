@@ -8,9 +8,10 @@ from typing import Any
 
 TOPK_ACTIVATIONS = ("topk", "signed_topk", "raw_topk", "batch_topk")
 THRESHOLD_ACTIVATIONS = ("relu", "jumprelu")
-ACTIVATIONS = TOPK_ACTIVATIONS + THRESHOLD_ACTIVATIONS
+PURSUITS = ("matching_pursuit", "gradient_pursuit")
+ACTIVATIONS = (*TOPK_ACTIVATIONS, "groupmax", *PURSUITS, *THRESHOLD_ACTIVATIONS)
 INFERENCES = ("topk", "threshold")
-NORMALIZERS = ("none", "b_pre", "standardize")
+NORMALIZERS = ("none", "b_pre", "standardize", "unit_norm", "constant_norm", "pca")
 HOOKPOINT_IOS = ("output", "input", "diff")
 
 
@@ -26,13 +27,22 @@ class SAEConfig:
         "raw_topk"     the k largest `pre`, no ReLU: values may be negative.
         "batch_topk"   in training mode the `k * rows` largest of the whole batch, then ReLU (arXiv 2412.06410);
                        at inference what `inference` says.
-        "jumprelu"     `relu(pre)` where `pre > threshold`, one threshold a latent (arXiv 2407.14435).
+        "groupmax"     the largest `pre` of each of k groups of n_latents / k neighbours, then ReLU (sparsify).
+        "matching_pursuit", "gradient_pursuit"   no encoder: k greedy steps over the decoder rows, which should have
+                       unit norm (ITDA, arXiv 2505.24360; see `sparsefeat_kernels.matching_pursuit`). Values are signed.
+        "jumprelu"     `relu(pre)` where `pre > threshold`, one threshold a latent (arXiv 2407.14435). A gated SAE with
+                       tied encoders (arXiv 2404.16014) is one: with W' = exp(r_mag) W, b' = b_mag, its threshold is
+                       b_mag - exp(r_mag) b_gate.
         "relu"         `relu(pre)`.
     k: active latents a row (mean over the batch for batch_topk in training); None for relu and jumprelu.
     inference: batch_topk only: "topk" (k a row) or "threshold" (`relu(pre)` where `pre >` one learned scalar).
-    normalizer: "none" (nothing is subtracted; `b_pre` is zero), "b_pre" (subtracted), or "standardize" (every row has
-        its mean subtracted and is divided by its unbiased standard deviation + `eps`, then `b_pre` is subtracted; the
-        reconstruction is scaled and shifted back).
+    normalizer: what is done to a row first: "none" (nothing is subtracted; `b_pre` is zero), "b_pre" (it is
+        subtracted), "standardize", "unit_norm", "constant_norm" or "pca" (see `sparsefeat.sae.normalizers`; `b_pre` is
+        subtracted after each of these, and the reconstruction put back). eps is standardize's, clip is pca's.
+    transcoder: the rows are a module's input and the reconstruction is its output, not the rows again.
+    skip: the reconstruction has `x W_skip^T` added to it (skip transcoders, arXiv 2501.18823).
+    statistics: names of numbers kept for every latent beside the weights, `SAE.statistic(name)`, such as
+        "mean_nonzero", the mean activation where the latent is active.
     hookpoint: where the activations come from, `path[:output|input|diff]`; base_model: whose activations they are.
     metadata: anything else worth keeping that JSON can hold.
     """
@@ -47,6 +57,10 @@ class SAEConfig:
     hookpoint: str | None = None
     base_model: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict, hash=False)
+    clip: float | None = None
+    transcoder: bool = False
+    skip: bool = False
+    statistics: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_latents"):
@@ -54,12 +68,14 @@ class SAEConfig:
         _check_choice("activation", self.activation, ACTIVATIONS)
         _check_choice("inference", self.inference, INFERENCES)
         _check_choice("normalizer", self.normalizer, NORMALIZERS)
-        if self.activation in TOPK_ACTIVATIONS:
+        if self.activation not in THRESHOLD_ACTIVATIONS:
             if self.k is None:
                 raise ValueError(f"k is None but activation {self.activation!r} needs it: pass k, 1 to n_latents")
             _check_positive_int("k", self.k)
             if self.k > self.n_latents:
                 raise ValueError(f"k is {self.k} but n_latents is {self.n_latents}: choose k no larger than n_latents")
+            if self.activation == "groupmax" and self.n_latents % self.k:
+                raise ValueError(f"k is {self.k} but n_latents is {self.n_latents}: groupmax needs k equal groups")
         elif self.k is not None:
             raise ValueError(f"k is {self.k} but activation {self.activation!r} has none: leave k out")
         if self.inference == "threshold" and self.activation != "batch_topk":
@@ -71,6 +87,17 @@ class SAEConfig:
             raise ValueError(f"eps is {self.eps!r}: pass a finite number that is not negative")
         if self.normalizer == "standardize" and self.d_model < 2:
             raise ValueError("normalizer 'standardize' needs d_model of at least 2: one value has no spread")
+        if self.clip is not None and (self.normalizer != "pca" or not 0 < self.clip < float("inf")):
+            raise ValueError(f"clip is {self.clip!r}: a positive number, for normalizer 'pca' alone, else None")
+        for name in ("transcoder", "skip"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: pass True or False")
+        if self.skip and self.activation in PURSUITS:
+            raise ValueError("skip is True but a pursuit reconstructs its input by itself: leave skip out")
+        statistics = self.statistics
+        if not isinstance(statistics, (tuple, list)) or not all(isinstance(s, str) and s for s in statistics):
+            raise ValueError(f"statistics is {statistics!r}: pass a tuple of names")
+        object.__setattr__(self, "statistics", tuple(sorted(statistics)))
         for name in ("hookpoint", "base_model"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
@@ -90,7 +117,7 @@ class SAEConfig:
         object.__setattr__(self, "metadata", plain)  # as it will read back: tuples are lists, keys are strings
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "statistics": list(self.statistics)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> SAEConfig:
@@ -111,15 +138,18 @@ class SAEConfig:
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the state, the same in memory and on disk."""
-        shapes: dict[str, tuple[int, ...]] = {
-            "W_enc": (self.n_latents, self.d_model),
-            "b_enc": (self.n_latents,),
-            "W_dec": (self.n_latents, self.d_model),
-            "b_pre": (self.d_model,),
-            "b_out": (self.d_model,),
-        }
+        n, d = self.n_latents, self.d_model
+        dictionary, square, latents, row = (n, d), (d, d), (n,), (d,)
+        shapes: dict[str, tuple[int, ...]] = {"W_dec": dictionary, "b_pre": row, "b_out": row}
+        if self.activation not in PURSUITS:
+            shapes = {"W_enc": dictionary, "b_enc": latents, **shapes}
+        if self.skip:
+            shapes["W_skip"] = square
+        if self.normalizer == "pca":
+            shapes |= {"pca_basis": square, "pca_mean": row, "pca_std": row}
+        shapes |= {f"statistic_{name}": latents for name in self.statistics}
         if self.activation == "jumprelu":
-            shapes["threshold"] = (self.n_latents,)
+            shapes["threshold"] = latents
         elif self.activation == "batch_topk":
             shapes["threshold"] = ()
         return shapes

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from sparsefeat.sae.config import SAEConfig
 from sparsefeat.sae.formats import FORMATS, detect
+from sparsefeat.sae.formats.format import Given
+from sparsefeat.sae.model_card import model_card
 from sparsefeat.sae.module import SAE
 
 
@@ -24,15 +28,24 @@ def load_sae(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
+    k: int | None = None,
+    hookpoint: str | None = None,
+    base_model: str | None = None,
 ) -> SAE:
-    """Open a trained SAE, in evaluation mode.
+    """Open a trained SAE of any format in `docs/interop.md`, in evaluation mode.
 
-    source: a local folder, which wins, or a hub id `owner/name`; `subfolder` is a folder within either, `revision` a
-    branch, tag or commit of the hub. dtype: None gives float32 (float64 if stored so), whatever the file holds.
+    source: a local folder, or a single file where the format is one, which win, or a hub id `owner/name`; `subfolder` is
+        a folder (or file) within either, `revision` a branch, tag or commit of the hub.
+    dtype: None gives float32 (float64 if stored so), whatever the file holds.
+    k, hookpoint, base_model: in the place of what the files say; most foreign formats do not know the pipeline they were
+        trained on, and overcomplete's not their k. `sparsefeat.check(sae, pipe, prompts)` tells whether they fit.
     """
-    folder = _folder(source, revision, subfolder)
-    found = detect(folder)
-    config, tensors = found.read(folder)
+    place = _place(source, revision, subfolder)
+    found = detect(place)
+    config, tensors = found.read(place, Given(k=k))
+    folder = place
+    given = {"k": k, "hookpoint": hookpoint, "base_model": base_model}
+    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     shapes = config.tensor_shapes()
     if {name: tuple(t.shape) for name, t in tensors.items()} != shapes:
         raise ValueError(f"the {found.name} reader gave tensors that do not fit its config: report this as a bug")
@@ -52,32 +65,50 @@ def load_sae(
     return sae.eval()
 
 
-def push_to_hub(sae: SAE, repo_id: str, *, private: bool | None = None, subfolder: str | None = None) -> str:
-    """Upload the SAE to a hub repository, created if need be; returns the address of the commit."""
+# Endings of formats that are a single file, of any name.
+SINGLE_FILES = (".pt", ".pth", ".safetensors")
+
+
+def push_to_hub(
+    sae: SAE,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    subfolder: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> str:
+    """Upload the SAE to a hub repository, created if need be; returns the address of the commit.
+
+    A model card goes with it (README.md, beside the SAE): hookpoint, base model, width, k, how to open it, and `metrics`,
+    such as {"fvu": 0.21, "l0": 32.0}.
+    """
     from huggingface_hub import HfApi
 
     hub = HfApi()
     hub.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        sae.save(Path(folder) / "sae")
-        return hub.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "sae", path_in_repo=subfolder).commit_url
+        written = sae.save(Path(folder) / "sae")
+        (written / "README.md").write_text(model_card(sae, repo_id, subfolder, metrics or {}), encoding="utf-8")
+        return hub.upload_folder(repo_id=repo_id, folder_path=written, path_in_repo=subfolder).commit_url
 
 
-def _folder(source: str | Path, revision: str | None, subfolder: str | None) -> Path:
+def _place(source: str | Path, revision: str | None, subfolder: str | None) -> Path:
     local = Path(source).expanduser()
-    if local.is_file():
-        raise NotADirectoryError(f"{local} is a file: pass the folder it lies in")
+    if local.is_file() and subfolder is None:
+        return local
     if local.is_dir():
-        folder = local / subfolder if subfolder else local
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} does not exist: correct subfolder={subfolder!r}")
-        return folder
+        place = local / subfolder if subfolder else local
+        if not place.exists():
+            raise FileNotFoundError(f"{place} does not exist: correct subfolder={subfolder!r}")
+        return place
     if isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{source} does not exist: pass a folder, or a hub id written 'owner/name'")
     from huggingface_hub import snapshot_download
 
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    wanted = [prefix + name for known in FORMATS for name in known.files]
+    wanted = [prefix + name for known in FORMATS for name in known.files + known.optional]
+    if prefix and Path(prefix).suffix in SINGLE_FILES:
+        wanted.append(prefix.rstrip("/"))
     try:
         root = Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises its own, httpx's and OSError, one for every way to fail
@@ -86,15 +117,17 @@ def _folder(source: str | Path, revision: str | None, subfolder: str | None) -> 
             f"{source!r} is no local folder and could not be fetched from the hub ({type(error).__name__}: {reason}): "
             "check the name, revision and your connection"
         ) from error
-    folder = root / prefix if prefix else root
-    if not folder.is_dir():
+    place = root / prefix.rstrip("/") if prefix else root
+    if not place.exists():
         raise FileNotFoundError(f"{source!r} on the hub has no SAE in subfolder {subfolder!r}: see its list of files")
-    return folder
+    return place
 
 
 def _check_biases(config: SAEConfig, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     """What shapes and finiteness do not tell, but encoding would silently get wrong."""
     if config.inference == "threshold" and float(tensors["threshold"]) < 0:
         raise ValueError(f"threshold in {folder} is negative, unset: put inference 'topk' into its config")
+    if config.normalizer == "pca" and not bool((tensors["pca_std"] > 0).all()):
+        raise ValueError(f"pca_std in {folder} is not positive throughout: it is damaged, export the SAE again")
     if config.normalizer == "none" and tensors["b_pre"].any():
         raise ValueError(f"b_pre in {folder} is not zero but normalizer is 'none': put 'b_pre' into its config")

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from sparsefeat_kernels import PreparedEncoder, SparseCode, bf16_products, prepare_encoder, sparse_decode, topk_encode
 from torch import Tensor, nn
 
-from sparsefeat.sae.activations import SELECTION, batch_topk_encode, threshold_encode
-from sparsefeat.sae.config import SAEConfig
+from sparsefeat.sae.activations import (
+    SELECTION,
+    batch_topk_encode,
+    groupmax_encode,
+    pursuit_encode,
+    threshold_encode,
+)
+from sparsefeat.sae.config import PURSUITS, SAEConfig
 from sparsefeat.sae.formats import native
-from sparsefeat.sae.normalizers import row_statistics, standardize, unstandardize
+from sparsefeat.sae.normalizers import PCA, ROW_SCALED, denormalize, normalize, row_scale
 
 # The prefilter's weights of SAEs that encoded on a CPU with bf16 instructions. Kept beside the modules, not in them: a
 # copied or pickled SAE makes its own.
@@ -43,20 +50,33 @@ class SAE(nn.Module):
     W_dec: nn.Parameter
     b_pre: nn.Parameter
     b_out: nn.Parameter
+    W_skip: nn.Parameter
     threshold: Tensor | None
+    pca_basis: Tensor
+    pca_mean: Tensor
+    pca_std: Tensor
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
         self.config = config
         shapes = config.tensor_shapes()
-        for name in ("W_enc", "b_enc", "W_dec", "b_pre", "b_out"):
-            setattr(self, name, nn.Parameter(torch.zeros(shapes[name])))
+        for name in ("W_enc", "b_enc", "W_dec", "b_pre", "b_out", "W_skip"):
+            if name in shapes:
+                setattr(self, name, nn.Parameter(torch.zeros(shapes[name])))
+            elif name != "W_skip":
+                self.register_parameter(name, None)  # pursuits have no encoder
         self.register_buffer("threshold", torch.zeros(shapes["threshold"]) if "threshold" in shapes else None)
+        for name in shapes:
+            if name.startswith("statistic_") or name in ("pca_mean", "pca_std"):
+                self.register_buffer(name, torch.full(shapes[name], 1.0 if name == "pca_std" else 0.0))
+            elif name == "pca_basis":
+                self.register_buffer(name, torch.eye(config.d_model))
         if not self.W_dec.is_meta:
             with torch.no_grad():
                 self.W_dec.normal_()
                 self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
-                self.W_enc.copy_(self.W_dec)
+                if config.activation not in PURSUITS:
+                    self.W_enc.copy_(self.W_dec)
 
     @property
     def d_model(self) -> int:
@@ -83,7 +103,7 @@ class SAE(nn.Module):
     def encode(self, x: Tensor, k: int | None = None) -> SparseCode:
         """The code of `x [..., d_model]`, over its rows flattened; `x` is cast to the SAE's dtype.
 
-        `k` replaces the config's, for one of the top-k activations (Multi-TopK, sweeps over sparsity).
+        `k` replaces the config's, for an activation that has one (Multi-TopK, sweeps over sparsity).
 
         In float32 on a CPU with bf16 instructions, top-k encodes of many rows go through the kernel's certified
         prefilter, which keeps a bf16 copy of the encoder (half the size of `W_enc`) as long as the SAE lives and makes it
@@ -92,13 +112,15 @@ class SAE(nn.Module):
         config = self.config
         if k is not None and (config.k is None or not 1 <= k <= config.n_latents):
             raise ValueError(f"k is {k} for a {config.activation!r} SAE of {config.n_latents} latents: leave it out")
-        rows = self._rows(x)
-        if config.normalizer == "standardize":
-            rows = standardize(rows, config.eps)
+        if k is not None and config.activation == "groupmax" and config.n_latents % k:
+            raise ValueError(f"k is {k} but n_latents is {config.n_latents}: groupmax needs k equal groups")
         weights = (self.W_enc, self.b_enc, self.b_pre)
-        with torch.autocast(
-            rows.device.type, enabled=False
-        ):  # the ops leave it by themselves; these two are plain torch
+        with torch.autocast(x.device.type, enabled=False):  # the ops leave it by themselves; the rest is plain torch
+            rows = self.normalize(x)
+            if config.activation == "groupmax":
+                return groupmax_encode(rows, *weights, k or config.k or 1)
+            if config.activation in PURSUITS:
+                return pursuit_encode(rows, self.W_dec, self.b_pre, k or config.k or 1, config.activation)
             if config.activation == "batch_topk" and self.training:
                 return batch_topk_encode(rows, *weights, k or config.k or 1)
             if config.uses_threshold and k is None:
@@ -127,48 +149,85 @@ class SAE(nn.Module):
     def decode(self, code: SparseCode, like: Tensor | None = None) -> Tensor:
         """The reconstruction `[rows, d_model]` in the SAE's dtype, or in the shape of `like`, the activations encoded.
 
-        A standardising SAE needs `like`: the mean and scale of its rows are put back.
+        An SAE that normalises every row by its own scale needs `like`, to put it back, and so does one with a skip.
         """
         if code.n_latents != self.n_latents:
             raise ValueError(f"the code has {code.n_latents} latents, this SAE {self.n_latents}: use its own")
         return self.denormalize(sparse_decode(code.values, code.indices, self.W_dec, self.b_out), like)
 
+    def normalize(self, x: Tensor) -> Tensor:
+        """n(x) above, `[rows, d_model]` in the SAE's dtype: what `b_pre` is subtracted from."""
+        rows = self._rows(x)
+        pca = self._pca
+        return normalize(rows, self.config.normalizer, self.config.eps) if pca is None else pca.normalize(rows)
+
     def denormalize(self, out: Tensor, like: Tensor | None = None) -> Tensor:
-        """n^-1 above, the last part of `decode`: of `z W_dec + b_out [rows, d_model]`."""
-        if self.config.normalizer == "standardize":
-            if like is None:
-                raise ValueError("decoding with normalizer 'standardize' needs the activations: pass like=x")
-            out = unstandardize(out, self._rows(like), self.config.eps)
-        return out if like is None else out.view(like.shape)
+        """n^-1 above, the last part of `decode`: of `z W_dec + b_out [rows, d_model]`; the skip, if any, is added."""
+        config = self.config
+        if like is None and (config.normalizer in ROW_SCALED or config.skip):
+            what = f"normalizer {config.normalizer!r}" if config.normalizer in ROW_SCALED else "a skip"
+            raise ValueError(f"decoding with {what} needs the activations: pass like=x")
+        if config.normalizer == "pca":
+            out = self._pca.denormalize(out)  # type: ignore[union-attr]
+        if like is None:
+            return out
+        if config.normalizer in ROW_SCALED:
+            out = denormalize(out, self._rows(like), config.normalizer)
+        if config.skip:
+            out = out + self._rows(like) @ self.W_skip.T
+        return out.view(like.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode and decode: the reconstruction of `x`, in its shape and the SAE's dtype."""
         return self.decode(self.encode(x), like=x)
 
     def row_scale(self, x: Tensor) -> Tensor | None:
-        """`[rows, 1]` for a standardising SAE, else None: a change in code space is multiplied by it in activations."""
-        if self.config.normalizer != "standardize":
+        """`[rows, 1]` if the normaliser has a scale for every row, else None: a change of the code times the decoder
+        rows is multiplied by it in activations."""
+        if self.config.normalizer not in ROW_SCALED:
             return None
-        return row_statistics(self._rows(x), self.config.eps)[1]
+        return row_scale(self._rows(x), self.config.normalizer)
+
+    def statistic(self, name: str) -> Tensor:
+        """Numbers kept for every latent, `[n_latents]`: one of `config.statistics`."""
+        if name not in self.config.statistics:
+            known = ", ".join(self.config.statistics) or "none"
+            raise ValueError(f"this SAE has no statistic {name!r} (it has {known}): collect it from activations")
+        return self.get_buffer(f"statistic_{name}")
 
     def directions(self, latents: Tensor | list[int]) -> Tensor:
-        """The decoder rows of `latents`, `[len(latents), d_model]`."""
+        """What one unit of each of `latents` adds to the activations, `[len(latents), d_model]`: the decoder rows, turned
+        back from the components of a PCA normaliser; of the other normalisers `row_scale` is not yet in them."""
         index = torch.as_tensor(latents, dtype=torch.long, device=self.device)
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.n_latents:
             raise ValueError(
                 f"latents run from {int(index.min())} to {int(index.max())}: choose in 0 to {self.n_latents - 1}"
             )
-        return self.W_dec[index]
+        pca = self._pca
+        return self.W_dec[index] if pca is None else pca.directions(self.W_dec[index])
 
     def save(self, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
         """Write `config.json` and `sae.safetensors` into `folder`; see `sparsefeat.sae.formats.native.write`."""
         return native.write(Path(folder), self.config, self.state_dict(), dtype=dtype, overwrite=overwrite)
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, subfolder: str | None = None) -> str:
-        """Upload to a hub repository, created if need be; returns the address of the commit."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        subfolder: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> str:
+        """Upload to a hub repository; see `sparsefeat.sae.io.push_to_hub`."""
         from sparsefeat.sae.io import push_to_hub
 
-        return push_to_hub(self, repo_id, private=private, subfolder=subfolder)
+        return push_to_hub(self, repo_id, private=private, subfolder=subfolder, metrics=metrics)
+
+    @property
+    def _pca(self) -> PCA | None:
+        if self.config.normalizer != "pca":
+            return None
+        return PCA(self.pca_basis, self.pca_mean, self.pca_std, self.config.clip)
 
     def _rows(self, x: Tensor) -> Tensor:
         if x.ndim < 1 or x.shape[-1] != self.d_model:

@@ -1,25 +1,69 @@
-"""What is done to a row before encoding and undone after decoding."""
+"""What is done to a row before encoding and undone after decoding; `b_pre` is subtracted after it, by the encoder.
+
+| normaliser | n(x) | n^-1(y) | published with |
+|---|---|---|---|
+| none, b_pre | x | y | most |
+| standardize | (x - mean) / (std + eps) | y std + mean | OpenAI, SAeUron's `input_unit_norm`, SAELens' `layer_norm` |
+| unit_norm | x / |x| | y |x| | ITDA |
+| constant_norm | x sqrt(d_model) / |x| | y |x| / sqrt(d_model) | SAELens' `constant_norm_rescale` |
+| pca | clip((x P - mean) / std, -clip, clip) | (y std + mean) P^T | FLUX SAEs (arXiv 2505.24360) |
+
+mean, std and |x| are a row's own, except for `pca`, where they are part of the SAE. `std` is unbiased (divisor
+`d_model - 1`); eps is added to the deviation, not to the variance, and only on the way in, as all three have it.
+"""
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
+# Normalisers that divide every row by a number of its own; a change in code space is multiplied by it.
+ROW_SCALED = ("standardize", "unit_norm", "constant_norm")
 
-def row_statistics(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and scale of every row, both `[rows, 1]`; scale = unbiased standard deviation + eps.
 
-    Unbiased (divisor `d_model - 1`) and with eps added to the deviation, not to the variance, as the published
-    standardised SAEs have it (openai/sparse_autoencoder).
+class PCA:
+    """The tensors of the `pca` normaliser: `basis [d_model, d_model]` (columns are the components, orthonormal),
+    `mean` and `std [d_model]` in that basis, and the bound that normalised values are clipped to, None for no bound.
     """
-    return rows.mean(-1, keepdim=True), rows.std(-1, keepdim=True, correction=1) + eps
+
+    def __init__(self, basis: Tensor, mean: Tensor, std: Tensor, clip: float | None):
+        self.basis, self.mean, self.std, self.clip = basis, mean, std, clip
+
+    def normalize(self, rows: Tensor) -> Tensor:
+        normal = (rows @ self.basis - self.mean) / self.std
+        return normal if self.clip is None else normal.clamp(-self.clip, self.clip)
+
+    def denormalize(self, normal: Tensor) -> Tensor:
+        return (normal * self.std + self.mean) @ self.basis.T
+
+    def directions(self, normal: Tensor) -> Tensor:
+        """What adding `normal` in the normalised space adds to the activations, where nothing is clipped."""
+        return (normal * self.std) @ self.basis.T
 
 
-def standardize(rows: Tensor, eps: float) -> Tensor:
-    mean, scale = row_statistics(rows, eps)
-    return (rows - mean) / scale
+def normalize(rows: Tensor, normalizer: str, eps: float) -> Tensor:
+    """`rows [rows, d_model]`, each normalised on its own; "pca" is `PCA.normalize`. A row of zeros stays one."""
+    if normalizer == "standardize":
+        return (rows - rows.mean(-1, keepdim=True)) / (rows.std(-1, keepdim=True, correction=1) + eps)
+    if normalizer in ROW_SCALED:
+        scale = row_scale(rows, normalizer)
+        return rows / torch.where(scale == 0, 1, scale)
+    return rows
 
 
-def unstandardize(standardized: Tensor, rows: Tensor, eps: float) -> Tensor:
-    """The exact inverse, with the statistics of the original `rows`."""
-    mean, scale = row_statistics(rows, eps)
-    return standardized * scale + mean
+def denormalize(normal: Tensor, rows: Tensor, normalizer: str) -> Tensor:
+    """n^-1 above, with the statistics of the original `rows`."""
+    if normalizer not in ROW_SCALED:
+        return normal
+    out = normal * row_scale(rows, normalizer)
+    return out + rows.mean(-1, keepdim=True) if normalizer == "standardize" else out
+
+
+def row_scale(rows: Tensor, normalizer: str) -> Tensor:
+    """`[rows, 1]`, of a normaliser in `ROW_SCALED`: what a change in code space is multiplied by in activations."""
+    if normalizer == "standardize":
+        return rows.std(-1, keepdim=True, correction=1)
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return norm if normalizer == "unit_norm" else norm / math.sqrt(rows.shape[-1])

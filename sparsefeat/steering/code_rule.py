@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sparsefeat.pipeline import Activations
 from sparsefeat.sae import SAE
-from sparsefeat.sae.normalizers import standardize
 
 
 @dataclass(frozen=True)
@@ -88,9 +87,7 @@ def chosen_latents(x: Tensor, sae: SAE, latents: Tensor) -> SparseCode:
         floor = bias.new_zeros((), dtype=torch.float32)
     else:
         floor = (threshold if threshold.ndim == 0 else threshold[latents]).clamp_min(0)
-    rows = x.reshape(-1, sae.d_model).to(sae.dtype)
-    if sae.config.normalizer == "standardize":
-        rows = standardize(rows, sae.config.eps)
+    rows = sae.normalize(x)
     wide = torch.promote_types(sae.dtype, torch.float32)
     pre = torch.addmm(bias.to(wide), rows.to(wide) - sae.b_pre.detach().to(wide), weights.to(wide).T)
     values = torch.where(pre <= floor.to(wide), 0, pre)  # a row with NaN stays NaN
@@ -123,7 +120,7 @@ def code_delta(code: SparseCode, x: Tensor, sae: SAE, rule: CodeRule, row_weight
 
 def _inactive_unless_positive(sae: SAE) -> bool:
     """Whether a latent with a pre-activation that is not positive has the value 0, in arithmetic we can bound."""
-    return sae.config.activation in ("topk", "batch_topk", "relu", "jumprelu") and sae.dtype in (
+    return sae.config.activation in ("topk", "batch_topk", "groupmax", "relu", "jumprelu") and sae.dtype in (
         torch.float32,
         torch.float64,
     )
@@ -136,9 +133,7 @@ def can_be_active(x: Tensor, sae: SAE, rule: CodeRule) -> Tensor:
     allows for twice the rounding error of a pre-activation, (d + 4) eps (|x - b_pre| |w| + |b_enc|), once for the
     encode's arithmetic and once for this one. Rows with NaN count as active.
     """
-    rows = x.to(sae.dtype)
-    if sae.config.normalizer == "standardize":
-        rows = standardize(rows, sae.config.eps)
+    rows = sae.normalize(x)
     centered = rows - sae.b_pre
     weights, bias = sae.W_enc[rule.latents], sae.b_enc[rule.latents]
     pre = torch.addmm(bias, centered, weights.T)

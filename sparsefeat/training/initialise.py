@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from sparsefeat.sae import SAE
-from sparsefeat.sae.normalizers import standardize
 from sparsefeat.sae.random import randomise
 
 
@@ -39,7 +38,7 @@ def initialise(sae: SAE, sample: Tensor, seed: int = 0) -> SAE:
     """
     config = sae.config
     sample = sample.reshape(-1, config.d_model).to(sae.device, sae.dtype)
-    rows = standardize(sample, config.eps) if config.normalizer == "standardize" else sample
+    rows = sae.normalize(sample)
     median = geometric_median(rows).to(sae.dtype)
     sae.b_out.copy_(median)
     sae.b_pre.copy_(median if config.normalizer != "none" else torch.zeros_like(median))

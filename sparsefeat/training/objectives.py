@@ -28,7 +28,6 @@ from torch import Tensor
 
 from sparsefeat.sae import SAE
 from sparsefeat.sae.activations import SELECTION
-from sparsefeat.sae.normalizers import standardize
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def _encode(
     k_wide = min(n, 4 * k)
     aux_code = wide_code = None
     if latents is not None and latents.numel():
-        rows = standardize(x, config.eps) if config.normalizer == "standardize" else x
+        rows = sae.normalize(x)
         selected = SELECTION[config.activation] if of_topk else "relu"
         weights = (sae.W_enc, sae.b_enc, sae.b_pre)
         first = k_wide if wide and of_topk else k if of_topk else 1

@@ -31,8 +31,8 @@ def test_the_loss_is_fvu_plus_auxk_plus_multi_topk(normalizer, activation):
     variance = (x - x.mean(0)).square().sum()
     residual = x - sae(x)
     shift = x.mean(1, keepdim=True) if normalizer == "standardize" else 0
-    scale = x.std(1, keepdim=True) + 1e-5 if normalizer == "standardize" else 1
-    pre = ((x - shift) / scale - sae.b_pre) @ sae.W_enc.T + sae.b_enc
+    scale = x.std(1, keepdim=True) if normalizer == "standardize" else 1
+    pre = ((x - shift) / (scale + (1e-5 if normalizer == "standardize" else 0)) - sae.b_pre) @ sae.W_enc.T + sae.b_enc
     pre[:, ~dead] = -torch.inf
     top = pre.topk(4)
     guess = torch.zeros_like(x)

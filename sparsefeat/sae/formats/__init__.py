@@ -15,11 +15,15 @@ from sparsefeat.sae.formats.format import Format
 FORMATS: tuple[Format, ...] = (native.FORMAT,)
 
 
-def detect(folder: Path) -> Format:
-    """The format whose files lie in `folder`."""
+def detect(place: Path) -> Format:
+    """The format of what lies in this folder, or of this single file."""
     for candidate in FORMATS:
-        if candidate.detect(folder):
+        if candidate.detect(place):
             return candidate
-    found = sorted(path.name for path in folder.iterdir())[:8]
-    expected = "; ".join(f"{f.name}: {' and '.join(f.files)}" for f in FORMATS)
-    raise FileNotFoundError(f"{folder} holds no SAE that can be read (found {found or 'nothing'}): expected {expected}")
+    expected = "; ".join(f"{f.title}: {' and '.join(f.files) or 'a single file'}" for f in FORMATS)
+    if place.is_file():
+        if any(candidate.detect(place.parent) for candidate in FORMATS):
+            raise NotADirectoryError(f"{place} is one of the files of an SAE: pass the folder it lies in")
+        raise ValueError(f"{place} is no SAE that can be read: expected one of {expected}")
+    found = sorted(path.name for path in place.iterdir())[:8]
+    raise FileNotFoundError(f"{place} holds no SAE that can be read (found {found or 'nothing'}): expected {expected}")

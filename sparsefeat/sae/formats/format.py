@@ -1,8 +1,13 @@
-"""What a checkpoint format is, and the safe reading of safetensors that formats share."""
+"""What a checkpoint format is, and the safe reading of files that formats share.
+
+Files are untrusted. safetensors are checked by their header before anything is read; pickles are opened with
+`weights_only=True`, which runs none of the code they may carry, and refused if they need any.
+"""
 
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +24,31 @@ FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "B
 
 
 @dataclass(frozen=True)
+class Given:
+    """What the caller of `load_sae` says of an SAE whose format does not store it."""
+
+    k: int | None = None
+
+
+@dataclass(frozen=True)
 class Format:
-    """files: exact names, also what is fetched from a hub; detect: is it in this folder; read: open it."""
+    """One checkpoint format.
+
+    name: short, as in `sparsefeat sae convert --format NAME`; title: what people call it.
+    files: exact names of what must be there, optional of what may be; both are fetched from a hub. A format that is one
+        file of any name has none.
+    detect: whether this folder or file is of the format. read: open it. Both take a folder or a single file.
+    write: into an empty folder; refuses in one sentence, before it writes anything, what the format cannot express.
+        None where nothing is written in the format.
+    """
 
     name: str
+    title: str
     files: tuple[str, ...]
     detect: Callable[[Path], bool]
-    read: Callable[[Path], tuple[SAEConfig, dict[str, Tensor]]]
+    read: Callable[[Path, Given], tuple[SAEConfig, dict[str, Tensor]]]
+    write: Callable[[Path, SAEConfig, Mapping[str, Tensor]], None] | None = None
+    optional: tuple[str, ...] = ()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -65,3 +88,45 @@ def read_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[
     except SafetensorError as error:
         reason = "is cut short" if "incomplete" in str(error).lower() else "is not a safetensors file"
         raise ValueError(f"{path} {reason} ({error}): copy or download it again") from None
+
+
+def read_torch(path: Path) -> Any:
+    """What `torch.save` wrote, if it is tensors, numbers, strings and containers of these, and nothing else."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: an SAE folder needs it, copy it there too")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error) and "Unsupported" not in str(error):
+            raise _damaged(path, error) from None
+        reason = next((line for line in str(error).split("\n") if "Unsupported" in line or "GLOBAL" in line), "objects")
+        raise ValueError(
+            f"{path} is a pickle that could run code when it is opened ({reason.strip()}): in the program that wrote it, "
+            "save its weights alone, torch.save(model.state_dict(), path)"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is damaged ({str(error).strip().split(chr(10))[0]}): copy or download it again")
+
+
+def check_tensors(path: Path, state: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors named in `shapes` out of a state dict that was read from `path`, names, shapes and dtypes checked."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} holds a {type(state).__name__}: a state dict was expected")
+    missing = sorted(set(shapes) - set(state))
+    if missing:
+        raise KeyError(f"{path} lacks {missing} (it has {sorted(map(str, state))}): it was not written for this config")
+    for name, shape in shapes.items():
+        tensor = state[name]
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} in {path} is {kind}: a floating tensor was expected")
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(
+                f"{name} in {path} has shape {list(tensor.shape)}, {list(shape)} was expected: "
+                "the files do not belong together"
+            )
+    return {name: state[name] for name in shapes}

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
-from sparsefeat.sae.formats.format import Format, read_json, read_safetensors
+from sparsefeat.sae.formats.format import Format, Given, read_json, read_safetensors
 
 NAME = "sparsefeat.sae"
 VERSION = 1
@@ -26,12 +26,14 @@ CONFIG, WEIGHTS = "config.json", "sae.safetensors"
 
 
 def detect(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
     if not (folder / WEIGHTS).is_file():
         return (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("format") == NAME
     return not (folder / "cfg.json").is_file()  # EleutherAI's files of the same name come with a cfg.json
 
 
-def read(folder: Path) -> tuple[SAEConfig, dict[str, Tensor]]:
+def read(folder: Path, given: Given | None = None) -> tuple[SAEConfig, dict[str, Tensor]]:
     values = read_json(folder / CONFIG)
     name, version = values.pop("format", None), values.pop("format_version", None)
     if name != NAME:
@@ -109,4 +111,4 @@ def _umask() -> int:
     return mask
 
 
-FORMAT = Format(NAME, (CONFIG, WEIGHTS), detect, read)
+FORMAT = Format("sparsefeat", "sparsefeat", (CONFIG, WEIGHTS), detect, read)
