@@ -2,6 +2,7 @@
 # make test    install, lint, type-check, import contracts, tests
 # make bench   the ops against dense PyTorch and other libraries on this machine, ten minutes: bench/results/
 # make peers   the other libraries, in an environment of their own, which make bench then uses
+# make interop  other programs' SAE files made again by those programs, and compared: docs/interop.md
 # make evaluate  the EmojiCanvas benchmark: bench/results/emoji.json
 
 PYTHON ?= python3
@@ -9,10 +10,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 PEERS ?= .venv-peers
+ORBAX ?= .venv-orbax
 # What measures: the environment with the other libraries where there is one.
 MEASURE = $(if $(wildcard $(PEERS)/.installed),$(PEERS)/bin,$(BIN))/python
 
-.PHONY: demo test lint types contracts pytest bench peers evaluate tables browser clean
+.PHONY: demo test lint types contracts pytest bench peers interop evaluate tables browser clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -62,6 +64,18 @@ $(PEERS)/.installed: constraints.txt
 	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
+# FLUX SAEs are JAX's: their fixtures are written in an environment of their own.
+$(ORBAX)/.installed: constraints.txt
+	$(PYTHON) -m venv $(ORBAX)
+	$(ORBAX)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(ORBAX)/bin/python -m pip install --quiet -c constraints.txt orbax-checkpoint 'jax[cpu]' safetensors pyyaml
+	$(ORBAX)/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+interop: $(PEERS)/.installed $(ORBAX)/.installed
+	$(PEERS)/bin/python -m tools.interop.run --orbax $(ORBAX)/bin/python
+	$(PEERS)/bin/python tools/write_interop.py
+
 evaluate: $(VENV)/.installed
 	$(BIN)/sparsefeat evaluate emoji
 
@@ -74,4 +88,4 @@ browser:
 	{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 clean:
-	rm -rf $(VENV) $(PEERS) build/lib dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) $(ORBAX) build/lib dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -26,6 +26,8 @@ _HOME = {
     "HeatMaps": "sparsefeat.attention",
     "Hookpoint": "sparsefeat.pipeline",
     "Instrument": "sparsefeat.pipeline",
+    "InterpretThenDeactivate": "sparsefeat.erasure",
+    "PromptVector": "sparsefeat.steering",
     "Record": "sparsefeat.features",
     "Replace": "sparsefeat.pipeline",
     "SAE": "sparsefeat.sae",
@@ -36,10 +38,12 @@ _HOME = {
     "Statistics": "sparsefeat.features",
     "Steer": "sparsefeat.steering",
     "attach": "sparsefeat.pipeline",
+    "check": "sparsefeat.evaluation.check",
     "hookpoints": "sparsefeat.pipeline",
     "load_instrument": "sparsefeat.steering",
     "load_sae": "sparsefeat.sae",
     "negative_prompt": "sparsefeat.erasure",
+    "presets": "sparsefeat.presets",
 }
 
 __all__ = ["__version__", *_HOME]
@@ -48,7 +52,8 @@ __all__ = ["__version__", *_HOME]
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'sparsefeat' has no attribute {name!r}; it offers {', '.join(sorted(_HOME))}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    module = importlib.import_module(_HOME[name])
+    value = module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -55,7 +55,13 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
-def tiny_clip(hidden_size: int = 32, layers: int = 3, projection: int | None = None, seed: int = 0) -> Any:
+def tiny_clip(
+    hidden_size: int = 32,
+    layers: int = 3,
+    projection: int | None = None,
+    seed: int = 0,
+    max_tokens: int = MAX_TOKENS,
+) -> Any:
     """A CLIP text encoder; with `projection` the variant SDXL uses as its second one."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
@@ -65,7 +71,7 @@ def tiny_clip(hidden_size: int = 32, layers: int = 3, projection: int | None = N
         intermediate_size=2 * hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
+        max_position_embeddings=max_tokens,
         projection_dim=projection or hidden_size,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 MEASURED = ROOT / "bench" / "results"
 CARRIED = ROOT / "sparsefeat" / "assets" / "results"
-EMOJI = "emoji.json"
+EMOJI, OVERHEAD, ITD = "emoji.json", "overhead.json", "itd.json"
 
 
 def percent(share: float) -> str:
@@ -33,8 +33,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def where(results: dict[str, Any]) -> str:
-    return f"Measured on {results['date']}, {results['device']}, with `sparsefeat evaluate emoji`."
+def where(results: dict[str, Any], command: str = "sparsefeat evaluate emoji") -> str:
+    return f"Measured on {results['date']}, {results['device']}, with `{command}`."
 
 
 def generation(results: dict[str, Any]) -> str:
@@ -83,15 +83,28 @@ def erasure(results: dict[str, Any]) -> str:
     return f"{table(head, rows)}\n\n{note[0].upper()}{note[1:]}. {where(results)}"
 
 
-def overhead(results: dict[str, Any]) -> str:
-    o = results["overhead"]
-    row = [
-        f"`{o['hookpoint']}`, {o['n_latents']:,} latents, k = {o['k']}",
-        f"{o['hook_ms']:.0f} ms",
-        f"{o['step_ms']:.0f} ms",
-        percent(o["share_of_step"]),
+def overhead(o: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"`{row['instrument']}`",
+            f"{row['hook_ms']:.0f} ms",
+            f"{row['step_ms']:.0f} ms",
+            percent(row["share_of_step"]),
+        ]
+        for row in o["rows"]
     ]
-    return table(["`Steer(scale=…)` at", "hook", "step", "share, median"], [row]) + f"\n\n{where(results)}"
+    size = f"At `{o['hookpoint']}`, {o['n_latents']:,} latents, k = {o['k']}."
+    header = ["attached", "hook", "step", "share, median"]
+    return table(header, rows) + f"\n\n{size} {where(o, 'sparsefeat evaluate overhead')}"
+
+
+def itd(results: dict[str, Any]) -> str:
+    rows = [
+        [r["way"], f"{r['median_s']:.1f} s", f"{r['first_s']:.1f} s", f"{r['peak_bytes'] / 2**20:,.0f} MiB"]
+        for r in results["rows"]
+    ]
+    header = ["selection", "median", "the first time", "memory beyond the weights"]
+    return table(header, rows) + f"\n\n{where(results, 'python -m bench.itd')}"
 
 
 def speed(devices: dict[str, dict[str, Any]]) -> str:
@@ -103,11 +116,19 @@ def speed(devices: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(parts) or "No device was measured yet: `make bench`."
 
 
-TABLES = {"generation": generation, "saes": saes, "erasure": erasure, "overhead": overhead}
+# Table: the file it is made from, and how.
+TABLES = {
+    "generation": (EMOJI, generation),
+    "saes": (EMOJI, saes),
+    "erasure": (EMOJI, erasure),
+    "overhead": (OVERHEAD, overhead),
+    "itd": (ITD, itd),
+}
 
 
-def filled(text: str, emoji: dict[str, Any], devices: dict[str, dict[str, Any]]) -> str:
-    contents = {**{name: make(emoji) for name, make in TABLES.items()}, "speed": speed(devices)}
+def filled(text: str, devices: dict[str, dict[str, Any]]) -> str:
+    contents = {name: make(json.loads((MEASURED / file).read_text())) for name, (file, make) in TABLES.items()}
+    contents["speed"] = speed(devices)
     for name, content in contents.items():
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
         text = pattern.sub(lambda m, content=content: m.group(1) + content + m.group(2), text)
@@ -116,14 +137,14 @@ def filled(text: str, emoji: dict[str, Any], devices: dict[str, dict[str, Any]])
 
 def carried(devices: dict[str, dict[str, Any]]) -> Iterator[tuple[Path, Path]]:
     """The files that the package carries a copy of, and the copies."""
-    for name in (EMOJI, *devices):
+    for name in (EMOJI, OVERHEAD, *devices):
         yield MEASURED / name, CARRIED / name
 
 
 def main() -> None:
     devices = load_results(MEASURED)
     text = README.read_text()
-    wanted = filled(text, json.loads((MEASURED / EMOJI).read_text()), devices)
+    wanted = filled(text, devices)
     if "--check" in sys.argv[1:]:
         stale = [
             source.name

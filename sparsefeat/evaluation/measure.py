@@ -227,10 +227,14 @@ def _resident(label: str) -> int:
 
 
 def resident_growth(run: Callable[[], object]) -> int:
-    """By how many bytes `run` raised this process's resident memory at its highest, results and library scratch
-    included. One call goes before, so that what a library sets up once does not count; free heap is given back first,
-    so that no call can hide in memory that an earlier one left."""
+    """`resident_peak_beyond` after one call, so that what a library sets up once does not count."""
     run()
+    return resident_peak_beyond(run)
+
+
+def resident_peak_beyond(run: Callable[[], object]) -> int:
+    """By how many bytes `run` raised this process's resident memory at its highest, results and library scratch
+    included. Free heap is given back first, so that no call can hide in memory that an earlier one left."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from here

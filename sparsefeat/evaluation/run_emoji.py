@@ -1,12 +1,11 @@
 """`sparsefeat evaluate emoji`: everything measured on the embedded pipeline, into one JSON file.
 
-Generation, SAEs, erasure, overhead; in this order, each part kept as it is finished. The README's tables are made from
+Generation, SAEs, erasure; in this order, each part kept as it is finished. The README's tables are made from
 the file this writes.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -262,7 +261,7 @@ def measure_erasure(
 def evaluate_emoji(
     pipe: Any, saes: Sequence[SAE], judge: Judge, out: Path, work: Path, progress: bool = True
 ) -> dict[str, Any]:
-    """Measure everything but the overhead, writing `out` after every part. Goes on where an earlier run stopped."""
+    """Measure everything, writing `out` after every part. Goes on where an earlier run stopped."""
     bench = EmojiBenchmark(pipe, judge, work, n_steps=N_STEPS, guidance=GUIDANCE, progress=progress)
     results: dict[str, Any] = {
         "device": device_name(),
@@ -270,9 +269,6 @@ def evaluate_emoji(
         "versions": versions(),
         "protocol": {"n_steps": N_STEPS, "guidance": GUIDANCE, "n_target": 20, "n_other": 40, "precision": precision()},
     }
-    if out.is_file():  # measured apart, on a quiet machine; a new measurement replaces it
-        earlier = json.loads(out.read_text())
-        results |= {"overhead": earlier["overhead"]} if "overhead" in earlier else {}
     report = judge_report()
     results["judge"] = {
         "object_accuracy": report["held_out_augmentations"]["object_accuracy"],

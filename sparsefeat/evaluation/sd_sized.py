@@ -7,12 +7,16 @@ often as any.
 from __future__ import annotations
 
 import statistics
+from datetime import date
 from typing import Any
 
 import torch
 
 from sparsefeat.evaluation.machine import device_name
+from sparsefeat.evaluation.measure import versions
 from sparsefeat.evaluation.overhead import measure_overhead
+from sparsefeat.features import Record
+from sparsefeat.pipeline import Instrument
 from sparsefeat.sae import SAE, SAEConfig
 from sparsefeat.steering import Steer
 
@@ -45,9 +49,19 @@ def sd_sized_pipeline(device: str = "cpu") -> Any:
     return pipe
 
 
+def instruments(sae: SAE) -> dict[str, Instrument]:
+    """What is measured, by how it is written: features are recorded, one latent is scaled in both halves, a direction
+    is added."""
+    return {
+        "Record(sae)": Record(sae),
+        "Steer(sae, scale=…)": Steer(sae, scale={7: 0.0}, condition="both"),
+        "Steer(sae, add=…)": Steer(sae, add={7: 8.0}, condition="both"),
+    }
+
+
 @torch.no_grad()
 def measure_sd_sized(n_latents: int = 20_480, k: int = 32, n_steps: int = 8) -> dict[str, Any]:
-    """`Steer(scale=...)` of one latent on a SAeUron-sized SAE, 64x64 latents, guidance on, batch of 2."""
+    """Each of `instruments` on a SAeUron-sized SAE, 64x64 latents, guidance on, batch of 2."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = sd_sized_pipeline(device)
     width = 1280
@@ -65,14 +79,24 @@ def measure_sd_sized(n_latents: int = 20_480, k: int = 32, n_steps: int = 8) -> 
             output_type="latent",
         )
 
-    measured = measure_overhead(pipe, HOOKPOINT, Steer(sae, scale={7: 0.0}, condition="both"), run)
+    rows = []
+    for name, instrument in instruments(sae).items():
+        measured = measure_overhead(pipe, HOOKPOINT, instrument, run)
+        rows.append(
+            {
+                "instrument": name,
+                "share_of_step": measured.share_of_step,
+                "step_ms": 1000 * statistics.median(measured.step_s),
+                "hook_ms": 1000 * statistics.median(measured.hook_s),
+                "n_measured": len(measured.step_s),
+            }
+        )
     return {
-        "share_of_step": measured.share_of_step,
-        "step_ms": 1000 * statistics.median(measured.step_s),
-        "hook_ms": 1000 * statistics.median(measured.hook_s),
-        "n_measured": len(measured.step_s),
+        "rows": rows,
         "hookpoint": HOOKPOINT,
         "n_latents": n_latents,
         "k": k,
         "device": device_name(),
+        "date": date.today().isoformat(),
+        "versions": versions(),
     }

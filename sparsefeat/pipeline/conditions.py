@@ -1,7 +1,8 @@
 """Which condition and which image each batch entry belongs to.
 
 Pipelines with classifier-free guidance run the denoiser on a batch of several chunks, one a condition, each chunk
-holding every image once. Nearly all put "uncond" first; the others are listed here by the name of their class.
+holding every image once, or once for each condition. In a batch nearly all put "uncond" first, and the others are
+listed here by the name of their class; of two passes the conditional one comes first.
 """
 
 from __future__ import annotations
@@ -19,16 +20,33 @@ _USUAL = {1: ("cond",), 2: ("uncond", "cond")}
 _LAYOUTS: dict[str, dict[int, tuple[str, ...]]] = {
     "InstructPix2Pix": {3: ("cond", "image", "uncond")},
     "PAG": {2: ("cond", "perturbed"), 3: ("uncond", "cond", "perturbed")},
+    "LuminaPipeline": {2: ("cond", "uncond")},
+    "LuminaText2Img": {2: ("cond", "uncond")},
+    "ZImage": {2: ("cond", "uncond")},
 }
 
+# The runs of one step where a pipeline runs its denoiser on one condition after the other: FLUX and Qwen-Image with
+# `true_cfg_scale`, Wan, Lumina 2, HunyuanVideo and the like. No pipeline of diffusers 0.42.1 has the unconditional
+# one first.
+_PASSES = ("cond", "uncond")
 
-def denoiser_entries(pipe: Any, call: Call, batch: int) -> Entries:
-    """The entries of one run of a denoiser on `batch` of them."""
+
+def denoiser_entries(pipe: Any, call: Call, batch: int, earlier: tuple[int, ...] = ()) -> Entries:
+    """The entries of one run of a denoiser on `batch` of them.
+
+    `earlier` are the batch sizes of the runs before it since the scheduler's last step. They tell the two passes of
+    guidance apart, which no argument of the model does.
+    """
     n_images = call.n_images
     if n_images is None:  # neither prompts nor embeddings: the guidance tells how many chunks there are
         n_images = batch // 2 if call.guidance and batch % 2 == 0 else batch
     chunks = batch // n_images if n_images and batch % n_images == 0 else 0
     layout = _layout(pipe, call, chunks)
+    if chunks == 1 and earlier:
+        if max(earlier) > n_images:  # a pass beside the batched ones: the skip-layer guidance of SD3
+            layout = ("perturbed",)
+        elif call.guidance:
+            layout = (_PASSES[len(earlier) % len(_PASSES)],)
     if layout is None:
         raise ValueError(
             f"{type(pipe).__name__} ran its denoiser on {batch} batch entries for {n_images} images "

@@ -68,19 +68,59 @@ class Call:
             prompt = [prompt]
         prompts = list(prompt) if isinstance(prompt, (list, tuple)) else None
         n_prompts = None
-        if prompts is None:
-            n_prompts = embeds.shape[0] if isinstance(embeds, torch.Tensor) else arguments.get("batch_size")
+        if prompts is None:  # a model that takes texts of different lengths has a list of embeddings
+            given = isinstance(embeds, (torch.Tensor, list))
+            n_prompts = len(embeds) if given else arguments.get("batch_size")
         schedule = next((arguments[n] for n in ("timesteps", "sigmas") if arguments.get(n) is not None), None)
-        scale = arguments.get("guidance_scale")
         return cls(
             prompts=prompts,
             n_prompts=n_prompts,
-            images_per_prompt=arguments.get("num_images_per_prompt") or 1,
-            guidance=isinstance(scale, (int, float)) and scale > 1,
+            images_per_prompt=_images_per_prompt(pipe, arguments),
+            guidance=_guidance(pipe, arguments),
             n_steps=arguments.get("num_inference_steps") if schedule is None else len(schedule),
             arguments=arguments,
             pipe_ref=weakref.ref(pipe),
         )
+
+
+_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+
+# Pipelines that take such an argument and set it to 1 (read in diffusers 0.33.0 and 0.42.1), by a part of their name.
+_ONE_A_PROMPT = (
+    "CogVideoX",
+    "ConsisID",
+    "WanVideoToVideo",
+    "SkyReelsV2DiffusionForcingVideoToVideo",
+    "Allegro",
+    "AnimateDiff",
+    "TextToVideoSD",
+    "VideoToVideoSD",
+    "LEditsPP",
+)
+
+
+def _images_per_prompt(pipe: Any, arguments: Mapping[str, Any]) -> int:
+    if any(name in cls.__name__ for cls in type(pipe).__mro__ for name in _ONE_A_PROMPT):
+        return 1
+    return next((n for n in map(arguments.get, _PER_PROMPT) if n), 1)
+
+
+def _guidance(pipe: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether there is an unconditional pass. Once the denoiser runs, pipelines that say so themselves are believed.
+
+    FLUX, Qwen-Image and HunyuanVideo have `true_cfg_scale` for it, which only counts with a negative prompt; their
+    `guidance_scale` is a number that the model is given, as in every model with `guidance_embeds` in its config.
+    """
+    scale = arguments.get("true_cfg_scale")
+    if scale is not None:
+        negative = (arguments.get("negative_prompt"), arguments.get("negative_prompt_embeds"))
+        return scale > 1 and any(text is not None for text in negative)
+    scale = arguments.get("guidance_scale")
+    if not isinstance(scale, (int, float)) or scale <= 1:
+        return False
+    config = getattr(getattr(pipe, "transformer", None), "config", None)
+    own = hasattr(type(pipe), "do_classifier_free_guidance")
+    return own or getattr(config, "guidance_embeds", None) is None
 
 
 def _is_plain(value: Any) -> bool:
@@ -106,13 +146,17 @@ class Context:
     fraction: float | None = None
     """How far the schedule was when the step began: 0.0 is pure noise. Starts above 0 for image-to-image."""
     condition: tuple[str, ...] = ()
-    """One for each batch entry: "cond", "uncond", or what else a pipeline's guidance has ("image", "perturbed")."""
+    """One for each batch entry: "cond", "uncond", or what else a pipeline's guidance has: "image" (the image without
+    the instruction, InstructPix2Pix), "perturbed" (perturbed-attention guidance, and the extra pass of the skip-layer
+    guidance of SD3, which is conditional with some blocks left out). Pipelines that run the model once for each
+    condition have one condition a run, at the same step."""
     prompt_index: tuple[int, ...] = ()
     """One for each batch entry: which image of the output list it becomes, prompt * images_per_prompt + j. In a text
     encoder a prompt runs once for all its images: the first of them."""
     prompts: list[str] | None = None
     grid: tuple[int, ...] | None = None
-    """(h, w) or (frames, h, w), the product is `positions`; None for text."""
+    """(h, w) or (frames, h, w), the product is `positions`; None for text. At a joint attention, whose positions are
+    those of both streams, it is the image's."""
     stream: str = "image"
     batch: int = 0
     positions: int = 0

@@ -4,11 +4,50 @@ from __future__ import annotations
 
 from torch import nn
 
+from sparsefeat.pipeline.aura_flow import AuraFlow
+from sparsefeat.pipeline.cogvideox import CogVideoX
 from sparsefeat.pipeline.family import Family
+from sparsefeat.pipeline.flux import Flux
+from sparsefeat.pipeline.flux2 import Flux2
+from sparsefeat.pipeline.hunyuan_dit import HunyuanDiT
+from sparsefeat.pipeline.hunyuan_video import HunyuanVideo
+from sparsefeat.pipeline.kandinsky import Kandinsky5
+from sparsefeat.pipeline.ltx import LTX
+from sparsefeat.pipeline.lumina import Lumina
+from sparsefeat.pipeline.lumina2 import Lumina2
+from sparsefeat.pipeline.other_transformer import OtherTransformer
+from sparsefeat.pipeline.pixart import PixArt
+from sparsefeat.pipeline.qwen_image import QwenImage
+from sparsefeat.pipeline.sana import Sana
+from sparsefeat.pipeline.sd3 import SD3
 from sparsefeat.pipeline.text_encoder import TextEncoder
 from sparsefeat.pipeline.unet import UNet
+from sparsefeat.pipeline.wan import Wan
+from sparsefeat.pipeline.z_image import ZImage
 
-FAMILIES: tuple[Family, ...] = (UNet(), TextEncoder(), Family())
+# The first that claims a component has it, so the general ones come last.
+FAMILIES: tuple[Family, ...] = (
+    SD3(),
+    Flux(),
+    PixArt(),
+    Sana(),
+    QwenImage(),
+    Flux2(),
+    AuraFlow(),
+    Lumina(),
+    Lumina2(),
+    HunyuanDiT(),
+    ZImage(),
+    CogVideoX(),
+    Wan(),
+    LTX(),
+    HunyuanVideo(),
+    Kandinsky5(),
+    UNet(),
+    TextEncoder(),
+    OtherTransformer(),
+    Family(),
+)
 
 
 def family_of(root: nn.Module) -> Family:

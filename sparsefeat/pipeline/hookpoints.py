@@ -11,6 +11,7 @@ from torch import nn
 
 from sparsefeat.pipeline.families import family_of
 from sparsefeat.pipeline.family import Family
+from sparsefeat.pipeline.published import published_at
 
 IO = ("output", "input", "diff")
 STREAMS = ("image", "text")
@@ -50,12 +51,17 @@ class Hookpoint:
 
 @dataclass(frozen=True)
 class HookpointInfo:
-    """One line of `hookpoints(pipe)`: `width` is d_model of the output (None if only a run would tell)."""
+    """One line of `hookpoints(pipe)`; a block with an image and a text stream has two."""
 
     hookpoint: Hookpoint
     width: int | None
+    """d_model of the output; None if only a run would tell."""
     stream: str
     kind: str
+    grid: tuple[int, ...] | None = None
+    """The positions' grid at the pipeline's default size; None for text, or if only a run would tell."""
+    published: tuple[str, ...] = ()
+    """The published SAEs that were trained at this hookpoint of this base model."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,11 @@ class Target:
     root_name: str
     root: nn.Module = field(repr=False)
     family: Family = field(repr=False)
+
+    @property
+    def inner(self) -> str:
+        """The path within the component, as families know it."""
+        return self.path.partition(".")[2]
 
 
 class UnknownHookpointError(ValueError):
@@ -81,9 +92,18 @@ def hookpoints(pipe: Any) -> list[HookpointInfo]:
     found = []
     for root_name, root in components(pipe).items():
         family = family_of(root)
-        for path, kind, module in family.blocks(getattr(root, "_orig_mod", root)):
-            hookpoint = Hookpoint(f"{root_name}.{_plain(path)}", "output", family.stream)
-            found.append(HookpointInfo(hookpoint, family.width(module, "output"), family.stream, kind))
+        model = getattr(root, "_orig_mod", root)
+        for path, kind, module in family.blocks(model):
+            path = _plain(path)
+            for stream in family.streams(path, module):
+                hookpoint = Hookpoint(f"{root_name}.{path}", "output", stream)
+                width = family.width(module, "output")
+                grid = family.default_grid(pipe, model, path) if stream == "image" else None
+                found.append(
+                    HookpointInfo(
+                        hookpoint, width, stream, kind, grid, published_at(pipe, str(hookpoint), stream, width)
+                    )
+                )
     return found
 
 

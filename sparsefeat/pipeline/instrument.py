@@ -15,7 +15,8 @@ An instrument that adds a fixed direction to every conditional row of one block,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,7 +83,8 @@ class AttentionCall:
     `query` [batch, heads, queries, head_dim], `key` and `value` [batch, heads, keys, head_dim] are exactly what the
     processor computed: LoRA, fused projections, normalisation and rotary embeddings are in them. `scale` multiplies
     query . key; `mask` is the call's `attn_mask`. `index` counts such calls within one run of the module: an
-    IP-Adapter's image keys come second.
+    IP-Adapter's image keys come second. In a joint attention `streams` says which queries are which stream's, and the
+    keys are in the same order: {"text": (0, 512), "image": (512, 4608)} as (start, stop); elsewhere it is empty.
     """
 
     path: str
@@ -94,6 +96,7 @@ class AttentionCall:
     is_cross: bool
     is_causal: bool = False
     index: int = 0
+    streams: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class Instrument:

@@ -1,6 +1,6 @@
 """Blocks give a tensor, a tuple, or a dataclass. Here the stream's tensor is taken out and put back, the type kept.
 
-Which element is meant is the model family's knowledge (`Family.output_index`); everything here goes by structure.
+Which element is meant is the model family's knowledge (`Family.output_part`); everything here goes by structure.
 """
 
 from __future__ import annotations
@@ -41,11 +41,19 @@ def put(output: Any, index: int, tensor: torch.Tensor) -> Any:
     return type(output)(elements)
 
 
-def take_argument(module: torch.nn.Module, name: str | None, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """The stream's tensor among a module's arguments, given by position or by name. `name` None: the first one."""
+def argument(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], name: str | None) -> Any:
+    """The value of a module's argument, given by position or by name; None if it was not given. `name` None: the
+    first one.
+    """
     name, position = _parameter(module.forward, name)
-    value = kwargs.get(name) if name in kwargs else (args[position] if position < len(args) else None)
+    return kwargs.get(name) if name in kwargs else (args[position] if position < len(args) else None)
+
+
+def take_argument(module: torch.nn.Module, name: str | None, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The stream's tensor among a module's arguments. `name` None: the first one."""
+    value = argument(module, args, kwargs, name)
     if not isinstance(value, torch.Tensor):
+        name = name or _parameter(module.forward, None)[0]
         raise TypeError(
             f"the argument {name!r} of {type(module).__name__} is {type(value).__name__}, not a tensor; take a "
             "hookpoint from sparsefeat.hookpoints(pipe)"

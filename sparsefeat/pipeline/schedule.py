@@ -91,7 +91,7 @@ class Schedule:
         self.total = loop if isinstance(loop, int) and 0 < loop <= scheduled else scheduled
         self._n_scheduled = asked
         self.n_steps = max(1, round(self.total * asked / scheduled))
-        first = 0 if self.total == scheduled else _position(timesteps, timestep)
+        first = 0 if self.total == scheduled else self._begin(timesteps, timestep)
         self._first = first * asked // scheduled
         self.timesteps = timesteps[first : first + self.total]
 
@@ -107,6 +107,17 @@ class Schedule:
         """The part of the whole schedule that lies before this step."""
         return None if self.step is None else (self._first + self.step) / self._n_scheduled
 
+    def _begin(self, timesteps: Any, timestep: Any) -> int:
+        """Where the model's first timestep stands in the schedule. Flow models are given it on another scale (FLUX by a
+        thousandth); the index that the pipeline then told the scheduler to begin at says it, or that image-to-image
+        takes the end of the schedule.
+        """
+        position = _position(timesteps, timestep)
+        if position is None:
+            begin = getattr(self._scheduler, "begin_index", None)
+            position = begin if isinstance(begin, int) else len(timesteps) - (self.total or 0)
+        return position
+
     def _completes_a_step(self) -> bool:
         """Whether the next scheduler step, if any, belongs to another denoising step."""
         if self.total is None or self.n_steps is None or self.done >= self.total:
@@ -115,10 +126,10 @@ class Schedule:
         return after > self.done * self.n_steps // self.total
 
 
-def _position(timesteps: Any, timestep: Any) -> int:
-    """Where the first timestep stands in the schedule: one wait for the device, in calls that use only a part."""
+def _position(timesteps: Any, timestep: Any) -> int | None:
+    """Which of the timesteps this is: one wait for the device, in calls that use only a part of them."""
     if timestep is None:
-        return 0
+        return None
     first = timestep.flatten()[0] if isinstance(timestep, torch.Tensor) else timestep
     found = [index for index, t in enumerate(timesteps) if float(t) == float(first)]
-    return found[0] if found else 0
+    return found[0] if found else None

@@ -160,7 +160,13 @@ def _place(pipe: Any, instrument: Instrument, hookpoint: Hookpoint) -> Place:
         raise ValueError(
             f"{hookpoint} has no difference: the block takes width {given} and gives {width}; use its output"
         )
-    return Place(instrument, hookpoint, target)
+    stream = family.stream_at(target.inner, target.module, hookpoint.stream)
+    if stream is None:
+        raise ValueError(
+            f"{hookpoint} has no {hookpoint.stream} stream in this {type(pipe).__name__}, only "
+            f"{' and '.join(family.streams(target.inner, target.module))}: ask for that, or for another block"
+        )
+    return Place(instrument, hookpoint, target, stream)
 
 
 def _checked(target: Target) -> Target:

@@ -1,8 +1,11 @@
-"""Text encoders: CLIP, CLIP with projection, T5.
+"""Text encoders: CLIP, CLIP with projection, T5 and UMT5, BERT, and language models (Gemma, Qwen, Llama, Mistral), with
+a vision tower beside the language model or without.
 
-They run before the scheduler is set, so nothing here has a step or a grid; a position is a token. transformers 5 took
-`text_model` out of `CLIPTextModel` and left it in `CLIPTextModelWithProjection`; published names have it in both.
-CLIP's layers return a tensor (a tuple in older versions), T5's blocks a tuple, the hidden states first.
+They run before the scheduler is set, so nothing here has a step or a grid; a position is a token, and the tokens of a
+template around the prompt are positions like others, even if the pipeline drops them afterwards. transformers 5 took
+`text_model` out of `CLIPTextModel` and left it in `CLIPTextModelWithProjection`; 4.52 moved the layers of models with a
+vision tower into `model.language_model`. Published names have them all. Layers return a tensor, in older versions and
+for T5 a tuple, the hidden states first.
 """
 
 from __future__ import annotations
@@ -14,7 +17,11 @@ from torch import nn
 
 from sparsefeat.pipeline.family import Family
 
-_LAYERS = r"((text_model\.)?encoder\.layers|encoder\.block)\.\d+"  # CLIP; T5
+# CLIP; T5; BERT; language models by themselves, with a head, and inside a model that also sees.
+_PREFIXES = ("", "text_model.", "model.", "language_model.", "model.language_model.", "language_model.model.")
+_LAYERS = (
+    r"((text_model\.)?encoder\.layers|encoder\.block|encoder\.layer|(model\.)?(language_model\.)?(model\.)?layers)\.\d+"
+)
 _KINDS = (("layer", _LAYERS), ("self_attention", _LAYERS + r"\.self_attn"), ("feed_forward", _LAYERS + r"\.mlp"))
 
 
@@ -38,16 +45,20 @@ class TextEncoder(Family):
                     yield path, kind, module
 
     def aliases(self, path: str) -> tuple[str, ...]:
-        if path.startswith("text_model."):
-            return (path.removeprefix("text_model."),)
-        return (f"text_model.{path}",)
+        stem = next((path.removeprefix(prefix) for prefix in reversed(_PREFIXES) if path.startswith(prefix)), path)
+        return tuple(prefix + stem for prefix in _PREFIXES if prefix + stem != path)
 
     def width(self, module: nn.Module, io: str) -> int | None:
         if hasattr(module, "embed_dim"):  # CLIPEncoderLayer, CLIPAttention
             return module.embed_dim
         if hasattr(module, "fc1") and hasattr(module, "fc2"):  # CLIPMLP
             return getattr(module.fc1, "in_features", None)
-        for part in module.modules():  # T5Block: its norms are over d_model
-            if hasattr(part, "variance_epsilon"):
+        if hasattr(module, "gate_proj"):  # the feed-forward of a language model
+            return getattr(module.gate_proj, "in_features", None)
+        if hasattr(module, "q_proj"):
+            return getattr(module.q_proj, "in_features", None)
+        for part in module.modules():  # T5Block and decoder layers: their first norm is over d_model
+            if hasattr(part, "variance_epsilon") or type(part).__name__.endswith("RMSNorm"):
                 return part.weight.shape[0]
-        return None
+        dense = getattr(getattr(module, "output", None), "dense", None)  # BertLayer
+        return getattr(dense, "out_features", None)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsefeat.pipeline.family import Family
+from sparsefeat.pipeline.family import Family, Run
 
 # The kinds of blocks, by their path. A down block's output tuple also carries the skip connections, which an edit of
 # its image stream does not reach: to edit what goes through a skip, hook `attentions.j` or `resnets.j`.
@@ -59,19 +59,47 @@ class UNet(Family):
             return _integer(getattr(module.net[-1], "out_features", None))
         return None
 
-    def grid(self, arguments: Mapping[str, Any], shape: Sequence[int]) -> tuple[int, ...] | None:
+    def image_grid(self, root: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
+        sample = arguments.get("sample")
+        return tuple(sample.shape[-2:]) if sample is not None and sample.ndim == 4 else None
+
+    def grid(self, run: Run, shape: Sequence[int]) -> tuple[int, ...] | None:
         """A feature map carries its grid. A sequence of n positions belongs to the level of the UNet with h * w == n:
         each level halves the sample's sides, rounding up, so their areas differ and the level is never ambiguous.
         """
         if len(shape) > 3:
             return tuple(shape[2:])
-        sample = arguments.get("sample")
-        if len(shape) < 3 or sample is None or sample.ndim != 4:
+        if len(shape) < 3 or run.grid is None:
             return None
-        height, width = sample.shape[-2:]
+        height, width = run.grid
         while height * width > shape[1] and (height, width) != (1, 1):
             height, width = (height + 1) // 2, (width + 1) // 2
         return (height, width) if height * width == shape[1] else None
+
+    def default_grid(self, pipe: Any, root: nn.Module, path: str) -> tuple[int, ...] | None:
+        size = getattr(getattr(root, "config", None), "sample_size", None)
+        size = (size, size) if isinstance(size, int) else size
+        if not isinstance(size, (list, tuple)) or len(size) != 2:
+            return None
+        part, _, index = path.partition(".")
+        levels = len(root.down_blocks)
+        level = {"down_blocks": 0, "mid_block": levels - 1, "up_blocks": levels - 1}.get(part)
+        if level is None:
+            return None
+        number, _, inside = index.partition(".")
+        if part != "mid_block":
+            level += int(number) if part == "down_blocks" else -int(number)
+            if not inside:  # the block's output has gone through its downsampler or upsampler
+                level += _halves(root.down_blocks[level]) if part == "down_blocks" else 0
+                level -= _halves(root.get_submodule(path)) if part == "up_blocks" else 0
+        height, width = size
+        for _ in range(level):
+            height, width = (height + 1) // 2, (width + 1) // 2
+        return height, width
+
+
+def _halves(block: nn.Module) -> bool:
+    return bool(getattr(block, "downsamplers", None) or getattr(block, "upsamplers", None))
 
 
 def _integer(value: Any) -> int | None:

@@ -21,7 +21,7 @@ import math
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from torch import nn
 from sparsefeat.pipeline.attention_seam import AttentionTap
 from sparsefeat.pipeline.conditions import Entries, denoiser_entries, outside_entries, spread, text_entries
 from sparsefeat.pipeline.context import Call, Context
+from sparsefeat.pipeline.family import Run
 from sparsefeat.pipeline.hookpoints import Hookpoint, Target
 from sparsefeat.pipeline.instrument import (
     Activations,
@@ -41,7 +42,8 @@ from sparsefeat.pipeline.instrument import (
     Replace,
     like_tensor,
 )
-from sparsefeat.pipeline.outputs import put, put_argument, take, take_argument
+from sparsefeat.pipeline.outputs import argument, put, put_argument, take, take_argument
+from sparsefeat.pipeline.part import Part
 from sparsefeat.pipeline.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 _backward_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 HookKey = tuple[int, str]  # (id of the module, "before", "after" or "root")
+Seen = dict[tuple[str, Part], "Activations"]  # by io and part: what instruments at one hook share
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +63,8 @@ class Place:
     instrument: Instrument
     hookpoint: Hookpoint
     target: Target
+    stream: str
+    """The stream that is meant here: the hookpoint's own where the model has several."""
 
     @property
     def hook(self) -> HookKey:
@@ -80,8 +85,25 @@ class RootRun:
     """One run of a component: its arguments, from which the grid is known, and the rows of its batch."""
 
     target: Target
-    arguments: dict[str, Any]
+    run: Run
     entries: Entries
+    scheduled: int = 0
+    """How many scheduler steps came before it."""
+    earlier: tuple[int, ...] = ()
+    """The batch sizes of the runs before it in the same step."""
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        return self.run.arguments
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One instrument's edit of one run of a module: what is needed to do it again."""
+
+    place: Place
+    context: Context
+    run: RootRun
 
 
 @dataclass(eq=False)
@@ -127,7 +149,7 @@ class Wiring:
         self._running: RunningCall | None = None
         self._in_instrument = False
         # What checkpointed modules need to run again in a backward pass: the last run's context comes first there.
-        self._replays: dict[HookKey, list[list[tuple[Place, Context]]]] = {}
+        self._replays: dict[HookKey, list[list[Edit]]] = {}
 
     @staticmethod
     def of(pipe: Any) -> Wiring:
@@ -361,46 +383,63 @@ class Wiring:
             arguments = dict(inspect.signature(root.forward).bind_partial(*args, **kwargs).arguments)
         except TypeError:
             return  # the model's own error names the wrong argument
-        batch = next((a.shape[0] for a in arguments.values() if isinstance(a, torch.Tensor) and a.ndim), 0)
-        call = running.call
+        batch = _batch(arguments)
+        call, before = running.call, running.roots.get(target.path)
+        earlier: tuple[int, ...] = ()
         if target.family.runs_in_steps:
             running.schedule.start(arguments.get("timestep"))
+            if before is not None and before.scheduled == running.schedule.done:
+                earlier = (*before.earlier, len(before.entries[0]))
             if not call.own_loop:  # the caller of `session.call` said what the loop does
                 guidance = getattr(pipe, "do_classifier_free_guidance", None)
                 call.guidance = guidance if isinstance(guidance, bool) else call.guidance
             if call.scheduled is None and running.schedule.n_steps is not None:
                 call.n_steps, call.scheduled = running.schedule.n_steps, running.schedule.timesteps
-            entries = denoiser_entries(pipe, call, batch)
+            entries = denoiser_entries(pipe, call, batch, earlier)
         elif target.family.stream == "text":
             entries = text_entries(call, batch, running.texts_seen.get(target.path, 0))
             running.texts_seen[target.path] = running.texts_seen.get(target.path, 0) + batch
         else:
             entries = outside_entries(batch)
-        running.roots[target.path] = RootRun(target, arguments, entries)
+        names = target.family.grid_arguments
+        if names and before is not None and all(arguments.get(n) is before.arguments.get(n) for n in names):
+            grid = before.run.grid  # reading it again would wait for the device at every run
+        else:
+            grid = target.family.image_grid(root, arguments)
+        run = Run(root, arguments, grid)
+        running.roots[target.path] = RootRun(target, run, entries, running.schedule.done, earlier)
 
-    def _context(self, running: RunningCall, target: Target, shape: Sequence[int], device: torch.device) -> Context:
-        """The moment, for the rows of a tensor of this shape, [B, C, *grid] or [B, positions, C]."""
+    def _root_run(self, running: RunningCall, target: Target, batch: int) -> RootRun:
+        """The run of the component that is going on around one of its modules."""
         run = running.roots.get(target.root_name)
         if run is None and not target.family.runs_in_steps and target.family.stream == "image":
-            run = RootRun(target, {}, outside_entries(shape[0]))  # `vae.decode` runs the decoder without `vae.forward`
+            # `vae.decode` runs the decoder without `vae.forward`
+            run = RootRun(target, Run(target.root, {}), outside_entries(batch))
         if run is None:
             raise RuntimeError(
                 f"{target.path} ran without {target.root_name} around it, so its batch entries and grid cannot be told: "
                 f"call pipe.{target.root_name}, or hook a module that this pipeline does not run on its own"
             )
-        family = target.family
+        return run
+
+    def _context(
+        self, run: RootRun, target: Target, stream: str, shape: Sequence[int], device: torch.device
+    ) -> Context:
+        """The moment, for the rows of a tensor of this shape, [B, C, *grid] or [B, positions, C]."""
+        running, family = self._running, target.family
+        assert running is not None
         conditions, images = spread(run.entries, shape[0])
         moment = self._moment(running) if family.runs_in_steps else Context(prompts=running.call.prompts)
         return replace(
             moment,
             condition=conditions,
             prompt_index=images,
-            grid=family.grid(run.arguments, shape),
-            stream=family.stream,
+            grid=family.grid(run.run, shape) if stream == "image" else None,
+            stream=stream,
             batch=shape[0],
             positions=math.prod(shape[2:] if len(shape) > 3 else shape[1:-1]),
             device=device,
-            _timestep=run.arguments.get("timestep"),
+            _timestep=run.arguments.get("timestep", run.arguments.get("t")),
         )
 
     def _after_hook(self, target: Target) -> Callable[..., Any]:
@@ -411,22 +450,29 @@ class Wiring:
             if module is not target.module or self._in_instrument or not self.sessions:
                 return None
             changed = output
-            activations: dict[tuple[str, int], Activations] = {}
-            edits: list[tuple[Place, Context]] = []
-            for place, context in self._visits(key, target):
-                index = target.family.output_index(module, place.hookpoint.stream)
-                tensor = take(changed, index)
+            activations: Seen = {}
+            edits: list[Edit] = []
+            for place, context, run in self._visits(key, target, output):
+                part = target.family.output_part(target.inner, place.stream, changed, run.run)
+                whole = take(changed, part.index)
                 base = None
                 if place.hookpoint.io == "diff":
-                    name = target.family.input_name(module, place.hookpoint.stream)
-                    base = take_argument(module, name, args, kwargs)
-                edited = self._ask(place, context, activations, index, tensor, base, edits)
+                    base = self._given(place, module, args, kwargs, run)
+                edited = self._ask(place, context, run, activations, part, part.of(whole), base, edits)
                 if edited is not None:
-                    changed = put(changed, index, edited)
+                    changed = put(changed, part.index, part.into(whole, edited))
             self._remember(key, edits)
             return None if changed is output else changed
 
         return after
+
+    @staticmethod
+    def _given(place: Place, module: nn.Module, args: tuple, kwargs: dict[str, Any], run: RootRun) -> torch.Tensor:
+        """The place's stream in what the module was given."""
+        target = place.target
+        given = functools.partial(argument, module, args, kwargs)
+        part = target.family.input_part(target.inner, place.stream, given, run.run)
+        return part.of(take_argument(module, part.name, args, kwargs))
 
     def _before_hook(self, target: Target) -> Callable[..., Any]:
         key = (id(target.module), "before")
@@ -435,21 +481,21 @@ class Wiring:
             if module is not target.module or self._in_instrument or not self.sessions:
                 return None
             changed = (args, kwargs)
-            activations: dict[tuple[str, int], Activations] = {}
-            edits: list[tuple[Place, Context]] = []
-            for place, context in self._visits(key, target):
-                name = target.family.input_name(module, place.hookpoint.stream)
-                tensor = take_argument(module, name, *changed)
-                index = 0 if place.hookpoint.stream == "image" else 1
-                edited = self._ask(place, context, activations, index, tensor, None, edits)
+            activations: Seen = {}
+            edits: list[Edit] = []
+            for place, context, run in self._visits(key, target, (args, kwargs)):
+                given = functools.partial(argument, module, *changed)
+                part = target.family.input_part(target.inner, place.stream, given, run.run)
+                whole = take_argument(module, part.name, *changed)
+                edited = self._ask(place, context, run, activations, part, part.of(whole), None, edits)
                 if edited is not None:
-                    changed = put_argument(module, name, *changed, edited)
+                    changed = put_argument(module, part.name, *changed, part.into(whole, edited))
             self._remember(key, edits)
             return None if changed[0] is args and changed[1] is kwargs else changed
 
         return before
 
-    def _visits(self, key: HookKey, target: Target) -> Iterator[tuple[Place, Context | None]]:
+    def _visits(self, key: HookKey, target: Target, tensors: Any) -> Iterator[tuple[Place, Context | None, RootRun]]:
         """The instruments to ask at this hook, in order. In a backward pass (gradient checkpointing runs the forward
         again) only those that edited the run in question, with the context they had: the graph must come out the
         same, and nothing may be recorded twice. Elsewhere the context is made when the tensor is known.
@@ -457,16 +503,17 @@ class Wiring:
         if _backward_task() != -1:
             runs = self._replays.get(key)
             if runs:
-                yield from ((place, replace(context, recomputing=True)) for place, context in runs.pop())
+                yield from ((edit.place, replace(edit.context, recomputing=True), edit.run) for edit in runs.pop())
             return
         running = self._current(target)
         running.reached.add(key)
-        for session in running.sessions:
-            for place in session.places:
-                if place.hook == key:
-                    yield place, None
+        places = [place for session in running.sessions for place in session.places if place.hook == key]
+        run = self._root_run(running, target, _first_batch(tensors)) if places else None
+        for place in places:
+            assert run is not None
+            yield place, None, run
 
-    def _remember(self, key: HookKey, edits: list[tuple[Place, Context]]) -> None:
+    def _remember(self, key: HookKey, edits: list[Edit]) -> None:
         if torch.is_grad_enabled() and _backward_task() == -1:
             self._replays.setdefault(key, []).append(edits)
 
@@ -474,11 +521,12 @@ class Wiring:
         self,
         place: Place,
         context: Context | None,
-        activations: dict[tuple[str, int], Activations],
-        index: int,
+        run: RootRun,
+        activations: Seen,
+        part: Part,
         tensor: torch.Tensor,
         base: torch.Tensor | None,
-        edits: list[tuple[Place, Context]],
+        edits: list[Edit],
     ) -> torch.Tensor | None:
         """Let one instrument see the tensor; the edited tensor, or None if it leaves it untouched."""
         hookpoint = place.hookpoint
@@ -487,21 +535,20 @@ class Wiring:
                 f"{hookpoint} cannot be read: the block takes {list(base.shape)} and gives {list(tensor.shape)}, "
                 "which have no difference; use its output"
             )
-        seen = activations.get((hookpoint.io, index))
+        seen = activations.get((hookpoint.io, part))
         if seen is None:
-            seen = activations[hookpoint.io, index] = Activations(tensor if base is None else tensor - base)
+            seen = activations[hookpoint.io, part] = Activations(tensor if base is None else tensor - base)
         if context is None:
-            assert self._running is not None
-            context = self._context(self._running, place.target, tensor.shape, tensor.device)
+            context = self._context(run, place.target, place.stream, tensor.shape, tensor.device)
         context = replace(context, hookpoint=hookpoint)
         with self._inside_instrument():
             answer = place.instrument.at_hookpoint(seen, context) if place.instrument.active(context) else None
         if answer is None:
             return None
         edited = _edited(answer, hookpoint, place.instrument, tensor, base)
-        for io_index in [key for key in activations if key[1] == index]:
-            del activations[io_index]
-        edits.append((place, context))
+        for key in [key for key in activations if key[1] == part]:
+            del activations[key]
+        edits.append(Edit(place, context, run))
         return edited
 
     def _attention(self, target: Target, call: AttentionCall) -> None:
@@ -511,12 +558,36 @@ class Wiring:
         if not taps:
             return  # attached in the middle of the call, by a callback: from the next call on
         batch, heads, queries, head_dim = call.query.shape
-        context = self._context(running, target, (batch, queries, heads * head_dim), call.query.device)
+        run = self._root_run(running, target, batch)
+        streams = target.family.attention_streams(run.run, queries)
+        call = replace(call, streams=streams)
+        shape = (batch, queries, heads * head_dim)
+        context = self._context(run, target, target.family.stream, shape, call.query.device)
+        if streams:
+            context = replace(context, grid=run.run.grid)  # of the queries that are the image's
         context = replace(context, hookpoint=Hookpoint(target.path))
         for tap in taps:
             with self._inside_instrument():
                 if tap.instrument.active(context):
                     tap.instrument.at_attention(call, context)
+
+
+def _batch(arguments: Mapping[str, Any]) -> int:
+    """The batch size of a model's run: that of the first tensor among its arguments, or of a list of latents."""
+    for value in arguments.values():
+        if isinstance(value, torch.Tensor) and value.ndim:
+            return value.shape[0]
+        if isinstance(value, list) and value and all(isinstance(entry, torch.Tensor) for entry in value):
+            return len(value)
+    return 0
+
+
+def _first_batch(tensors: Any) -> int:
+    """The batch size of a module that ran on its own: that of the first tensor in what it took or gave."""
+    if isinstance(tensors, torch.Tensor):
+        return tensors.shape[0]
+    values = tensors.values() if isinstance(tensors, Mapping) else tensors if isinstance(tensors, (tuple, list)) else ()
+    return next((batch for batch in map(_first_batch, values) if batch), 0)
 
 
 def _channels(tensor: torch.Tensor) -> int:

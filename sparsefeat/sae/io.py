@@ -6,6 +6,7 @@ import dataclasses
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ def load_sae(
     found = detect(place)
     config, tensors = found.read(place, Given(k=k))
     folder = place
-    given = {"k": k, "hookpoint": hookpoint, "base_model": base_model}
+    given: dict[str, Any] = {"k": k, "hookpoint": hookpoint, "base_model": base_model}
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     shapes = config.tensor_shapes()
     if {name: tuple(t.shape) for name, t in tensors.items()} != shapes:
@@ -60,8 +61,10 @@ def load_sae(
     _check_biases(config, tensors, folder)
     with torch.device("meta"):
         sae = SAE(config)
-    # A copy: safetensors hands out views of the mapped file, which a later save into the same folder would replace.
-    sae.load_state_dict({name: t.to(device, dtype, copy=True) for name, t in tensors.items()}, assign=True)
+    # A copy: safetensors hands out views of the mapped file, which a later save into the same folder would replace. One
+    # tensor at a time, each let go of when it is copied: of a large SAE no two whole copies are held.
+    state = {name: tensors.pop(name).to(device, dtype, copy=True) for name in list(tensors)}
+    sae.load_state_dict(state, assign=True)
     return sae.eval()
 
 

@@ -17,28 +17,12 @@ from torch import nn
 
 from sparsefeat.pipeline import Delta, HookpointNotReachedError, attach
 from tests.pipeline.instruments import Edit, Watch, WatchAttention, push, zero
+from tests.pipeline.state import everything
 from tests.tiny import pixels, tiny_scheduler, tiny_sd, tiny_sdxl
 
 BLOCK = "unet.up_blocks.1.attentions.1"
 ATTENTION = f"{BLOCK}.transformer_blocks.0.attn2"
 EVERYTHING = (BLOCK, f"{BLOCK}:input", "unet.mid_block:diff", "unet", "text_encoder.encoder.layers.0")
-
-
-def everything(pipe):
-    """All of a pipeline that attaching might touch: types, attributes, hooks, processors, by identity."""
-    state = {"class": type(pipe), "attributes": {k: id(v) for k, v in vars(pipe).items() if not k.startswith("_")}}
-    state["scheduler"] = dict.fromkeys(vars(pipe.scheduler))
-    for name, component in pipe.components.items():
-        if isinstance(component, nn.Module):
-            for path, module in component.named_modules():
-                attributes = {k: id(v) for k, v in vars(module).items() if not k.startswith("_")}
-                hooks = [
-                    [id(hook) for hook in vars(module)[kind].values()]
-                    for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
-                ]
-                flags = [list(v) for k, v in vars(module).items() if k.startswith("_forward") and k.count("_") > 3]
-                state[name, path] = (type(module), attributes, sorted(vars(module)), hooks, flags)
-    return state
 
 
 @pytest.fixture

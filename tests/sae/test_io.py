@@ -154,7 +154,7 @@ def test_a_file_that_is_not_safetensors_is_said(folder, content):
 
 def test_missing_tensors_and_files_are_named(folder):
     rewrite(folder, b_out=None, threshold=None)
-    with pytest.raises(KeyError, match=r"lacks \['b_out', 'threshold'\]"):
+    with pytest.raises(ValueError, match=r"lacks \['b_out', 'threshold'\]"):
         load_sae(folder)
     (folder / "sae.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"sae\.safetensors is missing"):
@@ -172,7 +172,7 @@ def test_a_wrong_shape_dtype_or_value_is_named(folder):
     with pytest.raises(ValueError, match=r"W_enc .* has shape \[13, 37\], the config says \[37, 13\]"):
         load_sae(folder)
     rewrite(folder, W_enc=torch.zeros(37, 13, dtype=torch.int32))
-    with pytest.raises(TypeError, match=r"W_enc .* has dtype I32: store it as one of F64"):
+    with pytest.raises(ValueError, match=r"W_enc .* has dtype I32: store it as one of F64"):
         load_sae(folder)
     for bad in (float("nan"), float("inf"), float("-inf")):
         weights = torch.zeros(37, 13)
@@ -216,8 +216,8 @@ def test_a_bias_the_normalizer_denies_is_said(folder):
 
 
 def test_a_folder_without_an_sae_says_what_was_expected(tmp_path):
-    (tmp_path / "ae.pt").write_text("x")
-    with pytest.raises(FileNotFoundError, match=r"found \['ae\.pt'\].*config\.json and sae\.safetensors"):
+    (tmp_path / "weights.bin").write_text("x")
+    with pytest.raises(FileNotFoundError, match=r"found \['weights\.bin'\].*config\.json and sae\.safetensors"):
         load_sae(tmp_path)
 
 

@@ -7,12 +7,35 @@ or `torch.load(weights_only=True)`, with keys and shapes checked before anything
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
-from sparsefeat.sae.formats import native
+from sparsefeat.sae.formats import (
+    crosscoder,
+    dictionary_learning,
+    fae,
+    itda,
+    native,
+    openai,
+    overcomplete,
+    sae_lens,
+    sparsify,
+    unbox,
+)
 from sparsefeat.sae.formats.format import Format
 
-FORMATS: tuple[Format, ...] = (native.FORMAT,)
+FORMATS: tuple[Format, ...] = (
+    native.FORMAT,
+    sparsify.FORMAT,
+    sae_lens.FORMAT,
+    unbox.FORMAT,
+    openai.FORMAT,
+    dictionary_learning.FORMAT,
+    overcomplete.FORMAT,
+    crosscoder.FORMAT,
+    itda.FORMAT,
+    fae.FORMAT,
+)
 
 
 def detect(place: Path) -> Format:
@@ -25,5 +48,20 @@ def detect(place: Path) -> Format:
         if any(candidate.detect(place.parent) for candidate in FORMATS):
             raise NotADirectoryError(f"{place} is one of the files of an SAE: pass the folder it lies in")
         raise ValueError(f"{place} is no SAE that can be read: expected one of {expected}")
+    inside = _below(place)
+    if inside:
+        raise FileNotFoundError(
+            f"{place} holds {len(inside)} SAEs in folders below it: pass one as subfolder, such as subfolder={inside[0]!r}"
+        )
     found = sorted(path.name for path in place.iterdir())[:8]
     raise FileNotFoundError(f"{place} holds no SAE that can be read (found {found or 'nothing'}): expected {expected}")
+
+
+def _below(place: Path) -> list[str]:
+    """Folders with an SAE one or two levels down, as training runs leave them (`RUN/HOOKPOINT`, `RUN/final`)."""
+    found = []
+    for path in sorted([*place.glob("*/"), *place.glob("*/*/")]):
+        with contextlib.suppress(OSError, ValueError):  # a broken file further down is not what was asked for
+            if path.is_dir() and any(candidate.detect(path) for candidate in FORMATS):
+                found.append(str(path.relative_to(place)))
+    return found

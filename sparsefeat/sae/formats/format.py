@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,9 @@ def read_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[
             present = set(file.keys())
             missing = sorted(set(shapes) - present)
             if missing:
-                raise KeyError(f"{path} lacks {missing} (it has {sorted(present)}): it was not written for this config")
+                raise ValueError(
+                    f"{path} lacks {missing} (it has {sorted(present)}): it was not written for this config"
+                )
             for name, shape in shapes.items():
                 entry = file.get_slice(name)
                 if tuple(entry.get_shape()) != tuple(shape):
@@ -81,7 +84,7 @@ def read_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[
                         "the two files do not belong together"
                     )
                 if entry.get_dtype() not in FLOATING:
-                    raise TypeError(
+                    raise ValueError(
                         f"{name} in {path} has dtype {entry.get_dtype()}: store it as one of {', '.join(FLOATING)}"
                     )
             return {name: file.get_tensor(name) for name in shapes}
@@ -108,6 +111,17 @@ def read_torch(path: Path) -> Any:
         raise _damaged(path, error) from None
 
 
+def mentions(path: Path, *names: str) -> bool:
+    """Whether the file that `torch.save` wrote names all of these, as keys or modules; nothing of it is unpickled."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = (e for e in archive.infolist() if e.filename.endswith("/data.pkl") and e.file_size < 2**26)
+            program = next((archive.read(entry) for entry in entries), b"")
+    except (OSError, zipfile.BadZipFile):
+        return False
+    return all(name.encode() in program for name in names)
+
+
 def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path} is damaged ({str(error).strip().split(chr(10))[0]}): copy or download it again")
 
@@ -118,12 +132,14 @@ def check_tensors(path: Path, state: Any, shapes: Mapping[str, tuple[int, ...]])
         raise ValueError(f"{path} holds a {type(state).__name__}: a state dict was expected")
     missing = sorted(set(shapes) - set(state))
     if missing:
-        raise KeyError(f"{path} lacks {missing} (it has {sorted(map(str, state))}): it was not written for this config")
+        raise ValueError(
+            f"{path} lacks {missing} (it has {sorted(map(str, state))}): it was not written for this config"
+        )
     for name, shape in shapes.items():
         tensor = state[name]
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} in {path} is {kind}: a floating tensor was expected")
+            raise ValueError(f"{name} in {path} is {kind}: a floating tensor was expected")
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(
                 f"{name} in {path} has shape {list(tensor.shape)}, {list(shape)} was expected: "

@@ -1,0 +1,17 @@
+"""PixArt-alpha and PixArt-Sigma: blocks with self-attention (`attn1`) and cross-attention to the text (`attn2`)."""
+
+from __future__ import annotations
+
+from sparsefeat.pipeline.transformer import Transformer
+
+_BLOCK = r"transformer_blocks\.\d+"
+
+
+class PixArt(Transformer):
+    classes = ("PixArtTransformer2DModel", "PixArtControlNetAdapterModel")
+    kinds = (
+        ("transformer_block", _BLOCK),
+        ("self_attention", _BLOCK + r"\.attn1"),
+        ("cross_attention", _BLOCK + r"\.attn2"),
+        ("feed_forward", _BLOCK + r"\.ff"),
+    )

@@ -1,0 +1,184 @@
+"""The promises of `attach` over families and configurations (matrix.py, promises.py), and the covering array itself."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import platform
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsefeat.pipeline import attach
+from tests.families import Block, families
+from tests.pipeline import promises
+from tests.pipeline.instruments import push
+from tests.pipeline.matrix import MODES, cells, pairwise, product
+from tests.pipeline.state import everything
+
+FAMILIES = families()
+VERSIONS = ("torch", "triton", "diffusers", "transformers", "numpy", "peft", "accelerate")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@pytest.fixture(scope="module")
+def results() -> Iterator[dict[str, Any]]:
+    """What came of each cell; written to the file `MATRIX_RESULTS` names, if it names one."""
+    found: dict[str, Any] = {name: defaultdict(list) for name in FAMILIES}
+    yield found
+    path = os.environ.get("MATRIX_RESULTS")
+    if path:
+        Path(path).write_text(json.dumps(_summary(found), indent=1, sort_keys=True) + "\n")
+
+
+def _summary(found: dict[str, Any]) -> dict[str, Any]:
+    families_ = {}
+    for name, family in FAMILIES.items():
+        kept, broken, modes = Counter(), Counter(), defaultdict(Counter)
+        for cell, outcome in found[name]["cells"]:
+            for promise, wrong in outcome.items():
+                (broken if wrong else kept)[promise] += 1
+            modes[cell.mode]["broken" if any(outcome.values()) else "kept"] += 1
+        for mode, _ in found[name]["compiled"]:
+            modes[mode]["kept"] += 1
+        reasons = dict(found[name]["not here"])
+        families_[name] = {
+            "title": family.title,
+            "pipeline": family.pipeline,
+            "available": family.available,
+            "promises": {promise: [kept[promise], kept[promise] + broken[promise]] for promise in kept | broken},
+            "modes": {mode: [count["kept"], sum(count.values())] for mode, count in modes.items()},
+            "not here": {mode: reason for mode, reason in reasons.items() if mode not in modes},
+        }
+    return {
+        "versions": {"python": platform.python_version(), **{package: _version(package) for package in VERSIONS}},
+        "cells": os.environ.get("MATRIX", "pairwise"),
+        "families": families_,
+    }
+
+
+CELLS = [(cell, turn) for family in FAMILIES.values() for turn, cell in enumerate(cells(family))]
+
+
+@pytest.mark.parametrize(("cell", "turn"), CELLS, ids=lambda value: "" if isinstance(value, int) else str(value))
+def test_attach_keeps_its_promises(cell, turn, results):
+    family = FAMILIES[cell.family]
+    if not family.available:
+        pytest.skip(f"{family.pipeline} is not in this diffusers")
+    try:
+        outcome = promises.check(cell, turn)
+    except promises.NotHere as reason:
+        results[cell.family]["not here"].append((cell.mode, str(reason)))
+        pytest.skip(str(reason))
+    except pytest.skip.Exception as reason:
+        results[cell.family]["not here"].append((cell.mode, str(reason)))
+        raise
+    results[cell.family]["cells"].append((cell, outcome))
+    broken = {promise: wrong for promise, wrong in outcome.items() if wrong}
+    assert not broken, "\n".join(f"{promise}: {wrong}" for promise, wrong in broken.items())
+
+
+# torch.compile, for a UNet, for joint blocks, and for two passes over a video. The backend "eager" shows what capture,
+# guards and graph breaks do; "inductor" generates code, for one block.
+
+COMPILED = ("sd", "flux", "wan")
+
+
+@pytest.fixture
+def compiling() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def _blocks(name: str) -> list[Block]:
+    return [block for block in FAMILIES[name].blocks if not block.path.startswith("text_encoder")][-2:]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_model_compiled_before_attach_is_refused_and_left_alone(name, compiling, results):
+    family = FAMILIES[name]
+    if not family.available:
+        pytest.skip(f"{family.pipeline} is not in this diffusers")
+    pipe = family.build()
+    root = promises.denoisers(family)[0]
+    setattr(pipe, root, torch.compile(getattr(pipe, root), backend="eager"))
+    before = everything(pipe)
+    for block in _blocks(name):
+        with pytest.raises(RuntimeError, match="compiled before `attach`.*attach first"):
+            attach(pipe, promises.Spot(block))
+    assert everything(pipe) == before
+    results[name]["compiled"].append(("torch.compile before attach: refused", None))
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_model_compiled_after_attach_gives_what_eager_gives(name, compiling, results):
+    _compiled_after(name, results, "torch.compile after attach", whole=True, backend="eager")
+
+
+@pytest.mark.parametrize("name", ["wan"])
+def test_a_block_compiled_by_inductor_after_attach_gives_what_eager_gives(name, compiling, results):
+    _compiled_after(name, results, "one block by inductor after attach", whole=False, backend="inductor")
+
+
+def _compiled_after(name: str, results: Any, mode: str, *, whole: bool, backend: str) -> None:
+    family = FAMILIES[name]
+    if not family.available:
+        pytest.skip(f"{family.pipeline} is not in this diffusers")
+    pipe = family.build()
+    block = _blocks(name)[-1]
+
+    def run() -> torch.Tensor:
+        return family.call(pipe, ["a fox"], guidance=True, steps=2)
+
+    plain = run()
+    with attach(pipe, promises.Spot(block, rule=push(8.0))):
+        edited = run()
+    assert not torch.allclose(plain, edited, atol=1e-3)
+    spot = promises.Spot(block, rule=push(8.0))
+    with attach(pipe, spot):
+        parent, _, last = (promises.denoisers(family)[0] if whole else block.path).rpartition(".")
+        holder = functools.reduce(getattr, parent.split("."), pipe) if parent else pipe
+        module = getattr(holder, last)
+        setattr(holder, last, torch.compile(module, backend=backend))
+        for _ in range(2):
+            torch.testing.assert_close(run(), edited, rtol=1e-4, atol=1e-4)
+            runs = len(family.runs(guidance=True))
+            assert [context.step for context in spot.contexts] == [0] * runs + [1] * runs
+            assert all(context.grid == block.square for context in spot.contexts)
+    # The graph was made with the hooks in it and is not made again: what is left of them has to know that it is over.
+    torch.testing.assert_close(run(), plain, rtol=1e-4, atol=1e-4)
+    results[name]["compiled"].append((mode, None))
+
+
+# The covering array
+
+AXES = {"mode": MODES, "guidance": (True, False), "batch": ("1", "2", "3"), "size": ("square", "wide"), "one": ("only",)}
+
+
+def test_every_two_values_of_every_two_axes_meet_in_the_covering_array():
+    rows = pairwise(AXES, seed=5)
+    for (a, first), (b, second) in itertools.combinations(AXES.items(), 2):
+        for x, y in itertools.product(first, second):
+            assert any(row[a] == x and row[b] == y for row in rows), (a, x, b, y)
+
+
+def test_the_covering_array_is_small_and_the_same_every_time():
+    rows = pairwise(AXES, seed=5)
+    assert rows == pairwise(AXES, seed=5)
+    assert len(rows) <= 1.25 * len(MODES) * 3  # two axes alone need their product
+    assert len(rows) < len(product(AXES)) / 3
+    assert all(list(row) == list(AXES) for row in rows)
