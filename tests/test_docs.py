@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.tiny import tiny_sd
+
 ROOT = Path(__file__).resolve().parents[1]
+WRITTEN_BY_SPARSIFY = ROOT / "tests" / "sae" / "formats" / "fixtures" / "sparsify" / "readme"
 PAGES = ("README.md", "docs/instruments.md")
 
 
@@ -17,8 +21,11 @@ def python_blocks(page: str) -> list[str]:
 
 @pytest.mark.embedded
 @pytest.mark.parametrize("page", PAGES)
-def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch):
+def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    if page == "README.md":
+        tiny_sd().save_pretrained("my-pipeline")
+        shutil.copytree(WRITTEN_BY_SPARSIFY, "my-run/unet.up_blocks.1.attentions.1")
     names: dict = {"__name__": "page"}
     for block in python_blocks(page):
         exec(compile(block, page, "exec"), names)
@@ -27,6 +34,13 @@ def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch):
         assert names["overlay"].size == names["image"].size
         assert names["steered"].tobytes() != names["image"].tobytes()
         assert names["erased"].size == names["image"].size
+        printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("TopLatent(latent=")]
+        assert len(printed) == 10
+
+
+def test_opening_anybodys_sae_takes_fewer_than_ten_lines():
+    block = next(block for block in python_blocks("README.md") if "my-run/" in block)
+    assert len([line for line in block.splitlines() if line]) < 10
 
 
 def test_the_readmes_first_example_has_twelve_lines():

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparsefeat.features.attached import beside, hookpoint_of
+from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
 from sparsefeat.features.prompts import layer_outputs, n_tokens, tokenizer_of
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Replace
 from sparsefeat.sae import SAE
@@ -62,7 +62,7 @@ class InterpretThenDeactivate(SavableInstrument):
     ):
         if gate_reduce not in ("mean", "max_token"):
             raise ValueError(f'gate_reduce={gate_reduce!r} is not known; use "mean" or "max_token".')
-        self.sae = sae
+        self.sae = reconstructing(sae)
         self.latents = torch.as_tensor(latents, dtype=torch.int64).unique()
         sae.directions(self.latents)  # names a latent that does not exist
         self.strength, self.tau, self.gate_reduce = float(strength), tau, gate_reduce

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparsefeat.features.attached import beside, hookpoint_of
+from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
 from sparsefeat.features.scores import normalized_mean_difference, strictly_above_quantile
 from sparsefeat.features.statistics import OUTSIDE_SCHEDULE, Statistics, collect_statistics
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint
@@ -143,7 +143,7 @@ class Erase(SavableInstrument):
             raise ValueError(
                 'condition="cond+uncond-" adds what it should erase to one half; use "both", "cond" or "uncond".'
             )
-        self.sae = sae
+        self.sae = reconstructing(sae)
         self.selections = {float(t): selections[t] for t in sorted(selections)}
         self.concepts = tuple(concepts)
         self.error: Error = error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsefeat.features.statistics import hookpoint_of
+from sparsefeat.features.attached import hookpoint_of, reconstructing
 from sparsefeat.pipeline import Activations, Context, Hookpoint, Instrument, Replace
 from sparsefeat.sae import SAE
 
@@ -14,7 +14,7 @@ class Splice(Instrument):
     """
 
     def __init__(self, sae: SAE, at: str | Hookpoint | None = None) -> None:
-        self.sae, self.at = sae, hookpoint_of(sae, at)
+        self.sae, self.at = reconstructing(sae), hookpoint_of(sae, at)
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (self.at,)

@@ -23,6 +23,16 @@ def hookpoint_of(sae: SAE, at: str | Hookpoint | None) -> Hookpoint:
     return Hookpoint.parse(where) if isinstance(where, str) else where
 
 
+def reconstructing(sae: SAE) -> SAE:
+    """Refuse a transcoder, whose code is of one tensor and whose reconstruction of another: it cannot be edited in place."""
+    if sae.config.transcoder:
+        raise ValueError(
+            "sae is a transcoder: its code is of the module's input and its decoder writes the module's output, so a "
+            "code cannot be edited in place; steer with add= at the module's output, or use an SAE."
+        )
+    return sae
+
+
 def beside(sae: SAE, activations: Activations) -> SAE:
     """The SAE, moved to the activations' device if it was on another: with offloading that is only known in the call.
 

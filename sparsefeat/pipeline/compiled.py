@@ -3,9 +3,14 @@
 Dynamo reads a module's hooks when it compiles and does not look again (`skip_nnmodule_hook_guards`, True by default in
 every torch that has it): a hook put on a module inside an already compiled region never fires, without a word. Hooks on
 the wrapper that `torch.compile(module)` returns are outside the graph and always fire.
+
+What is compiled while sessions are attached would lose hooks too: modules of one class share compiled code, and the
+second is given that of the first, hooks and all. So hooks are guarded while a call of an attached pipeline runs.
 """
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch._dynamo
 from torch import nn
@@ -30,6 +35,13 @@ def refuse_compiled(target: Target) -> None:
             "first and compile inside the session, or attach to the pipeline before it is compiled, or set "
             "torch._dynamo.config.skip_nnmodule_hook_guards = False before compiling and leave it so"
         )
+
+
+def hooks_guarded() -> AbstractContextManager[None]:
+    """Within this, what dynamo compiles is compiled again for a module whose hooks are others."""
+    if not hasattr(torch._dynamo.config, "skip_nnmodule_hook_guards"):
+        return nullcontext()
+    return torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
 
 
 def _ancestors(target: Target) -> list[tuple[str, nn.Module]]:

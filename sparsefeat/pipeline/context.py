@@ -69,8 +69,7 @@ class Call:
         prompts = list(prompt) if isinstance(prompt, (list, tuple)) else None
         n_prompts = None
         if prompts is None:  # a model that takes texts of different lengths has a list of embeddings
-            given = isinstance(embeds, (torch.Tensor, list))
-            n_prompts = len(embeds) if given else arguments.get("batch_size")
+            n_prompts = len(embeds) if isinstance(embeds, (torch.Tensor, list)) else arguments.get("batch_size")
         schedule = next((arguments[n] for n in ("timesteps", "sigmas") if arguments.get(n) is not None), None)
         return cls(
             prompts=prompts,

@@ -19,11 +19,7 @@ _DOUBLE, _SINGLE = r"transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"
 
 
 class Flux(JointTransformer):
-    classes = (
-        "FluxTransformer2DModel",
-        "FluxControlNetModel",
-        "ChromaTransformer2DModel",
-    )
+    classes: tuple[str, ...] = ("FluxTransformer2DModel", "FluxControlNetModel", "ChromaTransformer2DModel")
     kinds = (
         ("joint_block", _DOUBLE),
         ("joint_attention", _DOUBLE + r"\.attn"),

@@ -57,8 +57,10 @@ class TextEncoder(Family):
             return getattr(module.gate_proj, "in_features", None)
         if hasattr(module, "q_proj"):
             return getattr(module.q_proj, "in_features", None)
-        for part in module.modules():  # T5Block and decoder layers: their first norm is over d_model
-            if hasattr(part, "variance_epsilon") or type(part).__name__.endswith("RMSNorm"):
-                return part.weight.shape[0]
+        norm = getattr(module, "input_layernorm", None)  # the layer of a language model
+        if norm is None:  # T5Block: its norms are over d_model
+            norm = next((part for part in module.modules() if hasattr(part, "variance_epsilon")), None)
+        if norm is not None:
+            return norm.weight.shape[0]
         dense = getattr(getattr(module, "output", None), "dense", None)  # BertLayer
         return getattr(dense, "out_features", None)

@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from sparsefeat.pipeline.attention_seam import AttentionTap
+from sparsefeat.pipeline.compiled import hooks_guarded
 from sparsefeat.pipeline.conditions import Entries, denoiser_entries, outside_entries, spread, text_entries
 from sparsefeat.pipeline.context import Call, Context
 from sparsefeat.pipeline.family import Run
@@ -268,7 +269,8 @@ class Wiring:
                 for instrument in session.instruments:
                     with self._inside_instrument():
                         instrument.begin_call(call)
-            yield running
+            with hooks_guarded():
+                yield running
             schedule.close()
             missing = {session: self._missing(session, running) for session in running.sessions}
             for session in running.sessions:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsefeat.features.attached import beside, hookpoint_of
+from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
 from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint
 from sparsefeat.sae import SAE
 from sparsefeat.steering.code_rule import CodeRule, code_edit
@@ -76,6 +76,8 @@ class Steer(SavableInstrument):
         self.add = {i: _number("add", i, amount) for i, amount in (add or {}).items()}
         self.add_map = {i: check_map(f"add_map[{i}]", given) for i, given in (add_map or {}).items()}
         self.rule = _rule(scale or {}, set or {}, clamp or {})
+        if len(self.rule):
+            reconstructing(sae)
         self.window = StepWindow.parse(steps)
         self.mask = mask if mask is None or callable(mask) else check_map("mask", mask)
         self.condition = check_condition(condition)

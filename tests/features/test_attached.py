@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsefeat.features.attached import beside, hookpoint_of
+import sparsefeat as sf
+from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
 from sparsefeat.pipeline import Activations, Hookpoint
 from sparsefeat.sae import SAE, SAEConfig
 
@@ -35,3 +36,12 @@ def test_the_hookpoint_is_the_one_named_or_the_saes():
     assert hookpoint_of(sae, Hookpoint("transformer.x", stream="text")).stream == "text"
     with pytest.raises(ValueError, match="does not know its hookpoint; name one"):
         hookpoint_of(SAE(SAEConfig(d_model=4, n_latents=8, k=2)), None)
+
+
+def test_a_transcoder_is_refused_where_a_code_would_be_edited_in_place():
+    transcoder = SAE(SAEConfig(4, 8, k=2, normalizer="none", transcoder=True, hookpoint="unet.mid_block:input")).eval()
+    with pytest.raises(ValueError, match="steer with add= at the module's output"):
+        sf.Steer(transcoder, scale={3: 0.0})
+    sf.Steer(transcoder, add={3: 1.0}, at="unet.mid_block")
+    plain = SAE(SAEConfig(4, 8, k=2))
+    assert reconstructing(plain) is plain

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from sparsefeat.sae import SAE, SAEConfig, load_sae, save
@@ -271,15 +272,30 @@ def test_push_to_hub_uploads_what_save_writes(monkeypatch):
 
         def upload_folder(self, repo_id, folder_path, path_in_repo):
             uploaded["sae"] = load_sae(folder_path)
+            uploaded["card"] = (Path(folder_path) / "README.md").read_text()
             uploaded["place"] = path_in_repo
             return type("Commit", (), {"commit_url": "https://hub/commit"})
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    sae = random_sae("topk")
-    assert sae.push_to_hub("me/sae", private=True, subfolder="mid") == "https://hub/commit"
+    sae = random_sae("topk", hookpoint="unet.mid_block.attentions.0:diff", base_model="stabilityai/sdxl-turbo")
+    metrics = {"fvu": 0.21, "l0": 5.0}
+    assert sae.push_to_hub("me/sae", private=True, subfolder="mid", metrics=metrics) == "https://hub/commit"
     assert uploaded["created"] == ("me/sae", True, True)
     assert uploaded["place"] == "mid"
     assert torch.equal(uploaded["sae"].W_dec, sae.W_dec)
+    head, table = uploaded["card"].split("---\n")[1:3]
+    assert yaml.safe_load(head)["base_model"] == "stabilityai/sdxl-turbo"
+    assert "sparse-autoencoder" in yaml.safe_load(head)["tags"]
+    for fact in (
+        "`unet.mid_block.attentions.0:diff`",
+        "| 13 |",
+        "| 37 |",
+        "topk, k = 5",
+        "| fvu | 0.21 |",
+        "| l0 | 5.0 |",
+    ):
+        assert fact in table, fact
+    assert 'sf.load_sae("me/sae", subfolder="mid")' in table
 
 
 def test_the_sae_package_never_imports_diffusers_or_transformers():

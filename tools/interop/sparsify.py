@@ -35,6 +35,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "transcode": (12, {"num_latents": 12, "k": 3, "transcode": True}),
     "skip_transcode": (12, {"num_latents": 20, "k": 5, "transcode": True, "skip_connection": True}),
     "skip": (12, {"num_latents": 20, "k": 5, "skip_connection": True}),
+    "readme": (32, {"num_latents": 64, "k": 4}),
 }
 
 # Keys of cfg.json in which these differ from the package's.

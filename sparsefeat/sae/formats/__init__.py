@@ -30,9 +30,9 @@ FORMATS: tuple[Format, ...] = (
     sae_lens.FORMAT,
     unbox.FORMAT,
     openai.FORMAT,
+    crosscoder.FORMAT,  # before dictionary_learning: its checkpoints have the same names
     dictionary_learning.FORMAT,
     overcomplete.FORMAT,
-    crosscoder.FORMAT,
     itda.FORMAT,
     fae.FORMAT,
 )

@@ -64,7 +64,9 @@ def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
     fields, tensors = READERS[kind](path, state, int(n_latents), int(d_model))
     if "k" in fields and given.k is not None:
         fields["k"] = given.k
-    if isinstance(scale, (int, float)):
+    if scale is not None:
+        if not isinstance(scale, (int, float)) or not scale > 0:
+            raise ValueError(f"norm_factor in {path} is {scale!r}: a positive number was expected")
         for name in ("b_enc", "b_pre", "b_out", "threshold"):
             if name in tensors and not (tensors[name].ndim == 0 and tensors[name] < 0):
                 tensors[name] = tensors[name] * scale

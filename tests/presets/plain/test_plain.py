@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -144,6 +146,17 @@ class TestUnbox:
         with unbox.add_on_area(sdxl, SDXL_BLOCK, random_sae(20, 32, k=4), 0, torch.zeros(4, 4), "both"):
             assert torch.equal(run(sdxl), plain)
 
+    def test_a_batch_in_bfloat16_is_edited_by_halves_and_rounded_once(self):
+        pipe, sae = tiny_sdxl(dtype=torch.bfloat16), random_sae(20, 32, k=4)
+        M = torch.randn(4, 8, generator=torch.Generator().manual_seed(2))  # the image is wider than high
+        with unbox.add_on_area(pipe, SDXL_BLOCK, sae, 5, M, "both"), watched(pipe, SDXL_BLOCK) as calls:
+            run(pipe, ["a fox", "cat"], height=64, width=128)
+        added = torch.stack([row * M.double() for row in sae.D[5].double()])
+        for _, before, after in calls:
+            assert before.shape == (4, 32, 4, 8)
+            for row, sign in enumerate((-1, -1, 1, 1)):
+                assert torch.equal(after[row], (before[row].double() + sign * added).bfloat16())
+
     def test_only_the_named_steps_are_edited(self, sdxl: Any):
         edit = unbox.add_on_area(sdxl, SDXL_BLOCK, random_sae(20, 32, k=4), 1, torch.ones(4, 4), "turbo", steps=[1])
         with edit, watched(sdxl, SDXL_BLOCK) as calls:
@@ -242,6 +255,68 @@ class TestTransport:
         order = np.argsort(carried.score.numpy(), kind="stable")
         assert carried.removed.tolist() == order[:3].tolist()
         assert carried.score[carried.added].tolist() == sorted(carried.score.tolist(), reverse=True)[:3]
+
+    @pytest.mark.parametrize("mode", ["sae", "sae_adaptive", "sae_adaptive over all blocks"])
+    def test_every_cell_of_two_blocks_by_hand(self, sdxl: Any, mode: str):
+        saes = {SDXL_BLOCK: random_sae(20, 32, k=4), SDXL_OTHER: random_sae(24, 32, k=5, seed=1)}
+        for path, sae in saes.items():  # decoder rows of unequal norms
+            saes[path] = replace(sae, D=sae.D * (1 + torch.arange(sae.n)[:, None] / 10))
+        first, second = torch.zeros(2, 4, 4, dtype=torch.bool)
+        first[0], second[:, 1] = True, True  # one cell is in both
+        runs = []
+
+        def generate(prompt: str) -> torch.Tensor:
+            with watched(sdxl, SDXL_BLOCK) as one, watched(sdxl, SDXL_OTHER) as other:
+                latents = unguided(sdxl, prompt)
+            runs.append({SDXL_BLOCK: one, SDXL_OTHER: other})
+            return latents
+
+        def code(path: str, which: int, step: int, h: int, w: int) -> list[float]:
+            sae, (came_in, before, _) = saes[path], runs[which][path][step]
+            diff = before[0, :, h, w].double() - came_in[0, :, h, w].double()
+            pre = (sae.E.double() @ (diff - sae.b_pre.double()) + sae.b_lat.double()).tolist()
+            best = sorted(range(sae.n), key=lambda i: -pre[i])[: sae.k]
+            return [max(value, 0.0) if i in best else 0.0 for i, value in enumerate(pre)]
+
+        carried = unbox.transport(
+            sdxl, saes, generate, "a cat", "fox 3", first, second, k_transfer=12, multiplier=1.5, mode=mode.split()[0],
+            adaptive_norms="all" if mode.endswith("blocks") else "block",
+        )  # fmt: skip
+        shares = []
+        for which, mask in enumerate((first, second)):
+            sums = sum(
+                torch.tensor([*code(SDXL_BLOCK, which, 0, h, w), *code(SDXL_OTHER, which, 0, h, w)])
+                for h, w in mask.nonzero().tolist()
+            )
+            shares.append(sums / sums.sum())
+        torch.testing.assert_close(carried.score.float(), shares[0] - shares[1], rtol=1e-5, atol=1e-6)
+
+        S = {SDXL_BLOCK: [i for i in carried.added if i < 20], SDXL_OTHER: [i - 20 for i in carried.added if i >= 20]}
+        T = {
+            SDXL_BLOCK: [i for i in carried.removed if i < 20],
+            SDXL_OTHER: [i - 20 for i in carried.removed if i >= 20],
+        }
+        assert all(S.values())
+        assert all(T.values())
+        ratio = {}
+        for path in saes:
+            over = saes if mode.endswith("blocks") else [path]
+            norms = [sum(float(saes[p].D[i].norm()) for p in over for i in chosen[p]) for chosen in (S, T)]
+            ratio[path] = norms[0] / norms[1] if mode != "sae" else 1.0
+        assert mode == "sae" or min(abs(value - 1) for value in ratio.values()) > 1e-3
+        for path, sae in saes.items():
+            for step, h, w in itertools.product(range(2), range(4), range(4)):
+                expected = torch.zeros(32, dtype=torch.float64)
+                if first[h, w]:
+                    z = code(path, 0, step, h, w)
+                    expected += 1.5 * sum((z[i] * sae.D[i].double() for i in S[path]), torch.zeros(32))
+                if second[h, w]:
+                    z = code(path, 1 if mode == "sae" else 2, step, h, w)
+                    expected -= 1.5 * ratio[path] * sum((z[i] * sae.D[i].double() for i in T[path]), torch.zeros(32))
+                _, before, after = runs[2][path][step]
+                moved = (after - before)[0, :, h, w].double()
+                torch.testing.assert_close(moved, expected, rtol=0, atol=2e-5)
+                torch.testing.assert_close(carried.deltas[path][step, h, w], expected, rtol=1e-6, atol=1e-7)
 
     def test_nothing_is_written_outside_the_masks(self, sdxl: Any):
         first, second = torch.zeros(2, 4, 4, dtype=torch.bool)

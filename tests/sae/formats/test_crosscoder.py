@@ -34,6 +34,11 @@ def test_code_and_reconstruction_are_the_formulas(case):
     assert largest_difference(sae, case) < TOLERANCE
 
 
+def test_a_state_dict_named_like_a_checkpoint_of_dictionary_learning_is_told_apart(tmp_path):
+    file = copied(FIXTURE["square_state_dict"], tmp_path) / "ae_final.pt"
+    assert detect(file.rename(file.with_name("ae_1000.pt"))).name == "crosscoder"
+
+
 def test_the_fixtures_have_latents_that_only_the_threshold_keeps_out():
     for name in ("crosscoder", "sae", "mixed", "none"):
         theirs = expected(FIXTURE[name])
