@@ -6,6 +6,10 @@ of a second, and the module names are those of the real models (`unet.up_blocks.
 
 from __future__ import annotations
 
+import inspect
+import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +56,19 @@ def tiny_tokenizer() -> CLIPTokenizer:
     merges = [("f", "o"), ("fo", "x</w>"), ("c", "a"), ("ca", "t</w>")]
     words = letters + [f"{letter}</w>" for letter in letters] + ["fo", "fox</w>", "ca", "cat</w>"]
     vocab = {word: index for index, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+    if "vocab" in inspect.signature(CLIPTokenizer.__init__).parameters:
+        if "vocab_file" not in inspect.signature(CLIPTokenizer.__init__).parameters:
+        return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+    with tempfile.TemporaryDirectory() as folder:  # transformers before 5 reads them from files
+        files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        files[0].write_text(json.dumps(vocab))
+        files[1].write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
+        return CLIPTokenizer(*map(str, files), model_max_length=MAX_TOKENS)
+    with tempfile.TemporaryDirectory() as folder:  # transformers before 5 reads them from files
+        files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        files[0].write_text(json.dumps(vocab))
+        files[1].write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
+        return CLIPTokenizer(*map(str, files), model_max_length=MAX_TOKENS)
 
 
 def tiny_clip(

@@ -159,7 +159,7 @@ def test_a_statistic_is_kept_under_its_name_and_an_unknown_one_lists_the_known(t
     again = load_sae(sae.save(tmp_path / "sae"))
     assert torch.equal(again.statistic("mean_nonzero"), sae.statistic("mean_nonzero"))
     assert not torch.equal(sae.statistic("mean_nonzero"), sae.statistic("density"))
-    with pytest.raises(ValueError, match="no statistic 'std'.*density, mean_nonzero"):
+    with pytest.raises(ValueError, match=r"no statistic 'std'.*density, mean_nonzero"):
         again.statistic("std")
 
 
