@@ -13,9 +13,11 @@ Rule = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor | None]
 
 
 def module_at(pipe: Any, path: str) -> Any:
-    """`unet.up_blocks.1.attentions.0` of a pipeline."""
+    """`unet.up_blocks.1.attentions.0` of a pipeline; `text_model` is left out where the text encoder has none (that of
+    SD and SDXL's first from transformers 5 on)."""
     component, _, rest = path.partition(".")
-    return getattr(pipe, component).get_submodule(rest)
+    owner = getattr(pipe, component)
+    return owner.get_submodule(rest if hasattr(owner, "text_model") else rest.removeprefix("text_model."))
 
 
 @contextmanager

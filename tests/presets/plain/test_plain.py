@@ -450,9 +450,9 @@ class TestSAeUron:
 
 
 class TestSteerers:
-    sd_site = (steerers.TextSite("text_encoder.encoder.layers.1", "tokenizer"),)
+    sd_site = (steerers.TextSite("text_encoder.text_model.encoder.layers.1", "tokenizer"),)
     sdxl_sites = (
-        steerers.TextSite("text_encoder.encoder.layers.1", "tokenizer"),
+        steerers.TextSite("text_encoder.text_model.encoder.layers.1", "tokenizer"),
         steerers.TextSite("text_encoder_2.text_model.encoder.layers.1", "tokenizer_2"),
     )
     flux_site = (steerers.TextSite("text_encoder_2.encoder.block.1", "tokenizer_2"),)
@@ -516,7 +516,7 @@ class TestSteerers:
 
 
 class TestItD:
-    layer = "text_encoder.encoder.layers.1"
+    layer = "text_encoder.text_model.encoder.layers.1"
     sae = random_sae(60, 32, k=12)
 
     def watch(self, pipe: Any, F: list[int], prompts: list[str], **options: Any) -> tuple[list[bool], list]:
