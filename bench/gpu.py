@@ -1,6 +1,7 @@
 """Everything worth doing on one GPU inside nine minutes: `python -m bench.gpu --out FOLDER`.
 
-    tests      every file of tests/kernels on the GPU, several at a time, each with a time limit
+    tests      every file of tests/kernels on the GPU, several at a time, each with a time limit; with diffusers also
+               tests/pipeline/test_gpu.py
     repeats    every op twenty times on the same inputs: the same bits
     sanitizer  every op once on small inputs under compute-sanitizer, where that is installed
     tuning     `python -m sparsefeat_kernels.tuning`, where the package has it
@@ -43,6 +44,8 @@ TEST_FILE_S = 170.0
 SHARES = {"tests": 0.36, "repeats": 0.05, "sanitizer": 0.10, "tuning": 0.12, "bench": 1.0, "scaling": 1.0}
 # The ahead-of-time test compiles for other GPUs and needs none.
 SKIPPED = ("test_ahead_of_time.py",)
+# Offloading and half precision of whole pipelines, where diffusers is installed.
+ATTACH = ROOT / "tests" / "pipeline" / "test_gpu.py"
 REPEATS = 20
 SMALL = {"rows": 33, "d_model": 80, "n_latents": 300, "k": 5}
 SMALL_ATTENTION = {"batch": 2, "heads": 3, "n": 70, "t": 19, "d": 40}
@@ -103,6 +106,8 @@ def tests(lease: Lease) -> None:
     """Each file's exit code and closing line in gpu.json, their outputs in tests.log."""
     results: dict[str, Any] = lease.done.get("tests", {})
     files = [path for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py")) if path.name not in SKIPPED]
+    if importlib.util.find_spec("diffusers") is not None:
+        files.append(ATTACH)
     files = [path for path in files if results.get(path.name, {}).get("code") != 0]
     deadline = time.perf_counter() + lease.share("tests")
 
