@@ -188,6 +188,15 @@ class SAE(nn.Module):
             return None
         return row_scale(self._rows(x), self.config.normalizer)
 
+    def change_of(self, decoded: Tensor, like: Tensor) -> Tensor:
+        """What a change of the code changes in the activations `like`: of the change times the decoder rows, without
+        bias, `decoded [rows, d_model]`."""
+        pca = self._pca
+        if pca is not None:
+            return pca.directions(decoded)
+        scale = self.row_scale(like)
+        return decoded if scale is None else decoded * scale
+
     def statistic(self, name: str) -> Tensor:
         """Numbers kept for every latent, `[n_latents]`: one of `config.statistics`."""
         if name not in self.config.statistics:

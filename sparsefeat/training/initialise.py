@@ -29,15 +29,32 @@ def geometric_median(rows: Tensor, max_iterations: int = 100, tolerance: float =
     return median
 
 
+# A component with less spread than this is not blown up to unit deviation (arXiv 2505.24360's code).
+LEAST_DEVIATION = 1e-3
+
+
+def _fit_pca(sae: SAE, sample: Tensor) -> None:
+    """The normaliser's components, in descending order of variance, and the sample's mean and deviation along each."""
+    covariance = torch.cov(sample.double().T, correction=0)
+    basis = torch.linalg.eigh(covariance).eigenvectors.flip(1)
+    along = sample.double() @ basis
+    sae.pca_basis.copy_(basis)
+    sae.pca_mean.copy_(along.mean(0))
+    sae.pca_std.copy_(along.std(0, correction=0).clamp_min(LEAST_DEVIATION))
+
+
 @torch.no_grad()
 def initialise(sae: SAE, sample: Tensor, seed: int = 0) -> SAE:
     """Start values from a `sample [rows, d_model]` of the activations; returns the same SAE.
 
     `b_out` is the sample's geometric median, and so is `b_pre` unless the normaliser is "none". Directions are random,
-    the encoder tied to the decoder up to one factor: see `sparsefeat.sae.random`.
+    the encoder tied to the decoder up to one factor: see `sparsefeat.sae.random`. The normaliser "pca" is fitted to the
+    sample, which should have many more rows than d_model.
     """
     config = sae.config
     sample = sample.reshape(-1, config.d_model).to(sae.device, sae.dtype)
+    if config.normalizer == "pca":
+        _fit_pca(sae, sample)
     rows = sae.normalize(sample)
     median = geometric_median(rows).to(sae.dtype)
     sae.b_out.copy_(median)

@@ -109,8 +109,7 @@ def _decode(sae: SAE, x: Tensor, code: SparseCode, aux: SparseCode | None) -> tu
         x_hat, guess = sae.denormalize(both[:rows] + sae.b_out, like=x), both[rows:]
     else:
         x_hat, guess = sae.decode(code, like=x), sparse_decode(aux.values, aux.indices, sae.W_dec, nothing)
-    scale = sae.row_scale(x)
-    return x_hat, guess if scale is None else guess * scale
+    return x_hat, sae.change_of(guess, x)
 
 
 def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:

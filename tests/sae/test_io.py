@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -310,3 +311,29 @@ def test_the_sae_package_never_imports_diffusers_or_transformers():
 def test_a_meta_sae_allocates_nothing():
     with torch.device("meta"):
         assert SAE(SAEConfig(8, 16, k=2)).W_dec.is_meta
+
+
+SPARSIFY = Path(__file__).parent / "formats" / "fixtures" / "sparsify" / "topk"
+
+
+@pytest.mark.parametrize("revision", ["main", "v1"])
+def test_a_hub_id_opens_from_the_hubs_cache_without_a_connection(tmp_path, revision):
+    """The real client, offline, on a cache laid out as it lays one out; a foreign format, in a subfolder."""
+    repository = tmp_path / "hub" / "models--someone--saes"
+    for name, commit in (("main", "a" * 40), ("v1", "b" * 40)):
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+        shutil.copytree(SPARSIFY, repository / "snapshots" / commit / "layers.3")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    code = (
+        "import sparsefeat as sf; "
+        f"sae = sf.load_sae('someone/saes', subfolder='layers.3', revision={revision!r}); "
+        "print(sae.d_model, sae.config.k, sae.config.hookpoint)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["12", "4", "layers.3"]
+    missing = code.replace("layers.3", "layers.4", 1)
+    done = subprocess.run([sys.executable, "-c", missing], capture_output=True, text=True, env=environment)
+    assert "has no SAE in subfolder 'layers.4'" in done.stderr

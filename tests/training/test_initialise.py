@@ -59,3 +59,16 @@ def test_start_values(normalizer):
     other = initialise(SAE(sae.config), sample, seed=1)
     assert torch.equal(other.W_dec, sae.W_dec)
     assert not torch.equal(initialise(other, sample, seed=2).W_dec, sae.W_dec)
+
+
+def test_a_pca_normaliser_is_fitted_to_the_sample():
+    torch.manual_seed(1)
+    sample = (torch.randn(4000, 6) * torch.tensor([9.0, 3, 1, 0.5, 0.1, 0])) @ torch.linalg.qr(torch.randn(6, 6)).Q + 4
+    sae = initialise(SAE(SAEConfig(6, 24, k=2, normalizer="pca", clip=5.0)), sample)
+    normal = sae.normalize(sample)
+    kept = normal.abs().amax(1) < 5
+    torch.testing.assert_close(normal[:, :5].mean(0), torch.zeros(5), atol=2e-2, rtol=0)
+    torch.testing.assert_close(torch.cov(normal[:, :5].T), torch.eye(5), atol=5e-2, rtol=0)
+    assert normal[:, 5].abs().max() < 0.1  # no spread there, and none made up
+    undone = sae.denormalize(normal)
+    torch.testing.assert_close(undone[kept], sample[kept], atol=1e-3, rtol=1e-3)

@@ -18,12 +18,16 @@ def example(normalizer: str = "b_pre", activation: str = "topk") -> tuple[SAE, t
     return sae, torch.randn(31, 9).double() + 2
 
 
-@pytest.mark.parametrize("normalizer", ["none", "b_pre", "standardize"])
+@pytest.mark.parametrize("normalizer", ["none", "b_pre", "standardize", "pca"])
 @pytest.mark.parametrize("activation", ["topk", "batch_topk", "signed_topk"])
 def test_the_loss_is_fvu_plus_auxk_plus_multi_topk(normalizer, activation):
     sae, x = example(normalizer, activation)
     with torch.no_grad():
         sae.b_pre *= normalizer != "none"
+        if normalizer == "pca":
+            sae.pca_basis.copy_(torch.linalg.qr(torch.randn(9, 9).double()).Q)
+            sae.pca_mean.normal_()
+            sae.pca_std.uniform_(0.5, 2)
     dead = torch.zeros(40, dtype=torch.bool)
     dead[[1, 4, 5, 17, 30, 33]] = True
     loss = training_loss(sae, x, dead, auxk=0.25, k_aux=4, multi_topk=0.125)
@@ -32,14 +36,19 @@ def test_the_loss_is_fvu_plus_auxk_plus_multi_topk(normalizer, activation):
     residual = x - sae(x)
     shift = x.mean(1, keepdim=True) if normalizer == "standardize" else 0
     scale = x.std(1, keepdim=True) if normalizer == "standardize" else 1
-    pre = ((x - shift) / (scale + (1e-5 if normalizer == "standardize" else 0)) - sae.b_pre) @ sae.W_enc.T + sae.b_enc
+    turned = torch.eye(9).double()
+    if normalizer == "pca":
+        shift, scale, turned = sae.pca_mean, sae.pca_std, sae.pca_basis
+    pre = (
+        (x @ turned - shift) / (scale + (1e-5 if normalizer == "standardize" else 0)) - sae.b_pre
+    ) @ sae.W_enc.T + sae.b_enc
     pre[:, ~dead] = -torch.inf
     top = pre.topk(4)
     guess = torch.zeros_like(x)
     for row in range(31):
         for value, latent in zip(top.values[row], top.indices[row], strict=True):
             guess[row] += max(value.item(), 0.0) * sae.W_dec[latent]
-    guess = guess * scale
+    guess = (guess * scale) @ turned.T
     aux = (guess - residual).square().sum() / variance
     wide = (x - sae.decode(sae.encode(x, k=12), like=x)).square().sum() / variance
     torch.testing.assert_close(loss.fvu, residual.square().sum().detach() / variance)
