@@ -3,6 +3,8 @@
 # make bench   the ops against dense PyTorch and other libraries on this machine, ten minutes: bench/results/
 # make peers   the other libraries, in an environment of their own, which make bench then uses
 # make interop  other programs' SAE files made again by those programs, and compared: docs/interop.md
+# make matrix  every promise of attach in every configuration, ten minutes: docs/pipelines.md
+# make floor   the oldest supported versions, in an environment of their own: docs/pipelines.md too
 # make evaluate  the EmojiCanvas benchmark: bench/results/emoji.json
 
 PYTHON ?= python3
@@ -10,11 +12,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 PEERS ?= .venv-peers
+FLOOR ?= .venv-floor
 ORBAX ?= .venv-orbax
 # What measures: the environment with the other libraries where there is one.
 MEASURE = $(if $(wildcard $(PEERS)/.installed),$(PEERS)/bin,$(BIN))/python
 
-.PHONY: demo test lint types contracts pytest bench peers interop evaluate tables browser clean
+.PHONY: demo test lint types contracts pytest matrix floor bench peers interop evaluate tables browser clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +50,26 @@ contracts: $(VENV)/.tests-installed
 
 pytest: $(VENV)/.tests-installed
 	$(BIN)/python -m pytest
+
+# The results are taken whether or not every promise was kept: the page says which were not.
+matrix: $(VENV)/.tests-installed
+	mkdir -p build
+	MATRIX=full MATRIX_RESULTS=build/matrix-newest.json $(BIN)/python -m pytest -q tests/pipeline/test_matrix.py; \
+	failed=$$?; $(BIN)/python tools/write_pipelines.py --take newest build/matrix-newest.json; exit $$failed
+
+floor: $(FLOOR)/.installed
+	mkdir -p build
+	MATRIX_RESULTS=build/matrix-floor.json $(FLOOR)/bin/python -m pytest -q tests/pipeline tests/sae tests/kernels \
+		--ignore=tests/kernels/test_ahead_of_time.py; \
+	failed=$$?; $(FLOOR)/bin/python tools/write_pipelines.py --take floor build/matrix-floor.json; exit $$failed
+
+# torch first and pinned, as above.
+$(FLOOR)/.installed: constraints-floor.txt
+	$(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --quiet -c constraints-floor.txt torch
+	$(FLOOR)/bin/python -m pip install --quiet -c constraints-floor.txt -e .
+	$(FLOOR)/bin/python -m pip install --quiet -c constraints-floor.txt accelerate ftfy hypothesis peft pytest pytest-benchmark scipy
+	touch $@
 
 bench: $(VENV)/.tests-installed
 	$(MEASURE) -m bench.run
@@ -88,4 +111,4 @@ browser:
 	{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(ORBAX) build/lib dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) $(FLOOR) $(ORBAX) build/lib dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

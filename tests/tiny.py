@@ -57,17 +57,11 @@ def tiny_tokenizer() -> CLIPTokenizer:
     words = letters + [f"{letter}</w>" for letter in letters] + ["fo", "fox</w>", "ca", "cat</w>"]
     vocab = {word: index for index, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     if "vocab" in inspect.signature(CLIPTokenizer.__init__).parameters:
-        if "vocab_file" not in inspect.signature(CLIPTokenizer.__init__).parameters:
         return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
     with tempfile.TemporaryDirectory() as folder:  # transformers before 5 reads them from files
         files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
         files[0].write_text(json.dumps(vocab))
         files[1].write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
-        return CLIPTokenizer(*map(str, files), model_max_length=MAX_TOKENS)
-    with tempfile.TemporaryDirectory() as folder:  # transformers before 5 reads them from files
-        files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
-        files[0].write_text(json.dumps(vocab))
-        files[1].write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
         return CLIPTokenizer(*map(str, files), model_max_length=MAX_TOKENS)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from sparsefeat.pipeline.joint import JointTransformer
-from sparsefeat.pipeline.video import video_grid
+from sparsefeat.pipeline.video import in_patches, video_grid
 
 _BLOCK = r"transformer_blocks\.\d+"
 
@@ -33,7 +33,6 @@ class CogVideoX(JointTransformer):
         return video_grid(root, arguments.get("hidden_states"), time_first=True)
 
     def default_grid(self, pipe: Any, root: nn.Module, path: str) -> tuple[int, ...] | None:
-        config = root.config
+        config = root.config  # the call's own default is None: the model's
         frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
-        patch, frames_a_patch = config.patch_size, getattr(config, "patch_size_t", None) or 1
-        return -(-frames // frames_a_patch), config.sample_height // patch, config.sample_width // patch
+        return in_patches(root, frames, config.sample_height, config.sample_width)

@@ -7,6 +7,7 @@ listed here by the name of their class; of two passes the conditional one comes 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from sparsefeat.pipeline.context import Call
@@ -16,18 +17,16 @@ Entries = tuple[tuple[str, ...], tuple[int, ...]]
 
 _USUAL = {1: ("cond",), 2: ("uncond", "cond")}
 
-# Read in diffusers 0.42.1. The key is looked for in the names of the pipeline's class and of its bases.
+# Read in diffusers 0.42.1. The key is a pattern that is looked for in the names of the pipeline's class and of its bases.
 _LAYOUTS: dict[str, dict[int, tuple[str, ...]]] = {
     "InstructPix2Pix": {3: ("cond", "image", "uncond")},
     "PAG": {2: ("cond", "perturbed"), 3: ("uncond", "cond", "perturbed")},
-    "LuminaPipeline": {2: ("cond", "uncond")},
-    "LuminaText2Img": {2: ("cond", "uncond")},
-    "ZImage": {2: ("cond", "uncond")},
+    "^(Lumina(Text2Img)?Pipeline|ZImage|DiTPipeline|StableCascade|Wuerstchen)": {2: ("cond", "uncond")},
 }
 
 # The runs of one step where a pipeline runs its denoiser on one condition after the other: FLUX and Qwen-Image with
-# `true_cfg_scale`, Wan, Lumina 2, HunyuanVideo and the like. No pipeline of diffusers 0.42.1 has the unconditional
-# one first.
+# `true_cfg_scale`, Wan, Lumina 2, HunyuanVideo and the like. No pipeline of diffusers 0.42.1 has the
+# unconditional one first.
 _PASSES = ("cond", "uncond")
 
 
@@ -43,9 +42,10 @@ def denoiser_entries(pipe: Any, call: Call, batch: int, earlier: tuple[int, ...]
     chunks = batch // n_images if n_images and batch % n_images == 0 else 0
     layout = _layout(pipe, call, chunks)
     if chunks == 1 and earlier:
-        if max(earlier) > n_images:  # a pass beside the batched ones: the skip-layer guidance of SD3
+        beside = max(earlier) > n_images  # runs of several chunks
+        if beside and not call.own_loop:  # the skip-layer guidance of SD3
             layout = ("perturbed",)
-        elif call.guidance:
+        elif call.guidance and not beside:
             layout = (_PASSES[len(earlier) % len(_PASSES)],)
     if layout is None:
         raise ValueError(
@@ -58,7 +58,7 @@ def denoiser_entries(pipe: Any, call: Call, batch: int, earlier: tuple[int, ...]
 
 def _layout(pipe: Any, call: Call, chunks: int) -> tuple[str, ...] | None:
     for name, layouts in _LAYOUTS.items():
-        if chunks in layouts and any(name in cls.__name__ for cls in type(pipe).__mro__):
+        if chunks in layouts and any(re.search(name, cls.__name__) for cls in type(pipe).__mro__):
             if name == "PAG" and chunks == 2 and not pipe.do_perturbed_attention_guidance:
                 break  # perturbed guidance is off: the two chunks are the usual ones
             return layouts[chunks]
@@ -84,12 +84,23 @@ def outside_entries(batch: int) -> Entries:
     return ("cond",) * batch, tuple(range(batch))
 
 
-def spread(entries: Entries, batch: int) -> Entries:
-    """The same for a module inside that works on a multiple of the model's batch: frames folded into it."""
+def spread(entries: Entries, batch: int, attention: int = 0) -> Entries:
+    """The same for a module inside that works on a multiple of the model's batch (frames folded into it), or on a part:
+    perturbed-attention guidance attends for its perturbed entries apart, in the module's second `attention`; Kandinsky 5
+    runs a text once for several videos, as the first of them.
+    """
     conditions, images = entries
-    times = batch // len(conditions) if conditions and batch % len(conditions) == 0 else 0
-    if times == 1:
+    if batch == len(conditions):
         return entries
+    perturbed = [condition == "perturbed" for condition in conditions]
+    if batch in (perturbed.count(False), perturbed.count(True)):
+        wanted = perturbed.count(False) != batch or (attention > 0 and perturbed.count(True) == batch)
+        rows = [row for row, is_perturbed in enumerate(perturbed) if is_perturbed is wanted]
+        return tuple(conditions[row] for row in rows), tuple(images[row] for row in rows)
+    times = batch // len(conditions) if conditions and batch % len(conditions) == 0 else 0
+    if not times and batch and len(conditions) % batch == 0 and len(set(conditions)) == 1:
+        each = len(conditions) // batch
+        return conditions[::each], images[::each]
     if not times:
         raise ValueError(f"a block ran on {batch} batch entries inside a model that runs on {len(conditions)}")
     return tuple(c for c in conditions for _ in range(times)), tuple(i for i in images for _ in range(times))

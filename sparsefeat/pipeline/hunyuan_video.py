@@ -1,4 +1,4 @@
-"""HunyuanVideo and its FramePack: double blocks, then single blocks, all of which give (video, text); in their
+"""HunyuanVideo 1.0 and 1.5: double blocks, in 1.0 single blocks after them, all of which give (video, text); in their
 attention the video comes first. Not the blocks of `context_embedder.token_refiner`, which prepare the text.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from sparsefeat.pipeline.joint import JointTransformer
-from sparsefeat.pipeline.video import video_grid
+from sparsefeat.pipeline.video import default_video_grid, video_grid
 
 _DOUBLE, _SINGLE = r"transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"
 
@@ -31,3 +31,6 @@ class HunyuanVideo(JointTransformer):
 
     def image_grid(self, root: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
         return video_grid(root, arguments.get("hidden_states"))
+
+    def default_grid(self, pipe: Any, root: nn.Module, path: str) -> tuple[int, ...] | None:
+        return default_video_grid(pipe, root)

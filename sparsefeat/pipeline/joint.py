@@ -22,6 +22,8 @@ from sparsefeat.pipeline.transformer import Transformer
 
 
 class JointTransformer(Transformer):
+    """What is said here holds for FLUX; a family says what is otherwise in it."""
+
     block_order: tuple[str, ...] = ("text", "image")
     """What the elements of a block's output tuple are."""
     attention_order: tuple[str, ...] = ("image", "text")
@@ -33,7 +35,7 @@ class JointTransformer(Transformer):
     joint_attentions = r"transformer_blocks\.\d+\.attn"
     text_modules = r".*\.(ff_context|norm\d_context)(\..+)?"
     """Paths of modules that see the text only."""
-    arguments = (("image", "hidden_states"), ("text", "encoder_hidden_states"))
+    argument_names = (("image", "hidden_states"), ("text", "encoder_hidden_states"))
 
     def streams(self, path: str, module: nn.Module) -> tuple[str, ...]:
         if re.fullmatch(self.text_modules, path):
@@ -67,8 +69,8 @@ class JointTransformer(Transformer):
         return Part(index, None, start, length)
 
     def input_part(self, path: str, stream: str, given: Callable[[str | None], Any], run: Run) -> Part:
-        image, text = (name for _, name in self.arguments)
-        name: str | None = dict(self.arguments)[stream]
+        image, text = (name for _, name in self.argument_names)
+        name: str | None = dict(self.argument_names)[stream]
         apart = isinstance(given(text), torch.Tensor)
         if not isinstance(given(name), torch.Tensor):  # one sequence of both, or a part of a block with other names
             name = image if isinstance(given(image), torch.Tensor) else None

@@ -16,6 +16,7 @@ from torch import nn
 
 from sparsefeat.pipeline.family import Run
 from sparsefeat.pipeline.transformer import Transformer
+from sparsefeat.pipeline.video import default_video_grid, in_patches
 
 _VIDEO, _TEXT = r"visual_transformer_blocks\.\d+", r"text_transformer_blocks\.\d+"
 
@@ -47,9 +48,10 @@ class Kandinsky5(Transformer):
         latent, sparse = arguments.get("hidden_states"), arguments.get("sparse_params") or {}
         if not isinstance(latent, torch.Tensor) or latent.ndim != 5 or sparse.get("to_fractal"):
             return None
-        patch = tuple(root.config.patch_size)
-        frames, height, width = (side // part for side, part in zip(latent.shape[1:4], patch, strict=True))
-        return frames, height, width
+        return in_patches(root, *latent.shape[1:4])
 
     def grid(self, run: Run, shape: Sequence[int]) -> tuple[int, ...] | None:
         return super().grid(run, shape) if len(shape) == 3 else None
+
+    def default_grid(self, pipe: Any, root: nn.Module, path: str) -> tuple[int, ...] | None:
+        return default_video_grid(pipe, root) if self.streams(path, root) == ("image",) else None

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from sparsefeat.pipeline.transformer import Transformer, configured
+from sparsefeat.pipeline.transformer import Transformer
+from sparsefeat.pipeline.video import default_video_grid, in_patches
 
 _BLOCK = r"transformer_blocks\.\d+"
 
@@ -26,9 +27,10 @@ class LTX(Transformer):
     )
 
     def image_grid(self, root: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
-        sides = [arguments.get(name) for name in ("num_frames", "height", "width")]
-        patch, frames_a_patch = configured(root, "patch_size") or 1, configured(root, "patch_size_t") or 1
-        if not all(isinstance(side, int) for side in sides):
+        frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
+        if not (isinstance(frames, int) and isinstance(height, int) and isinstance(width, int)):
             return None
-        frames, height, width = sides
-        return frames // frames_a_patch, height // patch, width // patch
+        return in_patches(root, frames, height, width)
+
+    def default_grid(self, pipe: Any, root: nn.Module, path: str) -> tuple[int, ...] | None:
+        return default_video_grid(pipe, root)

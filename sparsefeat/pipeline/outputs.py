@@ -45,7 +45,7 @@ def argument(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], na
     """The value of a module's argument, given by position or by name; None if it was not given. `name` None: the
     first one.
     """
-    name, position = _parameter(module.forward, name)
+    name, position = _parameter(module, name)
     return kwargs.get(name) if name in kwargs else (args[position] if position < len(args) else None)
 
 
@@ -53,7 +53,7 @@ def take_argument(module: torch.nn.Module, name: str | None, args: tuple, kwargs
     """The stream's tensor among a module's arguments. `name` None: the first one."""
     value = argument(module, args, kwargs, name)
     if not isinstance(value, torch.Tensor):
-        name = name or _parameter(module.forward, None)[0]
+        name = name or _parameter(module, None)[0]
         raise TypeError(
             f"the argument {name!r} of {type(module).__name__} is {type(value).__name__}, not a tensor; take a "
             "hookpoint from sparsefeat.hookpoints(pipe)"
@@ -65,16 +65,17 @@ def put_argument(
     module: torch.nn.Module, name: str | None, args: tuple, kwargs: dict[str, Any], tensor: torch.Tensor
 ) -> tuple[tuple, dict[str, Any]]:
     """The arguments with the stream's tensor replaced, each still passed the way it was."""
-    name, position = _parameter(module.forward, name)
+    name, position = _parameter(module, name)
     if name in kwargs:
         return args, {**kwargs, name: tensor}
     return (*args[:position], tensor, *args[position + 1 :]), kwargs
 
 
-def _parameter(forward: Callable[..., Any], name: str | None) -> tuple[str, int]:
-    names = _parameters(getattr(forward, "__func__", forward))
-    if hasattr(forward, "__self__"):
-        names = names[1:]
+def _parameter(module: torch.nn.Module, name: str | None) -> tuple[str, int]:
+    """An argument's name and place in the forward of the module's class: offloading and compiling put a forward on the
+    instance that may say nothing but (*args, **kwargs).
+    """
+    names = _parameters(type(getattr(module, "_orig_mod", module)).forward)[1:]
     if name is None:
         return (names[0] if names else "", 0)  # `forward(*args)` has no names: the first one given
     return name, names.index(name) if name in names else len(names)

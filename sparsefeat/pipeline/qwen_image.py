@@ -29,8 +29,9 @@ class QwenImage(JointTransformer):
 
     def image_grid(self, root: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
         shapes = arguments.get("img_shapes")
-        if not isinstance(shapes, (list, tuple)) or not shapes:
-            return None
+        layered = getattr(getattr(root, "config", None), "use_layer3d_rope", False)
+        if not isinstance(shapes, (list, tuple)) or not shapes or layered:
+            return None  # Qwen-Image-Layered makes several images at once, and a shape does not say which are made
         # One entry for each batch entry: (frames, h, w), or a list of such, one for each image.
         first = (
             shapes[0][0] if isinstance(shapes[0], (list, tuple)) and not isinstance(shapes[0][0], int) else shapes[0]

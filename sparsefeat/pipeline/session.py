@@ -113,7 +113,8 @@ class Session:
         """One call of the pipeline, for a denoising loop of your own or for running its parts (`encode_prompt`).
 
         Modules that are hooked may only run inside `pipe(...)` or inside this. `guidance` says whether the denoiser's
-        batch is [uncond, cond]; the steps are those of `pipe.scheduler`.
+        batch is [uncond, cond], or that it runs on one and then on the other, the conditional first; the steps are
+        those of `pipe.scheduler`.
         """
         if self._wiring is None:
             raise RuntimeError("the session is closed; attach again")

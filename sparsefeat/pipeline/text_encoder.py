@@ -35,7 +35,10 @@ class TextEncoder(Family):
     def claims(self, root: nn.Module) -> bool:
         if not any(re.fullmatch(_LAYERS, name) for name, _ in root.named_modules()):
             return False
-        embeddings = getattr(root, "get_input_embeddings", lambda: None)()  # an image encoder embeds patches
+        try:
+            embeddings = root.get_input_embeddings()  # an image encoder embeds patches
+        except (AttributeError, NotImplementedError):
+            return False
         return isinstance(embeddings, nn.Embedding)
 
     def blocks(self, root: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:

@@ -4,6 +4,7 @@ their output is which stream, and how the grid of patches is told from the model
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,8 +58,18 @@ class Transformer(Family):
         return run.grid if run.grid is not None and len(shape) == 3 and shape[1] == math.prod(run.grid) else None
 
     def default_grid(self, pipe: Any, root: nn.Module, path: str) -> tuple[int, ...] | None:
-        size, patch = configured(root, "sample_size"), configured(root, "patch_size")
+        patch, scale = configured(root, "patch_size"), getattr(pipe, "vae_scale_factor", None)
+        pixels = [_default(pipe, side) for side in ("height", "width")]
+        if all(isinstance(number, int) for number in (patch, scale, *pixels)):  # `__call__` itself has a size
+            return pixels[0] // scale // patch, pixels[1] // scale // patch
+        size = configured(root, "sample_size")
         return None if size is None or patch is None else (size // patch, size // patch)
+
+
+def _default(pipe: Any, argument: str) -> Any:
+    """What `pipe(...)` takes for an argument that is not given."""
+    parameter = inspect.signature(type(pipe).__call__).parameters.get(argument)
+    return None if parameter is None else parameter.default
 
 
 def configured(root: nn.Module, name: str) -> int | None:
@@ -69,10 +80,11 @@ def configured(root: nn.Module, name: str) -> int | None:
 
 def width_of(module: nn.Module, io: str) -> int | None:
     """d_model of a block, an attention or a feed-forward of diffusers' transformers, told apart by their attributes."""
-    if hasattr(module, "to_q") or hasattr(module, "to_qkv_mlp_proj"):  # attention
+    if hasattr(module, "query_dim"):  # attention
         return _integer(getattr(module, "query_dim" if io == "input" else "out_dim", None))
     if isinstance(getattr(module, "net", None), nn.ModuleList):  # FeedForward
-        return _integer(getattr(module.net[-1], "out_features", None)) if io == "output" else None
+        linears = [layer for layer in module.net if hasattr(layer, "out_features")]  # a dropout may come last
+        return _integer(linears[-1].out_features) if io == "output" and linears else None
     for name in ("linear_out", "out_projection", "linear_2", "w2"):  # the last layer of the families' own feed-forwards
         if io == "output" and hasattr(module, name):
             return _integer(getattr(getattr(module, name), "out_features", None))

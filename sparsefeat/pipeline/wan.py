@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from sparsefeat.pipeline.transformer import Transformer
-from sparsefeat.pipeline.video import video_grid
+from sparsefeat.pipeline.video import default_video_grid, video_grid
 
 _BLOCK = r"(vace_)?blocks\.\d+"
 
@@ -42,3 +42,6 @@ class Wan(Transformer):
 
     def image_grid(self, root: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
         return video_grid(root, arguments.get("hidden_states"))
+
+    def default_grid(self, pipe: Any, root: nn.Module, path: str) -> tuple[int, ...] | None:
+        return default_video_grid(pipe, root)

@@ -382,7 +382,9 @@ class Wiring:
         pipe = self._pipe()
         root = getattr(target.module, "_orig_mod", target.module)
         try:
-            arguments = dict(inspect.signature(root.forward).bind_partial(*args, **kwargs).arguments)
+            # The class's forward: offloading puts one on the instance that says (*args, **kwargs) in older versions.
+            bound = inspect.signature(type(root).forward).bind_partial(root, *args, **kwargs)
+            arguments = dict(list(bound.arguments.items())[1:])
         except TypeError:
             return  # the model's own error names the wrong argument
         batch = _batch(arguments)
@@ -411,12 +413,12 @@ class Wiring:
         run = Run(root, arguments, grid)
         running.roots[target.path] = RootRun(target, run, entries, running.schedule.done, earlier)
 
-    def _root_run(self, running: RunningCall, target: Target, batch: int) -> RootRun:
-        """The run of the component that is going on around one of its modules."""
+    def _root_run(self, running: RunningCall, target: Target, tensors: Any) -> RootRun:
+        """The run of the component that is going on around one of its modules, which took or gave `tensors`."""
         run = running.roots.get(target.root_name)
         if run is None and not target.family.runs_in_steps and target.family.stream == "image":
             # `vae.decode` runs the decoder without `vae.forward`
-            run = RootRun(target, Run(target.root, {}), outside_entries(batch))
+            run = RootRun(target, Run(target.root, {}), outside_entries(_first_batch(tensors)))
         if run is None:
             raise RuntimeError(
                 f"{target.path} ran without {target.root_name} around it, so its batch entries and grid cannot be told: "
@@ -425,12 +427,20 @@ class Wiring:
         return run
 
     def _context(
-        self, run: RootRun, target: Target, stream: str, shape: Sequence[int], device: torch.device
+        self,
+        run: RootRun,
+        target: Target,
+        stream: str,
+        shape: Sequence[int],
+        device: torch.device,
+        attention: int = 0,
     ) -> Context:
-        """The moment, for the rows of a tensor of this shape, [B, C, *grid] or [B, positions, C]."""
+        """The moment, for the rows of a tensor of this shape, [B, C, *grid] or [B, positions, C]; in the module's
+        attention of this index.
+        """
         running, family = self._running, target.family
         assert running is not None
-        conditions, images = spread(run.entries, shape[0])
+        conditions, images = spread(run.entries, shape[0], attention)
         moment = self._moment(running) if family.runs_in_steps else Context(prompts=running.call.prompts)
         return replace(
             moment,
@@ -510,7 +520,7 @@ class Wiring:
         running = self._current(target)
         running.reached.add(key)
         places = [place for session in running.sessions for place in session.places if place.hook == key]
-        run = self._root_run(running, target, _first_batch(tensors)) if places else None
+        run = self._root_run(running, target, tensors) if places else None
         for place in places:
             assert run is not None
             yield place, None, run
@@ -560,11 +570,11 @@ class Wiring:
         if not taps:
             return  # attached in the middle of the call, by a callback: from the next call on
         batch, heads, queries, head_dim = call.query.shape
-        run = self._root_run(running, target, batch)
+        run = self._root_run(running, target, call.query)
         streams = target.family.attention_streams(run.run, queries)
         call = replace(call, streams=streams)
         shape = (batch, queries, heads * head_dim)
-        context = self._context(run, target, target.family.stream, shape, call.query.device)
+        context = self._context(run, target, target.family.stream, shape, call.query.device, call.index)
         if streams:
             context = replace(context, grid=run.run.grid)  # of the queries that are the image's
         context = replace(context, hookpoint=Hookpoint(target.path))

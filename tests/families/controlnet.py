@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.families import TinyFamily, sd, Block
+from tests.families import Block, TinyFamily, sd
 from tests.tiny import tiny_sd, tiny_sdxl
 
 

@@ -24,10 +24,10 @@ def call(
 ) -> torch.Tensor:
     height, width = sd.SIZES[size]
     image = torch.rand(len(prompts), 3, height, width, generator=torch.Generator().manual_seed(seed + 100))
-    return img2img_call(pipe, prompts, image=image, steps=steps, seed=seed, **arguments)
+    return _without_size(pipe, prompts, image=image, steps=steps, seed=seed, **arguments)
 
 
-def img2img_call(
+def _without_size(
     pipe: Any,
     prompts: list[str],
     *,

@@ -50,6 +50,7 @@ def tiny_words(*, bos: bool = False, eos: bool = True, **options: Any) -> PreTra
         unk_token="<unk>",
         bos_token="<bos>",
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        model_input_names=["input_ids", "attention_mask"],
         **{"model_max_length": 512, **options},
     )
 

@@ -61,9 +61,15 @@ SHAPED = (
     "_attention_tap_kernel",
     "_threshold_encode_place_kernel",
     "_threshold_encode_product_kernel",
+    "_topk_candidates_again_kernel",
+    "_topk_candidates_finish_kernel",
+    "_topk_candidates_product_kernel",
+    "_topk_candidates_select_kernel",
     "_topk_encode_product_kernel",
     "_topk_encode_select_kernel",
 )
+# Programs that do not depend on the dtype: compiled for bfloat16 only.
+SELECTIONS = ("_topk_candidates_finish_kernel", "_topk_candidates_select_kernel", "_topk_encode_select_kernel")
 # Where spills are asserted, also the configuration of fp32 (the kernels that only read wider values are left out).
 FULL = ("sm_80", "sm_90")
 ROWS = 128  # one chunk at every shape
@@ -77,9 +83,17 @@ def launches(shape: str, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         calls.append((self, dict(zip(self.arg_names, args, strict=False)) | kwargs))
 
-    encode, decode, edit, stats, csr, threshold = (
-        importlib.import_module(f"sparsefeat_kernels.{name}")
-        for name in ("topk_encode", "sparse_decode", "sparse_edit", "feature_stats", "csr", "threshold_encode")
+    names = (
+        "topk_encode",
+        "topk_candidates",
+        "sparse_decode",
+        "sparse_edit",
+        "feature_stats",
+        "csr",
+        "threshold_encode",
+    )
+    encode, candidates, decode, edit, stats, csr, threshold = (
+        importlib.import_module(f"sparsefeat_kernels.{name}") for name in names
     )
     d, n, k = SHAPES[shape]
     with torch.device("meta"):
@@ -93,6 +107,8 @@ def launches(shape: str, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]
         triton.runtime.jit.JITFunction.run = record
         try:
             encode._topk_encode_triton(x, W, b, c, k, "relu")
+            blocks = candidates.default_blocks(n, k, dtype)
+            candidates._topk_candidates_triton(x, W, b, c, k, "relu", blocks)
             threshold._threshold_encode_triton(x, W, b, c, b, k)
             decode._sparse_decode_triton(values, indices, W, c)
             decode._grad_values_triton(x, values, indices, W)
@@ -172,7 +188,7 @@ def evidence(compiled: Any, architecture: str, folder: Path) -> dict[str, Any]:
 def main(folder: Path, architectures: list[str]) -> None:
     for architecture in architectures:
         dispatch_backend = "hip" if architecture == "gfx942" else "cuda"
-        for name in ("topk_encode", "threshold_encode", "attention_map"):
+        for name in ("topk_encode", "topk_candidates", "threshold_encode", "attention_map"):
             importlib.import_module(f"sparsefeat_kernels.{name}").backend = lambda name=dispatch_backend: name
         seen = set()
         for shape in SHAPES if architecture in FULL else list(SHAPES)[:1]:
@@ -182,8 +198,8 @@ def main(folder: Path, architectures: list[str]) -> None:
                     name = kernel.fn.__name__
                     if name not in SHAPED and not (first and dtype == torch.bfloat16):
                         continue
-                    if dtype == torch.float32 and name == "_topk_encode_select_kernel":
-                        continue  # the same program as for bfloat16
+                    if dtype == torch.float32 and name in SELECTIONS:
+                        continue
                     source, options = specialised(kernel, arguments)
                     key = f"{name} {source.signature} {source.constants} {source.attrs} {options}"
                     if key in seen:

@@ -13,8 +13,8 @@ from sparsefeat.pipeline import Activations, AttentionCall, Call, Context, Delta
 class Watch(Instrument):
     """Keeps every context and a copy of the activations; its recording is how many it saw in the call."""
 
-    def __init__(self, *hookpoints: str):
-        self._hookpoints = tuple(Hookpoint.parse(h) for h in hookpoints)
+    def __init__(self, *hookpoints: str | Hookpoint):
+        self._hookpoints = tuple(Hookpoint.parse(h) if isinstance(h, str) else h for h in hookpoints)
         self.begin_call(Call())
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:

@@ -27,8 +27,17 @@ MODES = (
     "group offload",
 )
 
-PLAIN_ONLY = ("controlnet", "img2img", "inpaint", "instruct_pix2pix", "kandinsky", "pag")
-"""Pipelines around the UNet that SD and SDXL run in every mode: theirs are "plain" and "bf16"."""
+PLAIN_ONLY = (
+    "controlnet",
+    "flux_img2img",
+    "img2img",
+    "inpaint",
+    "instruct_pix2pix",
+    "kandinsky",
+    "pag",
+    "sd3_img2img",
+)
+"""Pipelines around a model that another family runs in every mode: theirs are "plain" and "bf16"."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +60,9 @@ class Cell:
 
 def cells(family: TinyFamily) -> list[Cell]:
     """The configurations of a family to test, those that share a pipeline next to each other."""
+    plain = next((name for name, build in family.options.items() if not build), "")
     axes = {
-        "option": tuple(family.options) or ("",),
+        "option": (plain, *(name for name in family.options if name != plain)),
         "mode": MODES[:2] if family.name in PLAIN_ONLY else MODES,
         "guidance": (True, False) if family.guidance == "cfg" else (False,),
         "batch": tuple(BATCHES),

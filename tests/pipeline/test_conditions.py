@@ -66,6 +66,8 @@ def test_embeddings_instead_of_prompts_are_counted_as_a_tensor_and_as_a_list(emb
         ("LuminaText2ImgPipeline", True, 4, (), ("cond", "cond", "uncond", "uncond")),
         ("ZImagePipeline", True, 4, (), ("cond", "cond", "uncond", "uncond")),
         ("ZImagePipeline", False, 2, (), ("cond", "cond")),
+        ("DiTPipeline", True, 4, (), ("cond", "cond", "uncond", "uncond")),
+        ("HunyuanDiTPipeline", True, 4, (), ("uncond", "uncond", "cond", "cond")),
         ("FluxPipeline", True, 2, (), ("cond", "cond")),
         ("FluxPipeline", True, 2, (2,), ("uncond", "uncond")),
         ("FluxPipeline", True, 2, (2, 2), ("cond", "cond")),  # a loop without a scheduler
@@ -78,3 +80,8 @@ def test_the_conditions_of_a_run_by_pipeline_batch_and_the_runs_before_it(name, 
     found, images = denoiser_entries(pipe(name), call, batch, earlier)
     assert found == conditions
     assert images == (0, 1) * (batch // 2)
+
+
+def test_in_a_loop_of_ones_own_a_run_without_guidance_is_conditional_whatever_ran_before():
+    call = Call(prompts=["fox", "cat"], guidance=True, own_loop=True)
+    assert denoiser_entries(pipe("StableDiffusionPipeline"), call, 2, (4,))[0] == ("cond", "cond")

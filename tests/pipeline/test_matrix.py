@@ -119,7 +119,7 @@ def test_a_model_compiled_before_attach_is_refused_and_left_alone(name, compilin
     setattr(pipe, root, torch.compile(getattr(pipe, root), backend="eager"))
     before = everything(pipe)
     for block in _blocks(name):
-        with pytest.raises(RuntimeError, match="compiled before `attach`.*attach first"):
+        with pytest.raises(RuntimeError, match=r"compiled before `attach`.*attach first"):
             attach(pipe, promises.Spot(block))
     assert everything(pipe) == before
     results[name]["compiled"].append(("torch.compile before attach: refused", None))
@@ -165,7 +165,13 @@ def _compiled_after(name: str, results: Any, path: str, *, backend: str) -> None
 
 # The covering array
 
-AXES = {"mode": MODES, "guidance": (True, False), "batch": ("1", "2", "3"), "size": ("square", "wide"), "one": ("only",)}
+AXES = {
+    "mode": MODES,
+    "guidance": (True, False),
+    "batch": ("1", "2", "3"),
+    "size": ("square", "wide"),
+    "one": ("only",),
+}
 
 
 def test_every_two_values_of_every_two_axes_meet_in_the_covering_array():

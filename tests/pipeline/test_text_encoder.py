@@ -113,6 +113,10 @@ def test_each_text_encoder_runs_for_the_prompts_and_then_for_the_negative_ones(p
         assert prompts == [0, 3] * 2  # the first of each prompt's three images
 
 
+QWEN = pytest.mark.skipif(not families()["qwen_image"].available, reason="this diffusers has no QwenImagePipeline")
+
+
+@QWEN
 def test_tokens_of_a_template_are_positions_too(pipes):
     # Qwen-Image drops the first 34 tokens of what its encoder gives: its template's, before the prompt.
     family, pipe = families()["qwen_image"], pipes["qwen_image"]
@@ -122,6 +126,7 @@ def test_tokens_of_a_template_are_positions_too(pipes):
     assert text.contexts[0].positions == joint.contexts[0].positions + 34
 
 
+@QWEN
 def test_a_vision_tower_is_not_taken_for_the_text(pipes):
     listed = [info.hookpoint.path for info in hookpoints(pipes["qwen_image"]) if info.stream == "text"]
     assert any(path.endswith("layers.1") for path in listed)

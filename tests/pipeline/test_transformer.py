@@ -130,6 +130,21 @@ def test_every_listed_hookpoint_says_what_will_be_found_there(pipes, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_listed_grids_are_those_of_the_default_size(pipes, name):
+    family, pipe = FAMILIES[name], pipes[name]
+    listed = {info.hookpoint.path: info.grid for info in hookpoints(pipe) if info.stream == "image"}
+    # By hand: the pixels of `__call__` behind the VAE's 4, or the latent's side in a config, over the patch; FLUX's
+    # kind has 128 latents packed by two. Z-Image says its size nowhere but in its code.
+    side = {"sana": 1024 // 4, "aura_flow": 1024 // 4 // 2, "z_image": None}.get(name, 64)
+    if name in ("hunyuan_dit", "lumina", "lumina2", "pixart", "sd3"):
+        side = pipe.transformer.config.sample_size // pipe.transformer.config.patch_size
+    expected = None if side is None else (side, side)
+    for block in family.blocks:
+        if block.stream == "image":
+            assert listed[block.path] == expected
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("rule", [zero, same])
 def test_neutral_edits_of_every_block_and_stream_are_bit_identical(pipes, name, rule):
     family, pipe = FAMILIES[name], pipes[name]

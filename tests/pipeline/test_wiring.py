@@ -15,7 +15,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import nn
 
-from sparsefeat.pipeline import Delta, HookpointNotReachedError, attach
+from sparsefeat.pipeline import Delta, HookpointNotReachedError, attach, resolve
 from tests.pipeline.instruments import Edit, Watch, WatchAttention, push, zero
 from tests.pipeline.state import everything
 from tests.tiny import pixels, tiny_scheduler, tiny_sd, tiny_sdxl
@@ -70,8 +70,7 @@ def test_leaving_normally_restores_an_sdxl_pipeline():
 def test_leaving_by_an_exception_inside_a_block_restores_everything(pipe, error, where):
     images = pixels(pipe)
     before = everything(pipe)
-    root, _, path = where.partition(".")
-    module = getattr(pipe, root).get_submodule(path)
+    module = resolve(pipe, where).module
 
     def fail(*args):
         raise error("in the middle")

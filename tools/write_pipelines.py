@@ -1,0 +1,175 @@
+"""Write docs/pipelines.md from the results of the matrix test (tests/pipeline/test_matrix.py).
+
+    python tools/write_pipelines.py                                # the page from docs/pipelines.json
+    python tools/write_pipelines.py --take newest build/matrix.json   # first put a run's results into that file
+    python tools/write_pipelines.py --check                        # exit code 1 if the page is not what the file says
+
+`make matrix` and `make floor` do the second for the two environments. A test runs the check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "pipelines.json"
+PAGE = ROOT / "docs" / "pipelines.md"
+ENVIRONMENTS = {"newest": "the newest versions", "floor": "the oldest versions"}
+PACKAGES = ("python", "torch", "triton", "diffusers", "transformers", "numpy", "accelerate", "peft")
+
+INTRO = """# Pipelines
+
+`sf.attach(pipe, ...)` works on these families of diffusers' pipelines. For each there is a tiny randomly initialised
+pipeline of diffusers' own classes (`tests/families/`), on which every promise of `attach` is tested over guidance on
+and off, one prompt, two, two with two images each, square and wide pictures, and the ways of running a model listed
+below. `sf.hookpoints(pipe)` lists the hookpoints of yours.
+
+A cell says in how many configurations the promise was kept, of how many that were tried. This page is written from the
+results of the tests by `python tools/write_pipelines.py`; `make matrix` and `make floor` make them again.
+
+What the promises are:
+
+* *same bits*: edits that change nothing, at every block, its input and its difference, give bit-identical latents.
+* *reaches*: an edit at a block changes the latents, and does so no longer after the session.
+* *conditions*: each batch entry's condition and image are right; checked by comparing the text that the model is given
+  for the entry with the prompts' own. *In the text encoders*: the same there.
+* *grid*: the positions' grid is the known one, for square pictures and for others.
+* *step*: each run of a block is in the right step, also where guidance runs the model twice.
+* *leaving*, *exceptions*: afterwards the pipeline is what it was: every hook, attribute and processor object, also when
+  an instrument or a module fails or is interrupted in the middle.
+
+What is good to know:
+
+* In joint blocks (SD3, FLUX, Qwen-Image, CogVideoX, HunyuanVideo and others) a hookpoint means the image;
+  `Hookpoint(path, stream="text")` means the text.
+* A video's grid is (frames, height, width). Kandinsky 5 with sparse attention reorders its positions: no grid there.
+* Wan 2.2 has two models; `transformer.blocks.5` and `transformer_2.blocks.5` are different hookpoints, and each sees
+  its own part of the schedule.
+* CogVideoX, AnimateDiff and a few others make one video a prompt whatever `num_videos_per_prompt` says; so does
+  `Call.images_per_prompt`.
+* Attach first and compile then. A model that was compiled before would not run the hooks, and `attach` refuses it.
+"""
+
+SHORT = {
+    "a neutral edit gives the same bits": "same bits",
+    "an edit reaches the output": "reaches",
+    "conditions of the rows": "conditions",
+    "conditions in the text encoders": "in the text encoders",
+    "grid": "grid",
+    "step": "step",
+    "leaving restores": "leaving",
+    "an exception restores": "exceptions",
+    "gradients through checkpoints": "gradients through checkpoints",
+}
+MODES = (
+    "plain",
+    "bf16",
+    "fp16",
+    "LoRA",
+    "fused projections",
+    "gradient checkpointing",
+    "layerwise casting",
+    "group offload",
+    "torch.compile before attach: refused",
+    "torch.compile after attach",
+)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def kept(counts: list[int] | None) -> str:
+    if not counts:
+        return ""
+    good, tried = counts
+    return f"{good} of {tried}" if good < tried else str(tried)
+
+
+def by_title(environment: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return sorted(environment["families"].items(), key=lambda item: item[1]["title"].lower())
+
+
+def promises(environment: dict[str, Any]) -> str:
+    rows = []
+    for _, family in by_title(environment):
+        first = [family["title"], f"`{family['pipeline']}`"]
+        if not family["available"]:
+            rows.append([*first, "not in this diffusers", *[""] * (len(SHORT) - 1)])
+        else:
+            rows.append([*first, *(kept(family["promises"].get(promise)) for promise in SHORT)])
+    return table(["family", "pipeline", *SHORT.values()], rows)
+
+
+def modes(environment: dict[str, Any]) -> str:
+    available = [family for _, family in by_title(environment) if family["available"]]
+    rows, notes = [], {}
+    for family in available:
+        row = [family["title"]]
+        for mode in MODES:
+            cell = kept(family["modes"].get(mode))
+            reason = family["not here"].get(mode)
+            if reason and not cell:
+                cell = f"–<sup>{notes.setdefault(reason, len(notes) + 1)}</sup>"
+            row.append(cell)
+        rows.append(row)
+    lines = [f"{number}. {reason}" for reason, number in notes.items()]
+    note = "An empty cell was not tried: pipelines around another family's model are tried plain and in bf16, compiling with three families."
+    return "\n\n".join([table(["family", *MODES], rows), note, "\n".join(lines)])
+
+
+def versions(environment: dict[str, Any]) -> str:
+    found = environment["versions"]
+    return ", ".join(f"{package} {found[package]}" for package in PACKAGES if found.get(package))
+
+
+def page(results: dict[str, Any]) -> str:
+    parts = [INTRO.strip()]
+    for name, title in ENVIRONMENTS.items():
+        if name not in results:
+            continue
+        environment = results[name]
+        how = "the whole product" if environment["cells"] == "full" else "a covering array of all pairs"
+        command = "make floor" if name == "floor" else "make matrix"
+        parts += [
+            f"## With {title}",
+            f"{versions(environment)}; {how} of the configurations (`{command}`).",
+            promises(environment),
+            "### Ways of running the model",
+            modes(environment),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--take", nargs=2, metavar=("ENVIRONMENT", "FILE"))
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if arguments.take:
+        environment, file = arguments.take
+        if environment not in ENVIRONMENTS:
+            parser.error(f"--take {environment}: it is one of {', '.join(ENVIRONMENTS)}")
+        results[environment] = json.loads(Path(file).read_text())
+        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    written = page(results)
+    if arguments.check:
+        if PAGE.read_text() != written:
+            print(
+                "docs/pipelines.md is not what docs/pipelines.json says; run python tools/write_pipelines.py",
+                file=sys.stderr,
+            )
+            return 1
+        return 0
+    PAGE.write_text(written)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
