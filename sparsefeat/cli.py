@@ -366,6 +366,24 @@ def heatmap(
 
 @app.command()
 @plain_errors
+def hookpoints(
+    pipeline: Pipeline = None,
+    every: Annotated[bool, typer.Option("--all", help="Also attentions and feed-forwards inside the blocks.")] = False,
+) -> None:
+    """List the blocks of a pipeline: path, width, stream, grid at its default size, SAEs published for them."""
+    pipe = open_pipeline(pipeline, "cpu")
+    from sparsefeat.pipeline import hookpoints as list_hookpoints
+
+    for info in list_hookpoints(pipe):
+        if not every and ("attention" in info.kind or "feed_forward" in info.kind):
+            continue
+        grid = " x ".join(map(str, info.grid)) if info.grid else "-"
+        published = f"  {'; '.join(info.published)}" if info.published else ""
+        typer.echo(f"{info.hookpoint!s:60} {info.width or '?':>5}  {info.stream:5}  {grid:12}{published}".rstrip())
+
+
+@app.command()
+@plain_errors
 def evaluate(
     benchmark: Annotated[str, typer.Argument(help="Which benchmark: emoji, or overhead (6 GB of memory).")],
     out: Annotated[
@@ -437,6 +455,33 @@ def sae_info(
         for name, value in config.metadata.items():
             typer.echo(f"{name:11s} {value}")
         typer.echo("")
+
+
+@sae_app.command("check")
+@plain_errors
+def sae_check(
+    prompts: Annotated[list[str], typer.Argument(help="A few prompts of the kind the SAE was trained on.")],
+    sae: Saes = None,
+    pipeline: Pipeline = None,
+    at: At = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of each prompt.")] = 4,
+    device: Device = "cpu",
+) -> None:
+    """Measure whether an SAE belongs where it is put: exit code 1 if it evidently does not, with what would fit better."""
+    import warnings
+
+    pipe = open_pipeline(pipeline, device)
+    from sparsefeat.evaluation.check import CheckWarning, check
+
+    fits = True
+    for one in open_saes(sae, pipeline, device):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CheckWarning)  # its sentence is printed
+            result = check(one, pipe, prompts, at=at, num_inference_steps=steps)
+        typer.echo(str(result))
+        fits = fits and bool(result)
+    if not fits:
+        raise typer.Exit(1)
 
 
 @sae_app.command("convert")

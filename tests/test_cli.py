@@ -14,7 +14,20 @@ runner = CliRunner()
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["demo"], ["features"], ["steer"], ["erase"], ["heatmap"], ["evaluate"], ["sae"], ["sae", "info"]]
+    "command",
+    [
+        [],
+        ["demo"],
+        ["features"],
+        ["steer"],
+        ["erase"],
+        ["heatmap"],
+        ["hookpoints"],
+        ["evaluate"],
+        ["sae"],
+        ["sae", "info"],
+        ["sae", "check"],
+    ],
 )
 def test_every_command_explains_itself(command):
     result = runner.invoke(app, [*command, "--help"])
@@ -123,3 +136,27 @@ def first_sae():
     from sparsefeat.assets import sae_folders
 
     return sae_folders()[0]
+
+
+@pytest.mark.embedded
+def test_hookpoints_lists_the_blocks_with_width_stream_and_grid():
+    lines = runner.invoke(app, ["hookpoints"]).output.splitlines()
+    line = next(line for line in lines if line.startswith("unet.mid_block.attentions.0 "))
+    assert line.split()[1:] == ["128", "image", "8", "x", "8"]  # two levels: the latent of 16 x 16 is halved once
+    assert not any(".attn2" in line for line in lines)
+    more = runner.invoke(app, ["hookpoints", "--all"]).output.splitlines()
+    assert any(".attn2" in line for line in more)
+
+
+@pytest.mark.embedded
+def test_sae_check_passes_an_sae_in_its_place_and_fails_one_elsewhere():
+    from sparsefeat.assets import block_sae_folder
+
+    command = ["sae", "check", "a noto emoji of a fox", "a twemoji emoji of an owl", "--sae", str(block_sae_folder())]
+    # The embedded pipeline stands for any: its SAEs are named here as a user's would be.
+    fits = runner.invoke(app, command)
+    assert fits.exit_code == 0, fits.output
+    assert "The SAE fits." in fits.output
+    elsewhere = runner.invoke(app, [*command, "--at", "unet.mid_block.attentions.0"])
+    assert elsewhere.exit_code == 1
+    assert "unexplained" in elsewhere.output
