@@ -58,7 +58,7 @@ def auxk_encode(
     loss teaches dead latents and moves nothing else. One weight gradient serves both codes; the same bits every run.
 
     Cost: 2 rows n_latents d FLOPs, as for topk_encode alone. Scratch below 64 MiB, whatever rows is. On a GPU the
-    selection among the dead latents is made of torch calls, and waits for the device once a chunk.
+    selection among the dead latents is made of torch calls, for which the host does not wait.
 
     Raises: as `topk_encode`; ValueError or TypeError for `dead` and `k_aux`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from .csr import weight_gradient
 from .dispatch import implementation, jit, next_power_of_2, tl
 from .pair_products import pair_products
+from .tuning_table import tuned
 
 __all__ = ["sparse_decode"]
 
@@ -156,6 +158,8 @@ def _grad_values_cpu(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tenso
 
 # ------------------------------------------------------------------------------------------------------------ Triton
 
+DEFAULT_BLOCKS = {"BLOCK_K": 4, "BLOCK_D": 512, "num_warps": 4}  # without a tuning table: 128 threads times 4 columns
+
 
 @jit
 def _sparse_decode_sum_kernel(
@@ -230,16 +234,20 @@ def _sparse_decode_grad_values_kernel(
     tl.store(out_ptr + row * k + entry, tl.where(owned, tl.sum(total, axis=1), 0.0), mask=entry < k)
 
 
-def _sparse_decode_triton(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Tensor) -> Tensor:
+def _sparse_decode_triton(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Tensor, blocks: Mapping[str, int] | None = None
+) -> Tensor:
+    """`blocks`: sizes and warps, of a tuning table."""
     (rows, k), (n_latents, d) = values.shape, W_dec.shape
     y = W_dec.new_empty(rows, d)
     if y.numel() == 0:
         return y
-    block_d = min(next_power_of_2(max(d, 16)), 512)  # 128 threads times 4 columns
+    blocks = DEFAULT_BLOCKS if blocks is None else blocks
+    block_d = min(next_power_of_2(max(d, 16)), blocks["BLOCK_D"])
     with torch.cuda.device_of(W_dec):
         _sparse_decode_sum_kernel[(rows, -(-d // block_d))](
             values, indices, W_dec, b_out, y, n_latents, k, d, *values.stride(), *indices.stride(), *W_dec.stride(),
-            *b_out.stride(), BLOCK_K=4, BLOCK_D=block_d, num_warps=4,
+            *b_out.stride(), **{**blocks, "BLOCK_D": block_d},
         )  # fmt: skip
     return y
 
@@ -264,7 +272,8 @@ def _grad_values_triton(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Te
 def _sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Tensor) -> Tensor:
     _check(values, indices, W_dec, b_out)
     if implementation(W_dec) == "triton":
-        return _sparse_decode_triton(values, indices, W_dec, b_out)
+        entry = tuned("sparse_decode", W_dec, *values.shape)
+        return _sparse_decode_triton(values, indices, W_dec, b_out, None if entry is None else entry.blocks)
     return _sparse_decode_cpu(values, indices, W_dec, b_out)
 
 

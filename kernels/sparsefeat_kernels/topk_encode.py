@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .csr import weight_gradient
 from .dispatch import backend, implementation, jit, next_power_of_2, tl
+from .tuning_table import tuned
 
 if TYPE_CHECKING:
     from .prefilter import PreparedEncoder
@@ -202,14 +203,16 @@ def _select(a: Tensor, k: int, group: int, selection: str) -> tuple[Tensor, Tens
         place = _largest(candidates, k, signed)
         columns = groups.gather(1, place // group) * group + place % group
     values = a.gather(1, columns)
-    if selection == "relu" and bool((values[:, -1] <= 0).any()):
+    # On a CPU a look saves the work; elsewhere the host would wait for the device to answer. The result is the same.
+    look = a.device.type == "cpu"
+    if selection == "relu" and not (look and bool((values[:, -1] > 0).all())):
         columns = columns.sort(dim=1).values  # what the ReLU makes equal goes by index too
         values = a.gather(1, columns).clamp_(min=0)
         order = _largest(values, k, signed=False)
         values, columns = values.gather(1, order), columns.gather(1, order)
-    if bool(broken.any()):
-        values[broken] = torch.nan
-        columns[broken] = torch.arange(k, device=a.device)
+    if not look or bool(broken.any()):
+        values = torch.where(broken[:, None], torch.nan, values)
+        columns = torch.where(broken[:, None], torch.arange(k, device=a.device), columns)
     return values, columns
 
 
@@ -246,7 +249,7 @@ MAX_KEYS = 16384  # keys of one program of the selection: 32 registers a thread 
 @jit
 def _ordered(values):
     """int32 ordered as fp32 values are: -0.0 equals +0.0, NaN of either sign is the largest int32."""
-    bits = tl.where(values == 0, 0.0, values).to(tl.int32, bitcast=True)
+    bits = (values + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is +0.0
     return tl.where(values == values, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
 
 
@@ -411,6 +414,17 @@ def _topk_encode_select_kernel(
     tl.store(indices_ptr + row * k + place, latent.to(tl.int32), mask=place < k)
 
 
+def default_product(dtype: torch.dtype) -> dict[str, int]:
+    """Block sizes, warps and stages of the product without a tuning table.
+
+    fp32 products are fused multiply-adds of registers: tiles are small. Half precision: 96 KiB of shared memory for
+    three stages, which is what the smaller GPUs of each generation have (AMD: 64 KiB and two stages).
+    """
+    if dtype == torch.float32:
+        return {"BLOCK_ROWS": 64, "BLOCK_LATENTS": 128, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}
+    return {**PRODUCT_TILE, "num_warps": 8, "num_stages": 2 if backend() == "hip" else 3}
+
+
 def _topk_encode_triton(
     x: Tensor,
     W_enc: Tensor,
@@ -419,24 +433,24 @@ def _topk_encode_triton(
     k: int,
     selection: str,
     also: Callable[[Tensor, int], None] | None = None,
+    blocks: Mapping[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """`also`: of `_topk_encode_cpu`. `blocks`: the product's block sizes, warps and stages, of a tuning table."""
     rows, d = x.shape
     n_latents, signed, full = W_enc.shape[0], selection == "signed", x.dtype == torch.float32
     values = x.new_empty(rows, k, dtype=torch.float32)
     indices = x.new_empty(rows, k, dtype=torch.int32)
     if rows == 0:
         return values, indices
+    blocks = default_product(x.dtype) if blocks is None else blocks
+    tile = {name: blocks[name] for name in PRODUCT_TILE}
     smallest, largest = TRITON_GROUPS
-    group = min(max(_group_size(n_latents, k), smallest), largest)
+    group = min(max(_group_size(n_latents, k), smallest), largest, tile["BLOCK_LATENTS"])
     n_groups = -(-n_latents // group)
     block_groups = next_power_of_2(max(n_groups, 2))
     block_searched = next_power_of_2(max(min(k, n_groups), 2))
     block_k = next_power_of_2(max(k, 2))
     keys = max(block_groups, block_searched * group)
-    # fp32 products are fused multiply-adds of registers: tiles are small. Half precision: 96 KiB of shared memory for
-    # three stages, which is what the smaller GPUs of each generation have (AMD: 64 KiB and two stages).
-    tile = {"BLOCK_ROWS": 64, "BLOCK_LATENTS": 128, "BLOCK_D": 16} if full else PRODUCT_TILE
-    stages = 2 if full or backend() == "hip" else 3
     padded = n_groups * group
     chunk = max(1, min(rows, TRITON_SCRATCH_BYTES // (4 * (padded + n_groups + d))))
     if chunk > tile["BLOCK_ROWS"]:
@@ -455,10 +469,10 @@ def _topk_encode_triton(
         for start in range(0, rows, chunk):
             part = x[start : start + chunk]
             part = part - b_pre if full else part
-            blocks = -(-part.shape[0] // tile["BLOCK_ROWS"]) * -(-n_latents // tile["BLOCK_LATENTS"])
-            _topk_encode_product_kernel[(blocks,)](
+            programs = -(-part.shape[0] // tile["BLOCK_ROWS"]) * -(-n_latents // tile["BLOCK_LATENTS"])
+            _topk_encode_product_kernel[(programs,)](
                 part, W_enc, bias, scratch, maxima, part.shape[0], n_latents, d, *part.stride(), *W_enc.stride(),
-                *bias.stride(), padded, n_groups, SIGNED=signed, GROUP=group, **tile, num_warps=8, num_stages=stages,
+                *bias.stride(), padded, n_groups, SIGNED=signed, GROUP=group, **blocks,
             )  # fmt: skip
             out = slice(start, start + part.shape[0])
             if also is not None:
@@ -487,9 +501,17 @@ def _topk_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int, selection: str
 ) -> tuple[Tensor, Tensor]:
     _check(x, W_enc, b_enc, b_pre, k, selection)
-    if implementation(x) == "triton":
-        return _topk_encode_triton(x, W_enc, b_enc, b_pre, k, selection)
-    return _topk_encode_cpu(x, W_enc, b_enc, b_pre, k, selection)
+    if implementation(x) != "triton":
+        return _topk_encode_cpu(x, W_enc, b_enc, b_pre, k, selection)
+    entry = tuned("topk_encode", W_enc, x.shape[0], k)
+    if entry is not None and entry.design == "B":  # design A is above; B is in a file that imports this one
+        from .topk_candidates import _topk_candidates_triton, candidate_blocks
+
+        candidates = candidate_blocks(entry.blocks, W_enc.shape[0], k)
+        if candidates is not None:
+            return _topk_candidates_triton(x, W_enc, b_enc, b_pre, k, selection, candidates)
+        entry = None
+    return _topk_encode_triton(x, W_enc, b_enc, b_pre, k, selection, blocks=None if entry is None else entry.blocks)
 
 
 def _topk_encode_fake(

@@ -187,6 +187,11 @@ class HeatMaps(Instrument):
 def _grid_of(call: AttentionCall, context: Context) -> Grid:
     positions = call.query.shape[2]
     grid = context.grid
+    if grid is not None and len(grid) == 3:
+        raise ValueError(
+            f"{call.path} attends from the {grid[0]} frames of a video, of which HeatMaps makes no maps yet; use it with "
+            "pipelines that make images."
+        )
     if grid is None or len(grid) != 2 or grid[0] * grid[1] != positions:
         raise ValueError(
             f"{call.path} attends from {positions} positions, which is not the image grid {grid}; leave this module "

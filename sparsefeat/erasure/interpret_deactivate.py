@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -84,6 +85,7 @@ class InterpretThenDeactivate(SavableInstrument):
         gate: bool = True,
         gate_reduce: GateReduce = "mean",
         gate_strength: float | None = None,
+        max_sequence_length: int | None = None,
         at: str | Hookpoint | None = None,
     ) -> InterpretThenDeactivate:
         """Select the latents of the prompts to erase, and the gate's threshold.
@@ -93,6 +95,8 @@ class InterpretThenDeactivate(SavableInstrument):
             top_m: M above; 128 in the paper for celebrities and nudity, 256 for artistic styles.
             gate: False edits every prompt, as the paper has it for nudity.
             gate_strength: the strength tau is computed with, if not `strength`; -6 in the published code for styles.
+            max_sequence_length: that of the calls it will run in, if not the pipeline's default: the T5 of FLUX and SD3
+                attends to its padding, so what it gives depends on it.
 
         Memory: the SAE's weights, the kernel's scratch (64 MiB), and two numbers a latent; no dense code of a batch.
         """
@@ -106,13 +110,20 @@ class InterpretThenDeactivate(SavableInstrument):
         where = hookpoint_of(sae, at)
         chosen = torch.zeros(sae.n_latents, dtype=torch.bool)
         for prompts, value in ((erase, True), (remain, False)):
-            for rows, lengths in _text_rows(pipe, sae, where, prompts):
+            for rows, lengths in _text_rows(pipe, sae, where, prompts, max_sequence_length):
                 for latents in _top_latents(sae, rows, lengths, top_m):
                     chosen[latents] = value
+        if not chosen.any():
+            warnings.warn(
+                f"no latent is selected, so nothing will be erased: all of the {top_m} largest of every erased prompt are "
+                "also among a remaining prompt's (or none is active); raise top_m, or leave out remaining prompts like them",
+                stacklevel=3,  # 2 is torch.no_grad's
+            )
         made = cls(sae, chosen.nonzero()[:, 0], strength=strength, gate_reduce=gate_reduce, at=where)
         if gate and len(made.latents):
             judge = made if gate_strength is None else made._stronger(gate_strength)
-            errors = [judge._errors(rows, lengths) for rows, lengths in _text_rows(pipe, sae, where, erase)]
+            text_rows = _text_rows(pipe, sae, where, erase, max_sequence_length)
+            errors = [judge._errors(rows, lengths) for rows, lengths in text_rows]
             made.tau = MARGIN * float(torch.cat(errors).min())
         return made
 
@@ -213,13 +224,13 @@ def _top_latents(sae: SAE, rows: Tensor, lengths: Sequence[int], top_m: int) -> 
 
 
 def _text_rows(
-    pipe: Any, sae: SAE, at: Hookpoint, prompts: Sequence[str], at_once: int = 64
+    pipe: Any, sae: SAE, at: Hookpoint, prompts: Sequence[str], length: int | None, at_once: int = 64
 ) -> Iterator[tuple[Tensor, list[int]]]:
     """The layer's outputs without padding, of up to `at_once` prompts one after the other, `[tokens, d_model]`, and how
     many each has: one encode reads a large dictionary once for all of them."""
     tokenizer = tokenizer_of(pipe, at)
     for first in range(0, len(prompts), at_once):
         some = prompts[first : first + at_once]
-        lengths = [n_tokens(tokenizer, prompt) for prompt in some]
-        outputs = zip(layer_outputs(pipe, at, some), lengths, strict=True)
-        yield torch.cat([output[:length] for output, length in outputs]).to(sae.device), lengths
+        outputs = list(layer_outputs(pipe, at, some, length))
+        counts = [min(n_tokens(tokenizer, prompt), len(out)) for prompt, out in zip(some, outputs, strict=True)]
+        yield torch.cat([out[:count] for out, count in zip(outputs, counts, strict=True)]).to(sae.device), counts

@@ -13,6 +13,7 @@ gamma is negative; the paper's edit multiplies by mu as well, so it is quadratic
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -202,6 +203,12 @@ class Erase(SavableInstrument):
             for later in concepts[1:]:
                 selection = selection.union(select(statistics, later, timestep, **how))
             selections[timestep] = selection
+        if not any(len(selection) for selection in selections.values()):
+            warnings.warn(
+                f"no latent is selected at any timestep, so nothing will be erased: none is more {' or '.join(concepts)} "
+                "than the other concepts by this percentile; collect prompts that differ, lower percentile or pass n_latents",
+                stacklevel=2,
+            )
         return cls(sae, selections, concepts, **options)
 
     @classmethod

@@ -77,6 +77,7 @@ def check(
     if rows < 2:
         raise ValueError(f"rows is {rows}: an FVU needs at least 2")
     hookpoint = hookpoint_of(sae, at)
+    _check_width(sae, pipe, hookpoint)
     seen = _seen(sae, pipe, hookpoint, prompts, rows, seed, call)
     readings = dict(_readings(sae, hookpoint, seen))
     first = next(iter(readings))
@@ -85,8 +86,19 @@ def check(
         return Check(hookpoint, quality)
     alternatives = {name: measured().fvu for name, measured in readings.items()}
     problem = _problem(hookpoint, quality.fvu, alternatives)
-    warnings.warn(problem, CheckWarning, stacklevel=2)
+    warnings.warn(problem, CheckWarning, stacklevel=3)  # 2 is torch.no_grad's
     return Check(hookpoint, quality, alternatives, problem)
+
+
+def _check_width(sae: SAE, pipe: Any, hookpoint: Hookpoint) -> None:
+    """Before anything runs, where the model tells the width."""
+    target = resolve(pipe, hookpoint.path)
+    width = target.family.width(target.module, "input" if hookpoint.io == "input" else "output")
+    if width not in (None, sae.d_model):
+        raise ValueError(
+            f"the SAE is {sae.d_model} wide, but {hookpoint} is {width} wide in this {type(pipe).__name__}: it was made "
+            "for another model or another hookpoint (sparsefeat.hookpoints(pipe) lists all with their widths)"
+        )
 
 
 def _problem(hookpoint: Hookpoint, fvu: float, alternatives: dict[str, float]) -> str:
@@ -126,7 +138,12 @@ def _readings(
         return lambda: _measure(model, *rows, shift)
 
     own = pairs(hookpoint.io, hookpoint.stream)
-    assert own is not None
+    if own is None:
+        widths = ", ".join(f"{io} {rows.shape[1]}" for (io, stream), rows in seen.items() if stream == hookpoint.stream)
+        raise ValueError(
+            f"{hookpoint} (stream {hookpoint.stream!r}) gives no rows of the SAE's width, {sae.d_model}: its widths are "
+            f"{widths or 'none'}; name another hookpoint"
+        )
     yield "", measured(sae, own)
     streams = sorted({stream for _, stream in seen}, key=lambda stream: stream != hookpoint.stream)
     for stream, io in itertools.product(streams, ("output", "diff", "input")):

@@ -9,8 +9,10 @@ from sparsefeat.sae import SAE
 def hookpoint_of(sae: SAE, at: str | Hookpoint | None) -> Hookpoint:
     """`at`, or where the SAE says that it belongs.
 
-    Refuses an SAE whose codes would depend on what else is in the batch (BatchTopK in training mode).
+    Refuses what is no SAE, such as the name of one, and an SAE whose codes would depend on what else is in the batch (BatchTopK in training mode).
     """
+    if not isinstance(sae, SAE):
+        raise TypeError(f"sae is {sae!r}, not an SAE; open it first, sparsefeat.load_sae({str(sae)!r})."[:400])
     if sae.training and sae.config.activation == "batch_topk":
         raise ValueError(
             "sae is in training mode, where BatchTopK shares its k among all rows of a batch; call sae.eval() first."

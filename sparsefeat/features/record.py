@@ -21,6 +21,9 @@ from sparsefeat.store import Field, ShardReader, ShardWriter
 # What a Record may hold before it spills or stops: 50 steps of 100 images at 256 positions and k = 32 take 328 MB.
 MAX_BYTES = 512 << 20
 
+# What `Context.condition` may say of a batch row.
+CONDITIONS = ("cond", "uncond", "image", "perturbed")
+
 
 class TopLatent(NamedTuple):
     """One latent of `Recording.top`.
@@ -87,7 +90,7 @@ class Record(Instrument):
     Args:
         sae: whose codes.
         at: hookpoint; default the SAE's.
-        condition: which rows ("cond" or "uncond").
+        condition: which rows ("cond" or "uncond"; some pipelines have "image" or "perturbed" besides).
         positions: keep every position's code, from which maps are drawn; False keeps, of every step and image, each
             active latent's sum, maximum and count only (some tens of times smaller; no `map`, no `codes`).
         max_bytes: of codes held in memory (8 bytes an entry: a Stable Diffusion 1.5 image at k = 32 takes 64 KiB a
@@ -111,6 +114,8 @@ class Record(Instrument):
             max_bytes,
             store,
         )
+        if condition not in CONDITIONS:
+            raise ValueError(f"condition={condition!r} is not known; use one of {', '.join(map(repr, CONDITIONS))}.")
         self.at = hookpoint_of(sae, at)
         self._recording: Recording | None = None
         self._writer: ShardWriter | None = None

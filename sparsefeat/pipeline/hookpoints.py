@@ -22,7 +22,7 @@ _WRAPPERS = ("_orig_mod", "base_layer")
 
 @dataclass(frozen=True)
 class Hookpoint:
-    """A named module of a pipeline and which of its tensors is meant; written `path[:io]`.
+    """A named module of a pipeline and which of its tensors is meant; written `path[:io][:stream]`.
 
     `path` starts with the pipeline's component ("unet.mid_block.attentions.0"). `io` is the module's "output", its
     "input", or "diff", output minus input: what the block adds to its residual stream. `stream` tells the image from
@@ -41,9 +41,14 @@ class Hookpoint:
 
     @classmethod
     def parse(cls, text: str, stream: str = "image") -> Hookpoint:
-        """`Hookpoint.parse("unet.mid_block.attentions.0:diff")`; without a colon the output is meant."""
-        path, _, io = text.partition(":")
-        return cls(path, io or "output", stream)
+        """`Hookpoint.parse("unet.mid_block.attentions.0:diff")`; without a colon the output is meant, and `stream`.
+
+        `Hookpoint.parse("transformer.transformer_blocks.18:output:text")`, or `":text"`, is a joint block's text stream.
+        """
+        path, *said = text.split(":")
+        if len(said) > 1 or (said and said[0] in STREAMS):
+            stream = said.pop()
+        return cls(path, ":".join(said) or "output", stream)
 
     def __str__(self) -> str:
         return self.path if self.io == "output" else f"{self.path}:{self.io}"
@@ -62,6 +67,11 @@ class HookpointInfo:
     """The positions' grid at the pipeline's default size; None for text, or if only a run would tell."""
     published: tuple[str, ...] = ()
     """The published SAEs that were trained at this hookpoint of this base model."""
+
+    def __str__(self) -> str:
+        said = [self.stream, self.kind, f"width {'?' if self.width is None else self.width}"]
+        said += [] if self.grid is None else [" x ".join(map(str, self.grid))]
+        return f"{self.hookpoint}: {', '.join([*said, *self.published])}"
 
 
 @dataclass(frozen=True)
@@ -172,6 +182,11 @@ def _unknown(pipe: Any, path: str, parts: Mapping[str, nn.Module]) -> str:
     component = path.partition(".")[0]
     if component not in parts and getattr(pipe, component, parts) is None:
         return f"{message}: its {component} is None; load the pipeline with it"
+    if path.rpartition(".")[2].startswith("hook_"):
+        return (
+            f"{message}: it is TransformerLens's name of a place in a language model; name the place in this pipeline "
+            "(sparsefeat.hookpoints(pipe) lists all), as at= or load_sae(…, hookpoint=)"
+        )
     known = [str(info.hookpoint) for info in hookpoints(pipe)]
     everything = [f"{name}.{inner}" for name, root in parts.items() for inner in _named_modules(root) if inner]
     # A component that was left out must not make every real name look far away.

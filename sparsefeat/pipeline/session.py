@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+from torch import nn
+
 from sparsefeat.pipeline.compiled import refuse_compiled
 from sparsefeat.pipeline.context import Call
 from sparsefeat.pipeline.hookpoints import Hookpoint, Target, resolve
@@ -26,6 +28,11 @@ def attach(pipe: Any, *instruments: Instrument) -> Session:
     Instruments at one hookpoint run in the order given, each on what the one before left; those of an earlier session
     that is still open run before. Errors of names and widths are raised here, before anything is changed.
     """
+    if isinstance(pipe, nn.Module):
+        raise TypeError(
+            f"pipe is {type(pipe).__name__}, one of a pipeline's models; attach to the pipeline, whose calls tell the step "
+            "and the prompt"
+        )
     for position, instrument in enumerate(instruments):
         if not isinstance(instrument, Instrument):
             raise TypeError(
@@ -38,6 +45,12 @@ def attach(pipe: Any, *instruments: Instrument) -> Session:
         raise ValueError("attach(pipe) was given no instrument; give at least one after the pipeline")
     wiring = Wiring.of(pipe)
     wiring.check_thread()
+    for instrument in instruments:
+        if any(instrument is other for session in wiring.sessions for other in session.instruments):
+            raise ValueError(
+                f"this {type(instrument).__name__} is attached to this pipeline in a session that is still open, and "
+                "would act twice; close that one, or make a second instrument"
+            )
     for instrument in instruments:
         instrument.prepare(pipe)
     places = tuple(

@@ -13,6 +13,7 @@ ACTIVATIONS = (*TOPK_ACTIVATIONS, "groupmax", *PURSUITS, *THRESHOLD_ACTIVATIONS)
 INFERENCES = ("topk", "threshold")
 NORMALIZERS = ("none", "b_pre", "standardize", "unit_norm", "constant_norm", "pca")
 HOOKPOINT_IOS = ("output", "input", "diff")
+HOOKPOINT_STREAMS = ("image", "text")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class SAEConfig:
     skip: the reconstruction has `x W_skip^T` added to it (skip transcoders, arXiv 2501.18823).
     statistics: names of numbers kept for every latent beside the weights, `SAE.statistic(name)`, such as
         "mean_nonzero", the mean activation where the latent is active.
-    hookpoint: where the activations come from, `path[:output|input|diff]`; base_model: whose activations they are.
+    hookpoint: where the activations come from, `path[:output|input|diff][:image|text]`, the image where a block has both
+        and it is not said; base_model: whose activations they are.
     metadata: anything else worth keeping that JSON can hold.
     """
 
@@ -102,12 +104,12 @@ class SAEConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ValueError(f"{name} is {value!r}: pass a name, or None if it is not known")
-        if self.hookpoint is not None:
-            _, colon, io = self.hookpoint.rpartition(":")
-            if colon and io not in HOOKPOINT_IOS:
-                raise ValueError(
-                    f"hookpoint {self.hookpoint!r} ends in ':{io}': after the colon write output, input or diff"
-                )
+        if self.hookpoint is not None and not is_hookpoint(self.hookpoint):
+            said = self.hookpoint.partition(":")[2]
+            raise ValueError(
+                f"hookpoint {self.hookpoint!r} ends in ':{said}': after the colon write output, input or diff, and text "
+                "after these (or alone) where a joint block's text is meant"
+            )
         try:
             plain = json.loads(json.dumps(self.metadata, allow_nan=False))
         except (TypeError, ValueError) as error:
@@ -153,6 +155,14 @@ class SAEConfig:
         elif self.activation == "batch_topk":
             shapes["threshold"] = ()
         return shapes
+
+
+def is_hookpoint(name: str) -> bool:
+    """Whether what stands after the first colon, if there is one, says which tensor is meant."""
+    said = name.split(":")[1:]
+    if said and said[-1] in HOOKPOINT_STREAMS:
+        said.pop()
+    return not said or (len(said) == 1 and said[0] in HOOKPOINT_IOS)
 
 
 def _check_positive_int(name: str, value: object) -> None:

@@ -41,6 +41,7 @@ def load_sae(
     k, hookpoint, base_model: in the place of what the files say; most foreign formats do not know the pipeline they were
         trained on, and overcomplete's not their k. `sparsefeat.check(sae, pipe, prompts)` tells whether they fit.
     """
+    _check_device(device)
     place = _place(source, revision, subfolder)
     found = detect(place)
     config, tensors = found.read(place, Given(k=k))
@@ -121,9 +122,36 @@ def _place(source: str | Path, revision: str | None, subfolder: str | None) -> P
             "check the name, revision and your connection"
         ) from error
     place = root / prefix.rstrip("/") if prefix else root
-    if not place.exists():
-        raise FileNotFoundError(f"{source!r} on the hub has no SAE in subfolder {subfolder!r}: see its list of files")
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        there = f"in subfolder {subfolder!r}" if subfolder else "at its top"
+        folders = _hub_folders(source, revision)
+        more = f" and {len(folders) - 8} more" if len(folders) > 8 else ""
+        remedy = f"pass subfolder=, one of {folders[:8]}{more}" if folders else "see its list of files"
+        raise FileNotFoundError(f"{source!r} on the hub has no SAE {there}: {remedy}")
     return place
+
+
+def _hub_folders(repo_id: str, revision: str | None) -> list[str]:
+    """The folders of a hub repository that have a known format's files; none if the hub cannot be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        files = HfApi().list_repo_files(repo_id, revision=revision)
+    except Exception:  # as above; what is being said is another mistake
+        return []
+    held: dict[str, set[str]] = {}
+    for folder, _, name in (file.rpartition("/") for file in files):
+        held.setdefault(folder, set()).add(name)
+    return sorted(f for f, names in held.items() if f and any(k.files and names.issuperset(k.files) for k in FORMATS))
+
+
+def _check_device(device: torch.device | str | None) -> None:
+    """Before gigabytes are read."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"device is {str(device)!r}, which torch cannot use here ({reason}): pass another") from error
 
 
 def _check_biases(config: SAEConfig, tensors: dict[str, torch.Tensor], folder: Path) -> None:

@@ -97,17 +97,17 @@ class PromptVector(Instrument):
     def _of_call(self, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
         lengths = tuple(_length(self._pipe, place, arguments) for place in self.at)
         if lengths not in self._vectors:
-            self._vectors[lengths] = self._compute(lengths)
+            self._vectors[lengths] = self._compute(lengths, arguments)
         parts = self._vectors[lengths].split(self._widths, 1)
         return {str(place): part for place, part in zip(self.at, parts, strict=True)}
 
-    def _compute(self, lengths: tuple[int, ...]) -> Tensor:
+    def _compute(self, lengths: tuple[int, ...], arguments: Mapping[str, Any]) -> Tensor:
         if len(set(lengths)) > 1:
             raise ValueError(
                 f"the encoders at {', '.join(map(str, self.at))} run on {lengths} tokens: they must agree."
             )
         given = [
-            next(layer_outputs(self._pipe, place, [self.concept], length))
+            next(layer_outputs(self._pipe, place, [self.concept], length, arguments))
             for place, length in zip(self.at, lengths, strict=True)
         ]
         self._widths = [part.shape[1] for part in given]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -67,21 +68,22 @@ class Steer(SavableInstrument):
         condition: str = "cond",
         at: str | Hookpoint | None = None,
     ):
+        self.at = hookpoint_of(sae, at)
         edits = {"add": add, "add_map": add_map, "scale": scale, "set": set, "clamp": clamp}
         for name, edit in edits.items():
             _check_latents(name, edit, sae.n_latents)
+        add, add_map, scale, set, clamp = (_plain(edit) for edit in edits.values())
         if not any(edits.values()):
             raise ValueError("this Steer edits nothing; give at least one latent, as in add={12: 8.0}.")
         self.sae = sae
-        self.add = {i: _number("add", i, amount) for i, amount in (add or {}).items()}
-        self.add_map = {i: check_map(f"add_map[{i}]", given) for i, given in (add_map or {}).items()}
-        self.rule = _rule(scale or {}, set or {}, clamp or {})
+        self.add = {i: _number("add", i, amount) for i, amount in add.items()}
+        self.add_map = {i: check_map(f"add_map[{i}]", given) for i, given in add_map.items()}
+        self.rule = _rule(scale, set, clamp)
         if len(self.rule):
             reconstructing(sae)
         self.window = StepWindow.parse(steps)
         self.mask = mask if mask is None or callable(mask) else check_map("mask", mask)
         self.condition = check_condition(condition)
-        self.at = hookpoint_of(sae, at)
         self._n_images = 0
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
@@ -201,8 +203,13 @@ def _check_latents(name: str, edit: Mapping[int, Any] | None, n_latents: int) ->
     if not isinstance(edit, Mapping):
         raise ValueError(f"{name}={edit!r} must map latents to amounts, as in {name}={{12: 8.0}}.")
     for latent in edit:
-        if isinstance(latent, bool) or not isinstance(latent, int) or not 0 <= latent < n_latents:
+        if isinstance(latent, bool) or not hasattr(latent, "__index__") or not 0 <= latent < n_latents:
             raise ValueError(f"{name} names latent {latent!r}; this SAE has latents 0 to {n_latents - 1}.")
+
+
+def _plain(edit: Mapping[int, Any] | None) -> dict[int, Any]:
+    """By Python's own integers, whatever library's the keys are (a tensor is no key that can be looked up)."""
+    return {operator.index(latent): amount for latent, amount in (edit or {}).items()}
 
 
 def _number(name: str, latent: int, amount: Any) -> float:

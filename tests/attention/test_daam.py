@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from sparsefeat.attention import HeatMap, HeatMaps
 from sparsefeat.pipeline import AttentionCall, attach
+from tests.families import families
 from tests.tiny import MAX_TOKENS, pixels, tiny_sd, tiny_sdxl
 
 
@@ -199,3 +200,12 @@ def test_the_mask_of_the_call_is_honoured_and_only_conditional_rows_count(dimens
     assert held.total.dtype == torch.float32
     torch.testing.assert_close(held.total.double(), expected, rtol=1e-5, atol=1e-5)
     assert held.count == [8, 8]
+
+
+def test_a_video_is_refused_as_one():
+    tiny = families()["wan"]
+    if not tiny.available:
+        pytest.skip(f"this diffusers has no {tiny.pipeline}")
+    wan = tiny.build()
+    with attach(wan, HeatMaps()), pytest.raises(ValueError, match=r"attends from the 2 frames of a video"):
+        tiny.call(wan, ["a fox"], guidance=False)

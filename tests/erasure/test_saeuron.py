@@ -87,6 +87,15 @@ def test_the_n_highest_scores_are_selected_when_asked_for(data):
     assert everything.latents.tolist() == np.flatnonzero(s > 0).tolist()  # no latent that speaks against the concept
 
 
+def test_a_concept_that_differs_from_no_other_is_said_to_erase_nothing(sae):
+    statistics = Statistics(["fox", "cat"], N)
+    x = torch.randn(40, D, generator=torch.Generator().manual_seed(5))
+    for concept in (0, 1):
+        statistics.add(sae.encode(x), torch.full((40,), concept), 481.0)
+    with pytest.warns(UserWarning, match="nothing will be erased: none is more fox than"):
+        assert not len(Erase.from_statistics(sae, statistics, "fox", n_latents=3).selections[481.0])
+
+
 def at(timestep, condition=("uncond", "cond"), positions=7):
     return Context(
         hookpoint=Hookpoint.parse(AT),

@@ -133,3 +133,18 @@ def test_what_users_get_wrong_is_said(pipe):
         check(sae, pipe, PROMPTS)
     with pytest.raises(ValueError, match="rows is 1"):
         check(sae, pipe, PROMPTS, at=BLOCK, rows=1)
+
+
+@pytest.mark.parametrize("at", [BLOCK, f"{BLOCK}:diff", f"{BLOCK}:input"])
+def test_an_sae_of_another_width_is_refused_with_the_block_width(pipe, at):
+    sae = SAE(SAEConfig(d_model=16, n_latents=40, k=4))
+    with pytest.raises(ValueError, match=rf"the SAE is 16 wide, but {at} is 32 wide in this StableDiffusionPipeline"):
+        check(sae, pipe, PROMPTS, at=at)
+
+
+def test_a_difference_that_the_block_does_not_have_is_said(pipe):
+    sae = SAE(SAEConfig(d_model=32, n_latents=40, k=4))
+    with pytest.raises(
+        ValueError, match=r"resnets.0:diff .* gives no rows of the SAE's width, 32: its widths are input "
+    ):
+        check(sae, pipe, PROMPTS, at="unet.up_blocks.1.resnets.0:diff")

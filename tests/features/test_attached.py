@@ -45,3 +45,11 @@ def test_a_transcoder_is_refused_where_a_code_would_be_edited_in_place():
     sf.Steer(transcoder, add={3: 1.0}, at="unet.mid_block")
     plain = SAE(SAEConfig(4, 8, k=2))
     assert reconstructing(plain) is plain
+
+
+@pytest.mark.parametrize("make", [lambda sae: sf.Record(sae), lambda sae: sf.Steer(sae, add={1: 2.0})])
+def test_the_name_of_an_sae_is_not_one(make):
+    with pytest.raises(
+        TypeError, match=r"sae is 'runs/mid', not an SAE; open it first, sparsefeat.load_sae\('runs/mid'\)"
+    ):
+        make("runs/mid")

@@ -172,6 +172,11 @@ def test_errors_name_the_mistake(pipe):
         run[record].codes(5)
 
 
+def test_a_condition_that_no_row_has_is_refused():
+    with pytest.raises(ValueError, match=r"condition='positive' is not known; use one of 'cond', 'uncond'"):
+        Record(SAE(SAEConfig(d_model=8, n_latents=16, k=2)), at="unet.mid_block", condition="positive")
+
+
 def test_joined_codes_of_both_forms_are_their_rows_in_order():
     topk, relu = make_sae(), make_sae(activation="relu", k=None)
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(3))

@@ -9,12 +9,14 @@ the specialisation Triton would have given it (divisibility by 16, ones as const
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ assert not os.environ.get("TRITON_INTERPRET"), "the interpreter cannot compile"
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from sparsefeat_kernels import dispatch  # noqa: E402
+from sparsefeat_kernels import dispatch, tuning, tuning_table  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -76,13 +78,38 @@ ROWS = 128  # one chunk at every shape
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def launches(shape: str, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]:
-    """(kernel, arguments) of every call that the launchers make at this shape."""
+@contextlib.contextmanager
+def recorded() -> Iterator[list[tuple[Any, dict[str, Any]]]]:
+    """(kernel, arguments) of every call that is made inside the block; none is launched."""
     calls: list[tuple[Any, dict[str, Any]]] = []
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         calls.append((self, dict(zip(self.arg_names, args, strict=False)) | kwargs))
 
+    original = triton.runtime.jit.JITFunction.run
+    triton.runtime.jit.JITFunction.run = record
+    try:
+        yield calls
+    finally:
+        triton.runtime.jit.JITFunction.run = original
+
+
+def tuned_launches(architecture: str) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
+    """Shape, dtype, kernel and arguments of every call that the packaged tuning tables of this architecture lead to."""
+    for path in sorted(tuning_table.FOLDER.glob("*.json")):
+        table = tuning_table.read_table(path)
+        if table.backend != TARGETS[architecture].backend or architecture != "sm_{}{}".format(*table.capability):
+            continue
+        for entry in table.entries:
+            shape = tuning.Shape(entry.rows, entry.d, entry.n_latents, entry.k, entry.dtype)
+            chosen = tuning.Configuration(entry.design, entry.blocks)
+            with recorded() as calls:
+                tuning.call_of(entry.op, shape, tuning.inputs_without_data(shape), chosen)()
+            yield from ((f"{entry.d}/{entry.n_latents}/{entry.k}", entry.dtype, *call) for call in calls)
+
+
+def launches(shape: str, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]:
+    """(kernel, arguments) of every call that the launchers make at this shape."""
     names = (
         "topk_encode",
         "topk_candidates",
@@ -103,9 +130,7 @@ def launches(shape: str, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]
         latents, rule, weight = torch.empty(8, dtype=torch.int64), (torch.empty(8),) * 5, torch.empty(ROWS)
         tables = torch.empty(4, n), torch.empty(4, n, dtype=torch.int32), torch.empty(4, n)
         group = torch.empty(ROWS, dtype=torch.int32)
-        original = triton.runtime.jit.JITFunction.run
-        triton.runtime.jit.JITFunction.run = record
-        try:
+        with recorded() as calls:
             encode._topk_encode_triton(x, W, b, c, k, "relu")
             blocks = candidates.default_blocks(n, k, dtype)
             candidates._topk_candidates_triton(x, W, b, c, k, "relu", blocks)
@@ -116,8 +141,6 @@ def launches(shape: str, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]
             edit._edit_triton(x, values, indices, latents, W[:8], rule, weight)
             stats._feature_stats_triton(*tables, values, indices, group)
             attention_launches(dtype)
-        finally:
-            triton.runtime.jit.JITFunction.run = original
     return calls
 
 
@@ -188,7 +211,7 @@ def evidence(compiled: Any, architecture: str, folder: Path) -> dict[str, Any]:
 def main(folder: Path, architectures: list[str]) -> None:
     for architecture in architectures:
         dispatch_backend = "hip" if architecture == "gfx942" else "cuda"
-        for name in ("topk_encode", "topk_candidates", "threshold_encode", "attention_map"):
+        for name in ("topk_encode", "threshold_encode", "attention_map"):
             importlib.import_module(f"sparsefeat_kernels.{name}").backend = lambda name=dispatch_backend: name
         seen = set()
         for shape in SHAPES if architecture in FULL else list(SHAPES)[:1]:
@@ -208,6 +231,14 @@ def main(folder: Path, architectures: list[str]) -> None:
                     compiled = triton.compile(source, target=TARGETS[architecture], options=options)
                     row = {"architecture": architecture, "kernel": name, "shape": shape, "dtype": str(dtype)[6:]}
                     print(json.dumps(row | evidence(compiled, architecture, folder)), flush=True)
+        for shape, dtype_name, kernel, arguments in tuned_launches(architecture):
+            source, options = specialised(kernel, arguments)
+            key = f"{kernel.fn.__name__} {source.signature} {source.constants} {source.attrs} {options}"
+            if key not in seen:
+                seen.add(key)
+                compiled = triton.compile(source, target=TARGETS[architecture], options=options)
+                row = {"architecture": architecture, "kernel": kernel.fn.__name__, "shape": shape, "dtype": dtype_name}
+                print(json.dumps(row | {"tuned": True} | evidence(compiled, architecture, folder)), flush=True)
 
 
 if __name__ == "__main__":

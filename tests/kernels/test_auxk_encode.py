@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from sparsefeat_kernels import auxk_encode, bf16_products, prepare_encoder, sparse_decode, topk_encode
+from sparsefeat_kernels import auxk_encode, bf16_products, force_triton, prepare_encoder, sparse_decode, topk_encode
 from sparsefeat_kernels.auxk_encode import reference
+from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
 
 
 def case(device: str, rows=7, d=19, n=53, dtype=torch.float32, seed=0):
@@ -44,6 +45,32 @@ def test_any_number_of_rows_in_small_chunks(monkeypatch):
         expected = reference(*(t.double() for t in (x, W, b, c)), 4, dead, 5)
         assert torch.equal(found[1], expected[1])
         assert torch.equal(found[3], expected[3])
+
+
+@pytest.mark.skipif(not TRITON_AVAILABLE, reason="Triton is not installed")
+@pytest.mark.parametrize("k", [4, 9000])  # the second has its own selection made of torch calls too
+def test_the_host_never_waits_for_the_device(k, monkeypatch):
+    """On tensors that have no data, any value that was asked for would be an error."""
+    kernels = topk_encode.__globals__
+    launched = []
+
+    class Recorded:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append(self.name)
+
+    for name in [name for name in kernels if name.startswith("_topk_encode") and name.endswith("_kernel")]:
+        monkeypatch.setitem(kernels, name, Recorded(name))
+    sizes = ((300, 64), (20480, 64), (20480,), (64,))
+    inputs = [torch.empty(size, dtype=torch.float16, device="meta") for size in sizes]
+    dead = torch.empty(5000, dtype=torch.int64, device="meta")
+    with force_triton():
+        found = auxk_encode.__globals__["_auxk_encode"](*inputs, k, dead, 320, "relu", None, None)
+    assert [tuple(t.shape) for t in found] == [(300, k)] * 2 + [(300, 320)] * 2
+    assert "_topk_encode_product_kernel" in launched
+    assert ("_topk_encode_select_kernel" in launched) == (k == 4)
 
 
 def test_gradients_are_those_of_the_formulas():

@@ -35,6 +35,18 @@ def test_without_a_colon_the_output_is_meant():
     assert Hookpoint.parse("unet.mid_block") == Hookpoint("unet.mid_block", "output")
 
 
+@pytest.mark.parametrize(("written", "io"), [(":text", "output"), (":output:text", "output"), (":diff:text", "diff")])
+def test_a_written_hookpoint_can_mean_a_joint_blocks_text(written, io):
+    assert Hookpoint.parse(f"transformer.transformer_blocks.3{written}") == Hookpoint(
+        "transformer.transformer_blocks.3", io, "text"
+    )
+
+
+def test_a_transformer_lens_name_is_called_one(sd):
+    with pytest.raises(UnknownHookpointError, match=r"'blocks.5.hook_resid_post': it is TransformerLens's name"):
+        resolve(sd, "blocks.5.hook_resid_post")
+
+
 def test_what_a_hookpoint_cannot_be_is_refused_with_the_choices():
     with pytest.raises(ValueError, match=r"io='residual' of hookpoint 'unet.mid_block' is not one of output, input"):
         Hookpoint.parse("unet.mid_block:residual")
@@ -51,6 +63,11 @@ def test_the_listing_names_the_published_blocks_with_their_widths(sd):
     assert listing["text_encoder.encoder.layers.2"].stream == "text"
     assert listing["text_encoder.encoder.layers.2"].width == 32
     assert not any(name.startswith("vae") for name in listing)
+
+
+def test_a_line_of_the_listing_prints_in_one_line(sd):
+    lines = [str(info) for info in hookpoints(sd)]
+    assert "unet.mid_block.attentions.0: image, transformer, width 32, 4 x 4" in lines
 
 
 def test_every_listed_width_is_the_width_of_what_the_block_gives(sdxl):

@@ -504,3 +504,16 @@ def test_autocast_is_for_the_model_and_not_for_instruments():
         assert (torch.ones(2, 64) @ torch.ones(64, 2)).dtype == torch.bfloat16  # still on outside
     assert seen
     assert all(seen)
+
+
+def test_a_model_in_the_pipelines_place_is_refused(sd):
+    with pytest.raises(TypeError, match=r"pipe is UNet2DConditionModel, one of a pipeline's models"):
+        attach(sd.unet, Watch("unet.mid_block"))
+
+
+def test_an_instrument_of_an_open_session_is_refused_in_a_second_one(sd):
+    watch = Watch("unet.mid_block.attentions.0")
+    with attach(sd, watch), pytest.raises(ValueError, match=r"this Watch is attached .* still open"):
+        attach(sd, watch)
+    with attach(sd, watch) as again:  # one after the other is fine
+        assert again.instruments == (watch,)

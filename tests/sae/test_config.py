@@ -27,6 +27,7 @@ from sparsefeat.sae import SAEConfig
         ({"eps": float("nan")}, "eps is nan"),
         ({"hookpoint": ""}, "hookpoint is ''"),
         ({"hookpoint": "unet.mid_block:residual"}, "output, input or diff"),
+        ({"hookpoint": "unet.mid_block:text:diff"}, "ends in ':text:diff'"),
         ({"base_model": 3}, "base_model is 3"),
         ({"metadata": {"a": object()}}, "metadata cannot be JSON"),
         ({"metadata": [1]}, "metadata is a list"),
@@ -62,3 +63,9 @@ def test_unknown_and_missing_keys_are_named():
         SAEConfig.from_json({"d_model": 8, "n_latents": 32, "activation": "relu", "groups": 2})
     with pytest.raises(ValueError, match=r"lacks \['activation'\]"):
         SAEConfig.from_json({"d_model": 8, "n_latents": 32})
+
+
+@pytest.mark.parametrize("said", ["", ":diff", ":text", ":output:text", ":input:image"])
+def test_a_hookpoint_may_say_the_tensor_and_the_stream(said):
+    name = f"transformer.transformer_blocks.3{said}"
+    assert SAEConfig(8, 32, k=4, hookpoint=name).hookpoint == name

@@ -251,8 +251,17 @@ def test_hub_ids_fetch_only_the_files_of_known_formats(folder, monkeypatch):
     assert sae.config.activation == "batch_topk"
     assert (asked["repo"], asked["revision"]) == ("someone/saes", "v1")
     assert {"sae/config.json", "sae/sae.safetensors"} <= set(asked["patterns"])
-    with pytest.raises(FileNotFoundError, match="no SAE in subfolder 'up'"):
-        load_sae("someone/saes", subfolder="up")
+
+
+def test_a_hub_repository_of_several_saes_names_their_folders(tmp_path, monkeypatch):
+    """Of folders below the top nothing is fetched, and the snapshot's folder is not even made."""
+    files = ["README.md", *(f"{layer}/{name}" for layer in ("mid", "up") for name in ("cfg.json", "sae.safetensors"))]
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "snapshot"))
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: files)
+    with pytest.raises(FileNotFoundError, match=r"no SAE at its top: pass subfolder=, one of \['mid', 'up'\]"):
+        load_sae("someone/saes")
+    with pytest.raises(FileNotFoundError, match=r"no SAE in subfolder 'down': pass subfolder=, one of \['mid', 'up'\]"):
+        load_sae("someone/saes", subfolder="down")
 
 
 def test_a_hub_that_cannot_be_reached_is_said(monkeypatch):
@@ -337,3 +346,14 @@ def test_a_hub_id_opens_from_the_hubs_cache_without_a_connection(tmp_path, revis
     missing = code.replace("layers.3", "layers.4", 1)
     done = subprocess.run([sys.executable, "-c", missing], capture_output=True, text=True, env=environment)
     assert "has no SAE in subfolder 'layers.4'" in done.stderr
+
+
+def test_a_device_that_is_not_here_is_said_before_any_file_is_looked_for(tmp_path):
+    with pytest.raises(ValueError, match=r"device is 'warp', which torch cannot use here .*: pass another"):
+        load_sae(tmp_path / "nothing", device="warp")
+
+
+def test_a_config_that_an_editor_on_windows_saved_is_read(folder):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert load_sae(folder).config.to_json().items() <= json.loads(text).items()

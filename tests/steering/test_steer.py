@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,6 +107,15 @@ def test_each_image_has_its_own_map_and_mask(sae):
     out = change(Steer(sae, add={5: 4.0}, mask=maps), some_rows(), context, n_images=2)
     torch.testing.assert_close(out[0], 8 * sae.W_dec[5].expand(6, D))
     assert not out[1].any()
+
+
+@pytest.mark.parametrize("latent", [np.int64(3), torch.tensor(3)])
+def test_a_latent_may_be_another_librarys_integer(sae, latent):
+    x = some_rows()
+    given = Steer(sae, add={latent: 2.0}, scale={latent: 0.5}, at=AT)
+    torch.testing.assert_close(
+        change(given, x, moment()), change(Steer(sae, add={3: 2.0}, scale={3: 0.5}, at=AT), x, moment()), atol=0, rtol=0
+    )
 
 
 def test_edits_compose(sae):

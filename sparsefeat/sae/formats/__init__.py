@@ -53,8 +53,19 @@ def detect(place: Path) -> Format:
         raise FileNotFoundError(
             f"{place} holds {len(inside)} SAEs in folders below it: pass one as subfolder, such as subfolder={inside[0]!r}"
         )
+    files = [path for path in sorted(place.iterdir()) if path.is_file() and _is_one(path)]
+    if files:
+        raise FileNotFoundError(
+            f"{place} is the folder of an SAE that is a single file: pass the file, {' or '.join(map(str, files[:8]))}"
+        )
     found = sorted(path.name for path in place.iterdir())[:8]
     raise FileNotFoundError(f"{place} holds no SAE that can be read (found {found or 'nothing'}): expected {expected}")
+
+
+def _is_one(file: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return any(candidate.detect(file) for candidate in FORMATS)
+    return False
 
 
 def _below(place: Path) -> list[str]:

@@ -12,7 +12,8 @@ from sparsefeat.sae.config import SAEConfig
 def whole_number(path: Path, values: Mapping[str, Any], name: str, at_least: int = 1) -> int:
     """`values[name]`, which must be there and be a whole number."""
     if name not in values:
-        raise ValueError(f"{path} lacks {name!r} (it has {sorted(values)}): it is not the config of these weights")
+        remedy = "pass the k of training, load_sae(…, k=)" if name == "k" else "it is not the config of these weights"
+        raise ValueError(f"{path} lacks {name!r} (it has {sorted(values)}): {remedy}")
     value = values[name]
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ValueError(f"{name} in {path} is {value!r}: a whole number of at least {at_least} was expected")

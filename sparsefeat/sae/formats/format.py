@@ -54,7 +54,7 @@ class Format:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin a file with a mark
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: an SAE folder needs it, copy it there too") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -104,11 +104,16 @@ def read_torch(path: Path) -> Any:
             raise _damaged(path, error) from None
         reason = next((line for line in str(error).split("\n") if "Unsupported" in line or "GLOBAL" in line), "objects")
         raise ValueError(
-            f"{path} is a pickle that could run code when it is opened ({reason.strip()}): in the program that wrote it, "
+            f"{path} is a pickle that could run code when it is opened ({_global(reason)}): in the program that wrote it, "
             "save its weights alone, torch.save(model.state_dict(), path)"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise _damaged(path, error) from None
+
+
+def _global(reason: str) -> str:
+    """What the pickle asks for, without torch's advice to trust it."""
+    return reason.strip().partition(" was not an allowed global")[0].removeprefix("WeightsUnpickler error: ")
 
 
 def mentions(path: Path, *names: str) -> bool:

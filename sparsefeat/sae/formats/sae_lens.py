@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsefeat.sae.config import HOOKPOINT_IOS, SAEConfig
+from sparsefeat.sae.config import SAEConfig, is_hookpoint
 from sparsefeat.sae.formats.fold import AFFINE, cannot_express, encoder_bias
 from sparsefeat.sae.formats.foreign_config import config_of, flag, whole_number
 from sparsefeat.sae.formats.format import Format, Given, read_json, read_safetensors
@@ -172,8 +172,7 @@ def _hookpoint(values: Mapping[str, Any]) -> str | None:
     name = values.get("hf_hook_name") or values.get("hook_name")
     if not isinstance(name, str) or not name:
         return None
-    _, colon, io = name.rpartition(":")
-    return name if not colon or io in HOOKPOINT_IOS else None
+    return name if is_hookpoint(name) else None
 
 
 def _rest(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from sparsefeat.sae import load_sae
 from sparsefeat.sae.formats import FORMATS
 from tests.sae.formats.expected import FIXTURES
 
@@ -33,3 +35,12 @@ def test_a_folder_of_anything_else_is_nobodys(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"x")
     assert not claimed(tmp_path)
     assert not claimed(tmp_path / "weights.bin")
+
+
+def test_a_folder_around_an_sae_that_is_one_file_names_the_file(tmp_path):
+    copied = tmp_path / "sae.pt"
+    shutil.copyfile(FIXTURES / "overcomplete" / "jumprelu" / "sae.pt", copied)
+    (tmp_path / "notes.txt").write_text("of a run")
+    with pytest.raises(FileNotFoundError, match=f"is a single file: pass the file, {copied}$"):
+        load_sae(tmp_path)
+    assert load_sae(copied).config.activation == "jumprelu"

@@ -163,3 +163,13 @@ def test_what_the_format_cannot_express_is_not_written(tmp_path, activation, nor
     with pytest.raises(ValueError, match=f"cannot express {words}"):
         dictionary_learning.FORMAT.write(tmp_path, sae.config, sae.state_dict())
     assert not any(tmp_path.iterdir())
+
+
+def test_a_pickled_module_is_refused_without_the_advice_to_trust_it(tmp_path):
+    place = copied(CASES[0], tmp_path)
+    torch.save(torch.nn.Linear(2, 2), place / "ae.pt")
+    with pytest.raises(
+        ValueError, match=r"GLOBAL torch.nn.modules.linear.Linear\): in the program that wrote it"
+    ) as said:
+        load_sae(place)
+    assert "add_safe_globals" not in str(said.value)

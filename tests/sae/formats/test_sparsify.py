@@ -214,3 +214,11 @@ def test_what_the_format_cannot_express_is_not_written(tmp_path, activation, nor
     with pytest.raises(ValueError, match=words):
         sparsify.FORMAT.write(tmp_path, sae.config, sae.state_dict())
     assert not any(tmp_path.iterdir())
+
+
+def test_a_missing_k_is_asked_for_and_taken_from_the_caller(tmp_path):
+    place = copied(FIXTURE["topk"], tmp_path)
+    reconfigure(place, k=None)
+    with pytest.raises(ValueError, match=r"lacks 'k' .*: pass the k of training, load_sae\(…, k=\)"):
+        load_sae(place)
+    assert load_sae(place, k=3).config.k == 3
