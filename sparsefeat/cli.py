@@ -32,7 +32,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 Pipeline = Annotated[str | None, typer.Option(help="A diffusers folder or hub id. Default: the embedded pipeline.")]
 Saes = Annotated[list[str] | None, typer.Option("--sae", help="An SAE folder or hub id; may be given more than once.")]
-At = Annotated[str | None, typer.Option(help="The hookpoint, `path[:output|input|diff][:text]`. Default: the SAE's own.")]
+At = Annotated[
+    str | None, typer.Option(help="The hookpoint, `path[:output|input|diff][:text]`. Default: the SAE's own.")
+]
 Steps = Annotated[
     int | None, typer.Option(min=1, help="Denoising steps. Default: 20 for the embedded pipeline, else 50.")
 ]
