@@ -173,7 +173,7 @@ def _topk_candidates_product_kernel(
     TILE_GROUPS: tl.constexpr = BLOCK_LATENTS // GROUP
     # Columns that differ in their lowest three bits are in different threads, those that differ in the others are not
     # (unless warps share a row): a group is made of these.
-    INNER: tl.constexpr = min(8, TILE_GROUPS)
+    INNER: tl.constexpr = 8 if TILE_GROUPS >= 8 else TILE_GROUPS  # min() of constants is no constant in triton 3.3
     OUTER: tl.constexpr = TILE_GROUPS // INNER
     # Programs that share latents are neighbours: a tile of W_enc comes from memory once.
     row_blocks = tl.cdiv(rows, BLOCK_ROWS)
