@@ -1,6 +1,6 @@
 """Write the README's tables from the measured results, and the copy of the results that the package carries.
 
-    python tools/write_tables.py            # after `sparsefeat evaluate emoji`, `make bench`, `python -m bench.gpu`
+    python tools/write_tables.py            # after `sparsefeat evaluate emoji` or `overhead`, `make bench`, `bench.itd`, `bench.gpu`
     python tools/write_tables.py --check    # exit code 1 if the README is not what the results say
 
 Each table stands between `<!-- table: NAME -->` and `<!-- end -->`. A test runs the check.
