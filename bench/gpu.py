@@ -8,8 +8,9 @@
     bench      bench.shapes.gpu_figures, the most wanted first
     scaling    cost against rows, n_latents, k, d_model
 
-in this order, each within its share of the time. Whatever is finished is in FOLDER at any moment (eight files at most),
-and the same command with `--resume FOLDER` goes on from there. Needs torch, triton, pytest, pytest-benchmark, numpy,
+in this order, each within its share of the time and in a process of its own: after an illegal access a process cannot use
+its GPU any more, and a stage that dies must not take the others with it. Whatever is finished is in FOLDER at any moment
+(eight files at most), and the same command with `--resume FOLDER` goes on from there. Needs torch, triton, pytest, pytest-benchmark, numpy,
 safetensors and huggingface_hub; the package need not be installed, and neither does diffusers.
 """
 
@@ -20,11 +21,12 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ from sparsefeat_kernels.topk_candidates import _topk_candidates_triton, default_
 from bench import peers, scaling
 from bench.measure import OURS, Results, available, measure_ceilings
 from bench.run import file_name, run, write_plot, write_table
-from bench.shapes import gpu_figures, sae_shape
+from bench.shapes import Wanted, gpu_figures, sae_shape
 from sparsefeat.evaluation import ops_bench
 from sparsefeat.evaluation.machine import device_name
 
@@ -44,7 +46,27 @@ ROOT = Path(__file__).resolve().parents[1]
 BUDGET_S = 520.0
 TUNING_SHAPE_S = 15.0
 TEST_FILE_S = 170.0
-SHARES = {"tests": 0.36, "repeats": 0.05, "sanitizer": 0.10, "tuning": 0.12, "bench": 1.0, "scaling": 1.0}
+SHARES = {"tests": 0.36, "repeats": 0.08, "sanitizer": 0.12, "tuning": 0.12, "bench": 1.0, "scaling": 1.0}
+# The longest first: what test_topk_candidates.py compiles takes 80 s of one core, more than any other file. Then the ops
+# that most depends on; the others follow by name.
+TESTS_FIRST = (
+    "test_topk_candidates.py",
+    "test_attention_map.py",
+    "test_topk_encode.py",
+    "test_threshold_encode.py",
+    "test_registration.py",
+    "test_matching_pursuit.py",
+    "test_attention_rows.py",
+    "test_tuning.py",
+    "test_sparse_decode.py",
+)
+TEST_THREADS = 2  # of torch on the CPU, a test process: the fp64 references are small
+ONE_OF_EACH = "--one-of-each"
+STAGE = "--stage"
+# A figure that ended its process is not begun again, and so many times the rest is.
+BENCH_LIVES = 4
+SCALING_S = 45.0  # that the bench leaves
+STARTING_S = 20.0  # until a process has imported torch and begins
 # The ahead-of-time test compiles for other GPUs and needs none.
 SKIPPED = ("test_ahead_of_time.py",)
 # Offloading and half precision of whole pipelines, where diffusers is installed.
@@ -60,10 +82,14 @@ class Lease:
 
     out: Path
     budget: float
+    spent: float = 0.0  # of the budget, before this process began
 
     def __post_init__(self) -> None:
-        self.began = time.perf_counter()
+        self.began = time.perf_counter() - self.spent
         self.path = self.out / "gpu.json"
+        self.read()
+
+    def read(self) -> None:
         self.done: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
 
     @property
@@ -88,16 +114,18 @@ def environment() -> dict[str, str]:
 
 
 def command(arguments: list[str], limit: float, **variables: str) -> tuple[int | None, str]:
-    """Exit code (None: stopped at its limit) and output."""
+    """Exit code (None: stopped at its limit) and output. What the program started ends with it: a sanitizer's or a
+    compiler's child would keep the GPU, or the cores, that the next stage is timed on."""
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, env={**environment(), **variables}, text=True, errors="replace", start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     try:
-        finished = subprocess.run(
-            arguments, cwd=ROOT, env={**environment(), **variables}, timeout=max(limit, 1.0), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as stopped:
-        output = stopped.stdout or b""
-        return None, output.decode(errors="replace") if isinstance(output, bytes) else output
-    return finished.returncode, finished.stdout
+        output, _ = process.communicate(timeout=max(limit, 1.0))
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return None, process.communicate()[0]
 
 
 def last_line(output: str) -> str:
@@ -105,24 +133,34 @@ def last_line(output: str) -> str:
     return lines[-1].strip("= ") if lines else ""
 
 
+def files_to_test() -> list[Path]:
+    """What is run, in the order in which it is begun."""
+    files = [path for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py")) if path.name not in SKIPPED]
+    files.sort(key=lambda path: TESTS_FIRST.index(path.name) if path.name in TESTS_FIRST else len(TESTS_FIRST))
+    return [*files, ATTACH] if importlib.util.find_spec("diffusers") is not None else files
+
+
 def tests(lease: Lease) -> None:
     """Each file's exit code and closing line in gpu.json, their outputs in tests.log."""
     results: dict[str, Any] = lease.done.get("tests", {})
-    files = [path for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py")) if path.name not in SKIPPED]
-    if importlib.util.find_spec("diffusers") is not None:
-        files.append(ATTACH)
-    files = [path for path in files if results.get(path.name, {}).get("code") != 0]
+    files = [path for path in files_to_test() if results.get(path.name, {}).get("code") != 0]
     deadline = time.perf_counter() + lease.share("tests")
 
     def one(path: Path) -> tuple[str, int | None, str]:
         limit = min(TEST_FILE_S, deadline - time.perf_counter())
         if limit < 5:
             return path.name, None, "not begun: no time was left"
-        arguments = [sys.executable, "-m", "pytest", str(path), "-q", "-x", "--maxfail=5", "-p", "no:cacheprovider"]
-        return path.name, *command(arguments, limit)
+        arguments = [sys.executable, "-m", "pytest", str(path), "-q", "--maxfail=5", "-p", "no:cacheprovider"]
+        return path.name, *command(arguments, limit, OMP_NUM_THREADS=str(TEST_THREADS))
 
-    with ThreadPoolExecutor(max(1, min(6, (os.cpu_count() or 2) // 2))) as pool:
-        for name, code, output in pool.map(one, files):
+    def ops_once() -> tuple[str, int | None, str]:
+        """What the sanitizer will watch is compiled here: under it that takes too long."""
+        return "one of each", *command(one_of_each_command(), min(TEST_FILE_S, deadline - time.perf_counter()))
+
+    with ThreadPoolExecutor(max(1, min(12, (os.cpu_count() or 2) - 2))) as pool:
+        begun = [pool.submit(ops_once)] if results.get("one of each", {}).get("code") != 0 else []
+        for finished in as_completed([*begun, *(pool.submit(one, path) for path in files)]):
+            name, code, output = finished.result()
             results[name] = {"code": code, "said": last_line(output)}
             with (lease.out / "tests.log").open("a") as log:
                 log.write(f"######## {name}: {'stopped at its limit' if code is None else f'exit code {code}'}\n")
@@ -194,6 +232,10 @@ def repeats(lease: Lease) -> None:
         print(f"topk_encode, design B, {REPEATS} times: {results['topk_encode, design B']}", flush=True)
 
 
+def one_of_each_command() -> list[str]:
+    return [sys.executable, "-m", "bench.gpu", ONE_OF_EACH]
+
+
 def shape_of(op: str, sae: dict[str, int]) -> dict[str, int]:
     if not op.startswith("attention"):
         return dict(sae)
@@ -226,17 +268,7 @@ def sanitizer(lease: Lease) -> None:
         lease.keep("sanitizer", {"code": None, "said": "compute-sanitizer is not installed, or there is no GPU"})
         return
     # Without the caching allocator every tensor is an allocation of its own, and one byte past its end is seen.
-    arguments = [
-        tool,
-        "--tool",
-        "memcheck",
-        "--error-exitcode",
-        "9",
-        sys.executable,
-        "-m",
-        "bench.gpu",
-        "--one-of-each",
-    ]
+    arguments = [tool, "--tool", "memcheck", "--error-exitcode", "9", *one_of_each_command()]
     code, output = command(arguments, lease.share("sanitizer"), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     lease.keep("sanitizer", {"code": code, "said": output[-4000:]})
     print(f"compute-sanitizer: {code}, {last_line(output)}", flush=True)
@@ -253,15 +285,41 @@ def tuning(lease: Lease) -> None:
     print(f"tuning: {code}, {last_line(output)}", flush=True)
 
 
-def bench(lease: Lease) -> None:
+def results_of(lease: Lease) -> Results:
+    return Results(lease.out / f"{file_name(device_name())}.json", command="python -m bench.gpu")
+
+
+def bench(lease: Lease, figures: Callable[[], Iterator[Wanted]] = gpu_figures) -> None:
+    """Figure by figure; `died` names those that ended the process of an earlier run of this stage."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = Results(lease.out / f"{file_name(device_name())}.json", command="python -m bench.gpu")
+    results = results_of(lease)
     results.not_installed = peers.load()[1]
-    left = run(gpu_figures(), device, results, measure_ceilings(device), lease.left - 45.0)
+    before = lease.done.get("bench", {})
+    died = [*before.get("died", []), *([before["begun"]] if "begun" in before else [])]
+    failed: dict[str, str] = {}
+    ceilings, left = measure_ceilings(device), 0
+    for wanted in figures():
+        name = f"{wanted.op} {' '.join(map(str, wanted.shape.values()))} {wanted.dtype}"
+        if name in died:
+            continue
+        lease.keep("bench", {"died": died, "failed": failed, "begun": name})
+        try:
+            left += run([wanted], device, results, ceilings, lease.left - SCALING_S)
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"[:500]
+            print(f"{name}: {failed[name]}", flush=True)
+        if device == "cuda":
+            torch.cuda.synchronize()  # raises after an illegal access: no figure after this one could be measured
+            torch.cuda.empty_cache()
     results.write()
-    write_table(results)
-    write_plot(results)
-    lease.keep("bench", {"figures left": left})
+    lease.keep("bench", {"died": died, "failed": failed, "figures left": left})
+
+
+def tables(lease: Lease) -> None:
+    results = results_of(lease)
+    if results.records:
+        write_table(results)
+        write_plot(results)
 
 
 def scale(lease: Lease) -> None:
@@ -270,6 +328,8 @@ def scale(lease: Lease) -> None:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     points = scaling.sweep(device, "bfloat16", 0.2, lease.left - 10.0)
+    if not points:
+        return
     path.write_text(json.dumps({"device": device_name(), "points": points}, indent=1) + "\n")
     scaling.draw(points, path.with_suffix(".png"))
     lease.keep("scaling", {"points": len(points)})
@@ -281,8 +341,45 @@ STAGES: dict[str, Callable[[Lease], None]] = {
     "sanitizer": sanitizer,
     "tuning": tuning,
     "bench": bench,
+    "tables": tables,
     "scaling": scale,
 }
+# These start programs and use no GPU themselves.
+PROGRAMS = ("tests", "sanitizer", "tuning")
+
+
+def in_a_process(name: str, lease: Lease) -> int | None:
+    """Exit code of a stage in a process of its own (None: stopped, at its share's or the lease's end)."""
+    spent = lease.budget - lease.left
+    arguments = ["--out", str(lease.out), "--budget", str(lease.budget), "--spent", str(spent), STAGE, name]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench.gpu", *arguments], cwd=ROOT, env=environment(), start_new_session=True
+    )
+    try:
+        return process.wait(timeout=max(1.0, min(lease.left, SHARES.get(name, 1.0) * lease.budget + STARTING_S)))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
+    finally:
+        lease.read()
+
+
+def take(name: str, lease: Lease) -> None:
+    """One stage, whatever becomes of it."""
+    if name in PROGRAMS:
+        try:
+            STAGES[name](lease)
+        except Exception as error:  # one stage's failure must not cost the others their lease
+            lease.keep(f"{name} failed", f"{type(error).__name__}: {error}")
+            print(f"{name} failed: {type(error).__name__}: {error}", flush=True)
+        return
+    for _ in range(BENCH_LIVES if name == "bench" else 1):
+        code = in_a_process(name, lease)
+        if code in (0, None):
+            return
+        lease.keep(f"{name} failed", f"exit code {code}")
+        print(f"{name} failed: exit code {code}", flush=True)
 
 
 def main() -> None:
@@ -291,9 +388,9 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="results of an earlier run to go on from")
     parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="SECONDS")
     parser.add_argument("--only", choices=STAGES, action="append", help="one stage; may be given more than once")
-    parser.add_argument(
-        "--one-of-each", action="store_true", help="run every op once on small inputs, and nothing else"
-    )
+    parser.add_argument(ONE_OF_EACH, action="store_true", help="run every op once on small inputs, and nothing else")
+    parser.add_argument(STAGE, choices=STAGES, help="take one stage in this process, as `--only` does in another")
+    parser.add_argument("--spent", type=float, default=0.0, metavar="SECONDS", help="of the budget, before")
     arguments = parser.parse_args()
     if arguments.one_of_each:
         one_of_each("cuda" if torch.cuda.is_available() else "cpu")
@@ -307,18 +404,17 @@ def main() -> None:
         for path in arguments.resume.glob("*"):
             if path.is_file() and not (arguments.out / path.name).exists():
                 shutil.copy(path, arguments.out / path.name)
-    lease = Lease(arguments.out, arguments.budget)
-    for name, stage in STAGES.items():
+    lease = Lease(arguments.out, arguments.budget, arguments.spent)
+    if arguments.stage is not None:
+        STAGES[arguments.stage](lease)
+        return
+    for name in STAGES:
         if name in ("bench", "scaling") and (arguments.out / "tuning.json").is_file():
             os.environ["SPARSEFEAT_TUNING"] = str((arguments.out / "tuning.json").resolve())
         if arguments.only and name not in arguments.only:
             continue
         began = time.perf_counter()
-        try:
-            stage(lease)
-        except Exception as error:  # one stage's failure must not cost the others their lease
-            lease.keep(f"{name} failed", f"{type(error).__name__}: {error}")
-            print(f"{name} failed: {type(error).__name__}: {error}", flush=True)
+        take(name, lease)
         print(f"-- {name}: {time.perf_counter() - began:.0f} s, {lease.left:.0f} s left", flush=True)
 
 

@@ -44,6 +44,8 @@ def run(
         figure = build(one.op, one.shape, one.dtype, device)
         if not one.compiled:
             figure = with_providers(figure, *(p.name for p in figure.providers if p.name != compiled.NAME))
+        if one.only:
+            figure = with_providers(figure, *one.only)
         if results.has(figure):
             continue
         if time.perf_counter() > deadline:

@@ -32,6 +32,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 Pipeline = Annotated[str | None, typer.Option(help="A diffusers folder or hub id. Default: the embedded pipeline.")]
 Saes = Annotated[list[str] | None, typer.Option("--sae", help="An SAE folder or hub id; may be given more than once.")]
+Subfolders = Annotated[
+    list[str] | None,
+    typer.Option("--subfolder", help="The folder (or file) within it; give it once for each --sae, in their order."),
+]
+Subfolder = Annotated[str | None, typer.Option(help="The folder (or file) of the SAE within that.")]
+Hookpoint = Annotated[
+    str | None, typer.Option(help="Where the activations come from, in the place of what the file says.")
+]
+BaseModel = Annotated[str | None, typer.Option(help="Whose activations they are, in the place of what the file says.")]
+K = Annotated[int | None, typer.Option(min=1, help="Active latents a row, where the file does not say.")]
 At = Annotated[
     str | None, typer.Option(help="The hookpoint, `path[:output|input|diff][:text]`. Default: the SAE's own.")
 ]
@@ -86,22 +96,43 @@ def open_pipeline(name: str | None, device: str) -> Any:
     from diffusers import DiffusionPipeline
 
     dtype = torch.float32 if device == "cpu" else torch.float16
-    pipe = DiffusionPipeline.from_pretrained(name).to(device, dtype)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(name).to(device, dtype)
+    except OSError as error:
+        reason = str(error).partition("\n")[0].partition(" Please check out the root cause in the stacktrace")[0]
+        raise OSError(
+            f"--pipeline {name!r} cannot be opened ({reason.rstrip('.')}); pass a diffusers folder, one with a "
+            "model_index.json, or a hub id that can be fetched"
+        ) from error
     if not sys.stderr.isatty():
         pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def open_saes(names: list[str] | None, pipeline: str | None, device: str, default: str = "all") -> list[SAE]:
-    """The named SAEs; without names the embedded ones: "all", the "block" one, or the one of the "text" encoder."""
-    from sparsefeat.assets import block_sae_folder, sae_folders, text_encoder_sae_folder
+def open_saes(
+    names: list[str] | None,
+    subfolders: list[str] | None,
+    pipeline: str | None,
+    device: str,
+    default: str = "all",
+    k: int | None = None,
+) -> list[SAE]:
+    """The named SAEs; without names the embedded ones: "all", that of the last "attention", or of the "text" encoder."""
+    from sparsefeat.assets import cross_attention_sae_folders, sae_folders, text_encoder_sae_folder
     from sparsefeat.sae import load_sae
 
+    if subfolders and not names:
+        raise ValueError(f"--subfolder {subfolders[0]!r} is given without an SAE; name the folder or hub id it lies in")
+    if subfolders and names and len(subfolders) != len(names):
+        raise ValueError(f"--subfolder is given {len(subfolders)} times for {len(names)} --sae; give it once for each")
     if names:
-        return [load_sae(name, device=device) for name in names]
+        inside: list[str | None] = [*subfolders] if subfolders else [None] * len(names)
+        places = zip(names, inside, strict=True)
+        return [load_sae(name, device=device, subfolder=folder, k=k) for name, folder in places]
     if pipeline is not None:
         raise ValueError("--pipeline is not the embedded one, so its SAE must be named: add --sae FOLDER")
-    folders = {"all": sae_folders(), "block": [block_sae_folder()], "text": [text_encoder_sae_folder()]}[default]
+    last, text = cross_attention_sae_folders()[-1], text_encoder_sae_folder()
+    folders = {"all": sae_folders(), "attention": [last], "text": [text]}[default]
     return [load_sae(folder, device=device) for folder in folders]
 
 
@@ -177,6 +208,7 @@ def features(
     prompt: str,
     pipeline: Pipeline = None,
     sae: Saes = None,
+    subfolder: Subfolders = None,
     at: At = None,
     top: Annotated[int, typer.Option(min=1, help="How many features.")] = 10,
     steps: Steps = None,
@@ -190,7 +222,7 @@ def features(
     from sparsefeat.pipeline import attach
     from sparsefeat.report import overlay
 
-    records = [Record(s, at) for s in open_saes(sae, pipeline, device, "block")]
+    records = [Record(s, at) for s in open_saes(sae, subfolder, pipeline, device, "attention")]
     pipe = open_pipeline(pipeline, device)
     with output_folder(out) as folder:
         with attach(pipe, *records) as run:
@@ -217,6 +249,7 @@ def steer(
     set_: Annotated[list[str] | None, typer.Option("--set", help="LATENT=VALUE: give it that activation.")] = None,
     pipeline: Pipeline = None,
     sae: Saes = None,
+    subfolder: Subfolders = None,
     at: At = None,
     window: Annotated[str, typer.Option(help="Part of the schedule, START:STOP as fractions.")] = "0:1",
     condition: Annotated[str, typer.Option(help="cond, uncond, both, or cond+uncond-.")] = "cond",
@@ -230,7 +263,7 @@ def steer(
     from sparsefeat.pipeline import attach
     from sparsefeat.steering import Steer
 
-    saes = open_saes(sae, pipeline, device, "block")
+    saes = open_saes(sae, subfolder, pipeline, device, "attention")
     if len(saes) > 1:
         raise ValueError("--sae was given more than once; steer edits the latents of one SAE")
     start, _, stop = window.partition(":")
@@ -291,6 +324,7 @@ def erase(
     gamma: Annotated[float, typer.Option(help="Their activations are multiplied by this.")] = -0.5,
     pipeline: Pipeline = None,
     sae: Saes = None,
+    subfolder: Subfolders = None,
     at: At = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -307,7 +341,7 @@ def erase(
         raise ValueError("name what to erase with --concept, or an erasure fitted before with --fitted; one of the two")
     options = call_options(pipeline, steps, guidance, seed)
     given = None if concept is None else concept_prompts(concept, concepts, pipeline)
-    saes = [] if fitted is not None else open_saes(sae, pipeline, device, "text")
+    saes = [] if fitted is not None else open_saes(sae, subfolder, pipeline, device, "text")
     pipe = open_pipeline(pipeline, device)
     with output_folder(out) as folder:
         if fitted is not None:
@@ -410,7 +444,7 @@ def evaluate(
     if benchmark == "overhead":
         write_json(out, measure_sd_sized())
     else:
-        evaluate_emoji(load_pipeline(), open_saes(None, None, "cpu"), load_judge(), out, work)
+        evaluate_emoji(load_pipeline(), open_saes(None, None, None, "cpu"), load_judge(), out, work)
     typer.echo(f"wrote {out}")
 
 
@@ -444,10 +478,19 @@ def bench(
 @plain_errors
 def sae_info(
     sae: Annotated[str | None, typer.Argument(help="An SAE folder or hub id; default: the embedded ones.")] = None,
+    subfolder: Subfolder = None,
+    k: K = None,
+    hookpoint: Hookpoint = None,
+    base_model: BaseModel = None,
 ) -> None:
     """Print what an SAE is: width, latents, activation, hookpoint, the model it was trained on."""
-    for one in open_saes([sae] if sae else None, None, "cpu"):
-        config = one.config
+    import dataclasses
+
+    said: dict[str, Any] = {
+        name: value for name, value in (("hookpoint", hookpoint), ("base_model", base_model)) if value
+    }
+    for one in open_saes([sae] if sae else None, [subfolder] if subfolder else None, None, "cpu", k=k):
+        config = dataclasses.replace(one.config, **said)
         n_bytes = sum(p.numel() * p.element_size() for p in one.parameters())
         typer.echo(f"hookpoint   {config.hookpoint or 'not recorded'}")
         typer.echo(f"base model  {config.base_model or 'not recorded'}")
@@ -464,8 +507,10 @@ def sae_info(
 def sae_check(
     prompts: Annotated[list[str], typer.Argument(help="A few prompts of the kind the SAE was trained on.")],
     sae: Saes = None,
+    subfolder: Subfolders = None,
     pipeline: Pipeline = None,
     at: At = None,
+    k: K = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of each prompt.")] = 4,
     device: Device = "cpu",
 ) -> None:
@@ -476,7 +521,7 @@ def sae_check(
     from sparsefeat.evaluation.check import CheckWarning, check
 
     fits = True
-    for one in open_saes(sae, pipeline, device):
+    for one in open_saes(sae, subfolder, pipeline, device, k=k):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CheckWarning)  # its sentence is printed
             result = check(one, pipe, prompts, at=at, num_inference_steps=steps)
@@ -492,15 +537,16 @@ def sae_convert(
     source: Annotated[str, typer.Argument(help="An SAE folder, file or hub id, in any format that can be read.")],
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist yet, or be empty.")],
     format_: Annotated[str, typer.Option("--format", help="Whose format. Default: sparsefeat's own.")] = "sparsefeat",
-    k: Annotated[int | None, typer.Option(min=1, help="Active latents a row, where the file does not say.")] = None,
-    hookpoint: Annotated[str | None, typer.Option(help="Where the activations come from, to be written down.")] = None,
-    base_model: Annotated[str | None, typer.Option(help="Whose activations they are, to be written down.")] = None,
+    subfolder: Subfolder = None,
+    k: K = None,
+    hookpoint: Hookpoint = None,
+    base_model: BaseModel = None,
 ) -> None:
     """Read an SAE of any format and write it in another; docs/interop.md lists them."""
     from sparsefeat.sae import load_sae
     from sparsefeat.sae.convert import convert
 
-    sae = load_sae(source, k=k, hookpoint=hookpoint, base_model=base_model)
+    sae = load_sae(source, subfolder=subfolder, k=k, hookpoint=hookpoint, base_model=base_model)
     done = convert(sae, target, format_)
     typer.echo(f"wrote {done.folder} ({format_})")
     typer.echo(f"read back: reconstructions of standard normal rows differ by at most {done.difference:.1e}")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
 from sparsefeat.cli import app, parse_pairs
+from sparsefeat.sae import SAE, SAEConfig, load_sae
 
 runner = CliRunner()
 
@@ -27,6 +30,7 @@ runner = CliRunner()
         ["sae"],
         ["sae", "info"],
         ["sae", "check"],
+        ["sae", "convert"],
     ],
 )
 def test_every_command_explains_itself(command):
@@ -48,6 +52,8 @@ def test_every_command_explains_itself(command):
         (["features", "a fox", "--sae", "no/such/folder-at-all"], "no/such/folder-at-all"),
         (["features", "a fox", "--at", "unet.mid_blok.attentions.0"], "mid_block"),
         (["evaluate", "imagenet"], "emoji"),
+        (["sae", "info", "--subfolder", "layer8"], "--subfolder 'layer8' is given without an SAE"),
+        (["features", "a fox", "--sae", "a", "--sae", "b", "--subfolder", "c"], "1 times for 2"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
@@ -59,6 +65,19 @@ def test_bad_input_is_one_sentence_and_exit_code_1(arguments, said, tmp_path, mo
     assert said in result.output
     assert "Traceback" not in result.output
     assert list(tmp_path.iterdir()) == []  # no empty folder is left behind
+
+
+@pytest.mark.parametrize("there_is_a_folder", [True, False])
+def test_a_pipeline_that_cannot_be_opened_is_named_with_what_it_should_be(there_is_a_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if there_is_a_folder:
+        (tmp_path / "my-pipeline").mkdir()
+    result = runner.invoke(app, ["hookpoints", "--pipeline", "my-pipeline"])
+    assert result.exit_code == 1
+    assert result.output.startswith("error: --pipeline 'my-pipeline' cannot be opened (")
+    assert "pass a diffusers folder, one with a model_index.json, or a hub id that can be fetched" in result.output
+    assert "stacktrace" not in result.output
 
 
 def test_an_existing_output_folder_is_left_alone(tmp_path):
@@ -74,6 +93,47 @@ def test_an_existing_output_folder_is_left_alone(tmp_path):
 
 def test_parse_pairs():
     assert parse_pairs(["12=8", "3=-0.5"], "--add") == {12: 8.0, 3: -0.5}
+
+
+TOLD = ["--subfolder", "--k", "--hookpoint", "--base-model"]
+
+
+@pytest.mark.parametrize(
+    ("command", "options"), [("info", TOLD), ("convert", TOLD), ("check", ["--subfolder", "--k", "--at"])]
+)
+def test_every_sae_command_can_say_what_load_sae_can_be_told(command, options):
+    said = {name for p in typer.main.get_command(app).commands["sae"].commands[command].params for name in p.opts}
+    assert set(options) <= said
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A folder with an SAE in each of two folders."""
+    folder = tmp_path_factory.mktemp("repository")
+    for name, d_model in (("small", 8), ("large", 16)):
+        SAE(SAEConfig(d_model=d_model, n_latents=24, k=4)).save(folder / name)
+    return str(folder)
+
+
+def test_sae_info_opens_an_sae_in_a_folder_below_and_prints_what_it_is_told(repository):
+    told = ["--subfolder", "large", "--hookpoint", "unet.mid_block:diff", "--base-model", "mine"]
+    lines = runner.invoke(app, ["sae", "info", repository, *told]).output.splitlines()
+    assert lines[:2] == ["hookpoint   unet.mid_block:diff", "base model  mine"]
+    assert "24 latents x 16" in lines[4]
+
+
+def test_sae_convert_opens_an_sae_in_a_folder_below(repository, tmp_path):
+    result = runner.invoke(app, ["sae", "convert", repository, str(tmp_path / "out"), "--subfolder", "small"])
+    assert result.exit_code == 0, result.output
+    assert load_sae(tmp_path / "out").d_model == 8
+
+
+def test_an_sae_whose_file_does_not_say_k_can_be_told_it():
+    file = str(Path(__file__).parent / "sae" / "formats" / "fixtures" / "overcomplete" / "topk" / "sae.pt")
+    assert runner.invoke(app, ["sae", "info", file]).exit_code == 1
+    result = runner.invoke(app, ["sae", "info", file, "--k", "4"])
+    assert result.exit_code == 0, result.output
+    assert "topk, k = 4" in result.output
 
 
 @pytest.mark.embedded
@@ -146,6 +206,17 @@ def test_hookpoints_lists_the_blocks_with_width_stream_and_grid():
     assert not any(".attn2" in line for line in lines)
     more = runner.invoke(app, ["hookpoints", "--all"]).output.splitlines()
     assert any(".attn2" in line for line in more)
+
+
+@pytest.mark.embedded
+def test_sae_check_takes_the_folder_of_each_sae():
+    from sparsefeat.assets import block_sae_folder
+
+    folder = block_sae_folder()
+    command = ["sae", "check", "a noto emoji of a fox", "--sae", str(folder.parent), "--subfolder", folder.name]
+    result = runner.invoke(app, [*command, "--steps", "1"])
+    assert result.exit_code == 0, result.output
+    assert "The SAE fits." in result.output
 
 
 @pytest.mark.embedded

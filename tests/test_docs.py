@@ -6,8 +6,11 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from sparsefeat.assets import emojicanvas
+from sparsefeat.evaluation.judge import judge_images, load_judge
 from tests.tiny import tiny_sd
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,8 +35,10 @@ def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch, capsys):
     if page == "README.md":
         assert len(names["top"]) == 10
         assert names["overlay"].size == names["image"].size
-        assert names["steered"].tobytes() != names["image"].tobytes()
-        assert names["erased"].size == names["image"].size
+        image, steered = (np.asarray(names[name], dtype=float) for name in ("image", "steered"))
+        assert np.abs(steered - image).mean() > 5  # of 255: it can be seen
+        objects = judge_images(load_judge(), [names["image"], names["erased"]]).objects
+        assert [emojicanvas.OBJECTS[i] == "fox" for i in objects] == [True, False]
         printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("TopLatent(latent=")]
         assert len(printed) == 10
 

@@ -45,7 +45,7 @@ What the promises are:
 What is good to know:
 
 * In joint blocks (SD3, FLUX, Qwen-Image, CogVideoX, HunyuanVideo and others) a hookpoint means the image;
-  `Hookpoint(path, stream="text")` means the text.
+  `path:text`, or `Hookpoint(path, stream="text")`, means the text.
 * A video's grid is (frames, height, width). Kandinsky 5 with sparse attention reorders its positions: no grid there.
 * Wan 2.2 has two models; `transformer.blocks.5` and `transformer_2.blocks.5` are different hookpoints, and each sees
   its own part of the schedule.

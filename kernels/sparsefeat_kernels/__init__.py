@@ -10,13 +10,15 @@ from . import flops
 from .attention_map import attention_map_, attention_with_map_
 from .attention_rows import attention_column_sums_, attention_rows
 from .attention_tap import attention_tap_, attention_tap_local_
+from .auxk_decode import auxk_decode, auxk_weight_gradient
 from .auxk_encode import auxk_encode
 from .code import SparseCode
 from .csr import latent_major, weight_gradient
 from .dispatch import force_triton, implementation
 from .feature_stats import feature_stats_
+from .gradient_memory import keep_gradient_memory, release_gradient_memory
 from .matching_pursuit import matching_pursuit
-from .prefilter import PreparedEncoder, bf16_products, prepare_encoder
+from .prefilter import PreparedEncoder, bf16_products, prefilter_pays, prepare_encoder
 from .sparse_decode import sparse_decode
 from .sparse_edit import sparse_edit, sparse_edit_delta
 from .threshold_encode import threshold_encode, threshold_encode_csr
@@ -31,15 +33,20 @@ __all__ = [
     "attention_tap_",
     "attention_tap_local_",
     "attention_with_map_",
+    "auxk_decode",
     "auxk_encode",
+    "auxk_weight_gradient",
     "bf16_products",
     "feature_stats_",
     "flops",
     "force_triton",
     "implementation",
+    "keep_gradient_memory",
     "latent_major",
     "matching_pursuit",
+    "prefilter_pays",
     "prepare_encoder",
+    "release_gradient_memory",
     "sparse_decode",
     "sparse_edit",
     "sparse_edit_delta",

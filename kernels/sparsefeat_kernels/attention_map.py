@@ -501,7 +501,8 @@ def _flash(
     align, (query_strides, key_strides, value_strides) = aligned(query, key, v)
     block_d, block_d_value = (next_power_of_2(max(width, 16)) for width in (d, v.shape[3]))
     wide = max(block_d, block_d_value) > 128
-    block_rows = 16 if full else 64
+    huge = max(block_d, block_d_value) > 256  # a VAE's one head of 512: 64 rows and two stages take 192 KiB, and spill
+    block_rows = 16 if full or huge else 64
     block_tokens = 64 >> (int(full) + int(wide))
     with torch.cuda.device_of(query):
         _attention_flash_kernel[(-(-n // block_rows), heads, batch)](
@@ -509,7 +510,7 @@ def _flash(
             heads // key.shape[1], *query_strides, *key_strides, *value_strides, *o.stride()[:3], *mask_strides,
             OUTPUT=out is not None, MASK=masked, ALIGN=align, D=d, D_VALUE=v.shape[3], BLOCK_ROWS=block_rows,
             BLOCK_TOKENS=block_tokens, BLOCK_D=block_d, BLOCK_D_VALUE=block_d_value, num_warps=8 if wide else 4,
-            num_stages=1 if full else 2,
+            num_stages=1 if full or huge else 2,
         )  # fmt: skip
     return lse
 

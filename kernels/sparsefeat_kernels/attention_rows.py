@@ -293,7 +293,9 @@ def _attention_rows_kernel(
     at = (b * heads + head) * rows + row
     tl.store(lse_ptr + at, (highest + log) * 0.6931471805599453, mask=row < rows)
     tl.store(entropy_ptr + at, (log - spread / sums) * 0.6931471805599453, mask=row < rows)
-    tl.store(mass_ptr + at, mass / sums, mask=row < rows)
+    if MARKED:
+        mass /= sums
+    tl.store(mass_ptr + at, mass, mask=row < rows)
 
 
 @jit
@@ -351,7 +353,8 @@ def _attention_column_kernel(
         scores = _masked(scores, mask_ptr, row, rows, token, n_tokens, stride_mask_row, stride_mask_token, MASK)
         lse = tl.load(lse_ptr + row * stride_lse_row, mask=row < rows, other=float("inf")) * 1.4426950408889634
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
-        total += tl.sum(tl.exp2(scores - lse[:, None]), axis=0)
+        # Past the last row there is no query, but 0 times a NaN or an infinity of the key is NaN.
+        total += tl.sum(tl.where((row < rows)[:, None], tl.exp2(scores - lse[:, None]), 0.0), axis=0)
     tl.store(partial_ptr + (b * heads + head) * n_tokens + token, total, mask=token < n_tokens)
 
 
@@ -370,8 +373,8 @@ def _attention_column_join_kernel(
     BLOCK_TOKENS: tl.constexpr,
 ):
     """A block of keys of one group: its batch rows and their heads, one after the other."""
-    token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    g = tl.program_id(1).to(tl.int64)
+    g = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(1).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     total = tl.zeros([BLOCK_TOKENS], tl.float32)
     for other in range(0, batch):
         b = tl.cast(other, tl.int64)
@@ -401,7 +404,7 @@ def _attention_rows_triton(
             heads // key.shape[1], *query_strides, *key_strides, *mask_strides,
             *((0, 0) if marked is None else marks.stride()), MASK=masked, MARKED=marked is not None, ALIGN=align, D=d,
             BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, BLOCK_D=block_d, num_warps=4,
-            num_stages=1 if full else 2,
+            num_stages=1 if full or block_d > 256 else 2,
         )  # fmt: skip
     return lse, entropy, mass
 
@@ -431,7 +434,7 @@ def _attention_column_sums_triton(
             D=d, BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, BLOCK_D=block_d, num_warps=4,
             num_stages=1 if full else 2,
         )  # fmt: skip
-        _attention_column_join_kernel[(-(-n_tokens // 256), sums.shape[0])](
+        _attention_column_join_kernel[(sums.shape[0], -(-n_tokens // 256))](
             sums, partial, weight, group, batch, heads, n_tokens, *sums.stride(), WEIGHTED=head_weight is not None,
             BLOCK_TOKENS=256, num_warps=4,
         )  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .dispatch import jit, tl
+from .dispatch import implementation, jit, tl
 
 __all__ = ["arguments", "score_blocks"]
 
@@ -18,6 +18,8 @@ BLOCK_BYTES = 1 << 20
 # logarithm of a sum can be told from it once it is added.
 MASKED = -1e30
 LOG2_E = math.log2(math.e)
+# Batch rows and heads are the second and third dimension of a GPU's grid, which end here.
+LARGEST_GRID = 65535
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
@@ -33,6 +35,11 @@ def check_query_and_key(query: Tensor, key: Tensor, mask: Tensor | None) -> None
     if query.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise TypeError(f"query must be float32, float64, bfloat16 or float16, got {query.dtype}")
     batch, heads, n, d = query.shape
+    if max(batch, heads) > LARGEST_GRID and implementation(query) == "triton":
+        raise ValueError(
+            f"query must have at most {LARGEST_GRID} batch rows and heads on a GPU, got shape {tuple(query.shape)}; "
+            f"split the batch"
+        )
     if key.dim() != 4 or key.shape[0] != batch or key.shape[3] != d:
         raise ValueError(f"key must be [{batch}, key heads, t, {d}] to match query, got shape {tuple(key.shape)}")
     if key.shape[1] == 0 or heads % key.shape[1]:

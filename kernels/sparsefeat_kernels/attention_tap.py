@@ -251,13 +251,15 @@ def _attention_tap_triton(
     block_tokens = min(next_power_of_2(max(n_tokens, 16)), 32 if full else 64)
     block_rows = 16 if n <= 256 else 32 if n <= 1024 or full else 64
     row_blocks, token_blocks = -(-n // block_rows), -(-n_tokens // block_tokens)
+    # Fetched ahead is a whole head of both, 16 KiB every 64 columns and stage: 256 columns need 128 KiB, 512 do not fit.
+    stages = 1 if full or d > 160 else 2
     with torch.cuda.device_of(query):
         _attention_tap_kernel[(row_blocks * token_blocks, batch)](
             maps, query, key, lse, mask_pointer, weight, group.contiguous(), batch, heads, n, n_tokens, maps.shape[0],
             scale * LOG2_E, heads // key.shape[1], *maps.stride(), *query_strides, *key_strides, *lse.stride(),
             *mask_strides, WEIGHTED=head_weight is not None, MASK=masked, ALIGN=align, D=d,
             BLOCK_BATCH=next_power_of_2(batch), BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens,
-            BLOCK_D=min(next_power_of_2(max(d, 16)), 32 if full else 64), num_warps=4, num_stages=1 if full else 2,
+            BLOCK_D=min(next_power_of_2(max(d, 16)), 32 if full else 64), num_warps=4, num_stages=stages,
         )  # fmt: skip
 
 

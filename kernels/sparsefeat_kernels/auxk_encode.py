@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .csr import weight_gradient
+from .auxk_decode import auxk_weight_gradient
+from .cpu_product import product
 from .dispatch import implementation
 from .prefilter import PreparedEncoder, _topk_encode_prefiltered_cpu, can_prefilter, check_current
 from .topk_encode import (
@@ -127,12 +128,13 @@ def _auxk_encode(
     if low is not None and bounds is not None and can_prefilter(x) and 2 * n_dead <= W_enc.shape[0]:
         values, indices = _topk_encode_prefiltered_cpu(x, W_enc, b_enc, b_pre, low, bounds, k, selection)
         chunk = max(1, PREACTIVATION_BYTES // (4 * n_dead))
+        tile = max(1, WEIGHT_TILE_BYTES // (4 * max(x.shape[1], 1)))
         for start in range(0, x.shape[0], chunk):
             centred = x[start : start + chunk] - b_pre
             a = x.new_empty(centred.shape[0], n_dead)
-            for some in range(0, n_dead, tile := max(1, WEIGHT_TILE_BYTES // (4 * max(x.shape[1], 1)))):
-                latents = dead[some : some + tile]
-                torch.addmm(b_enc[latents], centred, W_enc[latents].T, out=a[:, some : some + tile])
+            for first in range(0, n_dead, tile):
+                latents = dead[first : first + tile]
+                a[:, first : first + tile] = product(centred, W_enc[latents], b_enc[latents])
             among_the_dead(a, start)
         return values, indices, aux_values, aux_indices
     launch = _topk_encode_triton if implementation(x) == "triton" else _topk_encode_cpu
@@ -163,11 +165,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     x, W_enc, _, b_pre = inputs[:4]
     values, indices, aux_values, aux_indices = output
     ctx.mark_non_differentiable(indices, aux_indices)
-    ctx.save_for_backward(x, W_enc, b_pre, values, indices, aux_values, aux_indices)
+    ctx.save_for_backward(x, W_enc, b_pre, values, indices, aux_values, aux_indices, inputs[5])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor, grad_aux: Tensor, __: Tensor) -> tuple[Tensor | None, ...]:
-    x, W_enc, b_pre, values, indices, aux_values, aux_indices = ctx.saved_tensors
+    x, W_enc, b_pre, values, indices, aux_values, aux_indices, dead = ctx.saved_tensors
     need_x, need_W, need_b_enc, need_b_pre = ctx.needs_input_grad[:4]
     g = torch.where(values != 0, grad, 0)
     grad_x = grad_W = grad_b_enc = grad_b_pre = None
@@ -175,8 +177,9 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor, grad_aux: Tensor, __: Tensor) -
         grad_x = torch.ops.sparsefeat.sparse_decode(g, indices, W_enc, torch.zeros_like(b_pre))
         grad_b_pre = -grad_x.to(g.dtype).sum(0).to(b_pre.dtype) if need_b_pre else None
     if need_W or need_b_enc:
-        both = torch.cat([g, torch.where(aux_values != 0, grad_aux, 0)], 1)
-        weight, bias = weight_gradient(both, torch.cat([indices, aux_indices], 1), x, b_pre, W_enc.shape[0])
+        g_aux = torch.where(aux_values != 0, grad_aux, 0)
+        codes = g, indices, x, g_aux, aux_indices, None
+        weight, bias = auxk_weight_gradient(*codes, dead, b_pre, W_enc.shape[0])
         grad_W = weight if need_W else None
         grad_b_enc = bias.to(x.dtype) if need_b_enc else None
     return grad_x if need_x else None, grad_W, grad_b_enc, grad_b_pre, *(None,) * 6

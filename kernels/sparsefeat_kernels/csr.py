@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from .dispatch import implementation, jit, next_power_of_2, tl
+from .gradient_memory import empty_gradient
 
 __all__ = ["latent_major", "weight_gradient"]
 
 # A bound on the centred fp32 copy of x on the CPU path: beyond it, a block of columns at a time.
 CENTRED_BYTES = 32 << 20
-# And on the sums that are made before they go to their latents' places: memory that stays in a core's cache.
-RESULT_BYTES = 4 << 20
+# And on the sums that are made before they go to their places, which stay in the L2 caches of two cores: 31 ms for a
+# gradient of 20,480 x 1280 of 256 rows where 4 MiB take 39 and 256 KiB 37.
+RESULT_BYTES = 2 << 20
 
 
 def latent_major(indices: Tensor, values: Tensor, n_latents: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,13 +103,13 @@ def _weight_gradient_cpu(
     dtype = _sum_dtype(x)
     row_ids, order, offsets = latent_major(indices, coefficients, n_latents)
     owned = int(offsets[-1])
-    row_ids, sorted_coefficients = row_ids[:owned], coefficients.reshape(-1)[order[:owned]].to(dtype)
-    weight = x.new_zeros(n_latents, x.shape[1])
+    weight = empty_gradient(n_latents, x.shape[1], like=x)
     if owned == 0:
-        return weight, torch.zeros(n_latents, dtype=dtype, device=x.device)
+        return weight.zero_(), torch.zeros(n_latents, dtype=dtype, device=x.device)
+    row_ids, sorted_coefficients = row_ids[:owned], coefficients.reshape(-1)[order[:owned]].to(dtype)
 
     def summed(of: Tensor, rows: Tensor, entries: slice, bags: Tensor) -> Tensor:
-        # embedding_bag sums each latent's rows in order
+        # embedding_bag sums each latent's rows in order; without entries a latent's sum is 0
         return torch.nn.functional.embedding_bag(
             rows[entries], of, bags, mode="sum", per_sample_weights=sorted_coefficients[entries],
             include_last_offset=True,
@@ -115,18 +117,17 @@ def _weight_gradient_cpu(
 
     one = torch.ones(1, 1, dtype=dtype, device=x.device)
     bias = summed(one, torch.zeros_like(row_ids), slice(None), offsets)[:, 0]
-    used = offsets.diff().nonzero()[:, 0]
-    ends = torch.cat([offsets[used], offsets[-1:]])  # used latents' entries follow each other without gaps
+    shifted = bool(shift.any())
     width = max(1, CENTRED_BYTES // (max(x.shape[0], 1) * dtype.itemsize))  # all columns, unless there are many rows
     for start in range(0, x.shape[1], width):
         columns = slice(start, start + width)
-        centred = (x[:, columns].to(dtype) - shift[columns].to(dtype)).contiguous()
+        centred = x[:, columns].to(dtype)
+        centred = (centred - shift[columns].to(dtype) if shifted else centred).contiguous()
         step = max(1, RESULT_BYTES // (centred.shape[1] * dtype.itemsize))
-        for first in range(0, len(used), step):
-            bags = ends[first : first + step + 1]
-            entries = slice(int(bags[0]), int(bags[-1]))
-            latents = used[first : first + step]
-            weight[latents, columns] = summed(centred, row_ids, entries, bags - bags[0]).to(x.dtype)
+        firsts = [*offsets[::step].tolist(), owned]  # of every block of `step` latents, and the end
+        for block, first in enumerate(range(0, n_latents, step)):
+            entries, bags = slice(firsts[block], firsts[block + 1]), offsets[first : first + step + 1]
+            weight[first : first + step, columns] = summed(centred, row_ids, entries, bags - bags[0])
     return weight, bias
 
 

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 # Imported for their registrations: a formula is given to an op that exists.
 from . import (  # noqa: F401
+    auxk_decode,
     auxk_encode,
     csr,
     matching_pursuit,
@@ -51,6 +52,32 @@ def decode_grad_values_flops(grad: torch.Size, values: torch.Size, *_: Any, **__
 def weight_gradient_flops(coefficients: torch.Size, indices: torch.Size, x: torch.Size, *_: Any, **__: Any) -> int:
     """2 rows k d."""
     return 2 * coefficients[0] * coefficients[1] * x[1]
+
+
+def auxk_decode_flops(
+    values: torch.Size,
+    indices: torch.Size,
+    aux_values: torch.Size,
+    aux_indices: torch.Size,
+    dead: torch.Size,
+    W_dec: torch.Size,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """2 rows (k + k_aux) d, though a CPU may make a dense product of the second code."""
+    return 2 * values[0] * (values[1] + aux_values[1]) * W_dec[1]
+
+
+def auxk_weight_gradient_flops(
+    coefficients: torch.Size,
+    indices: torch.Size,
+    x: torch.Size,
+    aux_coefficients: torch.Size,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """2 rows (k + k_aux) d, as above."""
+    return 2 * coefficients[0] * (coefficients[1] + aux_coefficients[1]) * x[1]
 
 
 def edit_delta_flops(
@@ -106,7 +133,9 @@ for formula, ops in {
         _ops.threshold_encode_csr,
     ),
     decode_flops: (_ops.sparse_decode,),
-    decode_grad_values_flops: (_ops.sparse_decode_grad_values,),
+    decode_grad_values_flops: (_ops.sparse_decode_grad_values, _ops.auxk_decode_grad_values),
+    auxk_decode_flops: (_ops.auxk_decode,),
+    auxk_weight_gradient_flops: (_ops.auxk_weight_gradient,),
     weight_gradient_flops: (_ops.weight_gradient,),
     edit_delta_flops: (_ops.sparse_edit_delta,),
     edit_flops: (_ops.sparse_edit, _ops.sparse_edit_grad_values, _ops.sparse_edit_grad_directions),

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from .prefilter import _group, _topk_of_rounded, pays_to_round
+from .rounded_encoder import round_encoder
 
 __all__ = ["METHODS", "matching_pursuit"]
 
 METHODS = ("gradient", "matching")
 
 # A bound on the residuals, reconstructions and their products of one chunk of rows; the product inside topk_encode
-# holds some 26 MiB more.
+# holds some 26 MiB more. Where the atoms in bf16 are kept for all steps (16,384 of width 768), residuals get a quarter.
 RESIDUAL_BYTES = 24 << 20
+KEPT_BYTES = 26 << 20
 
 
 def matching_pursuit(
@@ -49,7 +55,7 @@ def matching_pursuit(
     No gradient: a choice made k times over has no useful one. Differentiate a reconstruction of the code instead, or
     the dictionary through sparse_decode; a call whose inputs require one raises in the backward pass.
 
-    Cost: 2 k rows n_atoms d FLOPs for the choices; matching adds k (k - 1) rows d, gradient (3 k^2 + 5 k) rows d. D is
+    Cost: 2 k rows n_atoms d FLOPs for the choices (in bf16, and a few in fp32, on a CPU with bf16 instructions); matching adds k (k - 1) rows d, gradient (3 k^2 + 5 k) rows d. D is
     read once a step and chunk of rows. Neither [rows, n_atoms] nor [rows, k, d] is held: scratch stays below 64 MiB
     whatever rows is.
 
@@ -121,16 +127,35 @@ def _check(x: Tensor, D: Tensor, k: int, method: str) -> None:
 # the code every step: k of n_atoms products more, and rounding errors do not add up.
 
 
-def _pursue(x: Tensor, D: Tensor, k: int, method: str, nonnegative: bool) -> tuple[Tensor, Tensor]:
+def _best_atom(x: Tensor, D: Tensor, k: int, nonnegative: bool) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Of residuals [rows, d], the inner product with each row's best atom, and that atom, both [rows, 1]. Where
+    topk_encode rounds its weights for a bf16 product, they are rounded once for all steps."""
+    selection = "raw" if nonnegative else "signed"
+    no_bias, origin = D.new_zeros(D.shape[0]), D.new_zeros(D.shape[1])
+    group = _group(D.shape[0], 1)
+    if group is not None and D.is_contiguous() and pays_to_round(x, D):
+        encoder = round_encoder(D, no_bias, k * len(x), KEPT_BYTES)
+        return lambda residual: _topk_of_rounded(residual, encoder, no_bias, origin, 1, selection, group)
+    return lambda residual: torch.ops.sparsefeat.topk_encode(residual, D, no_bias, origin, 1, selection)
+
+
+def _pursue(
+    x: Tensor,
+    D: Tensor,
+    k: int,
+    method: str,
+    nonnegative: bool,
+    best_atom: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
     """values and atoms [rows, k] of one chunk of rows; unused entries have value 0 and atom -1."""
     ops = torch.ops.sparsefeat
-    no_bias, origin = D.new_zeros(D.shape[0]), D.new_zeros(D.shape[1])
+    origin = D.new_zeros(D.shape[1])
     z = x.new_zeros(x.shape[0], k)
     atoms = torch.full((x.shape[0], k), -1, dtype=torch.int32, device=x.device)
     for step in range(k):
         so_far = slice(0, step + 1)
         residual = x - ops.sparse_decode(z[:, :step], atoms[:, :step], D, origin) if step else x
-        best, atom = ops.topk_encode(residual, D, no_bias, origin, 1, "raw" if nonnegative else "signed")
+        best, atom = best_atom(residual)
         goes_on = best > 0 if nonnegative else best != 0  # [rows, 1]
         again = (atoms[:, :step] == atom).any(dim=1, keepdim=True)
         atoms[:, step : step + 1] = torch.where(goes_on & ~again, atom, -1)
@@ -156,10 +181,12 @@ def _matching_pursuit(x: Tensor, D: Tensor, k: int, method: str, nonnegative: bo
     _check(x, D, k, method)
     values = x.new_empty(x.shape[0], k)
     indices = x.new_empty(x.shape[0], k, dtype=torch.int32)
-    chunk = max(1, RESIDUAL_BYTES // (4 * max(x.shape[1], k) * x.dtype.itemsize))
+    share = RESIDUAL_BYTES // 4 if pays_to_round(x, D) else RESIDUAL_BYTES
+    chunk = max(1, share // (4 * max(x.shape[1], k) * x.dtype.itemsize))
+    best_atom = _best_atom(x, D, k, nonnegative)
     for start in range(0, x.shape[0], chunk):
         rows = slice(start, start + chunk)
-        z, atoms = _pursue(x[rows], D, k, method, nonnegative)
+        z, atoms = _pursue(x[rows], D, k, method, nonnegative, best_atom)
         broken = ~x[rows].isfinite().all(dim=1, keepdim=True) | z.isnan().any(dim=1, keepdim=True)
         values[rows] = torch.where(broken, torch.nan, z)
         order = torch.arange(k, dtype=torch.int32, device=x.device)

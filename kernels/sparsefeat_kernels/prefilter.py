@@ -1,17 +1,8 @@
 """topk_encode through a bf16 product: the exact answer where a bound proves it, the plain path where it does not.
 
-A processor with bf16 matrix instructions multiplies bf16 three to four times as fast as fp32. So the whole product is
-made in bf16, a rigorous bound tells which latents can be among a row's k largest, and only those are computed in fp32.
-
-With x' = x - b_pre, ~ for rounding to bf16, |.| for 2-norms, u = 2^-24, and p the product as bf16 stores it:
-
-    |p - (x'.w + b)|  <=  |x' - x'~| |w|  +  |x'~| |w - w~|  +  2^-8 |p|              operands, result
-                          +  (d + 8) u (|x'~| |w~| + |b|)                                 accumulation in fp32
-                          +  2^-126 (sqrt(d) (|x'~| + |w~|) + 2 d + 1)                    denormals that were flushed
-
-with |w - w~| <= 2^-9 |w| + 2^-134 sqrt(d) for the rounding of a weight. b_enc takes part in the product, as three more
-columns (a float is the sum of three bf16), so that no pass over the [rows, n_latents] tensor adds it. Norms are fp32
-sums, rounded up by what such a sum can have lost: (d + 8) u of it, and 2^-63 sqrt(d) where squares underflow.
+A processor with bf16 matrix instructions multiplies bf16 three to five times as fast as fp32. So the whole product is
+made in bf16, a rigorous bound (rounded_encoder.py) tells which latents can be among a row's k largest, and only those are
+computed in fp32. The weights in bf16 are prepared once, or rounded a tile of latents at a time for every chunk of rows.
 """
 
 from __future__ import annotations
@@ -25,7 +16,17 @@ import torch
 from torch import Tensor
 
 from .dispatch import implementation
-from .pair_products import pair_products
+from .prefilter_gpu import PrefilterSizes, _topk_encode_prefiltered_triton, gpu_weights
+from .rounded_encoder import (
+    BIAS_COLUMNS,
+    SMALLEST_PRODUCT,
+    RoundedEncoder,
+    bias_columns,
+    encoder_bounds,
+    round_encoder,
+    round_into,
+    rounded_width,
+)
 from .topk_encode import (
     PREACTIVATION_BYTES,
     _backward,
@@ -35,25 +36,32 @@ from .topk_encode import (
     _topk_encode_cpu,
     _topk_encode_fake,
 )
+from .tuning_table import tuned
 
-__all__ = ["PreparedEncoder", "bf16_products", "prepare_encoder", "topk_encode_prefiltered"]
+__all__ = ["PreparedEncoder", "bf16_products", "prefilter_pays", "prepare_encoder", "topk_encode_prefiltered"]
 
 GROUPS = (16, 8, 4)  # latents a group, of which one maximum is looked at first
 GROUPS_A_K = 8  # at least so many groups for each of the k: fewer, and two of the k often share a group
-SURVIVING_GROUPS = 8  # a row with more than so many groups a k left is computed plainly
+# A row with more groups left is computed plainly: 8 for each of the k; for few k 128, or a quarter of all.
+SURVIVING_GROUPS = (8, 128)
+COARSER = 4  # groups of which the best lower bound counts, where that leaves enough: a quarter to search, hardly lower
 CANDIDATES = 1 << 19  # entries of surviving groups looked at together: 20 MiB of scratch at worst
-BIAS_COLUMNS = 3
-ALIGNMENT = 32  # bf16 columns: a cache line
-SMALLEST_PRODUCT = 1 << 16  # multiplications; torch makes smaller products by itself, summed as it likes
-LARGEST = 1e38  # of |x'| |w| + |b|: beyond, a partial sum may overflow
+# What pays to round the weights for: at 16 x 1,280 x 20,480 the prefilter takes 0.7 of the plain path's time (half the
+# rows: 1.0), at 64 x 768 x 3,072 1.0; at a width of 64 selection is nearly all there is.
+ROUNDED_ROWS, ROUNDED_WIDTH, ROUNDED_PRODUCT = 16, 128, 150_000_000
+# Fewer rows at once do not pay for the pass over the weights that the first call after a change makes: it costs as much
+# as the prefilter saves at about 60 rows (20,480 x 1280, two cores).
+PREFILTERED_ROWS = 128
+PAIRS = 1 << 17  # survivors rescored together, 60 bytes each
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedEncoder:
     """What `topk_encode(..., prepared=)` keeps of an encoder between calls: 2 n_latents (d + 3, rounded up to 32) bytes
-    of bf16 weights and 12 n_latents bytes of norms; half the size of fp32 weights. Made by `prepare_encoder`."""
+    of bf16 weights and 12 n_latents bytes of norms; half the size of fp32 weights (on a GPU 2 n_latents d and 16 n_latents
+    bytes). Made by `prepare_encoder`."""
 
-    low: Tensor  # bf16 [n_latents, width]: W_enc, b_enc in three parts, zeros
+    low: Tensor  # bf16 [n_latents, width]: W_enc, b_enc in three parts, zeros; on a GPU as `gpu_weights` has it
     bounds: Tensor  # fp32 [3, n_latents]: the bound is |x' - x'~| bounds[0] + |x'~| bounds[1] + bounds[2] + 2^-8 |p|
     _weights: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] = field(repr=False)
     _versions: tuple[int, int] = field(repr=False)
@@ -73,12 +81,12 @@ class PreparedEncoder:
 def prepare_encoder(W_enc: Tensor, b_enc: Tensor, into: PreparedEncoder | None = None) -> PreparedEncoder:
     """bf16 weights and norms for `topk_encode(..., prepared=)`; make it again when the weights have changed.
 
-    One pass over the weights: at 20,480 x 1280 about a tenth of what the product with 256 rows takes when memory is used
-    again (`into`), a quarter when it is new (8 and 24 ms beside 90 on two cores of an AMD EPYC).
+    Two passes over the weights: at 20,480 x 1280 a seventh of what the product with 256 rows takes when memory is used
+    again (`into`), under a third when it is new (23 and 44 ms beside 151 on one core of an AMD EPYC).
 
     Args:
-        W_enc [n_latents, d], b_enc [n_latents]: float32 on the CPU.
-        into: an earlier one of the same shape, whose memory is used again; it must not be used any more.
+        W_enc [n_latents, d], b_enc [n_latents]: float32, on a CPU or a GPU.
+        into: an earlier one of the same shape, whose memory is used again (on a CPU); it must not be used any more.
 
     Raises: TypeError, ValueError for other dtypes and shapes; RuntimeError for tensors made in inference mode, whose
         changes cannot be noticed.
@@ -90,38 +98,19 @@ def prepare_encoder(W_enc: Tensor, b_enc: Tensor, into: PreparedEncoder | None =
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; pass W_enc [n_latents, d] and b_enc [n_latents]")
         if tensor.is_inference():
             raise RuntimeError(f"{name} was made in inference mode, where changes go unnoticed; prepare a clone of it")
-    n_latents, d = W_enc.shape
-    width = -(-(d + BIAS_COLUMNS) // ALIGNMENT) * ALIGNMENT
-    if into is not None and into.low.shape == (n_latents, width):
+    weights, versions = (weakref.ref(W_enc), weakref.ref(b_enc)), (W_enc._version, b_enc._version)
+    if implementation(W_enc) == "triton":
+        return PreparedEncoder(*gpu_weights(W_enc, b_enc), weights, versions)
+    width = rounded_width(W_enc.shape[1])
+    if into is not None and into.low.shape == (len(W_enc), width):
         low, bounds = into.low, into.bounds
     else:
-        low, bounds = torch.zeros(n_latents, width, dtype=torch.bfloat16), torch.empty(3, n_latents)
-    rest = b_enc.detach().clone()
-    for column in range(d, d + BIAS_COLUMNS):
-        low[:, column] = rest
-        rest -= low[:, column].float()  # exact: what rounding left
-    low[:, :d] = W_enc.detach()
-    norm = _norm_rounded_up(W_enc.detach()).double()
-    accumulation, denormal, root = (width + 8) * 2.0**-24, 2.0**-126, d**0.5
-    kept = (1 + 2.0**-9) * norm + 2.0**-134 * root
-    lost = 2.0**-9 * norm + 2.0**-134 * root
-    from_bias = rest.double().abs() + accumulation * 1.01 * b_enc.detach().double().abs()
-    bounds[0] = _rounded_up(norm)
-    bounds[1] = _rounded_up(lost + accumulation * kept + denormal * root)
-    bounds[2] = _rounded_up(from_bias + denormal * (root * kept + 2 * width + 1))
-    versions = W_enc._version, b_enc._version
-    return PreparedEncoder(low, bounds, (weakref.ref(W_enc), weakref.ref(b_enc)), versions)
-
-
-def _rounded_up(x: Tensor) -> Tensor:
-    """fp64 to fp32, never less than it was, with room for the rounding of what it is multiplied and added with."""
-    return (x * (1 + 1e-5) + 2.0**-126).float()
-
-
-def _norm_rounded_up(x: Tensor) -> Tensor:
-    """fp32 norms of the rows of x [rows, d], never less than the true ones."""
-    d = x.shape[1]
-    return torch.linalg.vector_norm(x, dim=1) * (1 + (d + 8) * 2.0**-24 + 1e-6) + 2.0**-63 * d**0.5
+        low, bounds = torch.zeros(len(W_enc), width, dtype=torch.bfloat16), torch.empty(3, len(W_enc))
+    bias = b_enc.detach().double()
+    columns, rest = bias_columns(bias)
+    round_into(low, W_enc.detach(), columns)
+    encoder_bounds(W_enc.detach(), bias, rest, width, bounds)
+    return PreparedEncoder(low, bounds, weights, versions)
 
 
 @functools.cache
@@ -133,10 +122,31 @@ def bf16_products() -> bool:
     return any(ask is not None and ask() for ask in asked)
 
 
-def can_prefilter(x: Tensor) -> bool:
-    """Whether rows like these go through the prefilter."""
-    on_cpu = x.dtype == torch.float32 and x.device.type == "cpu" and implementation(x) == "cpu"
+def prefilter_pays(W_enc: Tensor, rows: int, k: int) -> bool:
+    """Whether encoding `rows` rows with prepared weights was measured to be faster than without.
+
+    On a CPU with bf16 instructions: yes, for float32 and PREFILTERED_ROWS rows or more, which also pay for preparing once.
+    On a GPU: what the tuning table says of the nearest shape; without a table no.
+    """
+    if W_enc.dtype != torch.float32:
+        return False
+    if implementation(W_enc) == "triton":
+        plain, prefiltered = (tuned(op, W_enc, rows, k) for op in ("topk_encode", "topk_encode_prefiltered"))
+        return plain is not None and prefiltered is not None and prefiltered.median_ms < plain.median_ms
+    return W_enc.device.type == "cpu" and rows >= PREFILTERED_ROWS and bf16_products()
+
+
+def can_prefilter(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+    """Whether rows like these go through a prefilter on the CPU."""
+    on_cpu = x.dtype in dtypes and x.device.type == "cpu" and implementation(x) == "cpu"
     return on_cpu and bf16_products() and getattr(torch.backends.mkldnn, "enabled", True)
+
+
+def pays_to_round(x: Tensor, W_enc: Tensor) -> bool:
+    """Whether a product with rows like these is worth rounding W_enc for, which costs as much as some 10 rows."""
+    rows, d = x.shape
+    large = rows >= ROUNDED_ROWS and d >= ROUNDED_WIDTH and rows * d * len(W_enc) >= ROUNDED_PRODUCT
+    return large and can_prefilter(x, (torch.float32, torch.bfloat16, torch.float16))
 
 
 def _group(n_latents: int, k: int) -> int | None:
@@ -145,50 +155,87 @@ def _group(n_latents: int, k: int) -> int | None:
     return next(fitting, None)
 
 
+def _most_groups(n_groups: int, k: int) -> int:
+    """Groups that may be left in a row that is proved."""
+    a_k, few = SURVIVING_GROUPS
+    return min(n_groups, max(a_k * k, min(few, n_groups // 4)))
+
+
 def _topk_encode_prefiltered_cpu(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, low: Tensor, bounds: Tensor, k: int, selection: str
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_pre: Tensor,
+    low: Tensor | None,
+    bounds: Tensor | None,
+    k: int,
+    selection: str,
 ) -> tuple[Tensor, Tensor]:
+    """low and bounds: of a PreparedEncoder, or None."""
     rows, d = x.shape
-    n_latents, width, group = W_enc.shape[0], low.shape[1], _group(W_enc.shape[0], k)
+    n_latents, width, group = W_enc.shape[0], rounded_width(d), _group(W_enc.shape[0], k)
     if group is None or not W_enc.is_contiguous() or rows * width * n_latents < SMALLEST_PRODUCT:
         return _topk_encode_cpu(x, W_enc, b_enc, b_pre, k, selection)
+    if low is None or bounds is None:
+        encoder = round_encoder(W_enc, b_enc, rows)
+    else:
+        largest = float(bounds[0].max()), float(b_enc.abs().max())
+        encoder = RoundedEncoder(W_enc, None, low, bounds, largest)
+    return _topk_of_rounded(x, encoder, b_enc, b_pre, k, selection, group)
+
+
+def _topk_of_rounded(
+    x: Tensor, encoder: RoundedEncoder, b_enc: Tensor, b_pre: Tensor, k: int, selection: str, group: int
+) -> tuple[Tensor, Tensor]:
+    """topk_encode through an encoder of W_enc and b_enc; `group` of `_group`."""
+    rows, d = x.shape
+    n_latents, width = len(encoder.W_enc), encoder.low.shape[1]
     n_groups = n_latents // group
     # Groups are strided: latents that are trained together (the first of a Matryoshka dictionary) fall into different
     # ones, and the maximum over a group is an elementwise one of long vectors.
-    by_group = bounds.view(3, group, n_groups)
-    group_bounds = by_group.amax(1)  # [3, n_groups]
-    entry_bounds = by_group.permute(2, 0, 1).contiguous()  # [n_groups, 3, group]
-    largest_w, largest_b = float(bounds[0].max()), float(b_enc.abs().max())
-    values = x.new_empty(rows, k)
-    indices = x.new_empty(rows, k, dtype=torch.int32)
+    group_bounds, entry_bounds = bounds_by_group(encoder, group)
+    bias = b_enc.float()
+    values = torch.empty(rows, k)
+    indices = torch.empty(rows, k, dtype=torch.int32)
     chunk = max(1, min(rows, PREACTIVATION_BYTES // (2 * (n_latents + width) + 12 * d)))
     chunk = -(-rows // -(-rows // chunk))
-    product = x.new_empty(chunk, n_latents, dtype=torch.bfloat16)
-    rounded = torch.zeros(chunk, width, dtype=torch.bfloat16)
-    rounded[:, d : d + BIAS_COLUMNS] = 1
-    unproved = []
+    product = torch.empty(chunk, n_latents, dtype=torch.bfloat16)
+    block = max(1, CANDIDATES // (_most_groups(n_groups, k) * group))
+    unproved = [torch.empty(0, dtype=torch.int64)]
     for start in range(0, rows, chunk):
-        centred = x[start : start + chunk] - b_pre
-        count = len(centred)
-        rounded[:count, :d] = centred
-        p = torch.mm(rounded[:count], low.T, out=product[:count])
-        kept = rounded[:count, :d].float()
-        size, lost = _norm_rounded_up(kept), _norm_rounded_up(centred - kept)
-        provable = size * largest_w + largest_b < LARGEST  # not so for NaN either
-        block = max(1, CANDIDATES // (min(n_groups, SURVIVING_GROUPS * k) * group))
+        part = encoder.rows(x[start : start + chunk], b_pre)
+        count = len(part.centred)
+        p = encoder.product(part, product[:count])
+        found: list[tuple[slice, Tensor, Tensor]] = []
         for first in range(0, count, block):
-            part = slice(first, min(first + block, count))
-            found = _survivors(
-                p[part], size[part], lost[part], provable[part], group_bounds, entry_bounds, k, selection == "signed"
+            some = slice(first, min(first + block, count))
+            row, latent, proved = _survivors(
+                p[some],
+                part.size[some],
+                part.lost[some],
+                part.provable[some],
+                group_bounds,
+                entry_bounds,
+                k,
+                selection == "signed",
             )
-            row, latent, proved = found
-            out = slice(start + part.start, start + part.stop)
-            a = _products(centred[part], W_enc, row, latent) + b_enc[latent]
-            values[out], indices[out] = _largest_of_each_row(a, row, latent, part.stop - part.start, k, selection)
-            unproved.append((~proved).nonzero()[:, 0] + out.start)
+            found.append((some, row, latent))
+            unproved.append((~proved).nonzero()[:, 0] + (start + first))
+            if sum(len(row) for _, row, _ in found) < PAIRS and some.stop < count:
+                continue
+            pairs = torch.cat([row + some.start for some, row, _ in found]), torch.cat([latent for *_, latent in found])
+            values_of_all = encoder.exact(part.centred, *pairs) + bias[pairs[1]]
+            for some, row, latent in found:
+                a, values_of_all = values_of_all.tensor_split([len(row)])
+                out = slice(start + some.start, start + some.stop)
+                values[out], indices[out] = _largest_of_each_row(a, row, latent, some.stop - some.start, k, selection)
+            found = []
+        if 2 * sum(len(left) for left in unproved) > start + count:  # such rows as cannot be proved: no more of this
+            unproved.append(torch.arange(start + count, rows))
+            break
     left = torch.cat(unproved)
     if len(left):
-        values[left], indices[left] = _topk_encode_cpu(x[left], W_enc, b_enc, b_pre, k, selection)
+        values[left], indices[left] = _topk_encode_cpu(x[left], encoder.W_enc, b_enc, b_pre, k, selection)
     return values, indices
 
 
@@ -213,12 +260,35 @@ def _survivors(
     top = grouped.amax(1).float()  # [rows, n_groups]
     if signed:
         top = torch.maximum(top, -grouped.amin(1).float())
-    margin = torch.outer(lost, group_bounds[0]).addr_(size, group_bounds[1]).add_(group_bounds[2])
-    margin.add_(top.abs(), alpha=2.0**-8)
-    threshold = (top - margin).topk(k, dim=1, sorted=False).values.amin(1)
+    margin = group_margins(top, size, lost, group_bounds)
+    lower = top - margin
+    if n_groups % COARSER == 0 and n_groups >= COARSER * GROUPS_A_K * k:
+        lower = lower.view(len(p), COARSER, -1).amax(1)
+    threshold = lower.topk(k, dim=1, sorted=False).values.amin(1)
     alive = (top + margin) >= threshold[:, None]
-    proved = provable & (alive.sum(1) <= SURVIVING_GROUPS * k)
+    proved = provable & (alive.sum(1) <= _most_groups(n_groups, k))
     alive &= proved[:, None]
+    return *entries_that_reach(threshold, p, alive, size, lost, entry_bounds, signed), proved
+
+
+def bounds_by_group(encoder: RoundedEncoder, group: int) -> tuple[Tensor, Tensor]:
+    """The largest bounds of every group [3, n_groups], and those of its entries [n_groups, 3, group]."""
+    by_group = encoder.bounds.view(3, group, -1)
+    return by_group.amax(1), by_group.permute(2, 0, 1).contiguous()
+
+
+def group_margins(top: Tensor, size: Tensor, lost: Tensor, group_bounds: Tensor) -> Tensor:
+    """How far the entries of a group whose largest is `top` [rows, n_groups] can be from what the product says."""
+    margin = torch.outer(lost, group_bounds[0]).addr_(size, group_bounds[1]).add_(group_bounds[2])
+    return margin.add_(top.abs(), alpha=2.0**-8)
+
+
+def entries_that_reach(
+    threshold: Tensor, p: Tensor, alive: Tensor, size: Tensor, lost: Tensor, entry_bounds: Tensor, signed: bool
+) -> tuple[Tensor, Tensor]:
+    """(row, latent), rows ascending, of the entries of groups `alive` [rows, n_groups] whose upper bound reaches their
+    row's threshold."""
+    n_groups, _, group = entry_bounds.shape
     row, of_group = alive.nonzero(as_tuple=True)
     slots = torch.arange(group) * n_groups
     latent = of_group[:, None] + slots  # [groups alive, group]
@@ -227,14 +297,7 @@ def _survivors(
     upper = (a.abs() if signed else a) + a.abs() * 2.0**-8
     upper += lost[row, None] * bound[:, 0] + size[row, None] * bound[:, 1] + bound[:, 2]
     of_alive, slot = (upper >= threshold[row, None]).nonzero(as_tuple=True)
-    return row[of_alive], latent[of_alive, slot], proved
-
-
-def _products(x: Tensor, W: Tensor, row: Tensor, latent: Tensor) -> Tensor:
-    """x[row] . W[latent] of every pair, rows ascending."""
-    offsets = torch.zeros(len(x) + 1, dtype=torch.int64)
-    torch.cumsum(torch.bincount(row, minlength=len(x)), 0, out=offsets[1:])
-    return pair_products(x, W, offsets, latent)
+    return row[of_alive], latent[of_alive, slot]
 
 
 def _largest_of_each_row(
@@ -274,6 +337,13 @@ def _topk_encode_prefiltered(
 ) -> tuple[Tensor, Tensor]:
     _check(x, W_enc, b_enc, b_pre, k, selection)
     n_latents, d = W_enc.shape
+    if implementation(x) == "triton" and low.shape == W_enc.shape and bounds.shape == (4, n_latents):
+        sizes = PrefilterSizes.of(n_latents, k) if x.dtype == torch.float32 else None
+        if sizes is None:
+            return _topk_encode(x, W_enc, b_enc, b_pre, k, selection)
+        entry = tuned("topk_encode_prefiltered", W_enc, x.shape[0], k)
+        blocks = None if entry is None else entry.blocks
+        return _topk_encode_prefiltered_triton(x, W_enc, b_enc, b_pre, low, bounds, k, selection, sizes, blocks)
     if low.shape[0] != n_latents or low.shape[1] < d + BIAS_COLUMNS or bounds.shape != (3, n_latents):
         raise ValueError(
             f"prepared is for {low.shape[0]} latents of width up to {low.shape[1] - BIAS_COLUMNS}, W_enc has shape "

@@ -183,10 +183,11 @@ def _sparse_decode_sum_kernel(
 ):
     """One row and one block of columns: BLOCK_K partial sums of decoder rows, one final tree."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    # int64 before it is multiplied: a transposed dictionary of 2^31 elements has them between its columns.
+    column = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, k, BLOCK_K):
-        entry = start + tl.arange(0, BLOCK_K)
+        entry = start + tl.arange(0, BLOCK_K).to(tl.int64)
         value = tl.load(values_ptr + row * stride_values_row + entry * stride_values_k, mask=entry < k, other=0.0)
         index = tl.load(indices_ptr + row * stride_indices_row + entry * stride_indices_k, mask=entry < k, other=0)
         owned = (value != 0.0) & (index >= 0) & (index < n_latents)  # NaN != 0: it is summed
@@ -220,14 +221,14 @@ def _sparse_decode_grad_values_kernel(
 ):
     """One row and BLOCK_K of its entries: dot products of the row's gradient with decoder rows."""
     row = tl.program_id(0).to(tl.int64)
-    entry = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    entry = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
     value = tl.load(values_ptr + row * stride_values_row + entry * stride_values_k, mask=entry < k, other=0.0)
     index = tl.load(indices_ptr + row * stride_indices_row + entry * stride_indices_k, mask=entry < k, other=0)
     owned = (value != 0.0) & (index >= 0) & (index < n_latents)
     W_ptr += index.to(tl.int64)[:, None] * stride_W_latent  # [BLOCK_K, 1]
     total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, d, BLOCK_D):
-        column = start + tl.arange(0, BLOCK_D)
+        column = start + tl.arange(0, BLOCK_D).to(tl.int64)
         w = tl.load(W_ptr + column[None, :] * stride_W_d, mask=owned[:, None] & (column < d)[None, :], other=0.0)
         grad = tl.load(grad_ptr + row * stride_grad_row + column * stride_grad_d, mask=column < d, other=0.0)
         total += w.to(tl.float32) * grad.to(tl.float32)[None, :]  # [BLOCK_K, BLOCK_D]

@@ -317,7 +317,10 @@ def _sparse_edit_row_kernel(
         low = tl.load(low_ptr + rule, mask=inside, other=0.0).to(tl.float32)
         high = tl.load(high_ptr + rule, mask=inside, other=0.0).to(tl.float32)
         gate = tl.load(gate_ptr + rule, mask=inside, other=0.0).to(tl.float32)
-        edited = tl.where(z > gate, tl.minimum(tl.maximum(gain * z + offset, low), high), z)
+        # A NaN is an error to be seen: a GPU's own minimum and maximum would take the bound instead.
+        moved = tl.maximum(gain * z + offset, low, propagate_nan=tl.PropagateNan.ALL)
+        moved = tl.minimum(moved, high, propagate_nan=tl.PropagateNan.ALL)
+        edited = tl.where(z > gate, moved, z)
         change = tl.where(inside & (edited != z) & (z == z), edited - z, 0.0)  # [BLOCK_RULES]
         direction_ptrs = (
             directions_ptr + rule.to(tl.int64)[:, None] * stride_directions_rule + column[None, :] * stride_directions_d

@@ -14,6 +14,16 @@ from torch import Tensor
 
 from .csr import weight_gradient
 from .dispatch import backend, implementation, jit, next_power_of_2, tl
+from .prefilter import (
+    CANDIDATES,
+    GROUPS,
+    PAIRS,
+    bounds_by_group,
+    entries_that_reach,
+    group_margins,
+    pays_to_round,
+)
+from .rounded_encoder import round_encoder
 from .topk_encode import _check as check_encoder
 from .topk_encode import _preactivations, _topk_encode_bias_kernel
 
@@ -23,6 +33,7 @@ __all__ = ["threshold_encode", "threshold_encode_csr"]
 # may hold, together below 64 MiB.
 PREACTIVATION_BYTES = 24 << 20  # pre-activations and centred inputs of one chunk of rows; below 32 MiB malloc keeps it
 COMPACTED_ENTRIES = 1 << 17  # pre-activations compacted at a time: some 80 bytes each, if all of them are active
+PIECE_ENTRIES = 9 << 20  # of a growing CSR code: above 32 MiB malloc asks the system for memory and returns it
 PADDED_ENTRIES = 1 << 20  # entries of a CSR code that its gradient pads at a time, some 40 bytes each
 
 
@@ -57,7 +68,9 @@ def threshold_encode(
     threshold. The host never waits for the device (float64 on a GPU, which takes the CPU path, does).
 
     Cost: 2 rows n_latents d FLOPs; reads W_enc once a chunk of rows. Scratch stays below 64 MiB whatever rows is (as
-    long as one row does, 80 n_latents bytes).
+    long as one row does, 80 n_latents bytes). On a CPU with bf16 instructions a bf16 product proves most latents
+    inactive and only the others are computed in fp32: 0.4 of the fp32 product's time for 100 active of 20,480, as much
+    as without where more than some 4 % are active.
 
     Raises: ValueError or TypeError naming the argument, for wrong shapes, dtypes, devices or max_active.
 
@@ -83,7 +96,8 @@ def threshold_encode_csr(
     Returns: values [entries]; indices [entries] int32; row_offsets [rows + 1] int64. `entries` depends on the data: the
     host reads it once a chunk of rows.
 
-    Gradients, precision, cost and errors are threshold_encode's; the code is held twice while its chunks are joined.
+    Gradients, precision, cost and errors are threshold_encode's; on a CPU at most 72 MiB of the code are held twice, on a
+    GPU all of it while its chunks are joined.
     The gradient pads some rows at a time (the host waits once for the lengths) and, with half-precision inputs that
     take several such blocks, sums in a float32 copy of the block's inputs and of the weight gradient.
 
@@ -137,6 +151,13 @@ def _value_dtype(x: Tensor) -> torch.dtype:
 # --------------------------------------------------------------------------------------------------------------- CPU
 # Rows go in chunks, whose pre-activations are one matrix product into a scratch that every chunk reuses. A chunk is
 # compacted some rows at a time: a comparison and a `nonzero`, which lists rows and latents in index order already.
+#
+# On a processor with bf16 instructions the product is one of bf16 (rounded_encoder.py), of which a bound proves most
+# latents inactive; the others are computed in fp32 and compared. Its bias is b_enc less the threshold: what is stored is
+# the distance from the threshold, so that the rounding of the stored value is least where it matters. Rows with many
+# such latents, or without a proof, go the plain way.
+
+GROUPS_ALIVE = 0.6  # a row with more of its groups to look at is computed plainly: 4 % of 20,480 latents active
 
 
 class _Entries(NamedTuple):
@@ -151,6 +172,72 @@ class _Entries(NamedTuple):
 
 
 def _entries_cpu(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor) -> Iterator[_Entries]:
+    group = next((g for g in GROUPS if len(W_enc) % g == 0), None)
+    if group is not None and W_enc.is_contiguous() and pays_to_round(x, W_enc):
+        return _entries_of_rounded(x, W_enc, b_enc, b_pre, threshold, group)
+    return _entries_plainly(x, W_enc, b_enc, b_pre, threshold)
+
+
+def _entries_of_rounded(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor, group: int
+) -> Iterator[_Entries]:
+    (rows, d), n_latents = x.shape, len(W_enc)
+    n_groups = n_latents // group
+    floor = threshold.float().clamp_min(0).expand(n_latents)
+    never = ~floor.isfinite()
+    encoder = round_encoder(W_enc, b_enc.double() - floor.double().masked_fill(never, 0), rows)
+    encoder.bounds[2].masked_fill_(never, -torch.inf)  # no upper bound of theirs reaches 0
+    group_bounds, entry_bounds = bounds_by_group(encoder, group)
+    bias, zeros = b_enc.float(), torch.zeros(rows)
+    most_groups = max(1, int(GROUPS_ALIVE * n_groups))
+    chunk = max(1, min(rows, PREACTIVATION_BYTES // (2 * (n_latents + encoder.low.shape[1]) + 12 * d)))
+    chunk = -(-rows // -(-rows // chunk))
+    product = torch.empty(chunk, n_latents, dtype=torch.bfloat16)
+    block = max(1, CANDIDATES // (most_groups * group))
+    for start in range(0, rows, chunk):
+        part = encoder.rows(x[start : start + chunk], b_pre)
+        count = len(part.centred)
+        p = encoder.product(part, product[:count])
+        blocks = [slice(first, min(first + block, count)) for first in range(0, count, block)]
+        alive = torch.empty(count, n_groups, dtype=torch.bool)
+        for some in blocks:
+            top = p[some].view(-1, group, n_groups).amax(1).float()  # [block, n_groups]
+            alive[some] = top + group_margins(top, part.size[some], part.lost[some], group_bounds) >= 0
+        proved = part.provable & (alive.sum(1) <= most_groups)
+        if 2 * int(proved.sum()) < count:  # such rows as are dense, or cannot be proved: no more of this
+            for e in _entries_plainly(x[start:], W_enc, b_enc, b_pre, threshold):
+                yield e._replace(rows=slice(start + e.rows.start, start + e.rows.stop))
+            return
+        alive &= proved[:, None]
+        found: list[tuple[Tensor, Tensor]] = []
+        done = 0
+        for some in blocks:
+            row, latent = entries_that_reach(
+                zeros, p[some], alive[some], part.size[some], part.lost[some], entry_bounds, signed=False
+            )
+            found.append((row + some.start, latent))
+            if sum(len(row) for row, _ in found) < PAIRS and some.stop < count:
+                continue
+            row, latent = (torch.cat(parts) for parts in zip(*found, strict=True))
+            value = encoder.exact(part.centred, row, latent) + bias[latent]
+            active = value > floor[latent]
+            row, latent, value = row[active], latent[active], value[active]
+            broken = torch.zeros(some.stop - done, dtype=torch.bool)
+            left = (~proved[done : some.stop]).nonzero()[:, 0] + done
+            if len(left):
+                entries = [(row, latent, value)]
+                for e in _entries_plainly(x[start : start + count][left], W_enc, b_enc, b_pre, threshold):
+                    entries.append((left[e.rows][e.row], e.latent, e.value))
+                    broken[left[e.rows] - done] = e.broken
+                row, latent, value = (torch.cat(parts) for parts in zip(*entries, strict=True))
+            row, order = (row * n_latents + latent).sort()
+            row = row // n_latents - done
+            counts = torch.bincount(row, minlength=some.stop - done)
+            yield _Entries(slice(start + done, start + some.stop), row, latent[order], value[order], counts, broken)
+            found, done = [], some.stop
+
+
+def _entries_plainly(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor) -> Iterator[_Entries]:
     rows, d = x.shape
     n_latents, dtype = W_enc.shape[0], _value_dtype(x)
     floor = threshold.to(dtype).clamp_min(0)  # NaN stays: nothing is above it
@@ -197,14 +284,29 @@ def _threshold_encode_cpu(
 def _threshold_encode_csr_cpu(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    values = [x.new_empty(0, dtype=_value_dtype(x))]
-    indices = [x.new_empty(0, dtype=torch.int32)]
+    # A list of chunks' entries, joined, would be the code twice and what malloc keeps in between. Pieces of this size go
+    # back to the system one by one, and what is not yet written of one takes no memory.
+    size = max(1, min(PIECE_ENTRIES, x.shape[0] * W_enc.shape[0]))
+    pieces: list[tuple[Tensor, Tensor]] = []
     row_offsets = x.new_zeros(x.shape[0] + 1, dtype=torch.int64)
+    end = 0
     for rows, _, latent, value, count, _ in _entries_cpu(x, W_enc, b_enc, b_pre, threshold):
-        values.append(value)
-        indices.append(latent.to(torch.int32))
         row_offsets[1:][rows] = count
-    return torch.cat(values), torch.cat(indices), row_offsets.cumsum_(0)
+        first = 0
+        while first < len(value):
+            place = end % size
+            if place == 0:
+                pieces.append((x.new_empty(size, dtype=_value_dtype(x)), x.new_empty(size, dtype=torch.int32)))
+            last = min(len(value), first + size - place)
+            for piece, part in zip(pieces[-1], (value, latent), strict=True):
+                piece[place : place + last - first] = part[first:last]
+            end, first = end + last - first, last
+    values, indices = x.new_empty(end, dtype=_value_dtype(x)), x.new_empty(end, dtype=torch.int32)
+    while pieces:
+        start = (len(pieces) - 1) * size
+        for joined, piece in zip((values, indices), pieces.pop(), strict=True):
+            joined[start : start + size] = piece[: end - start]
+    return values, indices, row_offsets.cumsum_(0)
 
 
 # ------------------------------------------------------------------------------------------------------------ Triton

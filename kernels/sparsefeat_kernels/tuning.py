@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import backend
+from .prefilter_gpu import PrefilterSizes, _topk_encode_prefiltered_triton, gpu_weights
 from .sparse_decode import _sparse_decode_triton
 from .topk_candidates import _topk_candidates_triton, candidate_blocks
 from .topk_encode import _topk_encode_triton
@@ -32,7 +33,7 @@ from .tuning_table import Entry, Table
 
 __all__ = ["OPS", "Shape", "configurations", "tune"]
 
-OPS = ("topk_encode", "sparse_decode")
+OPS = ("topk_encode", "sparse_decode", "topk_encode_prefiltered")
 # d, n_latents, k of published SAEs, the most wanted first
 SAES: Mapping[str, tuple[int, int, int]] = {
     "SAeUron": (1280, 20480, 32),
@@ -103,6 +104,10 @@ def configurations(op: str, shape: Shape) -> list[Configuration]:
         of_decode = ("BLOCK_K", "BLOCK_D", "num_warps")
         return [Configuration("A", dict(zip(of_decode, sizes, strict=True))) for sizes in DECODES]
     names = ("BLOCK_ROWS", "BLOCK_LATENTS", "BLOCK_D", "num_warps", "num_stages", "GROUP")
+    if op == "topk_encode_prefiltered":
+        if shape.dtype != "float32" or PrefilterSizes.of(shape.n_latents, shape.k) is None:
+            return []
+        return [Configuration("A", dict(zip(names[:5], sizes, strict=True))) for sizes in PRODUCTS["bfloat16"]]
     tiles = [dict(zip(names[:5], sizes, strict=True)) for sizes in PRODUCTS[shape.dtype]]
     grouped = [dict(zip(names, sizes, strict=True)) for sizes in CANDIDATE_PRODUCTS[shape.dtype]]
     return [
@@ -147,6 +152,13 @@ def call_of(op: str, shape: Shape, inputs: Mapping[str, Tensor], found: Configur
     x, W, b_enc, b_pre = (inputs[name] for name in ("x", "W", "b_enc", "b_pre"))
     if op == "sparse_decode":
         return lambda: _sparse_decode_triton(inputs["values"], inputs["indices"], W, b_pre, blocks=found.blocks)
+    if op == "topk_encode_prefiltered":
+        sizes = PrefilterSizes.of(shape.n_latents, shape.k)
+        assert sizes is not None, "configurations() leaves these out"
+        low, bounds = gpu_weights(W, b_enc)
+        return lambda: _topk_encode_prefiltered_triton(
+            x, W, b_enc, b_pre, low, bounds, shape.k, "relu", sizes, blocks=found.blocks
+        )
     if found.design == "A":
         return lambda: _topk_encode_triton(x, W, b_enc, b_pre, shape.k, "relu", blocks=found.blocks)
     blocks = candidate_blocks(found.blocks, shape.n_latents, shape.k)
@@ -311,7 +323,7 @@ def tune(
         name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     entries: list[Entry] = []
     measured: list[dict[str, Any]] = []
-    todo = [(op, shape) for shape in wanted for op in ops]
+    todo = [(op, shape) for shape in wanted for op in ops if configurations(op, shape)]
     compilers = _Compilers(todo) if device == "cuda" and seconds > 0 else None
     while True:
         table = Table(name, capability, backend(), date.today().isoformat(), versions(), tuple(entries))

@@ -11,6 +11,7 @@ candidates of an fp32 one).
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -266,6 +267,12 @@ def as_sae(case: SAECase) -> SAE:
     return sae.train()
 
 
+def our_training_state(case: SAECase) -> tuple[SAECase, SAE]:
+    if multiprocessing.parent_process() is not None:  # peak memory is measured in a process of its own:
+        kernels.keep_gradient_memory(0)  # gradients' memory that is kept from the step before counts as this step's
+    return case, as_sae(case)
+
+
 def our_step(state: tuple[SAECase, SAE]) -> dict[str, Tensor]:
     case, sae = state
     with torch.no_grad():
@@ -292,8 +299,6 @@ def our_forward(case: SAECase, prepared: Any = None) -> Tensor:
 
 
 def with_prepared(run: Callable[..., Any]) -> list[Provider]:
-    if not kernels.bf16_products():  # then it is the plain path again
-        return []
     note = "the weights' bf16 copy and norms are kept between calls"
     return [Provider(PREPARED, lambda state: run(*state), prepare_weights, note=note)]
 
@@ -347,7 +352,7 @@ def _forward_providers() -> list[Provider]:
 
 def _training_providers() -> list[Provider]:
     return [
-        Provider(OURS, our_step, lambda case: (case, as_sae(case))),
+        Provider(OURS, our_step, our_training_state),
         Provider(DENSE, lambda c: dense_step(c.x, c.W_enc, c.b_enc, c.W_dec, c.b, c.k, c.is_dead)),
     ]
 
@@ -769,7 +774,7 @@ def build(op: str, shape: Mapping[str, int], dtype: str = "float32", device: str
         return sae_case(**shape, dtype=dtype, device=device, seed=seed, dead_norm=dead_norm)
 
     providers = what.providers()
-    if (dtype, device) != ("float32", "cpu"):
+    if dtype != "float32" or (device == "cpu" and not kernels.bf16_products()):  # then it is the plain path again
         providers = [provider for provider in providers if provider.name != PREPARED]
     input_bytes = moved if attention else size * shape["n_latents"] * shape["d_model"]
     return Figure(

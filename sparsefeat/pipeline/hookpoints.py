@@ -51,7 +51,9 @@ class Hookpoint:
         return cls(path, ":".join(said) or "output", stream)
 
     def __str__(self) -> str:
-        return self.path if self.io == "output" else f"{self.path}:{self.io}"
+        """The shortest form that `parse` reads back as the same hookpoint."""
+        said = [self.path, *([] if self.io == "output" else [self.io]), *([] if self.stream == "image" else ["text"])]
+        return ":".join(said)
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class HookpointInfo:
     """One line of `hookpoints(pipe)`; a block with an image and a text stream has two."""
 
     hookpoint: Hookpoint
+    """Where the module has one stream, whichever it is, the hookpoint does not say it."""
     width: int | None
     """d_model of the output; None if only a run would tell."""
     stream: str
@@ -105,15 +108,13 @@ def hookpoints(pipe: Any) -> list[HookpointInfo]:
         model = getattr(root, "_orig_mod", root)
         for path, kind, module in family.blocks(model):
             path = _plain(path)
-            for stream in family.streams(path, module):
-                hookpoint = Hookpoint(f"{root_name}.{path}", "output", stream)
+            streams = family.streams(path, module)
+            for stream in streams:
+                hookpoint = Hookpoint(f"{root_name}.{path}", stream=stream if len(streams) > 1 else "image")
                 width = family.width(module, "output")
                 grid = family.default_grid(pipe, model, path) if stream == "image" else None
-                found.append(
-                    HookpointInfo(
-                        hookpoint, width, stream, kind, grid, published_at(pipe, str(hookpoint), stream, width)
-                    )
-                )
+                published = published_at(pipe, hookpoint.path, stream, width)
+                found.append(HookpointInfo(hookpoint, width, stream, kind, grid, published))
     return found
 
 

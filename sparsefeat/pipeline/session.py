@@ -177,7 +177,7 @@ def _place(pipe: Any, instrument: Instrument, hookpoint: Hookpoint) -> Place:
     stream = family.stream_at(target.inner, target.module, hookpoint.stream)
     if stream is None:
         raise ValueError(
-            f"{hookpoint} has no {hookpoint.stream} stream in this {type(pipe).__name__}, only "
+            f"{hookpoint.path} has no {hookpoint.stream} stream in this {type(pipe).__name__}, only "
             f"{' and '.join(family.streams(target.inner, target.module))}: ask for that, or for another block"
         )
     return Place(instrument, hookpoint, target, stream)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from sparsefeat_kernels import PreparedEncoder, SparseCode, bf16_products, prepare_encoder, sparse_decode, topk_encode
+from sparsefeat_kernels import PreparedEncoder, SparseCode, prefilter_pays, prepare_encoder, sparse_decode, topk_encode
 from torch import Tensor, nn
 
 from sparsefeat.sae.activations import (
@@ -21,13 +21,9 @@ from sparsefeat.sae.config import PURSUITS, SAEConfig
 from sparsefeat.sae.formats import native
 from sparsefeat.sae.normalizers import PCA, ROW_SCALED, denormalize, normalize, row_scale
 
-# The prefilter's weights of SAEs that encoded on a CPU with bf16 instructions. Kept beside the modules, not in them: a
-# copied or pickled SAE makes its own.
+# The prefilter's weights of SAEs that encoded where it pays. Kept beside the modules, not in them: a copied or pickled
+# SAE makes its own.
 _PREPARED: weakref.WeakKeyDictionary[SAE, PreparedEncoder] = weakref.WeakKeyDictionary()
-
-# Fewer rows at once do not pay for the pass over the weights that the first call after a change makes: it costs as much
-# as the prefilter saves at about 60 rows (20,480 x 1280, two cores).
-PREFILTERED_ROWS = 128
 
 
 class SAE(nn.Module):
@@ -105,8 +101,8 @@ class SAE(nn.Module):
 
         `k` replaces the config's, for an activation that has one (Multi-TopK, sweeps over sparsity).
 
-        In float32 on a CPU with bf16 instructions, top-k encodes of many rows go through the kernel's certified
-        prefilter, which keeps a bf16 copy of the encoder (half the size of `W_enc`) as long as the SAE lives and makes it
+        In float32 on a CPU with bf16 instructions, and on a GPU whose tuning table measured it to be faster, top-k encodes
+        of many rows go through the kernel's certified prefilter, which keeps a bf16 copy of the encoder (half the size of `W_enc`) as long as the SAE lives and makes it
         again when the weights have changed.
         """
         config = self.config
@@ -132,14 +128,9 @@ class SAE(nn.Module):
     def prepared(self, rows: int) -> PreparedEncoder | None:
         """For the kernels' `prepared=`: what an encode of so many rows should use, None for the plain path."""
         W_enc = self.W_enc
-        if (
-            rows < PREFILTERED_ROWS
-            or W_enc.dtype != torch.float32
-            or W_enc.device.type != "cpu"
-            or W_enc.is_inference()
-            or torch.compiler.is_compiling()
-            or not bf16_products()
-        ):
+        if torch.compiler.is_compiling() or W_enc.is_inference():
+            return None
+        if not prefilter_pays(W_enc, rows, self.config.k or 1):
             return None
         found = _PREPARED.get(self)
         if found is None or not found.is_current(W_enc, self.b_enc):

@@ -23,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from sparsefeat_kernels import SparseCode, auxk_encode, sparse_decode
+from sparsefeat_kernels import SparseCode, auxk_decode, auxk_encode
 from torch import Tensor
 
 from sparsefeat.sae import SAE
@@ -55,7 +55,7 @@ def training_loss(
     latents = dead.nonzero().squeeze(-1) if auxk and dead is not None else None
     wanted = k_aux or max(1, sae.d_model // 2)
     code, aux_code, wide_code = _encode(sae, x, latents, wanted, wide=bool(multi_topk))
-    x_hat, guess = _decode(sae, x, code, aux_code)
+    x_hat, guess = _decode(sae, x, code, aux_code, latents)
     fvu = squared_error(x, x_hat) / variance
     total, nothing = fvu, fvu.detach() * 0
     aux = wide = nothing
@@ -95,21 +95,14 @@ def _encode(
     return code, aux_code, wide_code
 
 
-def _decode(sae: SAE, x: Tensor, code: SparseCode, aux: SparseCode | None) -> tuple[Tensor, Tensor | None]:
+def _decode(
+    sae: SAE, x: Tensor, code: SparseCode, aux: SparseCode | None, latents: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """x_hat, and e_hat, the dead latents' guess at what is missing (without bias; None without their code)."""
-    if aux is None:
+    if aux is None or latents is None:
         return sae.decode(code, like=x), None
-    nothing, rows = torch.zeros_like(sae.b_out), code.rows
-    # One decode of both makes one gradient of W_dec instead of two and their sum; padded to one width they must not be
-    # larger than that gradient.
-    if 2 * aux.values.numel() <= sae.W_dec.numel() and aux.values.shape[1] >= code.values.shape[1]:
-        padding = (0, aux.values.shape[1] - code.values.shape[1])
-        values, indices = (torch.nn.functional.pad(t, padding) for t in (code.values, code.indices))
-        both = sparse_decode(torch.cat([values, aux.values]), torch.cat([indices, aux.indices]), sae.W_dec, nothing)
-        x_hat, guess = sae.denormalize(both[:rows] + sae.b_out, like=x), both[rows:]
-    else:
-        x_hat, guess = sae.decode(code, like=x), sparse_decode(aux.values, aux.indices, sae.W_dec, nothing)
-    return x_hat, sae.change_of(guess, x)
+    x_hat, guess = auxk_decode(code.values, code.indices, aux.values, aux.indices, latents, sae.W_dec, sae.b_out)
+    return sae.denormalize(x_hat, like=x), sae.change_of(guess, x)
 
 
 def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:

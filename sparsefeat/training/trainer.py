@@ -10,12 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from sparsefeat_kernels import release_gradient_memory
 from torch import Tensor
 from tqdm import tqdm
 
@@ -139,7 +140,8 @@ class SAETrainer:
         )
         started, first = time.perf_counter(), self.step
         self.sae.train()
-        with bar, _deferred_interrupt() as interrupted:
+        with bar, ExitStack() as ended, _deferred_interrupt() as interrupted:
+            ended.callback(self._drop_gradients)
             while self.step < config.steps:
                 batch = next(batches)
                 due = (self.step + 1) % config.log_every == 0 or self.step + 1 == config.steps
@@ -156,6 +158,10 @@ class SAETrainer:
                     kept = "nothing was kept, pass folder=" if self.folder is None else "the same lines go on from here"
                     raise KeyboardInterrupt(f"stopped after step {self.step} of {config.steps}; {kept}")
         return self.sae.eval()
+
+    def _drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        release_gradient_memory()
 
     def train_step(self, batch: Tensor, measure: bool = False) -> dict[str, float] | None:
         """One optimiser step; its figures if `measure`, which waits for the device."""

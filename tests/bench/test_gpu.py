@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ def test_a_test_file_that_failed_is_run_again_and_one_that_passed_is_not(tmp_pat
     ran = []
 
     def command(arguments, limit, **variables):
-        name = arguments[3].rsplit("/", 1)[1]
+        name = "one of each" if gpu.ONE_OF_EACH in arguments else arguments[3].rsplit("/", 1)[1]
         ran.append(name)
         return (1 if name == "test_csr.py" and len(ran) < 50 else 0), "noise\n==== 3 passed in 1s ===="
 
@@ -38,6 +40,80 @@ def test_a_command_is_stopped_at_its_limit_and_keeps_its_output():
     code, output = gpu.command(["bash", "-c", "echo begun; sleep 30"], 1.0)
     assert code is None
     assert "begun" in output
+
+
+def test_what_a_stopped_command_began_ends_with_it(tmp_path):
+    """A sanitizer's child would keep the GPU that the next stage is timed on."""
+    began = time.perf_counter()
+    script = f"(sleep 8; touch {tmp_path}/late) & echo $! > {tmp_path}/pid; wait"
+    assert gpu.command(["bash", "-c", script], 1.0)[0] is None
+    assert time.perf_counter() - began < 6
+    child = Path("/proc") / (tmp_path / "pid").read_text().strip()
+    assert not child.exists() or "Z" in (child / "stat").read_text().split()[2]
+
+
+def test_the_longest_test_file_is_begun_first_and_none_is_left_out():
+    files = gpu.files_to_test()
+    names = [path.name for path in files if path.parent.name == "kernels"]
+    assert names[: len(gpu.TESTS_FIRST)] == list(gpu.TESTS_FIRST)
+    every = {path.name for path in (gpu.ROOT / "tests" / "kernels").glob("test_*.py")}
+    assert set(names) == every - set(gpu.SKIPPED)
+
+
+def test_a_figure_that_ends_its_process_is_not_begun_again(tmp_path, monkeypatch):
+    measured, deadly = [], Wanted("sparse_edit", SMALL, "float32", 0.0)
+
+    def measure(wanted, device, results, ceilings, budget):
+        if wanted == [deadly]:
+            raise SystemExit("as a segmentation fault would")
+        if wanted[0].op == "feature_stats":
+            raise RuntimeError("out of memory")
+        measured.extend(one.op for one in wanted)
+        return 0
+
+    monkeypatch.setattr(gpu, "run", measure)
+    monkeypatch.setattr(gpu, "measure_ceilings", lambda device: Ceilings(1e9, {"float32": 1e9}))
+    others = [Wanted(op, SMALL, "float32", 0.0) for op in ("feature_stats", "sparse_decode")]
+    with pytest.raises(SystemExit):
+        gpu.bench(gpu.Lease(tmp_path, 100.0), lambda: iter([deadly, *others]))
+    assert measured == []
+    gpu.bench(gpu.Lease(tmp_path, 100.0), lambda: iter([deadly, *others]))
+    assert measured == ["sparse_decode"]
+    kept = json.loads((tmp_path / "gpu.json").read_text())["bench"]
+    assert kept["died"] == ["sparse_edit 16 16 64 2 float32"]
+    assert kept["failed"] == {"feature_stats 16 16 64 2 float32": "RuntimeError: out of memory"}
+    assert "begun" not in kept
+
+
+def test_a_stage_that_dies_is_noted_and_the_bench_alone_lives_again(tmp_path, monkeypatch):
+    codes, taken = iter([-11, -11, 0, 1]), []
+    monkeypatch.setattr(gpu, "in_a_process", lambda name, lease: (taken.append(name), next(codes))[1])
+    lease = gpu.Lease(tmp_path, 100.0)
+    gpu.take("bench", lease)
+    gpu.take("scaling", lease)
+    assert taken == ["bench", "bench", "bench", "scaling"]
+    assert lease.done["scaling failed"] == "exit code 1"
+
+
+def test_every_stage_that_uses_the_gpu_can_be_taken_in_a_process_of_its_own(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    lease = gpu.Lease(tmp_path, 60.0)
+    lease.keep("tables", "before")
+    assert gpu.in_a_process("tables", lease) == 1  # it began, read its arguments, and found no GPU
+    assert lease.done == {"tables": "before"}
+
+
+def test_the_sanitizer_watches_what_was_compiled_before(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(gpu.shutil, "which", lambda tool: f"/bin/{tool}")
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "command", lambda arguments, limit, **v: (ran.append((arguments, v)), (0, "no errors"))[1])
+    gpu.sanitizer(gpu.Lease(tmp_path, 100.0))
+    (arguments, variables), alone = ran[0], gpu.one_of_each_command()
+    assert arguments[0] == "/bin/compute-sanitizer"
+    assert arguments[-len(alone) :] == alone
+    assert variables == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
 def test_children_run_real_triton_from_the_checkout():

@@ -54,6 +54,8 @@ ATTENTION = (
     (2, 20, 1024, 112, 20, 300),
     (1, 24, 4096, 128, 24, 512),
 )
+# The one head of a VAE: what a program keeps of a head must still fit. Compiled where shared memory is smallest.
+ONE_WIDE_HEAD = (1, 1, 4096, 512, 1, 300)
 # Every kernel at the first shape; at the others those whose configuration depends on the shape.
 SHAPED = (
     "_attention_column_kernel",
@@ -144,12 +146,24 @@ def launches(shape: str, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]
     return calls
 
 
-def attention_launches(dtype: torch.dtype) -> None:
+def prefilter_launches(shape: str) -> list[tuple[Any, dict[str, Any]]]:
+    """Of fp32 rows through the bf16 product."""
+    prefilter = importlib.import_module("sparsefeat_kernels.prefilter_gpu")
+    d, n, k = SHAPES[shape]
+    with torch.device("meta"), recorded() as calls:
+        weights = torch.empty(n, d), torch.empty(n), torch.empty(d)
+        rounded = torch.empty(n, d, dtype=torch.bfloat16), torch.empty(4, n)
+        sizes = prefilter.PrefilterSizes.of(n, k)
+        prefilter._topk_encode_prefiltered_triton(torch.empty(ROWS, d), *weights, *rounded, k, "relu", sizes)
+    return calls
+
+
+def attention_launches(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = ATTENTION) -> None:
     """Every attention op at its shapes, as modules call them: heads side by side in memory."""
     maps_of, tap, rows = (
         importlib.import_module(f"sparsefeat_kernels.attention_{name}") for name in ("map", "tap", "rows")
     )
-    for batch, heads, n, d, key_heads, t in ATTENTION:
+    for batch, heads, n, d, key_heads, t in shapes:
         query = torch.empty(batch, n, heads, d, dtype=dtype).transpose(1, 2)
         key, value = (torch.empty(batch, t, key_heads, d, dtype=dtype).transpose(1, 2) for _ in range(2))
         group, lse = torch.empty(batch, dtype=torch.int32), torch.empty(batch, heads, n)
@@ -161,7 +175,7 @@ def attention_launches(dtype: torch.dtype) -> None:
             mask = torch.empty(batch, t, dtype=torch.bool)
             maps = torch.empty(batch, n, 8)
             maps_of._attention_triton(maps, query, key, None, d**-0.5, mask, weight, group, tokens, None)
-        if d in (160, 128):
+        if d in (160, 128, 512):
             maps = torch.empty(batch, n, 8)
             image = torch.empty(batch, n, key_heads, d, dtype=dtype).transpose(1, 2)
             marked = torch.empty(n, dtype=torch.bool)
@@ -231,6 +245,31 @@ def main(folder: Path, architectures: list[str]) -> None:
                     compiled = triton.compile(source, target=TARGETS[architecture], options=options)
                     row = {"architecture": architecture, "kernel": name, "shape": shape, "dtype": str(dtype)[6:]}
                     print(json.dumps(row | evidence(compiled, architecture, folder)), flush=True)
+            for kernel, arguments in prefilter_launches(shape):
+                source, options = specialised(kernel, arguments)
+                key = f"{kernel.fn.__name__} {source.signature} {source.constants} {source.attrs} {options}"
+                if key not in seen:
+                    seen.add(key)
+                    compiled = triton.compile(source, target=TARGETS[architecture], options=options)
+                    # The bf16 product is told from the plain one, of the rows without a proof.
+                    full = kernel.fn.__name__ != "_topk_encode_product_kernel" or arguments["LISTED"]
+                    dtype_name = "float32" if full else "bfloat16"
+                    row = {"architecture": architecture, "kernel": kernel.fn.__name__, "shape": shape}
+                    row |= {"dtype": dtype_name} | evidence(compiled, architecture, folder)
+                    print(json.dumps(row), flush=True)
+        if architecture == "sm_80":
+            with torch.device("meta"), recorded() as calls:
+                attention_launches(torch.bfloat16, (ONE_WIDE_HEAD,))
+            for kernel, arguments in calls:
+                source, options = specialised(kernel, arguments)
+                compiled = triton.compile(source, target=TARGETS[architecture], options=options)
+                row = {
+                    "architecture": architecture,
+                    "kernel": kernel.fn.__name__,
+                    "shape": "d 512",
+                    "dtype": "bfloat16",
+                }
+                print(json.dumps(row | evidence(compiled, architecture, folder)), flush=True)
         for shape, dtype_name, kernel, arguments in tuned_launches(architecture):
             source, options = specialised(kernel, arguments)
             key = f"{kernel.fn.__name__} {source.signature} {source.constants} {source.attrs} {options}"

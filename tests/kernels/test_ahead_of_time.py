@@ -23,6 +23,11 @@ KERNELS = {
     "_attention_tap_kernel",
     "_feature_stats_join_kernel",
     "_feature_stats_scan_kernel",
+    "_prefilter_entries_kernel",
+    "_prefilter_finish_kernel",
+    "_prefilter_groups_kernel",
+    "_prefilter_rescore_kernel",
+    "_prefilter_rows_kernel",
     "_sparse_decode_grad_values_kernel",
     "_sparse_decode_sum_kernel",
     "_sparse_edit_row_kernel",
@@ -95,6 +100,7 @@ def test_half_precision_products_run_on_matrix_units(compiled: dict[str, list[di
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_loads_of_the_large_tensors_are_128_bits_wide(compiled: dict[str, list[dict[str, Any]]], architecture: str):
     large = (ATTENTION | CANDIDATES) | {
+        "_prefilter_rescore_kernel",
         "_sparse_decode_sum_kernel",
         "_threshold_encode_product_kernel",
         "_topk_encode_product_kernel",

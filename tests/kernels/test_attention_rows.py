@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from sparsefeat_kernels import attention_column_sums_, attention_rows
+from sparsefeat_kernels import attention_column_sums_, attention_rows, implementation
 from sparsefeat_kernels.attention_rows import reference, reference_column_sums
 from torch import Tensor
 
@@ -13,6 +13,7 @@ SHAPES = {
     "odd": (2, 3, 3, 19, 37, 3),
     "grouped": (1, 4, 2, 5, 70, 40),
     "wide": (1, 2, 1, 17, 33, 72),
+    "one_wide_head": (1, 1, 1, 3, 5, 300),
     "one": (1, 1, 1, 1, 1, 1),
 }
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 3e-6, torch.bfloat16: 3e-6}
@@ -139,10 +140,26 @@ def test_a_broken_row_breaks_only_itself(path: str):
     clean = attention_rows(query, key, marked=marked)
     query = query.clone()
     query[0, 1, 3, 2] = torch.nan
+    assert not attention_rows(query, key)[2].any()  # no key is marked
     for broken, whole in zip(attention_rows(query, key, marked=marked), clean, strict=True):
         assert broken[0, 1, 3].isnan()
         broken[0, 1, 3] = whole[0, 1, 3]
         assert torch.equal(broken, whole)
+
+
+def test_rows_past_the_last_give_nothing_whatever_a_key_holds(path: str):
+    query, key, _ = problem((1, 2, 2, 19, 40, 1), torch.float32, path)  # no block of rows ends at 19
+    query, key = query.abs() + 0.1, key.contiguous()
+    kept = torch.arange(40, device=path) != 7
+    bias = torch.zeros(1, 1, 19, 40, device=path).masked_fill(~kept, -torch.inf)
+    for held, mask in ((torch.nan, bias), (-torch.inf, None)):  # masked pair by pair, or of score -inf in every row
+        key[:, :, 7] = held
+        sums, without = torch.zeros(1, 40, device=path), torch.zeros(1, 39, device=path)
+        lse = attention_rows(query, key, mask=mask)[0]
+        attention_column_sums_(sums, query, key, lse, mask=mask)
+        attention_column_sums_(without, query, key[:, :, kept], lse)
+        assert sums[0, 7] == 0
+        torch.testing.assert_close(sums[:, kept], without, rtol=1e-6, atol=1e-6)
 
 
 def test_groups_that_do_not_count(path: str):
@@ -197,6 +214,20 @@ def test_mistakes_are_refused_by_name(named: str):
     query, key, _ = problem((2, 2, 2, 5, 3, 4), torch.float32, "cpu")
     with pytest.raises((ValueError, TypeError), match=named):
         attention_rows(**({"query": query, "key": key} | MISTAKES[named](query, key)))
+
+
+def test_more_batch_rows_than_a_grid_has_are_refused_and_more_groups_are_not(path: str):
+    query = torch.ones(1, 1, 1, 1, device=path)
+    sums = torch.zeros(65_540, 1, device=path)
+    if path == "cuda":
+        attention_column_sums_(
+            sums, query, query, torch.zeros(1, 1, 1, device=path), group=torch.tensor([65_537]).to(path)
+        )
+        assert sums.nonzero().tolist() == [[65_537, 0]]
+    if implementation(query) == "triton":
+        many = query.expand(65_536, 1, 1, 1)
+        with pytest.raises(ValueError, match="query must have at most 65535 batch rows"):
+            attention_rows(many, many)
 
 
 def test_sums_that_do_not_fit_are_refused():

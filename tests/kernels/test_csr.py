@@ -49,6 +49,18 @@ def test_weight_gradient_in_blocks_of_columns(monkeypatch):
     )
 
 
+def test_weight_gradient_in_blocks_of_latents(monkeypatch):
+    """Blocks in which no latent is used, one latent alone, and a last one that is short."""
+    monkeypatch.setitem(latent_major.__globals__, "RESULT_BYTES", 4 * 5 * 3)
+    g = torch.Generator().manual_seed(2)
+    indices = torch.tensor([[0, 6], [7, 6], [19, 0]]).int()
+    coefficients, x, shift = (torch.randn(size, generator=g) for size in ((3, 2), (3, 5), (5,)))
+    for n in (20, 21, 24):  # blocks of 3
+        expected = reference(coefficients.double(), indices, x.double(), shift.double(), n)
+        for got, exact in zip(weight_gradient(coefficients, indices, x, shift, n), expected, strict=True):
+            torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("rows", "n", "segment"), [(17, 5, 3), (23, 1, 4), (9, 64, 1)])
 def test_latents_that_fire_on_most_rows_are_summed_in_segments(path: str, monkeypatch, rows, n, segment):
     monkeypatch.setitem(latent_major.__globals__, "SEGMENT", segment)

@@ -9,6 +9,7 @@ from sparsefeat_kernels.feature_stats import reference
 from torch import Tensor
 
 feature_stats = importlib.import_module("sparsefeat_kernels.feature_stats")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of tests that call the launcher itself
 
 
 def problem(rows: int, k: int, n: int, groups: int, device: str, seed: int = 0) -> list[Tensor]:
@@ -40,7 +41,7 @@ def test_two_batches_add_up(path: str, shape: tuple[int, int, int, int]):
 
 def test_runs_longer_than_a_block_are_joined_in_order():
     # 40 rows of latents 0, 1 and 2 of 3, in blocks of 8 entries: runs of up to 40 cross several blocks.
-    arguments = problem(40, 3, 3, 2, "cpu")
+    arguments = problem(40, 3, 3, 2, DEVICE)
     before = [t.clone() for t in arguments]
     feature_stats._feature_stats_triton(*arguments, block=8)
     assert_is_reference(arguments, before)

@@ -24,6 +24,10 @@ def code() -> tuple[Tensor, Tensor]:
     return torch.ones(ROWS, K).requires_grad_(), torch.tensor([[0, 3], [2, 1], [4, 0]], dtype=torch.int32)
 
 
+def aux_code() -> tuple[Tensor, Tensor]:
+    return torch.ones(ROWS, 1).requires_grad_(), torch.tensor([[1], [2], [0]], dtype=torch.int32)
+
+
 def edit() -> tuple[Tensor, ...]:
     return *code(), torch.arange(F), normal(F, D), *(torch.ones(F) for _ in range(5)), torch.ones(ROWS)
 
@@ -53,6 +57,20 @@ FORWARD = {
     "threshold_encode": (lambda: kernels.threshold_encode(*encoder(), zero, K)[0], ENCODE),
     "threshold_encode_csr": (lambda: kernels.threshold_encode_csr(*encoder(), zero)[0], ENCODE),
     "sparse_decode": (lambda: kernels.sparse_decode(*code(), normal(N, D), normal(D)), GATHER),
+    "auxk_decode": (
+        lambda: kernels.auxk_decode(*code(), *aux_code(), torch.arange(5), normal(N, D), normal(D))[0],
+        2 * ROWS * (K + 1) * D,
+    ),
+    "auxk_decode_grad_values": (
+        lambda: ops.auxk_decode_grad_values(normal(ROWS, D), *aux_code(), torch.arange(5), normal(N, D)),
+        2 * ROWS * 1 * D,
+    ),
+    "auxk_weight_gradient": (
+        lambda: kernels.auxk_weight_gradient(
+            *code(), normal(ROWS, D), *aux_code(), None, torch.arange(5), normal(D), N
+        )[0],
+        2 * ROWS * (K + 1) * D,
+    ),
     "sparse_decode_grad_values": (
         lambda: ops.sparse_decode_grad_values(normal(ROWS, D), *code(), normal(N, D)),
         GATHER,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparsefeat_kernels import force_triton, matching_pursuit, sparse_decode
+from sparsefeat_kernels import bf16_products, force_triton, matching_pursuit, prefilter, rounded_encoder, sparse_decode
 from sparsefeat_kernels.matching_pursuit import METHODS, reference
 from torch import Tensor
 
@@ -187,8 +187,10 @@ def test_the_same_bits_every_time(path: str):
 def test_both_paths_choose_the_same_atoms():
     x, D = problem(4, 8, 30, torch.float32, "cpu", seed=7)
     values, indices = matching_pursuit(x, D, 5)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with force_triton():
-        assert_same(matching_pursuit(x, D, 5), (values, indices), 1e-5)
+        found = matching_pursuit(x.to(device), D.to(device), 5)
+    assert_same(tuple(t.cpu() for t in found), (values, indices), 1e-5)
 
 
 def test_the_residual_can_be_decoded_and_differentiated_in_the_dictionary():
@@ -235,3 +237,40 @@ def test_mistakes_are_refused_by_name(named: str):
     change, error = MISTAKES[named]
     with pytest.raises(error, match=named):
         matching_pursuit(*change(*problem(3, 4, 9, torch.float32, "cpu")))
+
+
+@pytest.mark.skipif(not bf16_products(), reason="this processor has no bf16 matrix instructions")
+@pytest.mark.parametrize(("method", "nonnegative"), KINDS)
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 20])  # atoms rounded for every step, or once
+def test_a_bf16_product_chooses_the_same_atoms(method: str, nonnegative: bool, kept_bytes: int, monkeypatch):
+    """Half of the atoms have twins that bf16 cannot tell from them: only the exact products do."""
+    for name in ("ROUNDED_ROWS", "ROUNDED_WIDTH", "ROUNDED_PRODUCT"):
+        monkeypatch.setattr(prefilter, name, 1)
+    monkeypatch.setattr(rounded_encoder, "ROUNDED_TILE_BYTES", 1 << 15)
+    monkeypatch.setitem(matching_pursuit.__globals__, "KEPT_BYTES", kept_bytes)
+    x, D = problem(19, 24, 512, torch.float32, "cpu", seed=5)
+    g = torch.Generator().manual_seed(6)
+    D[256:] = torch.nn.functional.normalize(D[:256] + 1e-4 * torch.randn(256, 24, generator=g), dim=1)
+    x[3], x[7] = 0, x[7] * 1e-20
+    x[5, 1], x[11] = NAN, x[11] * 1e18
+    got = matching_pursuit(x, D, 6, method, nonnegative)
+    wanted = reference(x.double(), D.double(), 6, method, nonnegative)
+    assert torch.equal(got[1], wanted[1])
+    size = x.norm(dim=1, keepdim=True).nan_to_num(1).clamp(min=1e-30).double()
+    torch.testing.assert_close(got[0].double() / size, wanted[0] / size, atol=1e-5, rtol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(not bf16_products(), reason="this processor has no bf16 matrix instructions")
+def test_the_scratch_does_not_grow_with_rows():
+    """Of all that is held at a time, with the atoms in bf16 among it."""
+    rows, d, n = 3000, 256, 32768
+    x, D = problem(rows, d, n, torch.float32, "cpu")
+    assert prefilter.pays_to_round(x, D)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        matching_pursuit(x, D, 2)
+    held, most = 0, 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    assert 30 << 20 < most < 64 << 20

@@ -3,7 +3,8 @@
 import pytest
 import sparsefeat_kernels as kernels
 import torch
-from sparsefeat_kernels import prefilter, prepare_encoder, topk_encode
+from sparsefeat_kernels import prefilter, prepare_encoder, rounded_encoder, topk_encode
+from sparsefeat_kernels.rounded_encoder import RoundedEncoder
 from sparsefeat_kernels.topk_encode import reference
 
 pytestmark = pytest.mark.skipif(not kernels.bf16_products(), reason="this processor has no bf16 matrix instructions")
@@ -91,6 +92,105 @@ def test_the_contract_holds_where_bf16_is_worst(name, selection):
         assert torch.equal(indices[broken], plain[1][broken])
 
 
+def test_weights_that_are_infinite_in_bf16_take_the_plain_path():
+    x, w, b, c = case("plain")
+    w[7, 3], w[7, 4], c = 3.4e38, -3.4e38, torch.zeros_like(c)
+    x = x * 1e-4
+    x[:, 4] = x[:, 3]  # in bf16 their difference is no number
+    values, indices = topk_encode(x, w, b, c, 5, prepared=prepare_encoder(w, b))
+    plain = topk_encode(x, w, b, c, 5)
+    assert torch.equal(indices, plain[1])
+    assert torch.equal(values, plain[0])
+
+
+@pytest.fixture
+def small_products(monkeypatch) -> None:
+    """Every product is worth rounding weights for, in several tiles."""
+    for name in ("ROUNDED_ROWS", "ROUNDED_WIDTH", "ROUNDED_PRODUCT"):
+        monkeypatch.setattr(prefilter, name, 1)
+    monkeypatch.setattr(rounded_encoder, "ROUNDED_TILE_BYTES", 1 << 16)
+    monkeypatch.setattr(rounded_encoder, "WIDENED_TILE_BYTES", 1 << 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_the_contract_holds_without_prepared_weights_in_any_precision(name, dtype, small_products, monkeypatch):
+    plain, plainly = prefilter._topk_encode_cpu, []
+    monkeypatch.setattr(prefilter, "_topk_encode_cpu", lambda *a: plainly.append(len(a[0])) or plain(*a))
+    for seed, selection in enumerate(("relu", "raw", "signed")):
+        monkeypatch.setattr(rounded_encoder, "MEASURED_ROWS", 10**9 if seed else 0)
+        x, w, b, c = (t.to(dtype) for t in case(name, seed))
+        values, indices = topk_encode(x, w, b, c, 5, selection)
+        assert values.dtype == torch.float32
+        # Half-precision inputs are centred in fp32, and everything after is as of fp32.
+        check(x.float(), w.float(), b.float(), c.float(), 5, selection, values, indices)
+        again = topk_encode(x, w, b, c, 5, selection)
+        assert torch.equal(values.nan_to_num(7.0), again[0].nan_to_num(7.0))
+        assert torch.equal(indices, again[1])
+        expected = plain(x, w, b, c, 5, selection)
+        broken = ~expected[0].isfinite().all(1)
+        assert torch.equal(values[broken].nan_to_num(7.0), expected[0][broken].nan_to_num(7.0))
+        assert torch.equal(indices[broken], expected[1][broken])
+    if name == "plain":
+        assert not plainly
+    elif name == "near ties" and dtype == torch.float32:
+        assert plainly == 6 * [23]
+
+
+def test_few_rows_small_products_and_other_dtypes_take_the_plain_path():
+    def pays(rows: int, d: int, n: int, dtype: torch.dtype = torch.float32) -> bool:
+        return prefilter.pays_to_round(torch.empty(rows, d, dtype=dtype), torch.empty(n, d, dtype=dtype))
+
+    assert pays(16, 1280, 8192)
+    assert pays(16, 1280, 8192, torch.bfloat16)
+    assert not pays(15, 1280, 8192)
+    assert not pays(64, 640, 2048)
+    assert not pays(2048, 64, 2048)
+    assert not pays(16, 1280, 8192, torch.float64)
+
+
+def test_gradients_of_half_precision_are_those_of_the_plain_op(small_products, monkeypatch):
+    inputs = [t.bfloat16() for t in case("plain")]
+    results = []
+    for pays in (True, False):
+        monkeypatch.setattr(prefilter, "pays_to_round", lambda *_, pays=pays: pays)
+        got = [t.clone().requires_grad_() for t in inputs]
+        values, _ = topk_encode(*got, 5)
+        results.append(torch.autograd.grad((values * torch.arange(5)).sum(), got))
+    for prefiltered, plain in zip(*results, strict=True):
+        assert prefiltered.dtype == torch.bfloat16
+        torch.testing.assert_close(prefiltered, plain, rtol=1 / 128, atol=1e-6)  # one unit in the last place
+
+
+def test_after_a_chunk_that_could_not_be_proved_the_rest_goes_plainly(small_products, monkeypatch):
+    """Rows like these would pay for two products each."""
+    monkeypatch.setattr(prefilter, "PREACTIVATION_BYTES", 1 << 14)  # seven rows a chunk
+    products = []
+    inner = RoundedEncoder.product
+    monkeypatch.setattr(RoundedEncoder, "product", lambda *a: products.append(len(a[1].low)) or inner(*a))
+    x, w, b, c = case("near ties")
+    values, indices = topk_encode(x, w, b, c, 5)
+    check(x, w, b, c, 5, "relu", values, indices)
+    assert len(products) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_scratch_does_not_grow_with_rows(dtype):
+    """Of all that is held at a time, not of the largest piece alone."""
+    g = torch.Generator().manual_seed(0)
+    rows, d, n = 3000, 128, 8192  # 49 MB of products in bf16, 98 MB of fp32
+    x, w, b = (torch.randn(s, generator=g).to(dtype) for s in ((rows, d), (n, d), (n,)))
+    assert prefilter.pays_to_round(x, w)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        topk_encode(x, w, b, torch.zeros(d, dtype=dtype), 16)
+    held, most = 0, 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    assert 20 << 20 < most < 64 << 20
+
+
 @pytest.mark.parametrize("name", ["plain", "norms of all sizes", "tiny", "denormal", "cancellation", "large mean"])
 def test_no_product_is_further_from_the_reference_than_the_bound_says(name):
     """The bound itself, entry by entry: a survivor lost to a wrong bound would be rare in the outputs."""
@@ -118,14 +218,14 @@ def test_the_search_is_narrow_on_ordinary_rows(monkeypatch):
     b, c = torch.zeros(4096), torch.zeros(256)
     seen = []
 
-    def spy(*args, inner=prefilter._products):
-        seen.append(len(args[2]))
-        return inner(*args)
+    def spy(encoder, centred, row, latent, inner=RoundedEncoder.exact):
+        seen.append(len(row))
+        return inner(encoder, centred, row, latent)
 
     def never(*_):
         raise AssertionError("a row was not proved")
 
-    monkeypatch.setattr(prefilter, "_products", spy)
+    monkeypatch.setattr(RoundedEncoder, "exact", spy)
     monkeypatch.setattr(prefilter, "_topk_encode_cpu", never)
     topk_encode(x, w, b, c, 8, prepared=prepare_encoder(w, b))
     assert 40 * 8 <= sum(seen) < 40 * 60

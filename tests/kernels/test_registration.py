@@ -47,6 +47,27 @@ def calls(device: str) -> dict[str, tuple]:
             None,
             None,
         ),
+        "auxk_decode": (
+            values,
+            indices,
+            values,
+            indices,
+            torch.tensor([0, 1, 2, 3, 4]).to(device),
+            normal(5, 4),
+            normal(4),
+        ),
+        "auxk_decode_grad_values": (
+            *(normal(3, 4).detach(), values.detach(), indices),
+            torch.tensor([0, 1, 2, 3, 4], device=device),
+            normal(5, 4).detach(),
+        ),
+        "auxk_weight_gradient": (
+            *(values.detach(), indices, normal(3, 4).detach()),
+            *(values.detach(), indices, normal(3, 4).detach()),
+            torch.tensor([0, 1, 2, 3, 4], device=device),
+            normal(4).detach(),
+            5,
+        ),
         "topk_encode_prefiltered": (
             *(normal(3, 4), normal(5, 4), normal(5), normal(4)),
             torch.zeros(5, 32, dtype=torch.bfloat16, device=device),

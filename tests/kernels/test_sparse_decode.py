@@ -1,5 +1,6 @@
 """sparse_decode against its dense reference in fp64."""
 
+import numpy as np
 import pytest
 import torch
 from sparsefeat_kernels import sparse_decode
@@ -64,6 +65,22 @@ def test_strides_are_free(path: str):
     values, indices, W, b = problem(3, 4, 9, 6, torch.float32, path)
     strided = values.T.contiguous().T, indices.repeat_interleave(2, 1)[:, ::2], W.T.contiguous().T, b.repeat(2)[:6]
     torch.testing.assert_close(sparse_decode(*strided), sparse_decode(values, indices, W, b), rtol=1e-6, atol=1e-6)
+
+
+def test_a_transposed_dictionary_of_more_than_2_to_the_31_elements(path: str):
+    """Only the pages that hold the few values are ever touched."""
+    values, indices, W, b = problem(3, 4, 9, 5, torch.float16, path)
+    stride = 2**29 + 8  # four times that is more than 2**31
+    if path == "cpu":
+        memory = torch.from_numpy(np.empty(4 * stride + 9, np.float16))
+    else:
+        memory = torch.empty(4 * stride + 9, dtype=torch.float16, device=path)
+    far = memory.as_strided((9, 5), (1, stride)).copy_(W)
+    assert torch.equal(sparse_decode(values, indices, far, b), sparse_decode(values, indices, W, b))
+    got = [values.clone().requires_grad_() for _ in range(2)]
+    for tensor, weights in zip(got, (far, W), strict=True):
+        sparse_decode(tensor, indices, weights, b).float().square().sum().backward()
+    torch.testing.assert_close(got[0].grad, got[1].grad, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

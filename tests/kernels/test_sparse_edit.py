@@ -65,6 +65,19 @@ def test_a_neutral_rule_returns_x_bit_for_bit(path: str, dtype: torch.dtype, req
     assert torch.equal(edited.view(integer), x.view(integer))
 
 
+def test_an_infinite_value_that_is_erased_is_an_error_that_shows(path: str):
+    """0 times infinity: NaN in the row, as in the reference, and not the value of a bound."""
+    values, indices, latents, directions, *_, weight = problem(4, 5, 3, 6, path)
+    values[1, 2] = INF
+    latents, one = indices[1, 2:5].long(), torch.ones(3, device=path)
+    arguments = values, indices, latents, directions.abs() + 1, 0 * one, 0 * one, -one, one, -INF * one, weight + 1
+    delta = sparse_edit_delta(*arguments)
+    assert delta[1].isnan().all()
+    torch.testing.assert_close(
+        delta.double(), reference(*doubled(list(arguments))), rtol=1e-5, atol=1e-5, equal_nan=True
+    )
+
+
 def test_rows_of_weight_zero_keep_their_bits(path: str):
     arguments = problem(5, 3, 2, 7, path)
     arguments[-1] = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0], device=path)

@@ -82,7 +82,7 @@ def test_cpu_path_at_sizes_with_many_groups_and_chunks(selection: str, dtype: to
 
 def test_large_k_on_the_triton_path_falls_back_to_the_plain_selection(monkeypatch):
     monkeypatch.setitem(topk_encode.__globals__, "MAX_KEYS", 16)
-    inputs = problem(3, 5, 70, torch.float32, "cpu")
+    inputs = problem(3, 5, 70, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
     with force_triton():
         for selection in SELECTIONS:
             assert_is_topk(*topk_encode(*inputs, 30, selection), *inputs, selection)

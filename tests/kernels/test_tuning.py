@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import sparsefeat_kernels
 import torch
-from sparsefeat_kernels import force_triton, sparse_decode, topk_candidates, topk_encode, tuning, tuning_table
+from sparsefeat_kernels import (
+    force_triton,
+    prefilter_gpu,
+    sparse_decode,
+    topk_candidates,
+    topk_encode,
+    tuning,
+    tuning_table,
+)
 from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
 from sparsefeat_kernels.tuning import Configuration, Shape
 from sparsefeat_kernels.tuning_table import FOLDER, Entry, Table, packaged_table, read_table, tuned
@@ -231,8 +239,15 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
     tried = {
         "topk_encode": [Configuration("A", PRODUCT), Configuration("B", PRODUCT | {"GROUP": 4})],
         "sparse_decode": [Configuration("A", {"BLOCK_K": 2, "BLOCK_D": 16, "num_warps": 1})],
+        "topk_encode_prefiltered": [Configuration("A", PRODUCT)],
     }
-    monkeypatch.setattr(tuning, "configurations", lambda op, shape: tried[op])
+
+    def configurations(op: str, shape: Shape) -> list[Configuration]:
+        return [] if op == "topk_encode_prefiltered" and shape.n_latents != 128 else tried[op]
+
+    monkeypatch.setattr(tuning, "configurations", configurations)
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(prefilter_gpu, "LOW", torch.float32)  # the interpreter multiplies bfloat16 as integers
     monkeypatch.setattr(tuning, "LEAST_ROUNDS", 1)
     return [Shape(3, 8, 128, 2, "float32"), Shape(3, 8, 100, 1, "float32")]
 
@@ -246,7 +261,8 @@ def test_a_measured_table_has_the_fastest_right_answer_of_every_shape(tmp_path: 
     content = json.loads(out.read_text())
     assert read_table(out) == measured
     assert [(e.op, e.n_latents) for e in measured.entries] == [
-        ("topk_encode", 128), ("sparse_decode", 128), ("topk_encode", 100), ("sparse_decode", 100)
+        ("topk_encode", 128), ("sparse_decode", 128), ("topk_encode_prefiltered", 128), ("topk_encode", 100),
+        ("sparse_decode", 100),
     ]  # fmt: skip
     assert content["missing"] == []
     for found in measured.entries:
@@ -254,7 +270,7 @@ def test_a_measured_table_has_the_fastest_right_answer_of_every_shape(tmp_path: 
             m["median_ms"] for m in content["measured"] if (m["op"], m["n_latents"]) == (found.op, found.n_latents)
         ]
         assert found.median_ms == min(times)
-    assert len(content["measured"]) == 6
+    assert len(content["measured"]) == 7
 
 
 @needs_triton

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from sparsefeat.pipeline import Hookpoint, UnknownHookpointError, attach, hookpoints, resolve
+from tests.families import families
 from tests.pipeline.instruments import Watch
 from tests.tiny import pixels, tiny_sd, tiny_sdxl, tiny_t5_encoder
 
@@ -24,11 +25,17 @@ def _any_version(path):
     return path.replace("text_model.", "")
 
 
+@pytest.mark.parametrize("stream", ["image", "text"])
 @pytest.mark.parametrize("io", ["output", "input", "diff"])
-def test_a_hookpoint_reads_back_what_it_writes(io):
-    hookpoint = Hookpoint("unet.mid_block.attentions.0", io)
+def test_a_hookpoint_reads_back_what_it_writes(io, stream):
+    hookpoint = Hookpoint("transformer.transformer_blocks.3", io, stream)
     assert Hookpoint.parse(str(hookpoint)) == hookpoint
-    assert Hookpoint.parse(f"unet.mid_block.attentions.0:{io}") == hookpoint
+    assert Hookpoint.parse(f"transformer.transformer_blocks.3:{io}:{stream}") == hookpoint
+
+
+@pytest.mark.parametrize("hookpoint", ["unet.mid_block", "unet.mid_block:diff", "x.y:text", "x.y:input:text"])
+def test_the_shortest_form_is_written(hookpoint):
+    assert str(Hookpoint.parse(hookpoint)) == hookpoint
 
 
 def test_without_a_colon_the_output_is_meant():
@@ -68,6 +75,19 @@ def test_the_listing_names_the_published_blocks_with_their_widths(sd):
 def test_a_line_of_the_listing_prints_in_one_line(sd):
     lines = [str(info) for info in hookpoints(sd)]
     assert "unet.mid_block.attentions.0: image, transformer, width 32, 4 x 4" in lines
+
+
+def test_a_listed_name_alone_says_which_stream_is_meant():
+    pipe = families()["sd3"].build()
+    listing = hookpoints(pipe)
+    assert len({str(info.hookpoint) for info in listing}) == len(listing)
+    watches = [Watch(str(info.hookpoint)) for info in listing]
+    with attach(pipe, *watches):
+        families()["sd3"].call(pipe, ["a red fox"], guidance=False, steps=1)
+    assert [watch.contexts[0].stream for watch in watches] == [info.stream for info in listing]
+    names = [str(info.hookpoint) for info in listing]
+    assert "transformer.transformer_blocks.0:text" in names  # a joint block's
+    assert not any(name.endswith(":text") for name in names if name.startswith("text_encoder"))  # its only stream
 
 
 def test_every_listed_width_is_the_width_of_what_the_block_gives(sdxl):
