@@ -40,6 +40,7 @@ the formats marked below (without `--format`, sparsefeat's own):
 ```bash
 sparsefeat sae convert path/to/their-sae my-sae --hookpoint unet.mid_block.attentions.0
 sparsefeat sae convert my-sae for-them --format sae_lens
+sparsefeat sae info owner/repository --subfolder layer8
 ```
 
 Foreign files are untrusted: safetensors, or `torch.load(weights_only=True)`; keys, shapes, dtypes and finiteness are

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from sparsefeat_kernels import force_triton, prefilter_gpu
+from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
 
 from bench import gpu, run, scaling
 from bench.measure import Results
@@ -162,3 +164,30 @@ def test_scaling_measures_every_axis_beside_its_model(tmp_path):
     assert all(point["checked"] for point in points)
     scaling.draw(points, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(not TRITON_AVAILABLE, reason="Triton is not installed")
+@pytest.mark.parametrize("name", gpu.OTHER_PATHS)
+def test_paths_that_no_figure_runs_are_run_and_compared_bit_by_bit(name, monkeypatch):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        monkeypatch.setattr(prefilter_gpu, "LOW", torch.float32)  # the interpreter multiplies bfloat16 as integers
+    monkeypatch.setattr(gpu, "REPEATS", 2)
+    monkeypatch.setattr(gpu, "sae_shape", lambda *_: {"rows": 4, "d_model": 20, "n_latents": 320, "k": 5})
+    path, _ = gpu.OTHER_PATHS[name]
+    calls = []
+
+    def spied(*arguments):
+        run = path(*arguments)
+        return lambda: (calls.append(run()), calls[-1])[1]
+
+    monkeypatch.setitem(gpu.OTHER_PATHS, name, (spied, ("float32",)))
+    with force_triton():
+        assert gpu.path_same_bits(name, device)
+    assert len(calls) == 2
+    if name.endswith("prefiltered"):  # rows that cannot be proved are among them
+        assert calls[0][0].isfinite().all(1).tolist() == [False, True, True, False]
+    calls.clear()
+    changing = iter((torch.zeros(2), torch.ones(2)))
+    monkeypatch.setitem(gpu.OTHER_PATHS, name, (lambda *_: lambda: (next(changing),), ("float32",)))
+    assert not gpu.path_same_bits(name, device)
