@@ -27,7 +27,7 @@ from .attention_scores import (
     score_blocks,
 )
 from .attention_tap import _attention_tap_triton
-from .dispatch import backend, implementation, jit, next_power_of_2, tl
+from .dispatch import backend, implementation, jit, next_power_of_2, tl, without_autocast
 
 __all__ = ["attention_map_", "attention_with_map_"]
 
@@ -623,7 +623,7 @@ def _attention_with_map_fake(
 
 _attention_map_op = torch.library.custom_op(
     "sparsefeat::attention_map_",
-    _attention_map,
+    without_autocast(_attention_map),
     mutates_args=("maps",),
     schema="(Tensor(a!) maps, Tensor query, Tensor key, float scale, Tensor? mask, Tensor? head_weight, Tensor group, "
     "Tensor? tokens) -> ()",
@@ -632,7 +632,7 @@ _attention_map_op.register_fake(_attention_map_fake)
 
 _attention_with_map_op = torch.library.custom_op(
     "sparsefeat::attention_with_map_",
-    _attention_with_map,
+    without_autocast(_attention_with_map),
     mutates_args=("maps",),
     schema="(Tensor(a!) maps, Tensor query, Tensor key, Tensor value, float scale, Tensor? mask, Tensor? head_weight, "
     "Tensor group, Tensor? tokens) -> Tensor",

@@ -26,7 +26,7 @@ from .attention_scores import (
     score_blocks,
     sum_dtype,
 )
-from .dispatch import implementation, jit, next_power_of_2, tl
+from .dispatch import implementation, jit, next_power_of_2, tl, without_autocast
 
 __all__ = ["attention_column_sums_", "attention_rows"]
 
@@ -496,7 +496,7 @@ def _attention_column_sums_fake(
 
 _attention_rows_op = torch.library.custom_op(
     "sparsefeat::attention_rows",
-    _attention_rows,
+    without_autocast(_attention_rows),
     mutates_args=(),
     schema="(Tensor query, Tensor key, float scale, Tensor? mask, Tensor? marked) -> (Tensor, Tensor, Tensor)",
 )
@@ -504,7 +504,7 @@ _attention_rows_op.register_fake(_attention_rows_fake)
 
 _attention_column_sums_op = torch.library.custom_op(
     "sparsefeat::attention_column_sums_",
-    _attention_column_sums,
+    without_autocast(_attention_column_sums),
     mutates_args=("sums",),
     schema="(Tensor(a!) sums, Tensor query, Tensor key, Tensor lse, float scale, Tensor? mask, Tensor? head_weight, "
     "Tensor group) -> ()",

@@ -25,7 +25,7 @@ from .attention_scores import (
     mask_arguments,
     score_blocks,
 )
-from .dispatch import implementation, jit, next_power_of_2, tl
+from .dispatch import implementation, jit, next_power_of_2, tl, without_autocast
 
 __all__ = ["attention_tap_", "attention_tap_local_"]
 
@@ -298,7 +298,7 @@ def _attention_tap_fake(
 
 _attention_tap_op = torch.library.custom_op(
     "sparsefeat::attention_tap_",
-    _attention_tap,
+    without_autocast(_attention_tap),
     mutates_args=("maps",),
     schema="(Tensor(a!) maps, Tensor query, Tensor key, Tensor lse, float scale, Tensor? mask, Tensor? head_weight, "
     "Tensor group) -> ()",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .cpu_product import product
 from .csr import _weight_gradient_cpu, weight_gradient
-from .dispatch import implementation
+from .dispatch import implementation, without_autocast
 from .sparse_decode import _check, _grad_values_cpu, _sparse_decode_cpu
 from .sparse_decode import reference as decode_reference
 
@@ -326,7 +326,7 @@ def _backward(ctx: Any, grad: Tensor, grad_guess: Tensor) -> tuple[Tensor | None
 
 _auxk_decode_op = torch.library.custom_op(
     "sparsefeat::auxk_decode",
-    _auxk_decode,
+    without_autocast(_auxk_decode),
     mutates_args=(),
     schema="(Tensor values, Tensor indices, Tensor aux_values, Tensor aux_indices, Tensor dead, Tensor W_dec,"
     " Tensor b_out) -> (Tensor, Tensor)",
@@ -336,7 +336,7 @@ _auxk_decode_op.register_autograd(_backward, setup_context=_setup_context)
 
 _grad_aux_values_op = torch.library.custom_op(
     "sparsefeat::auxk_decode_grad_values",
-    _grad_aux_values,
+    without_autocast(_grad_aux_values),
     mutates_args=(),
     schema="(Tensor grad, Tensor values, Tensor indices, Tensor dead, Tensor W_dec) -> Tensor",
 )
@@ -344,7 +344,7 @@ _grad_aux_values_op.register_fake(_grad_aux_values_fake)
 
 _auxk_weight_gradient_op = torch.library.custom_op(
     "sparsefeat::auxk_weight_gradient",
-    _auxk_weight_gradient,
+    without_autocast(_auxk_weight_gradient),
     mutates_args=(),
     schema="(Tensor coefficients, Tensor indices, Tensor x, Tensor aux_coefficients, Tensor aux_indices,"
     " Tensor? aux_x, Tensor dead, Tensor shift, SymInt n_latents) -> (Tensor, Tensor)",

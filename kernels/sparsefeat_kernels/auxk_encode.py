@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .auxk_decode import auxk_weight_gradient
 from .cpu_product import product
-from .dispatch import implementation
+from .dispatch import implementation, without_autocast
 from .prefilter import PreparedEncoder, _topk_encode_prefiltered_cpu, can_prefilter, check_current
 from .topk_encode import (
     PREACTIVATION_BYTES,
@@ -187,7 +187,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor, grad_aux: Tensor, __: Tensor) -
 
 _auxk_encode_op = torch.library.custom_op(
     "sparsefeat::auxk_encode",
-    _auxk_encode,
+    without_autocast(_auxk_encode),
     mutates_args=(),
     schema="(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_pre, SymInt k, Tensor dead, SymInt k_aux, str selection,"
     " Tensor? low, Tensor? bounds)"

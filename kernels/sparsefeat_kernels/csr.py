@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import implementation, jit, next_power_of_2, tl
+from .dispatch import implementation, jit, next_power_of_2, tl, without_autocast
 from .gradient_memory import empty_gradient
 
 __all__ = ["latent_major", "weight_gradient"]
@@ -285,7 +285,7 @@ def _weight_gradient_fake(
 
 _weight_gradient_op = torch.library.custom_op(
     "sparsefeat::weight_gradient",
-    _weight_gradient,
+    without_autocast(_weight_gradient),
     mutates_args=(),
     schema="(Tensor coefficients, Tensor indices, Tensor x, Tensor shift, SymInt n_latents) -> (Tensor, Tensor)",
 )

@@ -8,6 +8,7 @@ for float64, which has no kernel.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -21,7 +22,16 @@ except ImportError:  # no Triton on this platform: the kernels below are never l
     triton = None
     tl = None
 
-__all__ = ["TRITON_AVAILABLE", "backend", "force_triton", "implementation", "jit", "next_power_of_2", "tl"]
+__all__ = [
+    "TRITON_AVAILABLE",
+    "backend",
+    "force_triton",
+    "implementation",
+    "jit",
+    "next_power_of_2",
+    "tl",
+    "without_autocast",
+]
 
 TRITON_AVAILABLE = triton is not None
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,6 +54,18 @@ def implementation(x: torch.Tensor) -> Literal["cpu", "triton"]:
     if not TRITON_AVAILABLE or x.dtype not in KERNEL_DTYPES:
         return "cpu"
     return "triton" if x.is_cuda or _forced else "cpu"
+
+
+def without_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
+    """`op`, whose products have the precision that its docstring says also where autocast would lower it."""
+
+    @functools.wraps(op)
+    def run(*args: Any) -> Any:
+        device = next(argument.device.type for argument in args if isinstance(argument, torch.Tensor))
+        with torch.autocast(device, enabled=False):
+            return op(*args)
+
+    return run
 
 
 def backend() -> Literal["cuda", "hip"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import implementation, jit, tl
+from .dispatch import implementation, jit, tl, without_autocast
 from .sparse_decode import check_code
 
 __all__ = ["feature_stats_"]
@@ -247,7 +247,7 @@ def _feature_stats_fake(
 
 _feature_stats_op = torch.library.custom_op(
     "sparsefeat::feature_stats_",
-    _feature_stats,
+    without_autocast(_feature_stats),
     mutates_args=("sum", "count", "maximum"),
     schema="(Tensor(a!) sum, Tensor(b!) count, Tensor(c!) maximum, Tensor values, Tensor indices, Tensor group) -> ()",
 )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import sys
 import threading
 import weakref
@@ -41,6 +42,15 @@ class _Block:
 _lock = threading.Lock()
 _kept: list[_Block] = []
 _most = 2  # the gradients of W_enc and W_dec
+
+
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)  # another thread may have held it
 
 
 def keep_gradient_memory(blocks: int) -> None:

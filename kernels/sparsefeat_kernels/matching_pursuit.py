@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .dispatch import without_autocast
 from .prefilter import _group, _topk_of_rounded, pays_to_round
 from .rounded_encoder import round_encoder
 
@@ -204,7 +205,7 @@ def _matching_pursuit_fake(x: Tensor, D: Tensor, k: int, method: str, nonnegativ
 
 _matching_pursuit_op = torch.library.custom_op(
     "sparsefeat::matching_pursuit",
-    _matching_pursuit,
+    without_autocast(_matching_pursuit),
     mutates_args=(),
     schema="(Tensor x, Tensor D, SymInt k, str method, bool nonnegative) -> (Tensor, Tensor)",
 )

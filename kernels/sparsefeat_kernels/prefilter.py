@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import implementation
+from .dispatch import implementation, without_autocast
 from .prefilter_gpu import PrefilterSizes, _topk_encode_prefiltered_triton, gpu_weights
 from .rounded_encoder import (
     BIAS_COLUMNS,
@@ -371,7 +371,7 @@ def _prefiltered_backward(ctx: Any, grad_values: Tensor, grad_indices: Tensor) -
 
 _op = torch.library.custom_op(
     "sparsefeat::topk_encode_prefiltered",
-    _topk_encode_prefiltered,
+    without_autocast(_topk_encode_prefiltered),
     mutates_args=(),
     schema="(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_pre, Tensor low, Tensor bounds, SymInt k, str selection)"
     " -> (Tensor, Tensor)",

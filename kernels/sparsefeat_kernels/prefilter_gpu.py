@@ -94,7 +94,9 @@ def gpu_weights(W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor]:
 def _norm_rounded_up(x: Tensor) -> Tensor:
     """fp32 norms of the rows of x [rows, d], never less than the true ones."""
     d = x.shape[1]
-    return torch.linalg.vector_norm(x, dim=1) * (1 + (d + 8) * 2.0**-24 + 1e-6) + 2.0**-62 * d**0.5
+    norm = torch.linalg.vector_norm(x, dim=1) * (1 + (d + 8) * 2.0**-24 + 1e-6) + 2.0**-62 * d**0.5
+    # Where d is 1 nothing is squared, and bf16 is infinite from 3.39e38.
+    return norm.masked_fill_(norm > 3e38, torch.inf)
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def _prefilter_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     kept_squares, lost_squares = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, d, BLOCK_D):
-        column = start + tl.arange(0, BLOCK_D)
+        column = start + tl.arange(0, BLOCK_D).to(tl.int64)  # transposed, the last lies d rows away
         x = tl.load(x_ptr + row * stride_x_row + column * stride_x_d, mask=column < d, other=0.0)
         x -= tl.load(b_pre_ptr + column * stride_b_pre_d, mask=column < d, other=0.0)
         # To nearest, ties to even, on the bits. A NaN may become anything here, but `lost` is NaN then.
@@ -275,7 +277,7 @@ def _prefilter_rescore_kernel(
         latent = tl.load(entries_ptr + row * MOST_ENTRIES + slot, mask=inside, other=0).to(tl.int64)
         total = tl.zeros([BLOCK_ENTRIES, BLOCK_D], tl.float32)
         for start in range(0, d, BLOCK_D):
-            column = start + tl.arange(0, BLOCK_D)
+            column = start + tl.arange(0, BLOCK_D).to(tl.int64)  # transposed, columns lie up to d n_latents apart
             x = tl.load(centred_ptr + row * d + column, mask=column < d, other=0.0)  # [BLOCK_D]
             w_ptrs = W_ptr + latent[:, None] * stride_W_latent + column[None, :] * stride_W_d
             w = tl.load(w_ptrs, mask=inside[:, None] & (column < d)[None, :], other=0.0)  # [BLOCK_ENTRIES, BLOCK_D]
@@ -382,7 +384,7 @@ def _topk_encode_prefiltered_triton(
                 maxima, norms, group_bounds, largest, threshold, alive, n_alive, unproved, count, k, sizes.n_groups,
                 LARGEST=LARGEST, BLOCK_GROUPS=sizes.block_groups, BLOCK_K=block_k, LOG_K=log_k,
                 HALVINGS=(sizes.block_groups // block_k).bit_length() - 1, MOST_GROUPS=sizes.most_groups,
-                num_warps=warps(sizes.block_groups),
+                num_warps=warps(2 * sizes.block_groups),  # two values a group
             )  # fmt: skip
             _prefilter_entries_kernel[(here,)](
                 scratch, norms, bounds, threshold, alive, n_alive, entries, n_entries, unproved, count, n_latents,

@@ -101,7 +101,9 @@ def norms_and_losses(W: Tensor, measured: bool) -> tuple[Tensor, Tensor]:
 def norm_rounded_up(x: Tensor) -> Tensor:
     """fp32 norms of the rows of x [rows, d], never less than the true ones."""
     d = x.shape[1]
-    return torch.linalg.vector_norm(x, dim=1) * (1 + (d + 8) * 2.0**-24 + 1e-6) + 2.0**-63 * d**0.5
+    norm = torch.linalg.vector_norm(x, dim=1) * (1 + (d + 8) * 2.0**-24 + 1e-6) + 2.0**-63 * d**0.5
+    # Where d is 1 nothing is squared, and bf16 is infinite from 3.39e38.
+    return norm.masked_fill_(norm > 3e38, torch.inf)
 
 
 def widened_tiles(x: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .csr import weight_gradient
-from .dispatch import implementation, jit, next_power_of_2, tl
+from .dispatch import implementation, jit, next_power_of_2, tl, without_autocast
 from .pair_products import pair_products
 from .tuning_table import tuned
 
@@ -310,7 +310,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _sparse_decode_op = torch.library.custom_op(
     "sparsefeat::sparse_decode",
-    _sparse_decode,
+    without_autocast(_sparse_decode),
     mutates_args=(),
     schema="(Tensor values, Tensor indices, Tensor W_dec, Tensor b_out) -> Tensor",
 )
@@ -319,7 +319,7 @@ _sparse_decode_op.register_autograd(_backward, setup_context=_setup_context)
 
 _grad_values_op = torch.library.custom_op(
     "sparsefeat::sparse_decode_grad_values",
-    _grad_values,
+    without_autocast(_grad_values),
     mutates_args=(),
     schema="(Tensor grad, Tensor values, Tensor indices, Tensor W_dec) -> Tensor",
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .code import selected_values
-from .dispatch import implementation, jit, next_power_of_2, tl
+from .dispatch import implementation, jit, next_power_of_2, tl, without_autocast
 from .sparse_decode import check_code
 
 __all__ = ["sparse_edit", "sparse_edit_delta"]
@@ -468,19 +468,22 @@ _EDIT_SCHEMA = (
 )
 
 _sparse_edit_delta_op = torch.library.custom_op(
-    "sparsefeat::sparse_edit_delta", _sparse_edit_delta, mutates_args=(), schema="(" + _EDIT_SCHEMA
+    "sparsefeat::sparse_edit_delta", without_autocast(_sparse_edit_delta), mutates_args=(), schema="(" + _EDIT_SCHEMA
 )
 _sparse_edit_delta_op.register_fake(_sparse_edit_delta_fake)
 _sparse_edit_delta_op.register_autograd(_delta_backward, setup_context=_setup_delta_context)
 
 _sparse_edit_op = torch.library.custom_op(
-    "sparsefeat::sparse_edit", _sparse_edit, mutates_args=(), schema="(Tensor x, " + _EDIT_SCHEMA
+    "sparsefeat::sparse_edit", without_autocast(_sparse_edit), mutates_args=(), schema="(Tensor x, " + _EDIT_SCHEMA
 )
 _sparse_edit_op.register_fake(_sparse_edit_fake)
 _sparse_edit_op.register_autograd(_backward, setup_context=_setup_context)
 
 _grad_values_op = torch.library.custom_op(
-    "sparsefeat::sparse_edit_grad_values", _edit_grad_values, mutates_args=(), schema="(Tensor grad, " + _EDIT_SCHEMA
+    "sparsefeat::sparse_edit_grad_values",
+    without_autocast(_edit_grad_values),
+    mutates_args=(),
+    schema="(Tensor grad, " + _EDIT_SCHEMA,
 )
 _grad_values_op.register_fake(
     lambda grad, values, *rest: torch.empty_like(values, memory_format=torch.contiguous_format)
@@ -488,7 +491,7 @@ _grad_values_op.register_fake(
 
 _grad_directions_op = torch.library.custom_op(
     "sparsefeat::sparse_edit_grad_directions",
-    _edit_grad_directions,
+    without_autocast(_edit_grad_directions),
     mutates_args=(),
     schema="(Tensor grad, " + _EDIT_SCHEMA,
 )

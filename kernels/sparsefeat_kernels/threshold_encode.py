@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .csr import weight_gradient
-from .dispatch import backend, implementation, jit, next_power_of_2, tl
+from .dispatch import backend, implementation, jit, next_power_of_2, tl, without_autocast
 from .prefilter import (
     CANDIDATES,
     GROUPS,
@@ -628,7 +628,8 @@ def _weight_gradients(ctx: Any, weight: Tensor, bias: Tensor, W_enc: Tensor) -> 
     that of b_pre is -(column sums of z) W_enc."""
     _, need_W, need_b_enc, need_b_pre = ctx.needs_input_grad[:4]
     sums = bias.to(W_enc.dtype)
-    return [weight if need_W else None, sums if need_b_enc else None, -(sums @ W_enc) if need_b_pre else None]
+    with torch.autocast(W_enc.device.type, enabled=False):
+        return [weight if need_W else None, sums if need_b_enc else None, -(sums @ W_enc) if need_b_pre else None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -674,7 +675,7 @@ def _backward_csr(ctx: Any, grad_values: Tensor, *_: Tensor) -> tuple[Tensor | N
 
 _threshold_encode_op = torch.library.custom_op(
     "sparsefeat::threshold_encode",
-    _threshold_encode,
+    without_autocast(_threshold_encode),
     mutates_args=(),
     schema="(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_pre, Tensor threshold, SymInt max_active) "
     "-> (Tensor, Tensor, Tensor)",
@@ -684,7 +685,7 @@ _threshold_encode_op.register_autograd(_backward, setup_context=_setup_context)
 
 _threshold_encode_csr_op = torch.library.custom_op(
     "sparsefeat::threshold_encode_csr",
-    _threshold_encode_csr,
+    without_autocast(_threshold_encode_csr),
     mutates_args=(),
     schema="(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_pre, Tensor threshold) -> (Tensor, Tensor, Tensor)",
 )
@@ -693,7 +694,7 @@ _threshold_encode_csr_op.register_autograd(_backward_csr, setup_context=_setup_c
 
 _csr_grad_x_op = torch.library.custom_op(
     "sparsefeat::threshold_encode_csr_grad_x",
-    _csr_grad_x,
+    without_autocast(_csr_grad_x),
     mutates_args=(),
     schema="(Tensor grad_values, Tensor indices, Tensor row_offsets, Tensor W_enc) -> Tensor",
 )
@@ -703,7 +704,7 @@ _csr_grad_x_op.register_fake(
 
 _csr_grad_weights_op = torch.library.custom_op(
     "sparsefeat::threshold_encode_csr_grad_weights",
-    _csr_grad_weights,
+    without_autocast(_csr_grad_weights),
     mutates_args=(),
     schema="(Tensor grad_values, Tensor indices, Tensor row_offsets, Tensor x, Tensor b_pre, SymInt n_latents) "
     "-> (Tensor, Tensor)",

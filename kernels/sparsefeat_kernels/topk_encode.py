@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .csr import weight_gradient
-from .dispatch import backend, implementation, jit, next_power_of_2, tl
+from .dispatch import backend, implementation, jit, next_power_of_2, tl, without_autocast
 from .tuning_table import tuned
 
 if TYPE_CHECKING:
@@ -308,7 +308,7 @@ def _topk_encode_bias_kernel(
     latent = tl.program_id(0).to(tl.int64) * BLOCK_LATENTS + tl.arange(0, BLOCK_LATENTS)
     total = tl.zeros([BLOCK_LATENTS, BLOCK_D], tl.float32)
     for start in range(0, d, BLOCK_D):
-        column = start + tl.arange(0, BLOCK_D)
+        column = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         inside = (latent < n_latents)[:, None] & (column < d)[None, :]
         w = tl.load(W_ptr + latent[:, None] * stride_W_latent + column[None, :] * stride_W_d, mask=inside, other=0.0)
         b = tl.load(b_pre_ptr + column * stride_b_pre_d, mask=column < d, other=0.0)
@@ -601,13 +601,14 @@ def _backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, 
         grad_W = weight if need_W else None
         grad_b_enc = bias.to(x.dtype) if need_b_enc else None
         if need_b_pre:
-            grad_b_pre = -(bias.to(x.dtype) @ W_enc)
+            with torch.autocast(x.device.type, enabled=False):
+                grad_b_pre = -(bias.to(x.dtype) @ W_enc)
     return grad_x, grad_W, grad_b_enc, grad_b_pre, None, None
 
 
 _topk_encode_op = torch.library.custom_op(
     "sparsefeat::topk_encode",
-    _topk_encode,
+    without_autocast(_topk_encode),
     mutates_args=(),
     schema="(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_pre, SymInt k, str selection) -> (Tensor, Tensor)",
 )

@@ -29,3 +29,15 @@ def test_empty_operands_and_infinities():
     assert found[0].isinf().all()
     assert found[1].isnan().all()
     assert found[2].isfinite().all()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_does_not_reach_it(enabled):
+    g = torch.Generator().manual_seed(0)
+    x, W, bias = (torch.randn(size, generator=g) for size in ((37, 129), (53, 129), (53,)))
+    with torch.backends.mkldnn.flags(enabled=enabled):
+        expected = product(x, W, bias)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = product(x, W, bias)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)

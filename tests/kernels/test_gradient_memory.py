@@ -2,6 +2,8 @@
 
 import copy
 import ctypes
+import os
+import signal
 import threading
 
 import pytest
@@ -159,3 +161,15 @@ def test_where_the_call_is_unknown_memory_is_ordinary(monkeypatch):
     monkeypatch.setattr(gradient_memory.sys, "platform", "win32")
     assert made(3).untyped_storage().resizable()
     assert gradient_memory._kept == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_forked_while_a_thread_takes_memory_can_take_some_too():
+    with gradient_memory._lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # waits for ever otherwise
+            made(1)
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0

@@ -103,6 +103,17 @@ def test_weights_that_are_infinite_in_bf16_take_the_plain_path():
     assert torch.equal(values, plain[0])
 
 
+def test_a_weight_that_is_infinite_in_bf16_takes_the_plain_path_where_its_norm_is_finite():
+    x, w = torch.full((4, 1), 1e-3), torch.linspace(0, 1e38, N)[:, None].clone()  # d is 1: the norm is |w|
+    w[7] = 3.4e38
+    b, c = torch.zeros(N), torch.zeros(1)
+    b[100:110] = torch.arange(10) * 1e35 + 1e36
+    for k in (1, 2):
+        values, indices = topk_encode(x, w, b, c, k, prepared=prepare_encoder(w, b))
+        assert indices.tolist() == [[109, 108][:k]] * 4
+        check(x, w, b, c, k, "relu", values, indices)
+
+
 @pytest.fixture
 def small_products(monkeypatch) -> None:
     """Every product is worth rounding weights for, in several tiles."""

@@ -2,6 +2,8 @@
 
 import json
 import math
+import mmap
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -145,6 +147,31 @@ def test_weights_that_are_infinite_in_bf16_take_the_plain_path():
     plain = topk_encode(x, w, b, c, 5)
     assert torch.equal(indices, plain[1])
     assert torch.equal(values, plain[0])
+
+
+def test_a_weight_that_is_infinite_in_bf16_takes_the_plain_path_where_its_norm_is_finite():
+    x, w = torch.full((2, 1), 1e-3), torch.linspace(0, 1e38, 1024)[:, None].clone()  # d is 1: the norm is |w|
+    w[7] = 3.4e38
+    b, c = torch.zeros(1024), torch.zeros(1)
+    b[100:110] = torch.arange(10) * 1e35 + 1e36
+    x, w, b, c = (t.to(DEVICE) for t in (x, w, b, c))
+    values, indices = topk_encode(x, w, b, c, 2, prepared=prepare_encoder(w, b))
+    assert indices.tolist() == [[109, 108]] * 2
+    check(*on_cpu(x, w, b, c), 2, "relu", *on_cpu(values, indices))
+
+
+@pytest.mark.skipif(ON_GPU or sys.platform != "linux", reason="needs memory that is addressed but not there")
+def test_columns_may_lie_further_apart_than_32_bits_reach():
+    apart = 2**30  # of W_enc [d, n_latents] as it is trained elsewhere, transposed: d n_latents beyond 2^31
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+    far = torch.frombuffer(mmap.mmap(-1, 4 * (2 * apart + 4096), flags=flags), dtype=torch.float32)
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(2, 3, generator=g), torch.randn(1024, 3, generator=g)
+    far_x, far_w = far[2048:].as_strided((2, 3), (1, apart)), far.as_strided((1024, 3), (1, apart))
+    far_x.copy_(x), far_w.copy_(w)
+    b, c = torch.zeros(1024), torch.zeros(3)
+    values, indices = topk_encode(far_x, far_w, b, c, 2, prepared=prepare_encoder(far_w, b))
+    check(x, w, b, c, 2, "relu", values, indices)
 
 
 def test_equal_latents_tie_by_index_though_the_search_orders_them_otherwise():

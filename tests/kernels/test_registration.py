@@ -75,7 +75,14 @@ def calls(device: str) -> dict[str, tuple]:
             2,
             "relu",
         ),
-        "threshold_encode": (normal(3, 4), normal(5, 4), normal(5), normal(4), torch.rand(5).to(device), 4),
+        "threshold_encode": (
+            normal(3, 4),
+            normal(5, 4),
+            normal(5),
+            normal(4),
+            torch.rand(5, generator=g).to(device),
+            4,
+        ),
         "threshold_encode_csr": (normal(3, 4), normal(5, 4), normal(5), normal(4), torch.tensor(0.5, device=device)),
         "threshold_encode_csr_grad_x": (*csr, normal(5, 4).detach()),
         "threshold_encode_csr_grad_weights": (*csr, normal(3, 4).detach(), normal(4).detach(), 5),
@@ -92,6 +99,45 @@ def calls(device: str) -> dict[str, tuple]:
 @pytest.mark.parametrize("name", calls("cpu"))
 def test_opcheck(path: str, name: str):
     torch.library.opcheck(getattr(torch.ops.sparsefeat, name).default, calls(path)[name])
+
+
+def answers(name: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    """What an op gives, and what it writes into, for inputs of a dtype; its gradients."""
+    arguments = [
+        a.detach().to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in calls("cpu")[name]
+    ]
+    written = [a for a in arguments[:3] if name.endswith("_") and isinstance(a, torch.Tensor)]
+    if name.endswith("_"):  # tables, sums and maps are float32
+        arguments[: len(written)] = written = [a.float() if a.is_floating_point() else a for a in written]
+    else:
+        arguments = [
+            a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments
+        ]
+    found = getattr(torch.ops.sparsefeat, name)(*arguments)
+    found = [found] if isinstance(found, torch.Tensor) else [t for t in found or () if isinstance(t, torch.Tensor)]
+    if differentiable := [t for t in found if t.requires_grad]:
+        inputs = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
+        total = sum(t.float().square().sum() for t in differentiable)
+        try:
+            found += [g for g in torch.autograd.grad(total, inputs, allow_unused=True) if g is not None]
+        except RuntimeError as error:  # some are themselves the gradient of another
+            if "no autograd formula" not in str(error):
+                raise
+    return [*found, *written]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", calls("cpu"))
+def test_autocast_does_not_reach_into_an_op(name: str, dtype: torch.dtype):
+    try:
+        plain = answers(name, dtype)
+    except TypeError as refusal:
+        pytest.skip(f"{dtype}: {refusal}")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = answers(name, dtype)
+    assert [t.dtype for t in inside] == [t.dtype for t in plain]
+    for a, b in zip(plain, inside, strict=True):
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
 
 
 def test_a_training_step_compiles_to_one_graph():

@@ -118,3 +118,10 @@ MISTAKES = {
 def test_mistakes_are_refused_by_name(named: str):
     with pytest.raises((ValueError, TypeError), match=named):
         sparse_decode(*MISTAKES[named](*problem(3, 2, 5, 4, torch.float32, "cpu")))
+
+
+def test_more_entries_than_latents_have_gradients():
+    values = torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)
+    indices, W = torch.tensor([[0, 1, 1]]), torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+    sparse_decode(values, indices, W, torch.zeros(2)).sum().backward()
+    assert torch.equal(values.grad, torch.tensor([[3.0, 8.0, 8.0]]))
