@@ -10,7 +10,7 @@ from torch import Tensor
 from .auxk_decode import auxk_weight_gradient
 from .cpu_product import product
 from .dispatch import implementation, without_autocast
-from .prefilter import PreparedEncoder, _topk_encode_prefiltered_cpu, can_prefilter, check_current
+from .prefilter import PreparedEncoder, _topk_encode_prefiltered_cpu, can_prefilter, check_current, pays_to_round
 from .topk_encode import (
     PREACTIVATION_BYTES,
     WEIGHT_TILE_BYTES,
@@ -125,7 +125,10 @@ def _auxk_encode(
             aux_values[out], place = _select(part, k_aux, 1, "relu")
             aux_indices[out] = dead[place].to(torch.int32)
 
-    if low is not None and bounds is not None and can_prefilter(x) and 2 * n_dead <= W_enc.shape[0]:
+    if bounds is not None and bounds.shape[0] != 3:  # made for a GPU
+        low = bounds = None
+    rounded = can_prefilter(x) and (low is not None or pays_to_round(x, W_enc))
+    if rounded and 2 * n_dead <= W_enc.shape[0]:
         values, indices = _topk_encode_prefiltered_cpu(x, W_enc, b_enc, b_pre, low, bounds, k, selection)
         chunk = max(1, PREACTIVATION_BYTES // (4 * n_dead))
         tile = max(1, WEIGHT_TILE_BYTES // (4 * max(x.shape[1], 1)))

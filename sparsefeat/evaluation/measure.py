@@ -58,6 +58,8 @@ class Provider:
 
     A `bound` is no peer but a part of the work that cannot be avoided, such as the matrix product alone: it brings its
     own `check`, and ratios to it say how much the rest costs.
+
+    forget(state): drops what one call keeps for the next, so that it counts when the memory of a call is taken.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Provider:
     check: Callable[[Any, Any], str] | None = None
     bound: bool = False
     note: str = ""
+    forget: Callable[[Any], Any] = same
 
 
 @dataclass(frozen=True)
@@ -226,9 +229,11 @@ def _resident(label: str) -> int:
     raise OSError(f"/proc/self/status has no {label}")
 
 
-def resident_growth(run: Callable[[], object]) -> int:
-    """`resident_peak_beyond` after one call, so that what a library sets up once does not count."""
+def resident_growth(run: Callable[[], object], forget: Callable[[], object] = lambda: None) -> int:
+    """`resident_peak_beyond` after one call, so that what a library sets up once does not count, but what a call keeps
+    for the next, and `forget` drops, does."""
     run()
+    forget()
     return resident_peak_beyond(run)
 
 
@@ -258,7 +263,7 @@ def _peak_in_child(connection: Any, recipe: tuple[str, str, Mapping[str, Any]], 
         provider = next(p for p in figure.providers if p.name == name)
         with torch.set_grad_enabled(figure.gradients):
             state = provider.prepare(figure.inputs(0))
-            connection.send(resident_growth(lambda: provider.run(state)))
+            connection.send(resident_growth(lambda: provider.run(state), lambda: provider.forget(state)))
     except BaseException as error:
         connection.send(f"{type(error).__name__}: {error}")
 

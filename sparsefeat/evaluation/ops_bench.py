@@ -11,7 +11,6 @@ candidates of an fp32 one).
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from sparsefeat.evaluation.measure import DENSE, OURS, Ceilings, Figure, Provider, measure
 from sparsefeat.sae import SAE, SAEConfig
+from sparsefeat.sae.module import _PREPARED
 from sparsefeat.training.objectives import training_loss
 
 PREPARED = f"{OURS}, weights prepared"
@@ -267,10 +267,10 @@ def as_sae(case: SAECase) -> SAE:
     return sae.train()
 
 
-def our_training_state(case: SAECase) -> tuple[SAECase, SAE]:
-    if multiprocessing.parent_process() is not None:  # peak memory is measured in a process of its own:
-        kernels.keep_gradient_memory(0)  # gradients' memory that is kept from the step before counts as this step's
-    return case, as_sae(case)
+def forget_step(state: tuple[SAECase, SAE]) -> None:
+    """Gradients' memory and prepared weights: both are as large as the weights."""
+    kernels.release_gradient_memory()
+    _PREPARED.pop(state[1], None)
 
 
 def our_step(state: tuple[SAECase, SAE]) -> dict[str, Tensor]:
@@ -352,7 +352,7 @@ def _forward_providers() -> list[Provider]:
 
 def _training_providers() -> list[Provider]:
     return [
-        Provider(OURS, our_step, our_training_state),
+        Provider(OURS, our_step, lambda case: (case, as_sae(case)), forget=forget_step),
         Provider(DENSE, lambda c: dense_step(c.x, c.W_enc, c.b_enc, c.W_dec, c.b, c.k, c.is_dead)),
     ]
 
@@ -472,7 +472,10 @@ def _gradient_providers() -> list[Provider]:
     def ours(case: SAECase) -> tuple[Tensor, Tensor]:
         return kernels.weight_gradient(case.values, case.indices, case.x, case.b, len(case.W_enc))
 
-    return [Provider(OURS, ours), Provider(DENSE, _dense_gradient, _dense_edit_inputs)]
+    def forget(_: SAECase) -> None:
+        kernels.release_gradient_memory()
+
+    return [Provider(OURS, ours, forget=forget), Provider(DENSE, _dense_gradient, _dense_edit_inputs)]
 
 
 # Threshold encoding (JumpReLU): a threshold that k latents a row pass on average.

@@ -101,8 +101,9 @@ class SAE(nn.Module):
 
         `k` replaces the config's, for an activation that has one (Multi-TopK, sweeps over sparsity).
 
-        In float32 on a CPU with bf16 instructions, and on a GPU whose tuning table measured it to be faster, top-k encodes
-        of many rows go through the kernel's certified prefilter, which keeps a bf16 copy of the encoder (half the size of `W_enc`) as long as the SAE lives and makes it
+        In float32 on a CPU with bf16 instructions, and on a GPU whose tuning table measured it to be faster, top-k
+        encodes of many rows in evaluation mode go through the kernel's certified prefilter with weights that are
+        prepared once: a bf16 copy of the encoder (half the size of `W_enc`) is kept as long as the SAE lives, and made
         again when the weights have changed.
         """
         config = self.config
@@ -128,7 +129,8 @@ class SAE(nn.Module):
     def prepared(self, rows: int) -> PreparedEncoder | None:
         """For the kernels' `prepared=`: what an encode of so many rows should use, None for the plain path."""
         W_enc = self.W_enc
-        if torch.compiler.is_compiling() or W_enc.is_inference():
+        # In training the weights change between any two calls: the kernels round them by themselves, a tile at a time.
+        if self.training or torch.compiler.is_compiling() or W_enc.is_inference():
             return None
         if not prefilter_pays(W_enc, rows, self.config.k or 1):
             return None

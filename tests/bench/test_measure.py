@@ -128,6 +128,17 @@ def test_a_cpu_has_one_set_of_inputs():
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
+def test_resident_growth_counts_what_a_call_keeps_for_the_next_where_it_is_forgotten():
+    n, kept = 64 << 20, []
+
+    def run():
+        if not kept:
+            kept.append(torch.ones(n, dtype=torch.uint8))
+
+    assert resident_growth(run) < n // 4
+    assert n - COARSE <= resident_growth(run, kept.clear) < n + 8 * COARSE
+
+
 def test_resident_growth_sees_what_is_freed_before_the_call_returns():
     n = 48 << 20
 
