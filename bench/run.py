@@ -108,7 +108,8 @@ def write_plot(results: Results) -> None:
         height = 0.8 / len(ratios)
         for j, (name, ratio) in enumerate(ratios):
             axes.barh(i - 0.4 + (j + 0.5) * height, ratio - 1, height, left=1, color=colours[name])
-        labels.append(f"{row.ours['op']}\n{shape_text(row.ours['shape'])}")
+        precision = "" if row.ours["dtype"] == "float32" else f", {row.ours['dtype']}"
+        labels.append(f"{row.ours['op']}{precision}\n{shape_text(row.ours['shape'])}")
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), labels, fontsize=6)

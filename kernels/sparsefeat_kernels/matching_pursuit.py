@@ -56,8 +56,8 @@ def matching_pursuit(
     No gradient: a choice made k times over has no useful one. Differentiate a reconstruction of the code instead, or
     the dictionary through sparse_decode; a call whose inputs require one raises in the backward pass.
 
-    Cost: 2 k rows n_atoms d FLOPs for the choices (in bf16, and a few in fp32, on a CPU with bf16 instructions); matching adds k (k - 1) rows d, gradient (3 k^2 + 5 k) rows d. D is
-    read once a step and chunk of rows. Neither [rows, n_atoms] nor [rows, k, d] is held: scratch stays below 64 MiB
+    Cost: 2 k rows n_atoms d FLOPs for the choices (in bf16, and a few in fp32, on a CPU with bf16 instructions);
+    matching adds k (k - 1) rows d, gradient (3 k^2 + 5 k) rows d. D is read once a step and chunk of rows. Neither [rows, n_atoms] nor [rows, k, d] is held: scratch stays below 64 MiB
     whatever rows is.
 
     Raises: ValueError or TypeError naming the argument, for wrong shapes, dtypes, devices, k or method.
@@ -74,9 +74,10 @@ def matching_pursuit(
 
 
 def reference(
-    x: Tensor, D: Tensor, k: int, method: str = "gradient", nonnegative: bool = False
+    x: Tensor, D: Tensor, k: int, method: str = "gradient", nonnegative: bool = False, least: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """The meaning of matching_pursuit, row by row, with dense codes; any dtype."""
+    """The meaning of matching_pursuit, row by row, with dense codes; any dtype. A row ends where the best score is not
+    above `least`: other values than 0 say what rounding there could make of it."""
     values, indices = torch.zeros(x.shape[0], k, dtype=x.dtype), torch.zeros(x.shape[0], k, dtype=torch.int32)
     for row in range(x.shape[0]):
         z = torch.zeros(D.shape[0], dtype=x.dtype)
@@ -86,7 +87,7 @@ def reference(
             c = D @ (x[row] - z @ D)
             score = c if nonnegative else c.abs()
             broken = broken or bool(c.isnan().any())
-            if broken or score.max() <= 0:
+            if broken or score.max() <= least:
                 break
             j = int((score == score.max()).nonzero()[0])
             step_of.setdefault(j, step)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import implementation, without_autocast
-from .prefilter_gpu import PrefilterSizes, _topk_encode_prefiltered_triton, gpu_weights
+from .prefilter_gpu import GROUPS_A_K, PrefilterSizes, _topk_encode_prefiltered_triton, gpu_weights
 from .rounded_encoder import (
     BIAS_COLUMNS,
     SMALLEST_PRODUCT,
@@ -41,7 +41,6 @@ from .tuning_table import tuned
 __all__ = ["PreparedEncoder", "bf16_products", "prefilter_pays", "prepare_encoder", "topk_encode_prefiltered"]
 
 GROUPS = (16, 8, 4)  # latents a group, of which one maximum is looked at first
-GROUPS_A_K = 8  # at least so many groups for each of the k: fewer, and two of the k often share a group
 # A row with more groups left is computed plainly: 8 for each of the k; for few k 128, or a quarter of all.
 SURVIVING_GROUPS = (8, 128)
 COARSER = 4  # groups of which the best lower bound counts, where that leaves enough: a quarter to search, hardly lower

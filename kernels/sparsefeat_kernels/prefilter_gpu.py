@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import jit, next_power_of_2, tl
+from .rounded_encoder import LARGEST, norm_rounded_up, rounded_up
 from .topk_candidates import _entry_key, _store_code
 from .topk_encode import (
     MAX_KEYS,
@@ -55,7 +56,6 @@ MOST_GROUPS = 8192  # of which one program finds the k best
 SURVIVORS = 8  # a row with more than so many groups, or entries, a k alive is computed plainly
 MATRIX_UNITS = 4
 TILE = 4096  # latents whose loss is measured at a time
-LARGEST = 1e38  # of |x'| |w| + |b|: beyond, a partial sum may overflow
 
 
 def gpu_weights(W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,10 +67,8 @@ def gpu_weights(W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor]:
     norms, losses = [], []
     for W, rounded in zip(W_enc.detach().split(TILE), low.split(TILE), strict=True):
         rounded.copy_(W)
-        norms.append(_norm_rounded_up(W))
-        losses.append(
-            _norm_rounded_up(W - rounded.float())
-        )  # exact; at most 2^-8 of the norm, of random weights 0.4 of that
+        norms.append(norm_rounded_up(W))
+        losses.append(norm_rounded_up(W - rounded.float()))  # the difference is exact
     norm, lost, b = torch.cat(norms).double(), torch.cat(losses).double(), b_enc.detach().double()
     accumulation, denormal, root = MATRIX_UNITS * (d + 8) * 2.0**-24, 2.0**-126, d**0.5
     kept = norm + lost
@@ -81,7 +79,7 @@ def gpu_weights(W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor]:
             accumulation * b.abs() + denormal * (root * kept + 2 * d + 1),
         ]
     )
-    bounds = torch.cat([(bounds * (1 + 1e-5) + 2.0**-126).float(), b_enc.detach()[None]])
+    bounds = torch.cat([rounded_up(bounds), b_enc.detach()[None]])
     low = low.to(LOW)
     if n_latents % STRIDE:
         return low, bounds
@@ -89,14 +87,6 @@ def gpu_weights(W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor]:
         low.view(STRIDE, -1, d).transpose(0, 1).reshape(n_latents, d),
         bounds.view(4, STRIDE, -1).transpose(1, 2).reshape(4, n_latents),
     )
-
-
-def _norm_rounded_up(x: Tensor) -> Tensor:
-    """fp32 norms of the rows of x [rows, d], never less than the true ones."""
-    d = x.shape[1]
-    norm = torch.linalg.vector_norm(x, dim=1) * (1 + (d + 8) * 2.0**-24 + 1e-6) + 2.0**-62 * d**0.5
-    # Where d is 1 nothing is squared, and bf16 is infinite from 3.39e38.
-    return norm.masked_fill_(norm > 3e38, torch.inf)
 
 
 @dataclass(frozen=True)
@@ -361,6 +351,7 @@ def _topk_encode_prefiltered_triton(
     group_bounds = bounds[:3].reshape(3, sizes.n_groups, sizes.group).amax(2)
     # Weights that are infinite in bf16 have a norm that is infinite in fp32: no row is provable then.
     largest = torch.stack([bounds[0].amax(), bounds[3].abs().amax()])
+    # As of norm_rounded_up; twice its last term, for a root that takes denormals for 0.
     above, least = 1 + (d + 8) * 2.0**-24 + 1e-6, 2.0**-62 * d**0.5
     most = {"MOST_GROUPS": sizes.most_groups, "MOST_ENTRIES": sizes.most_entries}
     log_k, block_k = sizes.block_k.bit_length() - 1, sizes.block_k

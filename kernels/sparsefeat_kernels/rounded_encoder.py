@@ -1,4 +1,5 @@
-"""An encoder rounded to bf16, and how far its products can be from the true ones: what a CPU's prefilters stand on.
+"""An encoder rounded to bf16, and how far its products can be from the true ones. The CPU's prefilters stand on it; that
+of a GPU (prefilter_gpu.py) takes the norms from here and has a bound of its own for the sums.
 
 A processor with bf16 matrix instructions multiplies bf16 three to five times as fast as fp32. With x' = x - b_pre,
 ~ for rounding to bf16, |.| for 2-norms, u = 2^-24, and p the product as bf16 stores it:

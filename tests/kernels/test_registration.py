@@ -132,6 +132,8 @@ def test_autocast_does_not_reach_into_an_op(name: str, dtype: torch.dtype):
     try:
         plain = answers(name, dtype)
     except TypeError as refusal:
+        if dtype == torch.float32:  # every op takes it
+            raise
         pytest.skip(f"{dtype}: {refusal}")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = answers(name, dtype)
