@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from sparsefeat.pipeline.families import family_of
-from sparsefeat.pipeline.family import Family
+from sparsefeat.pipeline.families.family import Family
+from sparsefeat.pipeline.families.registry import family_of
 from sparsefeat.pipeline.published import published_at
 
 IO = ("output", "input", "diff")

@@ -33,7 +33,7 @@ from sparsefeat.pipeline.attention_seam import AttentionTap
 from sparsefeat.pipeline.compiled import hooks_guarded
 from sparsefeat.pipeline.conditions import Entries, denoiser_entries, outside_entries, spread, text_entries
 from sparsefeat.pipeline.context import Call, Context
-from sparsefeat.pipeline.family import Run
+from sparsefeat.pipeline.families.family import Run
 from sparsefeat.pipeline.hookpoints import Hookpoint, Target
 from sparsefeat.pipeline.instrument import (
     Activations,

@@ -1,0 +1,23 @@
+"""AuraFlow: joint blocks that give (text, image), then single blocks that take and give one sequence [text; image]. The
+text stream starts with eight register tokens, which belong to no word.
+"""
+
+from __future__ import annotations
+
+from sparsefeat.pipeline.families.joint import JointTransformer
+
+_JOINT, _SINGLE = r"joint_transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"
+
+
+class AuraFlow(JointTransformer):
+    classes = ("AuraFlowTransformer2DModel",)
+    kinds = (
+        ("joint_block", _JOINT),
+        ("joint_attention", _JOINT + r"\.attn"),
+        ("feed_forward", _JOINT + r"\.ff"),
+        ("text_feed_forward", _JOINT + r"\.ff_context"),
+        ("single_block", _SINGLE),
+        ("joint_attention", _SINGLE + r"\.attn"),
+    )
+    joint_blocks = rf"{_JOINT}|{_SINGLE}"
+    joint_attentions = rf"({_JOINT}|{_SINGLE})\.attn"

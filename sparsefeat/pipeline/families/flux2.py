@@ -1,0 +1,12 @@
+"""FLUX.2: double blocks that give (text, image), then single blocks that take and give one sequence [text; image].
+
+Its position ids are (which image, y, x, ...); reference images have other first numbers than the one that is made.
+"""
+
+from __future__ import annotations
+
+from sparsefeat.pipeline.families.flux import Flux
+
+
+class Flux2(Flux):
+    classes = ("Flux2Transformer2DModel",)

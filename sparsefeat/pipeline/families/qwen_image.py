@@ -1,0 +1,44 @@
+"""Qwen-Image: joint blocks that give (text, image); in their attention the text comes first.
+
+The latent comes packed; `img_shapes` has the grid of each image's tokens, the one that is being made first, those of
+reference images (Qwen-Image-Edit) after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from sparsefeat.pipeline.families.joint import JointTransformer
+
+_BLOCK = r"transformer_blocks\.\d+"
+
+
+class QwenImage(JointTransformer):
+    classes = ("QwenImageTransformer2DModel", "QwenImageControlNetModel")
+    kinds = (
+        ("joint_block", _BLOCK),
+        ("joint_attention", _BLOCK + r"\.attn"),
+        ("feed_forward", _BLOCK + r"\.img_mlp"),
+        ("text_feed_forward", _BLOCK + r"\.txt_mlp"),
+    )
+    joint_blocks = _BLOCK
+    text_modules = _BLOCK + r"\.txt_.*"
+
+    def image_grid(self, root: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
+        shapes = arguments.get("img_shapes")
+        layered = getattr(getattr(root, "config", None), "use_layer3d_rope", False)
+        if not isinstance(shapes, (list, tuple)) or not shapes or layered:
+            return None  # Qwen-Image-Layered makes several images at once, and a shape does not say which are made
+        # One entry for each batch entry: (frames, h, w), or a list of such, one for each image.
+        first = (
+            shapes[0][0] if isinstance(shapes[0], (list, tuple)) and not isinstance(shapes[0][0], int) else shapes[0]
+        )
+        frames, height, width = first
+        return (height, width) if frames == 1 else (frames, height, width)
+
+    def default_grid(self, pipe: Any, root: nn.Module, path: str) -> tuple[int, ...] | None:
+        size = getattr(pipe, "default_sample_size", None)  # of the latent, before 2 x 2 of it are packed into a token
+        return (size // 2, size // 2) if isinstance(size, int) else None

@@ -1,0 +1,56 @@
+"""The model families this package knows. A new one is a file with a `Family` and a line here."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sparsefeat.pipeline.families.aura_flow import AuraFlow
+from sparsefeat.pipeline.families.cogvideox import CogVideoX
+from sparsefeat.pipeline.families.family import Family
+from sparsefeat.pipeline.families.flux import Flux
+from sparsefeat.pipeline.families.flux2 import Flux2
+from sparsefeat.pipeline.families.hunyuan_dit import HunyuanDiT
+from sparsefeat.pipeline.families.hunyuan_video import HunyuanVideo
+from sparsefeat.pipeline.families.kandinsky import Kandinsky5
+from sparsefeat.pipeline.families.ltx import LTX
+from sparsefeat.pipeline.families.lumina import Lumina
+from sparsefeat.pipeline.families.lumina2 import Lumina2
+from sparsefeat.pipeline.families.other_transformer import OtherTransformer
+from sparsefeat.pipeline.families.pixart import PixArt
+from sparsefeat.pipeline.families.qwen_image import QwenImage
+from sparsefeat.pipeline.families.sana import Sana
+from sparsefeat.pipeline.families.sd3 import SD3
+from sparsefeat.pipeline.families.text_encoder import TextEncoder
+from sparsefeat.pipeline.families.unet import UNet
+from sparsefeat.pipeline.families.wan import Wan
+from sparsefeat.pipeline.families.z_image import ZImage
+
+# The first that claims a component has it, so the general ones come last.
+FAMILIES: tuple[Family, ...] = (
+    SD3(),
+    Flux(),
+    PixArt(),
+    Sana(),
+    QwenImage(),
+    Flux2(),
+    AuraFlow(),
+    Lumina(),
+    Lumina2(),
+    HunyuanDiT(),
+    ZImage(),
+    CogVideoX(),
+    Wan(),
+    LTX(),
+    HunyuanVideo(),
+    Kandinsky5(),
+    UNet(),
+    TextEncoder(),
+    OtherTransformer(),
+    Family(),
+)
+
+
+def family_of(root: nn.Module) -> Family:
+    """The family of one component of a pipeline; the structural `Family` where none claims it."""
+    root = getattr(root, "_orig_mod", root)  # torch.compile's wrapper
+    return next(family for family in FAMILIES if family.claims(root))
