@@ -10,7 +10,8 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from sparsefeat.cli import app, parse_pairs
+from sparsefeat.cli import app
+from sparsefeat.cli.commands.steer import parse_pairs
 from sparsefeat.sae import SAE, SAEConfig, load_sae
 
 runner = CliRunner()
@@ -43,7 +44,7 @@ def test_every_command_explains_itself(command):
     ("arguments", "said"),
     [
         (["steer", "a fox", "--add", "twelve=3"], "LATENT=NUMBER"),
-        (["steer", "a fox"], "edits nothing"),
+        (["steer", "a fox"], "steers nothing"),
         (["steer", "a fox", "--add", "99999=3"], "99999"),
         (["steer", "a fox", "--add", "3=1", "--window", "early"], "START:STOP"),
         (["erase", "a fox"], "--concept"),
@@ -57,26 +58,31 @@ def test_every_command_explains_itself(command):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
-def test_bad_input_is_one_sentence_and_exit_code_1(arguments, said, tmp_path, monkeypatch):
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     result = runner.invoke(app, arguments)
-    assert result.exit_code == 1, result.output
+    assert result.exit_code == 2, result.output
     assert said in result.output
     assert "Traceback" not in result.output
     assert list(tmp_path.iterdir()) == []  # no empty folder is left behind
 
 
-@pytest.mark.parametrize("there_is_a_folder", [True, False])
-def test_a_pipeline_that_cannot_be_opened_is_named_with_what_it_should_be(there_is_a_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("an-empty-folder", "has no model_index.json; pass the folder of a diffusers pipeline"),
+        ("nothere", "does not exist; pass a diffusers folder, or a hub id OWNER/NAME"),
+        ("some/model", "cannot be opened ("),
+    ],
+)
+def test_a_pipeline_that_cannot_be_opened_is_named_with_what_it_should_be(name, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    if there_is_a_folder:
-        (tmp_path / "my-pipeline").mkdir()
-    result = runner.invoke(app, ["hookpoints", "--pipeline", "my-pipeline"])
-    assert result.exit_code == 1
-    assert result.output.startswith("error: --pipeline 'my-pipeline' cannot be opened (")
-    assert "pass a diffusers folder, one with a model_index.json, or a hub id that can be fetched" in result.output
+    (tmp_path / "an-empty-folder").mkdir()
+    result = runner.invoke(app, ["hookpoints", "--pipeline", name])
+    assert result.exit_code == 2
+    assert result.output.startswith(f"error: --pipeline '{name}' {said}")
     assert "stacktrace" not in result.output
 
 
@@ -86,7 +92,7 @@ def test_an_existing_output_folder_is_left_alone(tmp_path):
     (kept / "precious.txt").write_text("precious")
     for command in (["heatmap", "an emoji of a fox"], ["features", "an emoji of a fox"]):
         result = runner.invoke(app, [*command, "--out", str(kept)])
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert "exists already" in result.output
     assert (kept / "precious.txt").read_text() == "precious"
 
@@ -130,7 +136,7 @@ def test_sae_convert_opens_an_sae_in_a_folder_below(repository, tmp_path):
 
 def test_an_sae_whose_file_does_not_say_k_can_be_told_it():
     file = str(Path(__file__).parent / "sae" / "formats" / "fixtures" / "overcomplete" / "topk" / "sae.pt")
-    assert runner.invoke(app, ["sae", "info", file]).exit_code == 1
+    assert runner.invoke(app, ["sae", "info", file]).exit_code == 2
     result = runner.invoke(app, ["sae", "info", file, "--k", "4"])
     assert result.exit_code == 0, result.output
     assert "topk, k = 4" in result.output
@@ -160,11 +166,13 @@ def test_steer_changes_the_image_and_a_scale_of_one_does_not(tmp_path):
 def test_erase_fits_saves_and_uses_the_saved_erasure(tmp_path):
     concepts = tmp_path / "concepts.json"
     concepts.write_text(json.dumps({"fox": ["an emoji of a fox"], "owl": ["an emoji of an owl"]}))
-    base = ["erase", "a noto emoji of a fox", "--steps", "2", "--sae", str(first_sae())]
+    base = ["erase", "a noto emoji of a fox", "--steps", "2"]
     fitted = runner.invoke(
         app,
         [
             *base,
+            "--sae",
+            str(first_sae()),
             "--concept",
             "fox",
             "--concepts",
@@ -188,7 +196,7 @@ def test_heatmap_writes_one_map_a_word_and_refuses_a_word_that_is_not_there(tmp_
     assert result.exit_code == 0, result.output
     assert (tmp_path / "maps" / "fox.png").is_file()
     result = runner.invoke(app, [*base, "--word", "rocket", "--out", str(tmp_path / "other")])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "rocket" in result.output
 
 

@@ -88,6 +88,6 @@ def test_sparsefeat_bench_measures_an_op_against_dense_pytorch(monkeypatch):
 )
 def test_bad_input_is_one_sentence(arguments, said):
     result = CliRunner().invoke(app, ["bench", *arguments])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert said in result.output
     assert "Traceback" not in result.output

@@ -48,8 +48,8 @@ def test_the_command_converts_one_library_s_files_into_another_s(tmp_path):
 def test_k_that_the_file_does_not_say_can_be_given(tmp_path):
     file = str(FIXTURES / "overcomplete" / "topk" / "sae.pt")
     result = runner.invoke(app, ["sae", "convert", file, str(tmp_path / "no")])
-    assert result.exit_code == 1
-    assert "k=" in result.output
+    assert result.exit_code == 2
+    assert "--k " in result.output
     assert runner.invoke(app, ["sae", "convert", file, str(tmp_path / "yes"), "--k", "4"]).exit_code == 0
     assert load_sae(tmp_path / "yes").config.k == 4
 
@@ -65,19 +65,19 @@ def test_k_that_the_file_does_not_say_can_be_given(tmp_path):
 def test_what_cannot_be_written_is_said_and_leaves_nothing(tmp_path, format_, said):
     source = random_sae("topk").save(tmp_path / "source")
     result = runner.invoke(app, ["sae", "convert", str(source), str(tmp_path / "out"), "--format", format_])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert said in result.output.replace("\n", " ")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize("missing", ["decoder.weight", "encoder.weight"])
-def test_a_damaged_file_is_one_sentence_and_exit_code_1(tmp_path, missing):
+def test_a_damaged_file_is_one_sentence_and_exit_code_2(tmp_path, missing):
     source = copied(FIXTURES / "dictionary_learning" / "topk", tmp_path)
     state = torch.load(source / "ae.pt", weights_only=True)
     del state[missing]
     torch.save(state, source / "ae.pt")
     result = runner.invoke(app, ["sae", "convert", str(source), str(tmp_path / "out")])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.output.startswith(f"error: {source / 'ae.pt'}")
     assert missing in result.output
 

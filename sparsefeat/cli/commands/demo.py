@@ -1,0 +1,22 @@
+"""`sparsefeat demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsefeat.cli.opening import quiet_libraries
+from sparsefeat.cli.options import path
+
+
+def demo(
+    out: Annotated[Path, typer.Option(parser=path, metavar="FOLDER", help="Folder for the page.")] = Path("demo"),
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier page in that folder.")] = False,
+) -> None:
+    """Run the main job on the embedded pipeline and write a page that shows it (a few minutes on two cores)."""
+    quiet_libraries()
+    from sparsefeat.demo import run_demo
+
+    typer.echo(f"the page: {run_demo(out, force=force).resolve()}")

@@ -1,0 +1,155 @@
+"""`sparsefeat erase`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsefeat.cli.failures import keeping
+from sparsefeat.cli.opening import PipelineChoice, SAEChoice, check_hookpoint
+from sparsefeat.cli.options import At, Device, Guidance, Out, Pipeline, Saes, Seed, Steps, Subfolders, finite, path
+from sparsefeat.cli.outputs import new_folder
+
+
+def erase(
+    prompt: str,
+    concept: Annotated[str | None, typer.Option(help="What to erase, such as “fox”.")] = None,
+    concepts: Annotated[
+        Path | None, typer.Option(parser=path, metavar="FILE", help="JSON file: concept -> prompts, to fit on.")
+    ] = None,
+    fitted: Annotated[
+        Path | None,
+        typer.Option(parser=path, metavar="FOLDER", help="A folder that an earlier --save wrote: no fitting."),
+    ] = None,
+    save_to: Annotated[
+        Path | None,
+        typer.Option("--save", parser=path, metavar="FOLDER", help="Keep the fitted erasure in this new folder."),
+    ] = None,
+    latents: Annotated[int | None, typer.Option(min=1, help="Latents a step, at each SAE. Default: 32.")] = None,
+    gamma: Annotated[
+        float | None, typer.Option(callback=finite, help="Their activations are multiplied by this. Default: -0.5.")
+    ] = None,
+    pipeline: Pipeline = None,
+    sae: Saes = None,
+    subfolder: Subfolders = None,
+    at: At = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    out: Out = Path("erased"),
+) -> None:
+    """Draw PROMPT without and with a concept erased (SAeUron's method)."""
+    if (concept is None) == (fitted is None):
+        raise ValueError("name what to erase with --concept, or an erasure fitted before with --fitted; one of the two")
+    choice = PipelineChoice(pipeline, device, steps)
+    check_hookpoint(at)
+    folders: list[Path] = []
+    if fitted is not None:
+        of_fitting = {"--concepts": concepts, "--save": save_to, "--latents": latents, "--gamma": gamma, "--sae": sae,
+                      "--subfolder": subfolder, "--at": at}  # fmt: skip
+        ignored = [option for option, given in of_fitting.items() if given is not None]
+        if ignored:
+            raise ValueError(
+                f"{ignored[0]} changes nothing of an erasure that was fitted before; leave it or --fitted out"
+            )
+        folders = fitted_folders(fitted)
+    else:
+        assert concept is not None
+        given = concept_prompts(concept, concepts, pipeline)
+        saes = SAEChoice(sae, subfolder, pipeline, "text")
+        if save_to is not None:
+            check_apart(save_to, out)
+    with new_folder(out) as folder:
+        if fitted is not None:
+            from sparsefeat.steering import load_instrument
+
+            pipe = choice.open()
+            instruments: list[Any] = [load_instrument(one) for one in folders]
+        else:
+            assert concept is not None
+            how: dict[str, Any] = {
+                "n_latents": 32 if latents is None else latents,
+                "gamma": -0.5 if gamma is None else gamma,
+            }
+            instruments, pipe = [], None
+            with nullcontext() if save_to is None else new_folder(save_to, "--save") as kept:
+                from sparsefeat.erasure import Erase
+
+                pipe = choice.open()
+                call = choice.call_options(guidance, seed)
+                del call["generator"]  # every image of the fit has its own
+                instruments = [
+                    Erase.fit(pipe, one, concept, given, magnitude="scale", batch_size=25, at=at, **how, **call)
+                    for one in saes.open(device)
+                ]
+                if kept is not None:
+                    for i, instrument in enumerate(instruments):
+                        instrument.save(kept if len(instruments) == 1 else kept / str(i))
+        from sparsefeat.pipeline import attach
+        from sparsefeat.report import enlarge
+
+        with keeping("nothing was drawn" if save_to is None else f"the fitted erasure is kept in {save_to}"):
+            enlarge(pipe(prompt, **choice.call_options(guidance, seed)).images[0]).save(folder / "before.png")
+            with attach(pipe, *instruments):
+                enlarge(pipe(prompt, **choice.call_options(guidance, seed)).images[0]).save(folder / "after.png")
+    typer.echo(f"{out / 'before.png'}\n{out / 'after.png'}")
+
+
+def fitted_folders(fitted: Path) -> list[Path]:
+    """The folders of the instruments that `--save` wrote: one, or one for each SAE."""
+    folders = (
+        [fitted] if (fitted / "instrument.json").is_file() else sorted(fitted.glob("[0-9]*"), key=lambda f: f.name)
+    )
+    if not folders or not all((folder / "instrument.json").is_file() for folder in folders):
+        raise ValueError(f"--fitted {fitted} holds no fitted erasure; give the folder that --save wrote")
+    return folders
+
+
+def check_apart(save_to: Path, out: Path) -> None:
+    one, other = save_to.resolve(), out.resolve()
+    if one == other or one in other.parents or other in one.parents:
+        raise ValueError(f"--save {save_to} and --out {out} are one within the other; choose folders side by side")
+
+
+def concept_prompts(concept: str, concepts: Path | None, pipeline: str | None) -> dict[str, list[str]]:
+    """Prompts by concept: from the file, or for the embedded pipeline its objects or its styles."""
+    if concepts is not None:
+        return read_concepts(concept, concepts)
+    if pipeline is not None:
+        raise ValueError("--concepts is needed for this pipeline: a JSON file that maps each concept to its prompts")
+    from sparsefeat.assets import emojicanvas as canvas
+
+    name = concept.replace(" ", "-")
+    if name in canvas.STYLES:
+        return {s: [canvas.prompt(o, s) for o in canvas.OBJECTS[::2]] for s in canvas.STYLES}
+    if name in canvas.OBJECTS:
+        return {canvas.words(o): [canvas.prompt(o, s) for s in canvas.STYLES] for o in canvas.OBJECTS}
+    raise ValueError(
+        f"--concept {concept!r} is none of the embedded pipeline's objects and styles; choose one of "
+        f"{', '.join((*canvas.STYLES, *map(canvas.words, canvas.OBJECTS)))}"
+    )
+
+
+def read_concepts(concept: str, file: Path) -> dict[str, list[str]]:
+    try:
+        given = json.loads(file.read_text())
+    except OSError as error:
+        raise ValueError(f"--concepts {file} cannot be read ({error.strerror}); give a JSON file") from None
+    except ValueError as error:
+        raise ValueError(f"--concepts {file} is not JSON ({error}); map each concept to its prompts") from None
+    fits = isinstance(given, dict) and all(
+        isinstance(prompts, list) and prompts and all(isinstance(p, str) for p in prompts) for prompts in given.values()
+    )
+    if not fits:
+        raise ValueError(f"--concepts {file} must map each concept to a list of at least one prompt")
+    if concept not in given or len(given) < 2:
+        raise ValueError(
+            f"--concepts {file} must name {concept!r} and at least one other concept to compare it with; it has "
+            f"{', '.join(map(repr, given)) or 'none'}"
+        )
+    return given

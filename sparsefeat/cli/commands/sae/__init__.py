@@ -1,0 +1,1 @@
+"""`sparsefeat sae …`: a file a command."""

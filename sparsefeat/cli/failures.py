@@ -1,0 +1,109 @@
+"""What a user reads when something cannot be, could not be done, or was interrupted."""
+
+from __future__ import annotations
+
+import errno
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar, get_type_hints
+
+import typer
+from typer.models import OptionInfo
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# The library's names of what has another name in the shell.
+ELSEWHERE = {
+    "n_latents": "--latents",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "folder": "--fitted",
+    "steps": "--window",
+}
+
+
+class Ended(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: like Ctrl-C, so that everything on the way is cleaned up."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+def plain_errors(command: F) -> F:
+    """Errors a user can mend become one sentence and the exit code of `sparsefeat.cli`; bugs keep their traceback."""
+
+    options = options_of(command)
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with signals_raise():
+                return command(*args, **kwargs)
+        except KeyboardInterrupt as error:
+            typer.echo(f"interrupted; {getattr(error, 'kept', 'nothing was written')}", err=True)
+            raise typer.Exit(128 + getattr(error, "number", signal.SIGINT)) from None
+        except (ValueError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+            typer.echo(f"error: {in_options(str(error), options)}", err=True)
+            raise typer.Exit(2) from None
+        except (OSError, MemoryError) as error:
+            typer.echo(f"error: {in_options(reason(error), options)}", err=True)
+            raise typer.Exit(1) from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+def reason(error: BaseException) -> str:
+    """One sentence, also for the errors of the system and those that say nothing."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full; make room, or choose a folder on another disk"
+    if isinstance(error, MemoryError) and not str(error):
+        return "there is not memory enough; use a smaller model, or fewer images at a time"
+    return str(error)
+
+
+def in_options(sentence: str, options: Mapping[str, str]) -> str:
+    """The sentence with the library's arguments, `name=`, as the command's options, `--name `, where it has them."""
+    return re.sub(r"(?<![\w.-])(\w+)=(?!=)", lambda m: f"{options[m[1]]} " if m[1] in options else m[0], sentence)
+
+
+def options_of(command: Callable[..., Any]) -> dict[str, str]:
+    """The command's options, `--name`, by the names the library has for them."""
+    options = {}
+    for name, hint in get_type_hints(command, include_extras=True).items():
+        info = next((m for m in getattr(hint, "__metadata__", ()) if isinstance(m, OptionInfo)), None)
+        if info is not None:
+            options[name] = next(iter(info.param_decls or ()), f"--{name.replace('_', '-')}")
+    return options | {name: option for name, option in ELSEWHERE.items() if option in options.values()}
+
+
+@contextmanager
+def signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise `Ended` while this is open, where nobody else handles them."""
+    ours = []
+    if threading.current_thread() is threading.main_thread():
+        ours = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+
+    def end(number: int, frame: Any) -> None:
+        raise Ended(number)
+
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def keeping(sentence: str) -> Iterator[None]:
+    """Says, if the work in here is interrupted, what of it was kept."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.kept = sentence  # type: ignore[attr-defined]
+        raise

@@ -1,0 +1,180 @@
+"""Pipelines and SAEs by the names that the shell gives: checked without torch, opened when everything was checked."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsefeat.assets.embedded import (
+    GUIDANCE,
+    N_STEPS,
+    PIPELINE,
+    cross_attention_sae_folders,
+    load_pipeline,
+    sae_folders,
+    text_encoder_sae_folder,
+)
+
+if TYPE_CHECKING:
+    from sparsefeat.sae import SAE
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+DEVICE = re.compile(r"(cpu|cuda|xpu|mps)(:\d+)?")
+HOOKPOINT = re.compile(r"\w+(\.\w+)*(:(output|input|diff))?(:(image|text))?")
+
+
+def check_device(device: str) -> None:
+    if not DEVICE.fullmatch(device):
+        raise ValueError(f"--device {device!r} is not one to run on; choose cpu, cuda, cuda:1, xpu or mps")
+
+
+def check_hookpoint(at: str | None, option: str = "--at") -> None:
+    if at is not None and not HOOKPOINT.fullmatch(at):
+        raise ValueError(
+            f"{option} {at!r} is no hookpoint; write path[:output|input|diff][:text], as `sparsefeat hookpoints` lists "
+            "them, or leave it out for the SAE's own"
+        )
+
+
+@dataclass(frozen=True)
+class PipelineChoice:
+    """The pipeline that is asked for, on which device, and how often it steps. Raises ValueError for what cannot be."""
+
+    name: str | None
+    device: str = "cpu"
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
+        if self.name is not None:
+            folder = Path(self.name).expanduser()
+            if not self.name.strip() or not (folder.exists() or HUB_ID.fullmatch(self.name)):
+                raise ValueError(
+                    f"--pipeline {self.name!r} does not exist; pass a diffusers folder, or a hub id OWNER/NAME"
+                )
+            if folder.exists() and not (folder / "model_index.json").is_file():
+                raise ValueError(
+                    f"--pipeline {self.name!r} has no model_index.json; pass the folder of a diffusers pipeline"
+                )
+        folder = PIPELINE if self.name is None else Path(self.name).expanduser()
+        try:
+            scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        except (OSError, ValueError):  # on the hub, or damaged: told when the pipeline is opened
+            scheduler = {}
+        self._check_steps(scheduler)
+
+    def _check_steps(self, scheduler: Any) -> None:
+        trained = scheduler.get("num_train_timesteps")
+        if isinstance(trained, int) and self.n_steps > trained:
+            raise ValueError(f"--steps {self.steps} is more than the {trained} that this pipeline's scheduler has")
+
+    @property
+    def n_steps(self) -> int:
+        return self.steps or (N_STEPS if self.name is None else 50)
+
+    def open(self) -> Any:
+        quiet_libraries()
+        import torch
+
+        kind = self.device.partition(":")[0]
+        if kind != "cpu" and not getattr(torch, kind).is_available():
+            raise ValueError(f"--device {self.device} cannot be used: torch finds none on this machine; choose cpu")
+        if self.name is None:
+            return load_pipeline().to(self.device)
+        from diffusers import DiffusionPipeline
+
+        dtype = torch.float32 if kind == "cpu" else torch.float16
+        try:
+            pipe = DiffusionPipeline.from_pretrained(self.name).to(self.device, dtype)
+        except (OSError, ValueError) as error:
+            why = str(error).partition("\n")[0].partition(" Please check out the root cause in the stacktrace")[0]
+            raise ValueError(
+                f"--pipeline {self.name!r} cannot be opened ({why.rstrip('.')}); pass a diffusers folder, one with a "
+                "model_index.json, or a hub id that can be fetched"
+            ) from error
+        self._check_steps(getattr(getattr(pipe, "scheduler", None), "config", {}))
+        if not sys.stderr.isatty():
+            pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def call_options(self, guidance: float | None, seed: int) -> dict[str, Any]:
+        """Arguments of the pipeline's call; noise that is drawn anew from the seed."""
+        import torch
+
+        options: dict[str, Any] = {
+            "generator": torch.Generator("cpu").manual_seed(seed),
+            "num_inference_steps": self.n_steps,
+        }
+        if guidance is not None or self.name is None:
+            options["guidance_scale"] = GUIDANCE if guidance is None else guidance
+        return options
+
+
+@dataclass(frozen=True)
+class SAEChoice:
+    """The SAEs that are asked for. Raises ValueError for names that cannot be.
+
+    names: without any the embedded ones: "all", that of the last "attention", or of the "text" encoder.
+    pipeline: what they will be attached to; the embedded SAEs are of the embedded pipeline alone.
+    """
+
+    names: list[str] | None
+    subfolders: list[str] | None
+    pipeline: str | None = None
+    embedded: str = "all"
+
+    def __post_init__(self) -> None:
+        names, subfolders = self.names or [], self.subfolders or []
+        if subfolders and not names:
+            raise ValueError(
+                f"--subfolder {subfolders[0]!r} is given without an SAE; name the folder or hub id it lies in"
+            )
+        if subfolders and len(subfolders) != len(names):
+            raise ValueError(
+                f"--subfolder is given {len(subfolders)} times for {len(names)} --sae; give it once for each"
+            )
+        for name in names:
+            if not name.strip() or not (Path(name).expanduser().exists() or HUB_ID.fullmatch(name)):
+                raise ValueError(f"the SAE {name!r} does not exist; pass a folder, or a hub id OWNER/NAME")
+        if not names and self.pipeline is not None:
+            raise ValueError("--pipeline is not the embedded one, so its SAE must be named: add --sae FOLDER")
+
+    def places(self) -> list[str]:
+        if self.names:
+            return self.names
+        embedded = {
+            "all": sae_folders(),
+            "attention": [cross_attention_sae_folders()[-1]],
+            "text": [text_encoder_sae_folder()],
+        }[self.embedded]
+        return [str(folder) for folder in embedded]
+
+    def open(self, device: str = "cpu", **said: Any) -> list[SAE]:
+        """The SAEs, with what `load_sae` is told of them: k, hookpoint, base_model."""
+        from sparsefeat.sae import load_sae
+
+        places = self.places()
+        inside: list[str | None] = [*self.subfolders] if self.subfolders else [None] * len(places)
+        return [
+            load_sae(place, device=device, subfolder=folder, **said)
+            for place, folder in zip(places, inside, strict=True)
+        ]
+
+
+def quiet_libraries() -> None:
+    """Loading notices of diffusers and transformers are for developers of those."""
+    import logging
+
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    for module in (diffusers_logging, transformers_logging):
+        if hasattr(module, "disable_progress_bar"):
+            module.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

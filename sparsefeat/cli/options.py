@@ -1,0 +1,58 @@
+"""Options that several commands share, and what is checked of them while they are read."""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def finite(number: float | None) -> float | None:
+    """Typer callback: no NaN and no infinity."""
+    if number is not None and not math.isfinite(number):
+        raise typer.BadParameter(f"{number} is not a finite number")
+    return number
+
+
+def path(given: str | Path) -> Path:
+    """Typer parser: an empty string names nothing, though pathlib takes it for the folder one is in."""
+    if not str(given).strip():
+        raise typer.BadParameter("it is empty; name a folder or file")
+    return Path(given).expanduser()
+
+
+class Condition(str, Enum):
+    cond = "cond"
+    uncond = "uncond"
+    both = "both"
+    signed = "cond+uncond-"
+
+
+Pipeline = Annotated[str | None, typer.Option(help="A diffusers folder or hub id. Default: the embedded pipeline.")]
+Saes = Annotated[list[str] | None, typer.Option("--sae", help="An SAE folder or hub id; may be given more than once.")]
+Subfolders = Annotated[
+    list[str] | None,
+    typer.Option("--subfolder", help="The folder (or file) within it; give it once for each --sae, in their order."),
+]
+Subfolder = Annotated[str | None, typer.Option(help="The folder (or file) of the SAE within that.")]
+Hookpoint = Annotated[
+    str | None, typer.Option(help="Where the activations come from, in the place of what the file says.")
+]
+BaseModel = Annotated[str | None, typer.Option(help="Whose activations they are, in the place of what the file says.")]
+K = Annotated[int | None, typer.Option(min=1, help="Active latents a row, where the file does not say.")]
+At = Annotated[
+    str | None, typer.Option(help="The hookpoint, `path[:output|input|diff][:text]`. Default: the SAE's own.")
+]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Denoising steps. Default: 20 for the embedded pipeline, else 50.")
+]
+Guidance = Annotated[float | None, typer.Option(callback=finite, help="Guidance scale. Default: the pipeline's own.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")]
+Device = Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")]
+Out = Annotated[
+    Path, typer.Option(parser=path, metavar="FOLDER", help="Folder for what is written; it must not exist yet.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document in the place of text.")]
