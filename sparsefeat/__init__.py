@@ -14,15 +14,50 @@ Names are imported when they are first used: `import sparsefeat` itself loads ne
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds the two lists together
+    from sparsefeat_kernels import SparseCode as SparseCode
+
+    from sparsefeat import presets as presets
+    from sparsefeat.attention import HeatMaps as HeatMaps
+    from sparsefeat.erasure import Erase as Erase
+    from sparsefeat.erasure import InterpretThenDeactivate as InterpretThenDeactivate
+    from sparsefeat.erasure import negative_prompt as negative_prompt
+    from sparsefeat.evaluation.check import check as check
+    from sparsefeat.evaluation.splice import Splice as Splice
+    from sparsefeat.features import CollectExamples as CollectExamples
+    from sparsefeat.features import CollectStatistics as CollectStatistics
+    from sparsefeat.features import Examples as Examples
+    from sparsefeat.features import Record as Record
+    from sparsefeat.features import Statistics as Statistics
+    from sparsefeat.pipeline import Context as Context
+    from sparsefeat.pipeline import Delta as Delta
+    from sparsefeat.pipeline import Hookpoint as Hookpoint
+    from sparsefeat.pipeline import Instrument as Instrument
+    from sparsefeat.pipeline import Replace as Replace
+    from sparsefeat.pipeline import attach as attach
+    from sparsefeat.pipeline import hookpoints as hookpoints
+    from sparsefeat.sae import SAE as SAE
+    from sparsefeat.sae import SAEConfig as SAEConfig
+    from sparsefeat.sae import load_sae as load_sae
+    from sparsefeat.steering import PromptVector as PromptVector
+    from sparsefeat.steering import Steer as Steer
+    from sparsefeat.steering import load_instrument as load_instrument
+    from sparsefeat.training import CollectActivations as CollectActivations
+    from sparsefeat.training import SAETrainer as SAETrainer
+    from sparsefeat.training import TrainConfig as TrainConfig
+
 _HOME = {
+    "CollectActivations": "sparsefeat.training",
+    "CollectExamples": "sparsefeat.features",
     "CollectStatistics": "sparsefeat.features",
     "Context": "sparsefeat.pipeline",
     "Delta": "sparsefeat.pipeline",
     "Erase": "sparsefeat.erasure",
+    "Examples": "sparsefeat.features",
     "HeatMaps": "sparsefeat.attention",
     "Hookpoint": "sparsefeat.pipeline",
     "Instrument": "sparsefeat.pipeline",
@@ -37,6 +72,7 @@ _HOME = {
     "Splice": "sparsefeat.evaluation.splice",
     "Statistics": "sparsefeat.features",
     "Steer": "sparsefeat.steering",
+    "TrainConfig": "sparsefeat.training",
     "attach": "sparsefeat.pipeline",
     "check": "sparsefeat.evaluation.check",
     "hookpoints": "sparsefeat.pipeline",
@@ -48,14 +84,15 @@ _HOME = {
 
 __all__ = ["__version__", *_HOME]
 
+if not TYPE_CHECKING:  # else every name, misspelt ones too, would be there for them, as Any
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'sparsefeat' has no attribute {name!r}; it offers {', '.join(sorted(_HOME))}")
-    module = importlib.import_module(_HOME[name])
-    value = module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'sparsefeat' has no attribute {name!r}; it offers {', '.join(sorted(_HOME))}")
+        module = importlib.import_module(_HOME[name])
+        value = module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
@@ -82,3 +87,76 @@ def test_the_wheel_works_outside_the_checkout(wheel, tmp_path):
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "unet." in run.stdout
+
+
+# What type checkers see ----------------------------------------------------------------------------------------------
+
+# A user's file: what is right passes, and each kind of mistake is an error on its own line.
+USERS_FILE = """\
+import sparsefeat as sf
+
+sae = sf.load_sae("folder")
+with sf.attach(object(), sf.Record(sae), sf.Steer(sae, scale={1: 2.0})) as run:
+    reveal_type(run)
+sf.presets.sdxl_unbox.icon(sae, 3)
+sf.Record(3)  # wrong
+sf.Steer(sae, scal={1: 2.0})  # wrong
+sf.nothing  # wrong
+"""
+
+
+def test_type_checkers_are_told_of_the_names_that_are_imported_lazily():
+    import sparsefeat
+
+    tree = ast.parse((ROOT / "sparsefeat" / "__init__.py").read_text())
+    blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    told = {
+        (alias.asname, alias.name, statement.module)
+        for block in blocks
+        for statement in block.body
+        if isinstance(statement, ast.ImportFrom)
+        for alias in statement.names
+    }
+    homes = {name: sparsefeat._HOME[name] for name in sparsefeat.__all__ if name != "__version__"}
+    assert told == {(n, n, home.removesuffix(f".{n}") if n == "presets" else home) for n, home in homes.items()}
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """The interpreter of an environment that has the wheel, and beside it what is installed here (torch, diffusers)."""
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder, symlinks=True)
+    site = next((folder / "lib").glob("python*")) / "site-packages"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    (site / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin" / "python"
+
+
+CHECKERS = {
+    "mypy": ["--ignore-missing-imports", "--python-executable"],
+    "pyright": ["--pythonpath"],
+}
+
+
+@pytest.mark.parametrize("checker", CHECKERS)
+def test_a_type_checker_knows_every_name_of_the_wheel_and_refuses_mistakes(checker, installed, tmp_path):
+    import sparsefeat
+
+    if checker == "pyright":
+        if shutil.which("node") is None:
+            pytest.skip("no node on this machine, which pyright runs on")
+        started = subprocess.run([sys.executable, "-m", "pyright", "--version"], capture_output=True, text=True)
+        if started.returncode:
+            pytest.skip(f"pyright is not to be had here: {started.stderr.strip().splitlines()[-1]}")
+    names = [name for name in sparsefeat.__all__ if name != "__version__"]
+    (tmp_path / "users.py").write_text(USERS_FILE + "".join(f"reveal_type(sf.{name})\n" for name in names))
+    command = [sys.executable, "-m", checker, *CHECKERS[checker], str(installed), "users.py"]
+    output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+
+    errors = {int(line) for line in re.findall(r"users\.py:(\d+)(?::\d+)?(?: -|:) error: ", output)}
+    assert errors == {n for n, line in enumerate(USERS_FILE.splitlines(), 1) if line.endswith("# wrong")}, output
+    revealed = re.findall(r'(?:Revealed type|Type of "[^"]*") is "(.*)"', output)
+    assert len(revealed) == len(names) + 1, output
+    assert "Session" in revealed[0]
+    assert {"Any", "Unknown"}.isdisjoint(revealed), output
