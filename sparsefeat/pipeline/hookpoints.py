@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from sparsefeat.pipeline.families.registry import family_of
 from sparsefeat.pipeline.published import published_at
 
 IO = ("output", "input", "diff")
-STREAMS = ("image", "text")
+STREAMS = ("image", "text", "audio")
 
 # Names that wrappers put into a module's path: torch.compile's, and PEFT's around an adapted layer.
 _WRAPPERS = ("_orig_mod", "base_layer")
@@ -22,18 +23,28 @@ _WRAPPERS = ("_orig_mod", "base_layer")
 
 @dataclass(frozen=True)
 class Hookpoint:
-    """A named module of a pipeline and which of its tensors is meant; written `path[:io][:stream]`.
+    """A named module of a pipeline and which of its tensors is meant; written `path[:io][:stream][:rows]`.
 
     `path` starts with the pipeline's component ("unet.mid_block.attentions.0"). `io` is the module's "output", its
     "input", or "diff", output minus input: what the block adds to its residual stream. `stream` tells the image from
-    the text in blocks that carry both; where a model has only one, it is not looked at.
+    the text, and from the audio, in blocks that carry several; the only stream of a module need not be named. `rows`,
+    [start, stop) of a sequence [batch, rows, width], is for modules of which sparsefeat does not know the rows, and is
+    believed: `"transformer.blocks.3:77-4173"`, or `"…:77-"` to the end.
     """
 
     path: str
     io: str = "output"
     stream: str = "image"
+    rows: tuple[int, int | None] | None = None
 
     def __post_init__(self) -> None:
+        if self.rows is not None:
+            start, stop = self.rows
+            if start < 0 or (stop is not None and stop <= start):
+                raise ValueError(
+                    f"rows={self.rows!r} of hookpoint {self.path!r} are not (start, stop) with 0 <= start < stop, stop "
+                    "None for the end of the sequence"
+                )
         if self.io not in IO:
             raise ValueError(f"io={self.io!r} of hookpoint {self.path!r} is not one of {', '.join(IO)}")
         if self.stream not in STREAMS:
@@ -46,13 +57,22 @@ class Hookpoint:
         `Hookpoint.parse("transformer.transformer_blocks.18:output:text")`, or `":text"`, is a joint block's text stream.
         """
         path, *said = text.split(":")
+        stated = re.fullmatch(r"(\d+)-(\d*)", said[-1]) if said else None
+        rows = None
+        if stated:
+            rows = int(stated[1]), int(stated[2]) if stated[2] else None
+            said.pop()
         if len(said) > 1 or (said and said[0] in STREAMS):
             stream = said.pop()
-        return cls(path, ":".join(said) or "output", stream)
+        return cls(path, ":".join(said) or "output", stream, rows)
 
     def __str__(self) -> str:
         """The shortest form that `parse` reads back as the same hookpoint."""
-        said = [self.path, *([] if self.io == "output" else [self.io]), *([] if self.stream == "image" else ["text"])]
+        said = [self.path, *([] if self.io == "output" else [self.io])]
+        said += [] if self.stream == "image" else [self.stream]
+        if self.rows is not None:
+            start, stop = self.rows
+            said.append(f"{start}-{'' if stop is None else stop}")
         return ":".join(said)
 
 

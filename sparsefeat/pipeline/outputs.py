@@ -14,13 +14,19 @@ from typing import Any
 import torch
 
 
-def take(output: Any, index: int) -> torch.Tensor:
-    """The stream's tensor in a module's output: the output itself, or element `index` of a tuple or ModelOutput."""
+def element(output: Any, index: int) -> Any:
+    """A module's output itself, or element `index` of a tuple or ModelOutput; None if it has no such element."""
     if isinstance(output, torch.Tensor):
         return output
     elements = list(output.values()) if isinstance(output, Mapping) else output
-    if isinstance(elements, (tuple, list)) and len(elements) > index and isinstance(elements[index], torch.Tensor):
-        return elements[index]
+    return elements[index] if isinstance(elements, (tuple, list)) and len(elements) > index else None
+
+
+def take(output: Any, index: int) -> torch.Tensor:
+    """The stream's tensor in a module's output."""
+    tensor = element(output, index)
+    if isinstance(tensor, torch.Tensor):
+        return tensor
     raise TypeError(
         f"a block gave {type(output).__name__} where a tensor, or a tuple with a tensor at position {index}, was "
         "expected; take a hookpoint from sparsefeat.hookpoints(pipe)"

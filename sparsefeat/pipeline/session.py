@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -161,7 +161,8 @@ class Session:
 
 def _place(pipe: Any, instrument: Instrument, hookpoint: Hookpoint) -> Place:
     target = _checked(resolve(pipe, hookpoint.path))
-    family = target.family
+    family = target.family.stating(hookpoint.rows)
+    target = replace(target, family=family)
     io = "input" if hookpoint.io == "input" else "output"
     width, wanted = family.width(target.module, io), instrument.expected_width(hookpoint)
     if width is not None and wanted is not None and width != wanted:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import threading
 import types
 import weakref
@@ -434,22 +433,26 @@ class Wiring:
         shape: Sequence[int],
         device: torch.device,
         attention: int = 0,
+        queries_of: int | None = None,
     ) -> Context:
         """The moment, for the rows of a tensor of this shape, [B, C, *grid] or [B, positions, C]; in the module's
-        attention of this index.
+        attention of this index, the queries of each of `queries_of` entries apart.
         """
         running, family = self._running, target.family
         assert running is not None
-        conditions, images = spread(run.entries, shape[0], attention)
+        extent = family.extent(target.inner, stream, run.run, shape)
+        if queries_of is not None:  # a video's frames attend apart
+            extent = replace(extent, batch=queries_of, positions=shape[1])
+        conditions, images = spread(run.entries, extent.batch, attention)
         moment = self._moment(running) if family.runs_in_steps else Context(prompts=running.call.prompts)
         return replace(
             moment,
             condition=conditions,
             prompt_index=images,
-            grid=family.grid(run.run, shape) if stream == "image" else None,
+            grid=extent.grid,
             stream=stream,
-            batch=shape[0],
-            positions=math.prod(shape[2:] if len(shape) > 3 else shape[1:-1]),
+            batch=extent.batch,
+            positions=extent.positions,
             device=device,
             _timestep=run.arguments.get("timestep", run.arguments.get("t")),
         )
@@ -465,7 +468,7 @@ class Wiring:
             activations: Seen = {}
             edits: list[Edit] = []
             for place, context, run in self._visits(key, target, output):
-                part = target.family.output_part(target.inner, place.stream, changed, run.run)
+                part = place.target.family.output_part(target.inner, place.stream, changed, run.run)
                 whole = take(changed, part.index)
                 base = None
                 if place.hookpoint.io == "diff":
@@ -497,7 +500,7 @@ class Wiring:
             edits: list[Edit] = []
             for place, context, run in self._visits(key, target, (args, kwargs)):
                 given = functools.partial(argument, module, *changed)
-                part = target.family.input_part(target.inner, place.stream, given, run.run)
+                part = place.target.family.input_part(target.inner, place.stream, given, run.run)
                 whole = take_argument(module, part.name, *changed)
                 edited = self._ask(place, context, run, activations, part, part.of(whole), None, edits)
                 if edited is not None:
@@ -571,10 +574,10 @@ class Wiring:
             return  # attached in the middle of the call, by a callback: from the next call on
         batch, heads, queries, head_dim = call.query.shape
         run = self._root_run(running, target, call.query)
-        streams = target.family.attention_streams(run.run, queries)
+        streams = target.family.attention_streams(target.inner, run.run, queries)
         call = replace(call, streams=streams)
         shape = (batch, queries, heads * head_dim)
-        context = self._context(run, target, target.family.stream, shape, call.query.device, call.index)
+        context = self._context(run, target, target.family.stream, shape, call.query.device, call.index, batch)
         if streams:
             context = replace(context, grid=run.run.grid)  # of the queries that are the image's
         context = replace(context, hookpoint=Hookpoint(target.path))

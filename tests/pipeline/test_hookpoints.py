@@ -57,8 +57,8 @@ def test_a_transformer_lens_name_is_called_one(sd):
 def test_what_a_hookpoint_cannot_be_is_refused_with_the_choices():
     with pytest.raises(ValueError, match=r"io='residual' of hookpoint 'unet.mid_block' is not one of output, input"):
         Hookpoint.parse("unet.mid_block:residual")
-    with pytest.raises(ValueError, match=r"stream='audio'"):
-        Hookpoint("unet.mid_block", stream="audio")
+    with pytest.raises(ValueError, match=r"stream='depth'"):
+        Hookpoint("unet.mid_block", stream="depth")
 
 
 def test_the_listing_names_the_published_blocks_with_their_widths(sd):

@@ -4,6 +4,7 @@ text stream starts with eight register tokens, which belong to no word.
 
 from __future__ import annotations
 
+from sparsefeat.pipeline.families.family import Run
 from sparsefeat.pipeline.families.joint import JointTransformer
 
 _JOINT, _SINGLE = r"joint_transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"
@@ -21,3 +22,8 @@ class AuraFlow(JointTransformer):
     )
     joint_blocks = rf"{_JOINT}|{_SINGLE}"
     joint_attentions = rf"({_JOINT}|{_SINGLE})\.attn"
+    single_blocks = _SINGLE
+
+    def text_tokens(self, run: Run) -> int | None:
+        text, registers = super().text_tokens(run), getattr(run.root, "register_tokens", None)
+        return None if text is None or registers is None else text + registers.shape[1]

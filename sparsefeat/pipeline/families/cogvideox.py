@@ -25,9 +25,7 @@ class CogVideoX(JointTransformer):
     block_order = ("image", "text")
     joint_blocks = _BLOCK
     joint_attentions = _BLOCK + r"\.attn1"
-
-    def streams(self, path: str, module: nn.Module) -> tuple[str, ...]:
-        return ("image", "text") if path.endswith(".ff") else super().streams(path, module)
+    single_blocks = _BLOCK  # inside them both are one sequence
 
     def image_grid(self, root: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
         return video_grid(root, arguments.get("hidden_states"), time_first=True)

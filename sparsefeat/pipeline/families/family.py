@@ -1,16 +1,37 @@
 """What has to be known about a kind of model to read and edit its blocks. One subclass a model family, each in a file
-of its own, listed in `registry.py`; this base class is what holds by structure alone (a VAE, an unknown model).
+of its own, listed in `registry.py`.
+
+A family says of every module which rows of its tensors are which stream's, by the module's path, and checks what it says
+against the tensor that is there: as many rows as the model's own arguments make it, or an `UnknownRowsError`.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
+from sparsefeat.pipeline.outputs import element
 from sparsefeat.pipeline.part import Part
+
+Rows = tuple[int | tuple[int, ...], int | None]
+"""(start, length) of a stream's rows, as in `Part`; length None is the whole tensor."""
+
+
+class UnknownRowsError(ValueError):
+    """Which rows of a tensor are the image's, or the text's, cannot be told, and nobody has said it."""
+
+    def __init__(self, path: str, module: nn.Module, why: str):
+        super().__init__(
+            f"which rows of {path} ({type(module).__name__}) are which stream's cannot be told, as {why}: take a place "
+            "that sparsefeat.hookpoints(pipe) lists, or state the rows of [batch, rows, width], as in "
+            "Hookpoint(path, rows=(0, 256))"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +45,17 @@ class Run:
     """What a family had to wait for the device for, so that it waits once a run."""
 
 
-class Family:
-    """The structural answers: the first tensor of an output, the first argument, the grid of a [B, C, *grid] tensor.
+@dataclass(frozen=True)
+class Extent:
+    """How the rows of a tensor are shared out: `batch` entries of `positions` rows each, and the grid of those."""
 
-    Paths are within the component ("transformer_blocks.3").
-    """
+    batch: int
+    positions: int
+    grid: tuple[int, ...] | None
+
+
+class Family:
+    """What holds until a family says otherwise. Paths are within the component ("transformer_blocks.3")."""
 
     stream = "image"
     """The stream of a model that has only one; a joint model goes by the hookpoint's own."""
@@ -42,9 +69,20 @@ class Family:
     never_reached = "it may have been skipped by a cache or replaced after `attach`; attach again after such changes"
     """The likely reason, and the remedy, when a whole call ends without a hookpoint of this family."""
 
+    stated_rows: tuple[int, int | None] | None = None
+    """The rows that a hookpoint states itself, [start, stop) of a sequence."""
+
     def claims(self, root: nn.Module) -> bool:
         """Whether this component of a pipeline is of this family."""
-        return True
+        raise NotImplementedError
+
+    def stating(self, rows: tuple[int, int | None] | None) -> Family:
+        """This family, for a hookpoint that states its rows."""
+        if rows is None:
+            return self
+        family = copy.copy(self)
+        family.stated_rows = rows
+        return family
 
     def blocks(self, root: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
         """(path, kind, module) of every block worth hooking, in the order they run if possible."""
@@ -61,19 +99,55 @@ class Family:
     def stream_at(self, path: str, module: nn.Module, wanted: str) -> str | None:
         """The stream that a hookpoint asking for `wanted` means here; None if there is no such stream.
 
-        Where a model has only one, that is meant whatever was asked for.
+        "image" is also what nobody asked for: where a module has only another stream, that one is meant.
         """
-        return self.stream
+        if self.stated_rows is not None:
+            return wanted
+        streams = self.streams(path, module)
+        return wanted if wanted in streams else streams[0] if wanted == "image" else None
 
     def output_part(self, path: str, stream: str, output: Any, run: Run) -> Part:
         """Where the stream's tensor is in the module's output."""
-        return Part()
+        index = self.output_element(path, stream, output, run)
+        apart = isinstance(output, (tuple, list)) and len(output) > 1
+        return Part(index, None, *self._told(path, stream, element(output, index), run, apart))
 
     def input_part(self, path: str, stream: str, given: Callable[[str | None], Any], run: Run) -> Part:
         """Where it is in what the module is given. `given(name)` is an argument's value, `given(None)` the first's."""
-        return Part()
+        name, apart = self.input_argument(path, stream, given)
+        return Part(0, name, *self._told(path, stream, given(name), run, apart))
 
-    def attention_streams(self, run: Run, queries: int) -> dict[str, tuple[int, int]]:
+    def _told(self, path: str, stream: str, tensor: Any, run: Run, apart: bool) -> Rows:
+        if not isinstance(tensor, torch.Tensor):
+            return 0, None  # taking it out will say so
+        if self.stated_rows is not None:
+            start, stop = self.stated_rows
+            rows = tensor.shape[1] if tensor.ndim == 3 else 0
+            if not start < (rows if stop is None else stop) <= rows:
+                raise UnknownRowsError(
+                    path,
+                    run.root,
+                    f"it has the shape {list(tensor.shape)}, in which the rows {start} to {stop} are not",
+                )
+            return start, (rows if stop is None else stop) - start
+        return self.rows(path, stream, tensor, run, apart)
+
+    def output_element(self, path: str, stream: str, output: Any, run: Run) -> int:
+        """Which element of an output that is a tuple is the stream's."""
+        return 0
+
+    def input_argument(self, path: str, stream: str, given: Callable[[str | None], Any]) -> tuple[str | None, bool]:
+        """The name of the stream's argument (None: the first), and whether the other stream is an argument of its own."""
+        return None, False
+
+    def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows:
+        """The stream's rows in a tensor that this module took or gave. `apart`: a tuple had the other stream beside it.
+
+        Raises UnknownRowsError where that is not known.
+        """
+        raise UnknownRowsError(path, run.root, "sparsefeat does not know this module")
+
+    def attention_streams(self, path: str, run: Run, queries: int) -> dict[str, tuple[int, int]]:
         """Which of a joint attention's queries are which stream's, as (start, stop); empty for any other attention."""
         return {}
 
@@ -93,6 +167,13 @@ class Family:
         where positions have no grid.
         """
         return tuple(shape[2:]) if len(shape) > 3 else None
+
+    def extent(self, path: str, stream: str, run: Run, shape: Sequence[int]) -> Extent:
+        """How the rows of the stream's tensor are shared out among the batch entries; frames that a video model folds
+        into the batch are positions of their video.
+        """
+        positions = math.prod(shape[2:] if len(shape) > 3 else shape[1:-1])
+        return Extent(shape[0], positions, self.grid(run, shape) if stream == "image" else None)
 
     def default_grid(self, pipe: Any, root: nn.Module, path: str) -> tuple[int, ...] | None:
         """The grid at the pipeline's default size, where the configs tell it without a run."""

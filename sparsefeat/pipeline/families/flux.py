@@ -2,18 +2,22 @@
 
 A single block gives (text, image) since diffusers 0.35 and one tensor [text; image] before; which one is told by its
 type. The latent comes packed, so the grid is read from the position ids: (0, y, x) for each token of the image that is
-being made, with another first number for those of a reference image (Kontext).
+being made, with another first number for those of a reference image (Kontext), wherever they stand.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from sparsefeat.pipeline.families.family import Run
 from sparsefeat.pipeline.families.joint import JointTransformer
+from sparsefeat.pipeline.families.transformer import Side
 
 _DOUBLE, _SINGLE = r"transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"
 
@@ -31,22 +35,56 @@ class Flux(JointTransformer):
     joint_attentions = rf"({_DOUBLE}|{_SINGLE})\.attn"
     grid_arguments = ("img_ids",)
 
+    made_id = 0
+    """The first of the position ids of the image that is made."""
+
     def image_grid(self, root: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
-        return grid_of_ids(arguments.get("img_ids"))
+        told = self._told_by_ids(arguments)
+        return None if told is None else told.grid
+
+    def side(self, run: Run) -> Side | None:
+        told = self._told_by_ids(run.arguments)
+        return None if told is None else told.side
+
+    def _told_by_ids(self, arguments: Mapping[str, Any]) -> Ids | None:
+        ids = arguments.get("img_ids")
+        if not isinstance(ids, torch.Tensor):
+            return None
+        last, told = getattr(self, "_last", (None, None))
+        if last is None or last() is not ids:  # the same object in every step: one wait for the device
+            told = told_by_ids(ids, self.made_id)
+            self._last = weakref.ref(ids), told
+        return told
+
+    def text_tokens(self, run: Run) -> int | None:
+        text = super().text_tokens(run)  # a union ControlNet puts a token for its mode before them
+        return text + 1 if text and getattr(run.root, "union", False) else text
 
     def default_grid(self, pipe: Any, root: nn.Module, path: str) -> tuple[int, ...] | None:
         size = getattr(pipe, "default_sample_size", None)  # of the latent, before 2 x 2 of it are packed into a token
         return (size // 2, size // 2) if isinstance(size, int) else None
 
 
-def grid_of_ids(ids: Any) -> tuple[int, ...] | None:
-    """(h, w) of the image that is being made, from the position ids [tokens, (which image, y, x, ...)] of its tokens.
+@dataclass(frozen=True)
+class Ids:
+    """What the position ids of a sequence tell."""
 
-    Waits for the device once. None where the tokens are not those of a full rectangle.
+    grid: tuple[int, int]
+    side: Side
+
+
+def told_by_ids(ids: torch.Tensor, made: int = 0) -> Ids | None:
+    """The grid (h, w) of the image that is made and where its tokens stand, from position ids [tokens, (which image, y,
+    x, ...)]. Waits for the device once. None where those of image `made` are not one full rectangle in row-major order.
     """
-    if not isinstance(ids, torch.Tensor) or ids.ndim < 2 or ids.shape[-1] < 3:
+    if ids.ndim < 2 or ids.shape[-1] < 3:
         return None
-    ids = (ids[0] if ids.ndim == 3 else ids).cpu()
-    made = ids[ids[:, 0] == ids[0, 0]]
-    height, width = (int(column.max() - column.min()) + 1 for column in (made[:, 1], made[:, 2]))
-    return (height, width) if height * width == len(made) else None
+    ids = (ids[0] if ids.ndim == 3 else ids).detach().cpu()
+    (places,) = (ids[:, 0] == made).nonzero(as_tuple=True)
+    if not len(places) or int(places[-1] - places[0]) + 1 != len(places):
+        return None
+    y, x = (ids[places, column] - ids[places, column].min() for column in (1, 2))
+    height, width = int(y.max()) + 1, int(x.max()) + 1
+    if height * width != len(places) or not torch.equal(y * width + x, torch.arange(len(places)).to(y.dtype)):
+        return None
+    return Ids((height, width), Side(int(places[0]), len(places), len(ids) - int(places[-1]) - 1))

@@ -1,6 +1,7 @@
 """FLUX.2: double blocks that give (text, image), then single blocks that take and give one sequence [text; image].
 
-Its position ids are (which image, y, x, ...); reference images have other first numbers than the one that is made.
+Its position ids are (which image, y, x, ...); reference images have other first numbers than the one that is made, and
+stand after it, or in the first step of [klein]'s cached variant before it.
 """
 
 from __future__ import annotations

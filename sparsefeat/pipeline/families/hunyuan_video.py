@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from sparsefeat.pipeline.families.family import Run
 from sparsefeat.pipeline.families.joint import JointTransformer
 from sparsefeat.pipeline.families.video import default_video_grid, video_grid
 
@@ -28,6 +29,9 @@ class HunyuanVideo(JointTransformer):
     block_order = ("image", "text")
     text_first = False
     joint_attentions = rf"({_DOUBLE}|{_SINGLE})\.attn"
+
+    def text_tokens(self, run: Run) -> int | None:
+        return None  # 1.5 puts the tokens of its second encoder and of an image beside them: what is not video is text
 
     def image_grid(self, root: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
         return video_grid(root, arguments.get("hidden_states"))

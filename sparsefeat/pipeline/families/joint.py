@@ -2,8 +2,8 @@
 
 Their blocks give both streams as a tuple. Within a block, and in the single-stream blocks that follow, image and text
 are one sequence, [text; image] or [image; text] as the family says, of which the rows of one stream are meant. The
-tokens of reference images (Kontext, FLUX.2, Qwen-Image-Edit) come after those of the image that is being made and are
-not part of the image stream: they have no place in its grid.
+tokens of reference images (Kontext, FLUX.2, Qwen-Image-Edit) stand before or after those of the image that is being made
+and are not part of the image stream: they have no place in its grid.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
-from sparsefeat.pipeline.families.family import Run
-from sparsefeat.pipeline.families.transformer import Transformer
-from sparsefeat.pipeline.part import Part
+from sparsefeat.pipeline.families.family import Rows, Run, UnknownRowsError
+from sparsefeat.pipeline.families.transformer import Side, Transformer
 
 
 class JointTransformer(Transformer):
@@ -33,71 +31,100 @@ class JointTransformer(Transformer):
     joint_blocks = r"(single_)?transformer_blocks\.\d+"
     """Paths of the blocks that have both streams."""
     joint_attentions = r"transformer_blocks\.\d+\.attn"
-    text_modules = r".*\.(ff_context|norm\d_context)(\..+)?"
-    """Paths of modules that see the text only."""
+    single_blocks = r"single_transformer_blocks\.\d+"
+    """Paths of the blocks inside which both are one sequence."""
+    text_parts = (
+        r"(ff_context|txt_\w+|norm\d?_context|attn\d?\.(add_[qkv]_proj|to_added_qkv|to_add_out|norm_added_[qk]))(\..*)?"
+    )
+    """The modules of a block with two streams apart that see the text only, and those that see the image only."""
+    image_parts = r"(ff|img_\w+|norm\d?|attn\d?\.(to_[qkv]|to_qkv|norm_[qk]|to_out(\.\d+)?))(\..*)?"
     argument_names = (("image", "hidden_states"), ("text", "encoder_hidden_states"))
 
-    def streams(self, path: str, module: nn.Module) -> tuple[str, ...]:
-        if re.fullmatch(self.text_modules, path):
-            return ("text",)
-        joint = re.fullmatch(self.joint_blocks, path) or re.fullmatch(self.joint_attentions, path)
-        return ("image", "text") if joint else ("image",)
+    def content(self, path: str) -> str | None:
+        if re.fullmatch(rf"({self.joint_blocks})|({self.joint_attentions})", path):
+            return "joint"
+        if re.match(rf"({self.single_blocks})\.", path):
+            return "joint"
+        block = re.match(rf"({self.joint_blocks})\.(.*)", path)
+        if block:
+            part = block.groups()[-1]
+            if re.fullmatch(self.text_parts, part):
+                return "text"
+            if re.fullmatch(self.image_parts, part):
+                return "image"
+            return None
+        return super().content(path)
 
-    def stream_at(self, path: str, module: nn.Module, wanted: str) -> str | None:
-        streams = self.streams(path, module)
-        if wanted == "image":  # also what nobody asked for: the only stream of a text module
-            return "image" if "image" in streams else streams[0]
-        return wanted if wanted in streams else None
+    def side(self, run: Run) -> Side | None:
+        """Reference tokens come after the image that is made: what runs through the blocks beyond its grid."""
+        if run.grid is None:
+            return None
+        packed, made = run.arguments.get("hidden_states"), math.prod(run.grid)
+        total = packed.shape[1] if isinstance(packed, torch.Tensor) and packed.ndim == 3 else made
+        return Side(0, made, total - made) if total >= made else None
 
-    def image_tokens(self, run: Run) -> int | None:
-        """How many image tokens run through the blocks, those of reference images included."""
-        packed = run.arguments.get("hidden_states")
-        if isinstance(packed, torch.Tensor) and packed.ndim == 3:
-            return packed.shape[1]
-        return None if run.grid is None else math.prod(run.grid)
+    def text_tokens(self, run: Run) -> int | None:
+        """How many text tokens run through the blocks; None where the arguments do not tell."""
+        text = run.arguments.get("encoder_hidden_states")
+        return 0 if text is None else text.shape[1] if isinstance(text, torch.Tensor) and text.ndim == 3 else None
 
-    def output_part(self, path: str, stream: str, output: Any, run: Run) -> Part:
-        order: tuple[str, ...] = ()
+    def output_element(self, path: str, stream: str, output: Any, run: Run) -> int:
         if isinstance(output, (tuple, list)) and len(output) > 1:
             if re.fullmatch(self.joint_attentions, path):
-                order = self.attention_order
-            elif re.fullmatch(self.joint_blocks, path):
-                order = self.block_order
-        index = order.index(stream) if order else 0
-        tensor = output[index] if isinstance(output, (tuple, list)) and output else output
-        start, length = self._rows(path, stream, tensor, run, apart=bool(order))
-        return Part(index, None, start, length)
+                return self.attention_order.index(stream)
+            if re.fullmatch(self.joint_blocks, path):
+                return self.block_order.index(stream)
+        return 0
 
-    def input_part(self, path: str, stream: str, given: Callable[[str | None], Any], run: Run) -> Part:
-        image, text = (name for _, name in self.argument_names)
-        name: str | None = dict(self.argument_names)[stream]
-        apart = isinstance(given(text), torch.Tensor)
+    def input_argument(self, path: str, stream: str, given: Callable[[str | None], Any]) -> tuple[str | None, bool]:
+        names = dict(self.argument_names)
+        name: str | None = names[stream]
+        apart = isinstance(given(names["text"]), torch.Tensor)
         if not isinstance(given(name), torch.Tensor):  # one sequence of both, or a part of a block with other names
-            name = image if isinstance(given(image), torch.Tensor) else None
-        start, length = self._rows(path, stream, given(name), run, apart)
-        return Part(0, name, start, length)
+            name = names["image"] if isinstance(given(names["image"]), torch.Tensor) else None
+        return name, apart
 
-    def attention_streams(self, run: Run, queries: int) -> dict[str, tuple[int, int]]:
-        image = self.image_tokens(run)
-        if image is None or queries <= image:
-            return {}
-        rows = {"image": self._image_rows(queries, image, run), "text": self._text_rows(queries, image)}
-        return {stream: (start, start + length) for stream, (start, length) in rows.items()}
+    def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows:
+        content = self.content(path)
+        if content is not None and content != "joint":
+            return super().rows(path, stream, tensor, run, apart)
+        if tensor.ndim != 3:
+            raise UnknownRowsError(path, run.root, f"it has the shape {list(tensor.shape)}, which is no sequence")
+        side, length = self._sides(path, run), tensor.shape[1]
+        text = self.text_tokens(run)
+        if not apart or not re.fullmatch(rf"({self.joint_blocks})|({self.joint_attentions})", path):
+            start, stop = self._split(path, side, text, length, run)[stream]
+            return start, stop - start
+        expected = side.total if stream == "image" else text
+        if expected is not None and length != expected:
+            raise UnknownRowsError(
+                path, run.root, f"it has {length} rows where the {stream} stream has {expected} tokens"
+            )
+        return (side.before, side.made) if stream == "image" else (0, None)
 
-    def _rows(self, path: str, stream: str, tensor: Any, run: Run, apart: bool) -> tuple[int, int | None]:
-        """(start, length) of the stream's rows in a sequence that holds it `apart`, or perhaps with the other one."""
-        image = self.image_tokens(run)
-        if image is None or not isinstance(tensor, torch.Tensor) or tensor.ndim != 3:
-            return 0, None
-        length = tensor.shape[1]
-        if stream == "text":
-            alone = apart or length <= image or re.fullmatch(self.text_modules, path)
-            return (0, None) if alone else self._text_rows(length, image)
-        return (0, None) if length < image else self._image_rows(image if apart else length, image, run)
+    def attention_streams(self, path: str, run: Run, queries: int) -> dict[str, tuple[int, int]]:
+        side, text = self._sides(path, run), self.text_tokens(run)
+        if self.content(path) == "joint" and queries != side.total:
+            return self._split(path, side, text, queries, run)
+        if queries != side.total:
+            raise UnknownRowsError(path, run.root, f"it has {queries} queries where the image has {side.total} tokens")
+        alone = not (side.before or side.after)
+        return {} if alone else {"image": (side.before, side.before + side.made)}
 
-    def _text_rows(self, length: int, image: int) -> tuple[int, int]:
-        return (0 if self.text_first else image), length - image
+    def _sides(self, path: str, run: Run) -> Side:
+        side = self.side(run)
+        if side is None:
+            raise UnknownRowsError(path, run.root, "the grid of the image was not told by this call's arguments")
+        return side
 
-    def _image_rows(self, length: int, image: int, run: Run) -> tuple[int, int]:
-        made = image if run.grid is None else min(image, math.prod(run.grid))  # the rest are reference images
-        return (length - image if self.text_first else 0), made
+    def _split(self, path: str, side: Side, text: int | None, length: int, run: Run) -> dict[str, tuple[int, int]]:
+        """(start, stop) of each stream in one sequence of both."""
+        text = length - side.total if text is None else text
+        if text < 0 or length != side.total + text:
+            raise UnknownRowsError(
+                path, run.root, f"it has {length} rows where the image has {side.total} tokens and the text {text}"
+            )
+        start = text if self.text_first else 0
+        made = start + side.before
+        first = 0 if self.text_first else side.total
+        return {"image": (made, made + side.made), "text": (first, first + text)}

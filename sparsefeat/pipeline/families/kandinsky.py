@@ -7,15 +7,15 @@ grid describes: there `Context.grid` is None.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from sparsefeat.pipeline.families.family import Run
-from sparsefeat.pipeline.families.transformer import Transformer
+from sparsefeat.pipeline.families.transformer import Side, Transformer
 from sparsefeat.pipeline.families.video import default_video_grid, in_patches
 
 _VIDEO, _TEXT = r"visual_transformer_blocks\.\d+", r"text_transformer_blocks\.\d+"
@@ -31,11 +31,13 @@ class Kandinsky5(Transformer):
         ("feed_forward", _VIDEO + r"\.feed_forward"),
     )
 
-    def streams(self, path: str, module: nn.Module) -> tuple[str, ...]:
-        return ("text",) if re.match(_TEXT, path) else ("image",)
+    text_modules = (
+        rf"{_TEXT}(\..*)?|{_VIDEO}\.cross_attention\.(to_key|to_value|key_norm)(\..*)?|text_embeddings(\..*)?"
+    )
 
-    def stream_at(self, path: str, module: nn.Module, wanted: str) -> str | None:
-        return self.streams(path, module)[0]
+    def side(self, run: Run) -> Side | None:
+        grid = _grid(run.root, run.arguments)
+        return None if grid is None else Side(0, math.prod(grid))
 
     def width(self, module: nn.Module, io: str) -> int | None:
         for name, attribute in (("to_query", "in_features"), ("in_layer", "in_features")):
@@ -45,13 +47,12 @@ class Kandinsky5(Transformer):
         return self.width(attention, io) if isinstance(attention, nn.Module) else None
 
     def image_grid(self, root: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
-        latent, sparse = arguments.get("hidden_states"), arguments.get("sparse_params") or {}
-        if not isinstance(latent, torch.Tensor) or latent.ndim != 5 or sparse.get("to_fractal"):
-            return None
-        return in_patches(root, *latent.shape[1:4])
-
-    def grid(self, run: Run, shape: Sequence[int]) -> tuple[int, ...] | None:
-        return super().grid(run, shape) if len(shape) == 3 else None
+        return None if (arguments.get("sparse_params") or {}).get("to_fractal") else _grid(root, arguments)
 
     def default_grid(self, pipe: Any, root: nn.Module, path: str) -> tuple[int, ...] | None:
         return default_video_grid(pipe, root) if self.streams(path, root) == ("image",) else None
+
+
+def _grid(root: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
+    latent = arguments.get("hidden_states")
+    return in_patches(root, *latent.shape[1:4]) if isinstance(latent, torch.Tensor) and latent.ndim == 5 else None

@@ -1,7 +1,7 @@
 """LTX-Video: blocks that give the video's tensor. The latent comes packed; its frames, height and width are arguments.
 
 A pipeline that appends the tokens of conditioning frames (`LTXConditionPipeline`) gives positions instead of them, and
-then the sequence is no grid.
+then the sequence is no grid: its rows have to be stated.
 """
 
 from __future__ import annotations

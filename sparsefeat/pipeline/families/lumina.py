@@ -1,4 +1,6 @@
-"""Lumina-Next: blocks of the image with self-attention (`attn1`) and cross-attention to the text (`attn2`)."""
+"""Lumina-Next: blocks of the image with self-attention (`attn1`) and cross-attention to the text (`attn2`),
+whose outputs [B, positions, heads, C / heads] are no sequence of rows: hook the layer or its `feed_forward`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,5 @@ class Lumina(Transformer):
     classes = ("LuminaNextDiT2DModel",)
     kinds = (
         ("transformer_block", _LAYER),
-        ("self_attention", _LAYER + r"\.attn1"),
-        ("cross_attention", _LAYER + r"\.attn2"),
         ("feed_forward", _LAYER + r"\.feed_forward"),
     )

@@ -25,18 +25,18 @@ class QwenImage(JointTransformer):
         ("text_feed_forward", _BLOCK + r"\.txt_mlp"),
     )
     joint_blocks = _BLOCK
-    text_modules = _BLOCK + r"\.txt_.*"
 
     def image_grid(self, root: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
         shapes = arguments.get("img_shapes")
-        layered = getattr(getattr(root, "config", None), "use_layer3d_rope", False)
-        if not isinstance(shapes, (list, tuple)) or not shapes or layered:
-            return None  # Qwen-Image-Layered makes several images at once, and a shape does not say which are made
+        if not isinstance(shapes, (list, tuple)) or not shapes:
+            return None
         # One entry for each batch entry: (frames, h, w), or a list of such, one for each image.
-        first = (
-            shapes[0][0] if isinstance(shapes[0], (list, tuple)) and not isinstance(shapes[0][0], int) else shapes[0]
-        )
-        frames, height, width = first
+        entry = shapes[0] if isinstance(shapes[0], (list, tuple)) and not isinstance(shapes[0][0], int) else shapes[:1]
+        frames, height, width = entry[0]
+        if getattr(getattr(root, "config", None), "use_layer3d_rope", False):
+            # Qwen-Image-Layered makes several images of one size; its positions count the last as the one given.
+            made = entry[:-1]
+            return (len(made), height, width) if made and set(map(tuple, made)) == {(1, height, width)} else None
         return (height, width) if frames == 1 else (frames, height, width)
 
     def default_grid(self, pipe: Any, root: nn.Module, path: str) -> tuple[int, ...] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from sparsefeat.pipeline.families.aura_flow import AuraFlow
+from sparsefeat.pipeline.families.autoencoder import Autoencoder
 from sparsefeat.pipeline.families.cogvideox import CogVideoX
 from sparsefeat.pipeline.families.family import Family
 from sparsefeat.pipeline.families.flux import Flux
@@ -15,13 +16,13 @@ from sparsefeat.pipeline.families.kandinsky import Kandinsky5
 from sparsefeat.pipeline.families.ltx import LTX
 from sparsefeat.pipeline.families.lumina import Lumina
 from sparsefeat.pipeline.families.lumina2 import Lumina2
-from sparsefeat.pipeline.families.other_transformer import OtherTransformer
 from sparsefeat.pipeline.families.pixart import PixArt
 from sparsefeat.pipeline.families.qwen_image import QwenImage
 from sparsefeat.pipeline.families.sana import Sana
 from sparsefeat.pipeline.families.sd3 import SD3
 from sparsefeat.pipeline.families.text_encoder import TextEncoder
 from sparsefeat.pipeline.families.unet import UNet
+from sparsefeat.pipeline.families.unknown import Unknown, UnknownDenoiser
 from sparsefeat.pipeline.families.wan import Wan
 from sparsefeat.pipeline.families.z_image import ZImage
 
@@ -44,13 +45,14 @@ FAMILIES: tuple[Family, ...] = (
     HunyuanVideo(),
     Kandinsky5(),
     UNet(),
+    UnknownDenoiser(),
     TextEncoder(),
-    OtherTransformer(),
-    Family(),
+    Autoencoder(),
+    Unknown(),
 )
 
 
 def family_of(root: nn.Module) -> Family:
-    """The family of one component of a pipeline; the structural `Family` where none claims it."""
+    """The family of one component of a pipeline; `Unknown` where none claims it."""
     root = getattr(root, "_orig_mod", root)  # torch.compile's wrapper
     return next(family for family in FAMILIES if family.claims(root))

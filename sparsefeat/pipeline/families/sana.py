@@ -20,6 +20,8 @@ class Sana(Transformer):
         ("feed_forward", _BLOCK + r"\.ff"),
     )
 
+    feature_maps = rf"{_BLOCK}\.ff(\..*)?|patch_embed\.proj"
+
     def width(self, module: nn.Module, io: str) -> int | None:
         if hasattr(module, "conv_point"):  # GLUMBConv
             return module.conv_point.out_channels if io == "output" else module.conv_inverted.in_channels

@@ -24,6 +24,7 @@ class SD3(JointTransformer):
     )
     text_first = False
     joint_blocks = _BLOCK
+    image_parts = rf"attn2(\..*)?|{JointTransformer.image_parts}"
 
     def streams(self, path: str, module: nn.Module) -> tuple[str, ...]:
         if getattr(module, "context_pre_only", False):  # of a block or of its attention

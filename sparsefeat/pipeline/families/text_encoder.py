@@ -13,9 +13,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
-from sparsefeat.pipeline.families.family import Family
+from sparsefeat.pipeline.families.family import Family, Rows, Run, UnknownRowsError
 
 # CLIP; T5; BERT; language models by themselves, with a head, and inside a model that also sees.
 _PREFIXES = ("", "text_model.", "model.", "language_model.", "model.language_model.", "language_model.model.")
@@ -50,6 +51,13 @@ class TextEncoder(Family):
     def aliases(self, path: str) -> tuple[str, ...]:
         stem = next((path.removeprefix(prefix) for prefix in reversed(_PREFIXES) if path.startswith(prefix)), path)
         return tuple(prefix + stem for prefix in _PREFIXES if prefix + stem != path)
+
+    def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows:
+        if tensor.ndim != 3:
+            raise UnknownRowsError(
+                path, run.root, f"it has the shape {list(tensor.shape)}, which is no sequence of tokens"
+            )
+        return 0, None
 
     def width(self, module: nn.Module, io: str) -> int | None:
         if hasattr(module, "embed_dim"):  # CLIPEncoderLayer, CLIPAttention

@@ -8,12 +8,26 @@ import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparsefeat.pipeline.families.family import Family, Run
+from sparsefeat.pipeline.families.family import Family, Rows, Run, UnknownRowsError
+
+
+@dataclass(frozen=True)
+class Side:
+    """The rows of the image's side of a model: those that are made, and tokens of reference images around them."""
+
+    before: int
+    made: int
+    after: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.before + self.made + self.after
 
 
 class Transformer(Family):
@@ -33,6 +47,15 @@ class Transformer(Family):
     """Names of the model's classes in diffusers. They go by name, so that no version of diffusers must have them."""
     kinds: tuple[tuple[str, str], ...] = ()
     """(kind, pattern of the path) of the blocks worth hooking."""
+    text_modules = (
+        r".*\.(attn2|cross_attention|cross_attn|attn_cross)\.(to_[kv]|norm_k|norm_cross|add_[kv]_proj|to_key|to_value|key_norm)"
+        r"(\..*)?|((\w+\.)?text_embed\w*|context_embedder|caption_\w+|txt_\w+)(\..*)?"
+    )
+    """Paths of modules that see the text only."""
+    image_modules = r"(pos_embed|patch_embed(ding)?|x_embedder|img_in|proj_in|norm_out|proj_out)(\..*)?"
+    """Paths, outside the blocks, of modules that see the image only."""
+    feature_maps = r"(pos_embed|patch_embed(ding)?)\.proj"
+    """Paths of modules that work on [B, C, *grid]."""
 
     def claims(self, root: nn.Module) -> bool:
         return any(cls.__name__ in self.classes for cls in type(root).__mro__)
@@ -42,6 +65,39 @@ class Transformer(Family):
             for kind, pattern in self.kinds:
                 if re.fullmatch(pattern, path):
                     yield path, kind, module
+
+    def content(self, path: str) -> str | None:
+        """What the rows of this module's tensors are: "image", "text", "joint" for both, None if it is not known."""
+        if re.fullmatch(self.text_modules, path):
+            return "text"
+        inside = any(re.match(rf"({pattern})(\.|$)", path) for _, pattern in self.kinds)
+        return "image" if inside or re.fullmatch(self.image_modules, path) else None
+
+    def streams(self, path: str, module: nn.Module) -> tuple[str, ...]:
+        content = self.content(path)
+        if content is None:
+            raise UnknownRowsError(path, module, "sparsefeat does not know this module of the model")
+        return ("image", "text") if content == "joint" else (content,)
+
+    def side(self, run: Run) -> Side | None:
+        """The rows of the image's side, None where the model's arguments do not tell them."""
+        return None if run.grid is None else Side(0, math.prod(run.grid))
+
+    def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows:
+        if self.content(path) == "text":
+            if tensor.ndim == 3:
+                return 0, None
+            raise UnknownRowsError(path, run.root, f"it has the shape {list(tensor.shape)}, which is no text's")
+        side = self.side(run)
+        if side is None:
+            raise UnknownRowsError(path, run.root, "the grid of the image was not told by this call's arguments")
+        if tensor.ndim > 3 and re.fullmatch(self.feature_maps, path) and tuple(tensor.shape[2:]) == run.grid:
+            return 0, None
+        if tensor.ndim != 3 or tensor.shape[1] != side.total:
+            raise UnknownRowsError(
+                path, run.root, f"it has the shape {list(tensor.shape)} where the image has {side.total} tokens"
+            )
+        return side.before, side.made
 
     def width(self, module: nn.Module, io: str) -> int | None:
         return width_of(module, io)

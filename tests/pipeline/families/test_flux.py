@@ -9,7 +9,8 @@ from torch import nn
 
 from sparsefeat.pipeline import Delta, Hookpoint, attach
 from sparsefeat.pipeline.families.family import Run
-from sparsefeat.pipeline.families.flux import Flux, grid_of_ids
+from sparsefeat.pipeline.families.flux import Flux, told_by_ids
+from sparsefeat.pipeline.families.transformer import Side
 from tests.families.flux import TEXT_TOKENS, WIDTH, build, call
 from tests.pipeline.families.test_transformer import at
 from tests.pipeline.instruments import Edit, Watch, zero
@@ -170,7 +171,13 @@ def test_a_single_block_may_give_one_sequence_or_two(together):
     family = Flux()
     path = "single_transformer_blocks.3"
     text, image = torch.randn(2, 5, 4), torch.randn(2, 6, 4)
-    run = Run(nn.Identity(), {"hidden_states": torch.zeros(2, 6, 64)}, (2, 3))
+    ids = torch.tensor([(0, y, x) for y in range(2) for x in range(3)])
+    given_to_model = {
+        "hidden_states": torch.zeros(2, 6, 64),
+        "encoder_hidden_states": torch.zeros(2, 5, 8),
+        "img_ids": ids,
+    }
+    run = Run(nn.Identity(), given_to_model, (2, 3))
     whole = torch.cat([text, image], 1) if together else (text, image)
     given = {"hidden_states": whole} if together else {"hidden_states": image, "encoder_hidden_states": text}
     for stream, expected in (("text", text), ("image", image)):
@@ -182,13 +189,23 @@ def test_a_single_block_may_give_one_sequence_or_two(together):
         assert torch.equal(part.of(given[part.name]), expected)
 
 
-def test_the_grid_is_that_of_the_first_image_among_the_ids():
+def test_the_grid_and_the_rows_are_those_of_the_image_that_is_made_among_the_ids():
     y, x = torch.meshgrid(torch.arange(3), torch.arange(5), indexing="ij")
     ids = torch.stack([torch.zeros(3, 5), y, x], -1).flatten(0, 1)
-    assert grid_of_ids(ids) == (3, 5)
     other = torch.stack([torch.ones(2, 2), *torch.meshgrid(torch.arange(2), torch.arange(2), indexing="ij")], -1)
-    assert grid_of_ids(torch.cat([ids, other.flatten(0, 1)])) == (3, 5)
-    assert grid_of_ids(torch.cat([ids, torch.zeros(15, 1)], 1)[None]) == (3, 5)  # FLUX.2: a batch, and a fourth number
-    assert grid_of_ids(ids + torch.tensor([0, 7, 2])) == (3, 5)
-    assert grid_of_ids(ids[:-1]) is None
-    assert grid_of_ids(None) is None
+    other = other.flatten(0, 1)
+
+    def told(ids):
+        found = told_by_ids(ids)
+        return found and (found.grid, found.side)
+
+    assert told(ids) == ((3, 5), Side(0, 15))
+    assert told(torch.cat([ids, other])) == ((3, 5), Side(0, 15, 4))
+    assert told(torch.cat([other, ids])) == ((3, 5), Side(4, 15))
+    assert told(torch.cat([other, ids, other])) == ((3, 5), Side(4, 15, 4))
+    assert told(torch.cat([ids, torch.zeros(15, 1)], 1)[None]) == ((3, 5), Side(0, 15))  # a batch, and a fourth number
+    assert told(ids + torch.tensor([0, 7, 2])) == ((3, 5), Side(0, 15))
+    assert told(ids[:-1]) is None
+    assert told(ids.flip(0)) is None  # not in row-major order
+    assert told(other) is None  # no image is made
+    assert told(torch.cat([ids[:8], other, ids[8:]])) is None

@@ -34,10 +34,10 @@ def test_the_grid_is_that_of_the_first_shape(shapes, grid):
     assert QwenImage().image_grid(nn.Identity(), {"img_shapes": shapes}) == grid
 
 
-def test_of_layers_that_are_made_together_there_is_no_grid():
+def test_layers_that_are_made_together_are_the_frames_of_one_grid_and_the_last_image_is_given():
     layered = nn.Identity()
     layered.config = SimpleNamespace(use_layer3d_rope=True)
-    assert QwenImage().image_grid(layered, {"img_shapes": [[(1, 4, 8)] * 4]}) is None
+    assert QwenImage().image_grid(layered, {"img_shapes": [[(1, 4, 8)] * 4]}) == (3, 4, 8)
 
 
 @pytest.mark.skipif(not FAMILY.available, reason=f"this diffusers has no {FAMILY.pipeline}")
