@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import signal
 import threading
@@ -56,10 +55,8 @@ def plain_errors(command: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
-def reason(error: BaseException) -> str:
-    """One sentence, also for the errors of the system and those that say nothing."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full; make room, or choose a folder on another disk"
+def reason(error: OSError | MemoryError) -> str:
+    """One sentence, also for the errors that say nothing."""
     if isinstance(error, MemoryError) and not str(error):
         return "there is not memory enough; use a smaller model, or fewer images at a time"
     return str(error)
@@ -67,7 +64,8 @@ def reason(error: BaseException) -> str:
 
 def in_options(sentence: str, options: Mapping[str, str]) -> str:
     """The sentence with the library's arguments, `name=`, as the command's options, `--name `, where it has them."""
-    return re.sub(r"(?<![\w.-])(\w+)=(?!=)", lambda m: f"{options[m[1]]} " if m[1] in options else m[0], sentence)
+    pattern = r"(?<![\w.-])(\w+)=(True\b|(?!=))"
+    return re.sub(pattern, lambda m: f"{options[m[1]]}{'' if m[2] else ' '}" if m[1] in options else m[0], sentence)
 
 
 def options_of(command: Callable[..., Any]) -> dict[str, str]:

@@ -186,15 +186,15 @@ class InterpretThenDeactivate(SavableInstrument):
         each = error.split([t.stop - t.begin for t in texts])
         return torch.stack([e.mean() if self.gate_reduce == "mean" else e.amax() for e in each])
 
-    def save(self, folder: str | os.PathLike[str], include_sae: bool = True) -> None:
-        """Write the selection and the gate, and by default the SAE, for `load_instrument(folder)`."""
+    def save(self, folder: str | os.PathLike[str], include_sae: bool = True, *, overwrite: bool = False) -> None:
+        """Write the selection and the gate, and by default the SAE, for `load_instrument(folder)`; `overwrite` replaces an earlier one."""
         settings = {
             "strength": self.strength,
             "tau": self.tau,
             "gate_reduce": self.gate_reduce,
             "at": [str(self.at), self.at.stream],
         }
-        save_instrument(self, folder, settings, {"latents": self.latents}, include_sae)
+        save_instrument(self, folder, settings, {"latents": self.latents}, include_sae, overwrite)
 
     @classmethod
     def from_saved(cls, sae: SAE, config: dict[str, Any], tensors: dict[str, Tensor]) -> InterpretThenDeactivate:

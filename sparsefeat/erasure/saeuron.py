@@ -296,8 +296,8 @@ class Erase(SavableInstrument):
         other.window = self.window
         return other
 
-    def save(self, folder: str | os.PathLike[str], include_sae: bool = True) -> None:
-        """Write the selection, and by default the SAE, for `load_instrument(folder)`."""
+    def save(self, folder: str | os.PathLike[str], include_sae: bool = True, *, overwrite: bool = False) -> None:
+        """Write the selection, and by default the SAE, for `load_instrument(folder)`; `overwrite` replaces an earlier one."""
         chosen = list(self.selections.values())
         lengths = torch.tensor([len(selection) for selection in chosen])
         tensors = {"lengths": lengths} | {
@@ -312,7 +312,7 @@ class Erase(SavableInstrument):
             "steps": self.window.to_json(),
             "at": [str(self.at), self.at.stream],
         }
-        save_instrument(self, folder, config, tensors, include_sae)
+        save_instrument(self, folder, config, tensors, include_sae, overwrite)
 
     @classmethod
     def from_saved(cls, sae: SAE, config: dict[str, Any], tensors: dict[str, Tensor]) -> Erase:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -182,7 +183,17 @@ class Statistics:
         return self.count(concepts, timestep) / max(1, self.rows(concepts, timestep))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `statistics.json` and its tensors, whole or not at all."""
+        """Write `statistics.json` and its tensors, whole or not at all; in the place of earlier ones of the same kind.
+
+        Raises:
+            FileExistsError: `folder` holds statistics of other concepts or another SAE's width.
+        """
+        if (Path(folder) / "statistics.json").is_file():
+            earlier, _ = read_folder(folder, "statistics")
+            if (earlier.get("concepts"), earlier.get("n_latents")) != (list(self.concepts), self.n_latents):
+                raise FileExistsError(
+                    f"folder={str(folder)!r} holds statistics of other concepts or another SAE; save to another folder."
+                )
         tensors: dict[str, Tensor] = {}
         for i, timestep in enumerate(self.timesteps):
             block = self._blocks[timestep]

@@ -18,8 +18,6 @@ import json
 import math
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from sparsefeat.report.figures import enlarge, on_white
+from sparsefeat.whole import check_writable, whole_folder
 
 TEMPLATE = "page.html.jinja"
 
@@ -91,8 +90,10 @@ def write_page(
 
 
 def check_folder(folder: Path | str, *, force: bool = False) -> None:
-    """Raise FileExistsError if `write_page` would refuse `folder`; call it before work that takes minutes."""
+    """Raise FileExistsError if `write_page` would refuse `folder`, OSError if it could not write; call it before work
+    that takes minutes."""
     folder = Path(folder)
+    check_writable(folder.resolve(), "the report's folder")
     if not os.path.lexists(folder):
         return
     if not force:
@@ -281,31 +282,11 @@ def _environment() -> Environment:
 
 
 def _write_folder(folder: Path, files: Mapping[str, bytes], force: bool) -> None:
-    """Write `files` into a sibling of `folder`, then rename it to `folder`; an earlier report goes only after that."""
+    """Write `files` into `folder`, in the place of an earlier report with `force`."""
     folder = folder.resolve()  # a link's target is replaced, not the link
-    suffix = secrets.token_hex(4)
-    new, old = folder.with_name(f".{folder.name}.new-{suffix}"), folder.with_name(f".{folder.name}.old-{suffix}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        new.mkdir()
+    with whole_folder(folder, "the report's folder", replace="results.json" if force else None) as new:
         for name, content in files.items():
             path = new / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         check_folder(folder, force=force)  # again: minutes may have passed
-        if folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
-            raise
-    except OSError as error:
-        if error.errno is None:  # the refusal of check_folder, a sentence already
-            raise
-        reason = error.strerror or str(error)
-        raise OSError(f"cannot write the report to {folder}: {reason}; choose a folder that can be written") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from sparsefeat.sae.formats import FORMATS, native
 from sparsefeat.sae.formats.format import Format
 from sparsefeat.sae.io import load_sae
 from sparsefeat.sae.module import SAE
+from sparsefeat.whole import whole_folder
 
 CHECKED_ROWS = 64
 
@@ -45,14 +44,8 @@ def convert(sae: SAE, folder: str | Path, name: str) -> Converted:
     if chosen.write is None:
         sae.save(folder)
     else:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            chosen.write(staged, sae.config, state)
-            staged.chmod(0o755)
-            staged.rename(folder)  # also onto an empty folder
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+        with whole_folder(folder) as unfinished:
+            chosen.write(unfinished, sae.config, state)
     return _read_back(sae, folder)
 
 

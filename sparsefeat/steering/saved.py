@@ -21,6 +21,7 @@ from torch import Tensor
 from sparsefeat.features.folders import read_folder, write_folder
 from sparsefeat.pipeline import Instrument
 from sparsefeat.sae import SAE, load_sae
+from sparsefeat.whole import whole_folder
 
 
 class SavableInstrument(Instrument):
@@ -28,8 +29,13 @@ class SavableInstrument(Instrument):
 
     sae: SAE
 
-    def save(self, folder: str | os.PathLike[str], include_sae: bool = True) -> None:
-        """Write the settings, by `save_instrument`, and by default the SAE."""
+    def save(self, folder: str | os.PathLike[str], include_sae: bool = True, *, overwrite: bool = False) -> None:
+        """Write the settings, by `save_instrument`, and by default the SAE.
+
+        Raises:
+            FileExistsError: something is in `folder`; an earlier instrument is replaced with `overwrite`.
+            OSError: it cannot be written; then nothing was.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -61,13 +67,20 @@ def save_instrument(
     config: dict[str, Any],
     tensors: dict[str, Tensor],
     include_sae: bool,
+    overwrite: bool,
 ) -> None:
-    """Write an instrument of a registered kind; called by its `save`."""
+    """Write an instrument of a registered kind, whole or not at all; called by its `save`."""
     kind = next(kind for kind, cls in _KINDS.items() if cls is type(instrument))
-    if include_sae:
-        instrument.sae.save(Path(folder) / "sae", overwrite=True)
+    folder = Path(folder)
+    if (folder / "instrument.json").is_file() and not overwrite:
+        raise FileExistsError(
+            f"folder={str(folder)!r} holds an instrument already; save to another folder, or replace it by overwrite=True."
+        )
     description = {"kind": kind, "format": 1, "sae": fingerprint(instrument.sae), "settings": config}
-    write_folder(folder, "instrument", description, tensors)
+    with whole_folder(folder, replace="instrument.json" if overwrite else None) as unfinished:
+        if include_sae:
+            instrument.sae.save(unfinished / "sae")
+        write_folder(unfinished, "instrument", description, tensors)
 
 
 def load_instrument(folder: str | os.PathLike[str], sae: SAE | None = None) -> SavableInstrument:

@@ -128,11 +128,12 @@ class Steer(SavableInstrument):
     def _directions(self, latents: list[int], device: torch.device) -> Tensor:
         return self.sae.directions(latents).detach().to(device, torch.float32)
 
-    def save(self, folder: str | os.PathLike[str], include_sae: bool = True) -> None:
+    def save(self, folder: str | os.PathLike[str], include_sae: bool = True, *, overwrite: bool = False) -> None:
         """Write the edit, and by default its SAE, for `load_instrument(folder)`.
 
         Raises:
             ValueError: the mask is a callable.
+            FileExistsError: something is in `folder`; an earlier instrument is replaced with `overwrite`.
         """
         if callable(self.mask) and not isinstance(self.mask, Tensor):
             raise ValueError("a Steer whose mask is a callable cannot be saved; give the mask as a tensor.")
@@ -146,7 +147,7 @@ class Steer(SavableInstrument):
             "condition": self.condition,
             "at": [str(self.at), self.at.stream],
         }
-        save_instrument(self, folder, config, tensors, include_sae)
+        save_instrument(self, folder, config, tensors, include_sae, overwrite)
 
     @classmethod
     def from_saved(cls, sae: SAE, config: dict[str, Any], tensors: dict[str, Tensor]) -> Steer:

@@ -333,14 +333,14 @@ def test_a_report_that_cannot_be_finished_leaves_the_earlier_one(
     original = getattr(Path, broken)
 
     def full(path: Path, argument: Any) -> Any:
-        if ".new-" in str(path) and (broken == "rename" or path.name == "results.json"):
+        if ".unfinished" in str(path) and (broken == "rename" or path.name == "results.json"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return original(path, argument)
 
     monkeypatch.setattr(Path, broken, full)
-    with pytest.raises(OSError, match=r"cannot write the report to .*page: No space left on device; choose"):
+    with pytest.raises(OSError, match=r"^the report's folder .*page could not be written \(the disk is full\)"):
         write_page(tmp_path / "page", {"date": "tuesday"}, {}, force=True)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="the disk is full"):
         write_page(tmp_path / "other", {}, {})
     assert entries(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["page"]
@@ -349,14 +349,14 @@ def test_a_report_that_cannot_be_finished_leaves_the_earlier_one(
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file" / "page", tmp_path / "file" / "deeper" / "page"):
-        with pytest.raises(OSError, match=r"^cannot write the report to .*; choose a folder that can be written$"):
+        with pytest.raises(OSError, match=r"^the report's folder .*page cannot be made, .*file is a file; choose"):
             write_page(folder, {}, {})
 
     def denied(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(Path, "mkdir", denied)
-    with pytest.raises(OSError, match=r"^cannot write the report to .*page: Permission denied; choose"):
+    with pytest.raises(OSError, match=r"^the report's folder .*page cannot be made \(Permission denied\); choose"):
         write_page(tmp_path / "page", {}, {})
 
 

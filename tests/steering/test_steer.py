@@ -310,7 +310,9 @@ def test_a_saved_steer_does_the_same(pipe, sae, tmp_path):
         condition="both",
     )
     steer.save(tmp_path / "with")
-    steer.save(tmp_path / "with")  # again, over it
+    with pytest.raises(FileExistsError, match="holds an instrument already; save to another folder, or replace it"):
+        steer.save(tmp_path / "with")
+    steer.save(tmp_path / "with", overwrite=True)
     steer.save(tmp_path / "without", include_sae=False)
     with attach(pipe, steer):
         expected = pixels(pipe)

@@ -9,6 +9,7 @@ import typer
 
 from sparsefeat.cli.opening import quiet_libraries
 from sparsefeat.cli.options import path
+from sparsefeat.whole import check_free, check_writable
 
 
 def demo(
@@ -16,6 +17,9 @@ def demo(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier page in that folder.")] = False,
 ) -> None:
     """Run the main job on the embedded pipeline and write a page that shows it (a few minutes on two cores)."""
+    if not force:
+        check_free(out, "--out")
+    check_writable(out, "--out")
     quiet_libraries()
     from sparsefeat.demo import run_demo
 

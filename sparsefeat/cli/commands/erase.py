@@ -12,7 +12,7 @@ import typer
 from sparsefeat.cli.failures import keeping
 from sparsefeat.cli.opening import PipelineChoice, SAEChoice, check_hookpoint
 from sparsefeat.cli.options import At, Device, Guidance, Out, Pipeline, Saes, Seed, Steps, Subfolders, finite, path
-from sparsefeat.cli.outputs import new_folder
+from sparsefeat.whole import whole_folder
 
 
 def erase(
@@ -64,7 +64,7 @@ def erase(
         saes = SAEChoice(sae, subfolder, pipeline, "text")
         if save_to is not None:
             check_apart(save_to, out)
-    with new_folder(out) as folder:
+    with whole_folder(out, "--out") as folder:
         if fitted is not None:
             from sparsefeat.steering import load_instrument
 
@@ -77,7 +77,7 @@ def erase(
                 "gamma": -0.5 if gamma is None else gamma,
             }
             instruments, pipe = [], None
-            with nullcontext() if save_to is None else new_folder(save_to, "--save") as kept:
+            with nullcontext() if save_to is None else whole_folder(save_to, "--save") as kept:
                 from sparsefeat.erasure import Erase
 
                 pipe = choice.open()

@@ -9,7 +9,8 @@ import typer
 
 from sparsefeat.cli.opening import PipelineChoice, SAEChoice, check_hookpoint
 from sparsefeat.cli.options import At, Device, Guidance, Json, Out, Pipeline, Saes, Seed, Steps, Subfolders
-from sparsefeat.cli.outputs import new_folder, print_json
+from sparsefeat.cli.outputs import print_json
+from sparsefeat.whole import whole_folder
 
 
 def features(
@@ -30,7 +31,7 @@ def features(
     choice = PipelineChoice(pipeline, device, steps)
     saes = SAEChoice(sae, subfolder, pipeline, "attention")
     check_hookpoint(at)
-    with new_folder(out) as folder:
+    with whole_folder(out, "--out") as folder:
         from sparsefeat.features import Record
         from sparsefeat.pipeline import attach
         from sparsefeat.report import enlarge, overlay

@@ -9,7 +9,7 @@ import typer
 
 from sparsefeat.cli.opening import PipelineChoice
 from sparsefeat.cli.options import Device, Guidance, Out, Pipeline, Seed, Steps
-from sparsefeat.cli.outputs import new_folder
+from sparsefeat.whole import whole_folder
 
 
 def heatmap(
@@ -24,7 +24,7 @@ def heatmap(
 ) -> None:
     """Draw PROMPT and, for each word, where the image attended to it."""
     choice = PipelineChoice(pipeline, device, steps)
-    with new_folder(out) as folder:
+    with whole_folder(out, "--out") as folder:
         from sparsefeat.attention import HeatMaps
         from sparsefeat.pipeline import attach
         from sparsefeat.report import enlarge, overlay

@@ -10,7 +10,7 @@ import typer
 
 from sparsefeat.cli.opening import PipelineChoice, SAEChoice, check_hookpoint
 from sparsefeat.cli.options import At, Condition, Device, Guidance, Out, Pipeline, Saes, Seed, Steps, Subfolders
-from sparsefeat.cli.outputs import new_folder
+from sparsefeat.whole import whole_folder
 
 
 def steer(
@@ -43,7 +43,7 @@ def steer(
     saes = SAEChoice(sae, subfolder, pipeline, "attention")
     if sae is not None and len(sae) > 1:
         raise ValueError("--sae was given more than once; steer edits the latents of one SAE")
-    with new_folder(out) as folder:
+    with whole_folder(out, "--out") as folder:
         from sparsefeat.pipeline import attach
         from sparsefeat.report import enlarge
         from sparsefeat.steering import Steer

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
 from sparsefeat.sae.formats.format import Format, Given, read_json, read_safetensors
+from sparsefeat.whole import written_plainly
 
 NAME = "sparsefeat.sae"
 VERSION = 1
@@ -71,11 +72,12 @@ def write(
         raise type(error)(f"cannot write into {folder.parent} ({error.strerror}): choose another folder") from None
     try:
         staged.chmod(0o777 & ~_umask())
-        save_file(state, staged / WEIGHTS)
-        described = {"format": NAME, "format_version": VERSION, **config.to_json()}
-        (staged / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        for name in (WEIGHTS, CONFIG):
-            _sync(staged / name)
+        with written_plainly(folder):
+            save_file(state, staged / WEIGHTS)
+            described = {"format": NAME, "format_version": VERSION, **config.to_json()}
+            (staged / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+            for name in (WEIGHTS, CONFIG):
+                _sync(staged / name)
         try:
             os.rename(staged, folder)  # also onto an empty folder
         except OSError:

@@ -9,6 +9,7 @@ import typer
 
 from sparsefeat.cli.opening import SAEChoice, check_hookpoint
 from sparsefeat.cli.options import BaseModel, Hookpoint, K, Subfolder, path
+from sparsefeat.whole import check_free, check_writable
 
 
 def convert(
@@ -26,6 +27,8 @@ def convert(
     """Read an SAE of any format and write it in another; docs/interop.md lists them."""
     choice = SAEChoice([source], [subfolder] if subfolder else None)
     check_hookpoint(hookpoint, "--hookpoint")
+    check_free(target, "TARGET")
+    check_writable(target, "TARGET")
     from sparsefeat.sae.convert import convert as convert_sae
 
     sae = choice.open(k=k, hookpoint=hookpoint, base_model=base_model)[0]

@@ -1,0 +1,118 @@
+"""Folders that are there whole or not at all, and what is said when they cannot be written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# Errors that only a write meets with, beside a full disk.
+_OF_WRITING = (errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
+@contextmanager
+def whole_folder(folder: str | os.PathLike[str], name: str = "folder", *, replace: str | None = None) -> Iterator[Path]:
+    """A folder to write into, which has the name `folder` once everything in here is done; until then nothing has it.
+
+        with whole_folder("results") as unfinished:
+            (unfinished / "a.txt").write_text("a")
+
+    It is made beside `folder` at once, so what cannot be written is told before the work. If the work fails, or is
+    interrupted, what was made is taken back and what stood there stands. An empty folder may stand there.
+
+    Args:
+        name: how the caller's user calls it, for the sentences.
+        replace: a folder that holds a file of this name is one of ours, and is replaced.
+
+    Raises:
+        FileExistsError: something stands there that is not to be replaced.
+        OSError: it cannot be made or written, with a remedy in the sentence.
+    """
+    folder = Path(folder)
+    check_free(folder, name, replace=replace)
+    with _beside(folder, name) as unfinished:
+        yield unfinished
+        check_free(folder, name, replace=replace)  # again: minutes may have passed
+        old = unfinished.with_suffix(".old")
+        if replace is not None and folder.exists():
+            folder.rename(old)
+        try:
+            unfinished.rename(folder)  # also onto an empty folder
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_free(folder: Path, name: str = "folder", *, replace: str | None = None) -> None:
+    """Raise FileExistsError where `whole_folder` would."""
+    if not os.path.lexists(folder):
+        return
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+        return
+    if replace is not None and (folder / replace).is_file():
+        return
+    raise FileExistsError(f"{name} {folder} exists already; choose another folder")
+
+
+def check_writable(place: str | os.PathLike[str], name: str = "folder") -> None:
+    """Raise OSError where nothing can be made beside `place`; call it before work that takes minutes."""
+    with _beside(Path(place), name):
+        pass
+
+
+@contextmanager
+def written_plainly(place: str | os.PathLike[str], name: str = "folder") -> Iterator[None]:
+    """A full disk, and what else keeps `place` from being written, is told in one sentence, whoever noticed it."""
+    try:
+        yield
+    except Exception as error:
+        why = _why_unwritten(error)
+        if why is None:
+            raise
+        raise OSError(
+            f"{name} {place} could not be written ({why}), and nothing of it was kept; make room, or choose another disk"
+        ) from error
+
+
+@contextmanager
+def _beside(place: Path, name: str) -> Iterator[Path]:
+    """An empty folder beside `place`, whose parents are made; all is taken back unless `place` comes to be."""
+    unfinished = place.parent / f".{place.name}.{uuid.uuid4().hex[:8]}.unfinished"
+    parents = [parent for parent in unfinished.parents if not parent.exists()]
+    standing = next(parent for parent in unfinished.parents if parent.exists())
+    if not standing.is_dir():
+        raise NotADirectoryError(f"{name} {place} cannot be made, {standing} is a file; choose another place")
+    try:
+        try:
+            unfinished.mkdir(parents=True)
+        except OSError as error:
+            raise OSError(f"{name} {place} cannot be made ({error.strerror}); choose another place") from error
+        with written_plainly(place, name):
+            yield unfinished
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for parent in [] if place.exists() else parents:
+            try:
+                parent.rmdir()
+            except OSError:  # it was never made, or somebody else's is in it by now
+                continue
+
+
+def _why_unwritten(error: Exception) -> str | None:
+    """The reason if `error` is of writing; None for another."""
+    number = error.errno if isinstance(error, OSError) else None
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    if number is None and told is not None:  # safetensors, by way of Rust
+        number = int(told[1])
+    if number is None and "PytorchStreamWriter failed writing" in str(error):  # torch.save; it does not say why
+        number = errno.ENOSPC
+    if number == errno.ENOSPC:
+        return "the disk is full"
+    return os.strerror(number) if number in _OF_WRITING else None
