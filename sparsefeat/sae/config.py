@@ -11,7 +11,9 @@ THRESHOLD_ACTIVATIONS = ("relu", "jumprelu")
 PURSUITS = ("matching_pursuit", "gradient_pursuit")
 ACTIVATIONS = (*TOPK_ACTIVATIONS, "groupmax", *PURSUITS, *THRESHOLD_ACTIVATIONS)
 INFERENCES = ("topk", "threshold")
-NORMALIZERS = ("none", "b_pre", "standardize", "unit_norm", "constant_norm", "pca")
+NORMALIZERS = ("none", "b_pre", "standardize", "unit_norm", "constant_norm", "pca", "affine")
+# Normalisers whose numbers are part of the SAE.
+FITTED = ("pca", "affine")
 HOOKPOINT_IOS = ("output", "input", "diff")
 HOOKPOINT_STREAMS = ("image", "text")
 
@@ -38,8 +40,9 @@ class SAEConfig:
     k: active latents a row (mean over the batch for batch_topk in training); None for relu and jumprelu.
     inference: batch_topk only: "topk" (k a row) or "threshold" (`relu(pre)` where `pre >` one learned scalar).
     normalizer: what is done to a row first: "none" (nothing is subtracted; `b_pre` is zero), "b_pre" (it is
-        subtracted), "standardize", "unit_norm", "constant_norm" or "pca" (see `sparsefeat.sae.normalizers`; `b_pre` is
-        subtracted after each of these, and the reconstruction put back). eps is standardize's, clip is pca's.
+        subtracted), "standardize", "unit_norm", "constant_norm", "pca" or "affine" (see `sparsefeat.sae.normalizers`;
+        `b_pre` is subtracted after each of these, and the reconstruction put back). eps is standardize's, clip is of the
+        last two.
     transcoder: the rows are a module's input and the reconstruction is its output, not the rows again.
     skip: the reconstruction has `x W_skip^T` added to it (skip transcoders, arXiv 2501.18823).
     statistics: names of numbers kept for every latent beside the weights, `SAE.statistic(name)`, such as
@@ -89,16 +92,18 @@ class SAEConfig:
             raise ValueError(f"eps is {self.eps!r}: pass a finite number that is not negative")
         if self.normalizer == "standardize" and self.d_model < 2:
             raise ValueError("normalizer 'standardize' needs d_model of at least 2: one value has no spread")
-        if self.clip is not None and (self.normalizer != "pca" or not 0 < self.clip < float("inf")):
-            raise ValueError(f"clip is {self.clip!r}: a positive number, for normalizer 'pca' alone, else None")
+        if self.clip is not None and (self.normalizer not in FITTED or not _is_positive(self.clip)):
+            raise ValueError(f"clip is {self.clip!r}: a positive number, for normalizer 'pca' or 'affine', else None")
         for name in ("transcoder", "skip"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: pass True or False")
         if self.skip and self.activation in PURSUITS:
             raise ValueError("skip is True but a pursuit reconstructs its input by itself: leave skip out")
         statistics = self.statistics
-        if not isinstance(statistics, (tuple, list)) or not all(isinstance(s, str) and s for s in statistics):
-            raise ValueError(f"statistics is {statistics!r}: pass a tuple of names")
+        if not isinstance(statistics, (tuple, list)) or not all(
+            isinstance(s, str) and s and "." not in s for s in statistics
+        ):
+            raise ValueError(f"statistics is {statistics!r:.200}: pass a tuple of names, without dots")
         object.__setattr__(self, "statistics", tuple(sorted(statistics)))
         for name in ("hookpoint", "base_model"):
             value = getattr(self, name)
@@ -148,7 +153,9 @@ class SAEConfig:
         if self.skip:
             shapes["W_skip"] = square
         if self.normalizer == "pca":
-            shapes |= {"pca_basis": square, "pca_mean": row, "pca_std": row}
+            shapes["pca_basis"] = square
+        if self.normalizer in FITTED:
+            shapes |= {"pca_mean": row, "pca_std": row}
         shapes |= {f"statistic_{name}": latents for name in self.statistics}
         if self.activation == "jumprelu":
             shapes["threshold"] = latents
@@ -168,6 +175,10 @@ def is_hookpoint(name: str) -> bool:
 def _check_positive_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is {value!r}: pass a whole number of at least 1")
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

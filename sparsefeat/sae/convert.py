@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import copy
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -46,7 +48,11 @@ def convert(sae: SAE, folder: str | Path, name: str) -> Converted:
     else:
         with whole_folder(folder) as unfinished:
             chosen.write(unfinished, sae.config, state)
-    return _read_back(sae, folder)
+    try:
+        return _read_back(sae, folder)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
 
 
 def _format(name: str) -> Format:
@@ -60,13 +66,20 @@ def _format(name: str) -> Format:
 
 @torch.no_grad()
 def _read_back(sae: SAE, folder: Path) -> Converted:
-    again = load_sae(folder, k=sae.config.k, device=sae.device, dtype=sae.dtype)
-    rows = torch.randn(CHECKED_ROWS, sae.d_model, generator=torch.Generator().manual_seed(0))
-    rows = rows.to(sae.device, sae.dtype)
-    difference = float((sae(rows) - again(rows)).abs().max())
+    """Both in float32 at least: a difference in half precision would be the rounding of the rows, not of the weights."""
+    wide = torch.promote_types(sae.dtype, torch.float32)
+    again = load_sae(folder, device=sae.device, dtype=wide)
+    ours = sae if sae.dtype == wide else copy.deepcopy(sae).to(wide)
+    training = ours.training
+    rows = torch.randn(CHECKED_ROWS, sae.d_model, generator=torch.Generator().manual_seed(0)).to(sae.device, wide)
+    difference = float((ours.eval()(rows) - again(rows)).abs().max())
+    ours.train(training)
     old, new = sae.config, again.config
-    lost = [f.name for f in fields(old) if f.name in ("hookpoint", "base_model", "transcoder") and
-            getattr(old, f.name) and getattr(new, f.name) != getattr(old, f.name)]  # fmt: skip
+    lost = [
+        name
+        for name in ("hookpoint", "base_model", "transcoder", "k")
+        if getattr(old, name) and getattr(new, name) != getattr(old, name)
+    ]
     lost += [f"metadata {key!r}" for key in old.metadata if key not in new.metadata]
     lost += [f"statistic {name!r}" for name in old.statistics if name not in new.statistics]
     return Converted(folder, difference, tuple(lost))

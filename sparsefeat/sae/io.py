@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from sparsefeat.sae.config import SAEConfig
-from sparsefeat.sae.formats import FORMATS, detect
+from sparsefeat.sae.config import FITTED, SAEConfig
+from sparsefeat.sae.files import reading
+from sparsefeat.sae.formats import FORMATS, SINGLE_FILES, detect
 from sparsefeat.sae.formats.format import Given
 from sparsefeat.sae.model_card import model_card
 from sparsefeat.sae.module import SAE
@@ -42,10 +43,23 @@ def load_sae(
         trained on, and overcomplete's not their k. `sparsefeat.check(sae, pipe, prompts)` tells whether they fit.
     """
     _check_device(device)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}: choose a floating dtype, such as torch.float16")
     place = _place(source, revision, subfolder)
+    with reading(place):
+        return _read(place, device, dtype, k, hookpoint, base_model)
+
+
+def _read(
+    place: Path,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    k: int | None,
+    hookpoint: str | None,
+    base_model: str | None,
+) -> SAE:
     found = detect(place)
     config, tensors = found.read(place, Given(k=k))
-    folder = place
     given: dict[str, Any] = {"k": k, "hookpoint": hookpoint, "base_model": base_model}
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     shapes = config.tensor_shapes()
@@ -53,24 +67,28 @@ def load_sae(
         raise ValueError(f"the {found.name} reader gave tensors that do not fit its config: report this as a bug")
     if dtype is None:
         dtype = torch.promote_types(tensors["W_dec"].dtype, torch.float32)
-    elif not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}: choose a floating dtype, such as torch.float16")
-    for name, tensor in tensors.items():
-        # A sum in fp64 is NaN or Inf exactly when an entry is: no mask as large as the weights.
-        if not tensor.sum(dtype=torch.float64).isfinite():
-            raise ValueError(f"{name} in {folder} has NaN or Inf: it is damaged, download or train it again")
-    _check_biases(config, tensors, folder)
+    _check_biases(config, tensors, place)
     with torch.device("meta"):
         sae = SAE(config)
     # A copy: safetensors hands out views of the mapped file, which a later save into the same folder would replace. One
     # tensor at a time, each let go of when it is copied: of a large SAE no two whole copies are held.
-    state = {name: tensors.pop(name).to(device, dtype, copy=True) for name in list(tensors)}
+    state = {name: _cast(place, name, tensors.pop(name), device, dtype) for name in list(tensors)}
     sae.load_state_dict(state, assign=True)
     return sae.eval()
 
 
-# Endings of formats that are a single file, of any name.
-SINGLE_FILES = (".pt", ".pth", ".safetensors")
+def _cast(
+    place: Path, name: str, tensor: torch.Tensor, device: torch.device | str | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """A copy as the SAE keeps it, finite throughout: a sum in fp64 is NaN or Inf exactly when an entry is."""
+    if name == "threshold" and tensor.isfinite().all():  # beyond the dtype's largest nothing is active either way
+        tensor = tensor.clamp(max=torch.finfo(dtype).max)
+    cast = tensor.to(device, dtype, copy=True)
+    if cast.sum(dtype=torch.float64).isfinite():
+        return cast
+    if tensor.sum(dtype=torch.float64).isfinite():
+        raise ValueError(f"{name} in {place} has numbers beyond {dtype}'s largest: load it in torch.float32")
+    raise ValueError(f"{name} in {place} has NaN or Inf: it is damaged, download or train it again")
 
 
 def push_to_hub(
@@ -158,7 +176,7 @@ def _check_biases(config: SAEConfig, tensors: dict[str, torch.Tensor], folder: P
     """What shapes and finiteness do not tell, but encoding would silently get wrong."""
     if config.inference == "threshold" and float(tensors["threshold"]) < 0:
         raise ValueError(f"threshold in {folder} is negative, unset: put inference 'topk' into its config")
-    if config.normalizer == "pca" and not bool((tensors["pca_std"] > 0).all()):
+    if config.normalizer in FITTED and not bool((tensors["pca_std"] > 0).all()):
         raise ValueError(f"pca_std in {folder} is not positive throughout: it is damaged, export the SAE again")
     if config.normalizer == "none" and tensors["b_pre"].any():
         raise ValueError(f"b_pre in {folder} is not zero but normalizer is 'none': put 'b_pre' into its config")

@@ -17,7 +17,7 @@ from sparsefeat.sae.activations import (
     pursuit_encode,
     threshold_encode,
 )
-from sparsefeat.sae.config import PURSUITS, SAEConfig
+from sparsefeat.sae.config import FITTED, PURSUITS, SAEConfig
 from sparsefeat.sae.formats import native
 from sparsefeat.sae.normalizers import PCA, ROW_SCALED, denormalize, normalize, row_scale
 
@@ -48,7 +48,7 @@ class SAE(nn.Module):
     b_out: nn.Parameter
     W_skip: nn.Parameter
     threshold: Tensor | None
-    pca_basis: Tensor
+    pca_basis: Tensor | None
     pca_mean: Tensor
     pca_std: Tensor
 
@@ -62,11 +62,10 @@ class SAE(nn.Module):
             elif name != "W_skip":
                 self.register_parameter(name, None)  # pursuits have no encoder
         self.register_buffer("threshold", torch.zeros(shapes["threshold"]) if "threshold" in shapes else None)
+        self.register_buffer("pca_basis", torch.eye(config.d_model) if "pca_basis" in shapes else None)
         for name in shapes:
             if name.startswith("statistic_") or name in ("pca_mean", "pca_std"):
                 self.register_buffer(name, torch.full(shapes[name], 1.0 if name == "pca_std" else 0.0))
-            elif name == "pca_basis":
-                self.register_buffer(name, torch.eye(config.d_model))
         if not self.W_dec.is_meta:
             with torch.no_grad():
                 self.W_dec.normal_()
@@ -160,8 +159,9 @@ class SAE(nn.Module):
         if like is None and (config.normalizer in ROW_SCALED or config.skip):
             what = f"normalizer {config.normalizer!r}" if config.normalizer in ROW_SCALED else "a skip"
             raise ValueError(f"decoding with {what} needs the activations: pass like=x")
-        if config.normalizer == "pca":
-            out = self._pca.denormalize(out)  # type: ignore[union-attr]
+        pca = self._pca
+        if pca is not None:
+            out = pca.denormalize(out)
         if like is None:
             return out
         if config.normalizer in ROW_SCALED:
@@ -227,9 +227,11 @@ class SAE(nn.Module):
 
     @property
     def _pca(self) -> PCA | None:
-        if self.config.normalizer != "pca":
+        if self.config.normalizer not in FITTED:
             return None
-        return PCA(self.pca_basis, self.pca_mean, self.pca_std, self.config.clip)
+        return PCA(
+            self.pca_basis if self.config.normalizer == "pca" else None, self.pca_mean, self.pca_std, self.config.clip
+        )
 
     def _rows(self, x: Tensor) -> Tensor:
         if x.ndim < 1 or x.shape[-1] != self.d_model:

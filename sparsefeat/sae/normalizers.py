@@ -7,8 +7,9 @@
 | unit_norm | x / |x| | y |x| | ITDA |
 | constant_norm | x sqrt(d_model) / |x| | y |x| / sqrt(d_model) | SAELens' `constant_norm_rescale` |
 | pca | clip((x P - mean) / std, -clip, clip) | (y std + mean) P^T | FLUX SAEs (arXiv 2505.24360) |
+| affine | the same with P = 1 | y std + mean | FLUX SAEs without whitening |
 
-mean, std and |x| are a row's own, except for `pca`, where they are part of the SAE. `std` is unbiased (divisor
+mean, std and |x| are a row's own, except for `pca` and `affine`, where they are part of the SAE. `std` is unbiased (divisor
 `d_model - 1`); eps is added to the deviation, not to the variance, and only on the way in, as all three have it.
 """
 
@@ -24,27 +25,32 @@ ROW_SCALED = ("standardize", "unit_norm", "constant_norm")
 
 
 class PCA:
-    """The tensors of the `pca` normaliser: `basis [d_model, d_model]` (columns are the components, orthonormal),
-    `mean` and `std [d_model]` in that basis, and the bound that normalised values are clipped to, None for no bound.
+    """The tensors of the `pca` normaliser: `basis [d_model, d_model]` (columns are the components, orthonormal; None for
+    `affine`, which has none), `mean` and `std [d_model]` in that basis, and the bound that normalised values are clipped
+    to, None for no bound.
     """
 
-    def __init__(self, basis: Tensor, mean: Tensor, std: Tensor, clip: float | None):
+    def __init__(self, basis: Tensor | None, mean: Tensor, std: Tensor, clip: float | None):
         self.basis, self.mean, self.std, self.clip = basis, mean, std, clip
 
     def normalize(self, rows: Tensor) -> Tensor:
-        normal = (rows @ self.basis - self.mean) / self.std
+        turned = rows if self.basis is None else rows @ self.basis
+        normal = (turned - self.mean) / self.std
         return normal if self.clip is None else normal.clamp(-self.clip, self.clip)
 
     def denormalize(self, normal: Tensor) -> Tensor:
-        return (normal * self.std + self.mean) @ self.basis.T
+        return self._back(normal * self.std + self.mean)
 
     def directions(self, normal: Tensor) -> Tensor:
         """What adding `normal` in the normalised space adds to the activations, where nothing is clipped."""
-        return (normal * self.std) @ self.basis.T
+        return self._back(normal * self.std)
+
+    def _back(self, turned: Tensor) -> Tensor:
+        return turned if self.basis is None else turned @ self.basis.T
 
 
 def normalize(rows: Tensor, normalizer: str, eps: float) -> Tensor:
-    """`rows [rows, d_model]`, each normalised on its own; "pca" is `PCA.normalize`. A row of zeros stays one."""
+    """`rows [rows, d_model]`, each normalised on its own; "pca" and "affine" are `PCA.normalize`. A row of zeros stays one."""
     if normalizer == "standardize":
         return (rows - rows.mean(-1, keepdim=True)) / (rows.std(-1, keepdim=True, correction=1) + eps)
     if normalizer in ROW_SCALED:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsefeat.sae import SAE
+from sparsefeat.sae.config import FITTED
 from sparsefeat.sae.random import randomise
 
 
@@ -33,12 +34,14 @@ def geometric_median(rows: Tensor, max_iterations: int = 100, tolerance: float =
 LEAST_DEVIATION = 1e-3
 
 
-def _fit_pca(sae: SAE, sample: Tensor) -> None:
-    """The normaliser's components, in descending order of variance, and the sample's mean and deviation along each."""
-    covariance = torch.cov(sample.double().T, correction=0)
-    basis = torch.linalg.eigh(covariance).eigenvectors.flip(1)
-    along = sample.double() @ basis
-    sae.pca_basis.copy_(basis)
+def _fit_normalizer(sae: SAE, sample: Tensor) -> None:
+    """The sample's mean and deviation along each channel, or each component, in descending order of variance."""
+    along = sample.double()
+    if sae.pca_basis is not None:
+        covariance = torch.cov(along.T, correction=0)
+        basis = torch.linalg.eigh(covariance).eigenvectors.flip(1)
+        along = along @ basis
+        sae.pca_basis.copy_(basis)
     sae.pca_mean.copy_(along.mean(0))
     sae.pca_std.copy_(along.std(0, correction=0).clamp_min(LEAST_DEVIATION))
 
@@ -48,13 +51,13 @@ def initialise(sae: SAE, sample: Tensor, seed: int = 0) -> SAE:
     """Start values from a `sample [rows, d_model]` of the activations; returns the same SAE.
 
     `b_out` is the sample's geometric median, and so is `b_pre` unless the normaliser is "none". Directions are random,
-    the encoder tied to the decoder up to one factor: see `sparsefeat.sae.random`. The normaliser "pca" is fitted to the
-    sample, which should have many more rows than d_model.
+    the encoder tied to the decoder up to one factor: see `sparsefeat.sae.random`. The normalisers "pca" and "affine" are
+    fitted to the sample, which should have many more rows than d_model.
     """
     config = sae.config
     sample = sample.reshape(-1, config.d_model).to(sae.device, sae.dtype)
-    if config.normalizer == "pca":
-        _fit_pca(sae, sample)
+    if config.normalizer in FITTED:
+        _fit_normalizer(sae, sample)
     rows = sae.normalize(sample)
     median = geometric_median(rows).to(sae.dtype)
     sae.b_out.copy_(median)

@@ -20,7 +20,7 @@ CASES = [
     ("jumprelu", "topk"),
     ("relu", "topk"),
 ]
-NORMALIZERS = ["none", "b_pre", "standardize", "unit_norm", "constant_norm", "pca"]
+NORMALIZERS = ["none", "b_pre", "standardize", "unit_norm", "constant_norm", "pca", "affine"]
 
 
 def random_sae(
@@ -30,7 +30,7 @@ def random_sae(
     shape: dict[str, Any] = {"d_model": 13, "n_latents": 37, "k": 5}
     if activation == "groupmax":
         shape["n_latents"] = 40  # 5 groups
-    if normalizer == "pca":
+    if normalizer in ("pca", "affine"):
         shape["clip"] = 1.5
     shape |= kwargs
     if activation in ("relu", "jumprelu"):
@@ -44,6 +44,7 @@ def random_sae(
             sae.b_pre.zero_()
         if normalizer == "pca":
             sae.pca_basis.copy_(torch.linalg.qr(torch.randn(sae.d_model, sae.d_model)).Q)
+        if normalizer in ("pca", "affine"):
             sae.pca_mean.normal_()
             sae.pca_std.uniform_(0.5, 2.0)
         if activation == "matching_pursuit":
@@ -70,6 +71,8 @@ def dense(sae: SAE, x: Tensor, training: bool = False) -> tuple[Tensor, Tensor]:
     normal = (rows - shift) / (scale + eps)
     if c.normalizer == "pca":
         normal = ((rows @ t["pca_basis"] - t["pca_mean"]) / t["pca_std"]).clamp(-1.5, 1.5)
+    if c.normalizer == "affine":
+        normal = ((rows - t["pca_mean"]) / t["pca_std"]).clamp(-1.5, 1.5)
     if c.activation == "matching_pursuit":
         return matching(normal - t["b_pre"], t, c.k or 0, lambda out: undo(c.normalizer, out, t, shift, scale, x))
     pre = (normal - t["b_pre"]) @ t["W_enc"].T + t["b_enc"]
@@ -99,6 +102,8 @@ def dense(sae: SAE, x: Tensor, training: bool = False) -> tuple[Tensor, Tensor]:
 def undo(normalizer: str, out: Tensor, t: dict[str, Tensor], shift: Tensor, scale: Tensor, x: Tensor) -> Tensor:
     if normalizer == "pca":
         out = (out * t["pca_std"] + t["pca_mean"]) @ t["pca_basis"].T
+    if normalizer == "affine":
+        out = out * t["pca_std"] + t["pca_mean"]
     return (out * scale + shift).view(x.shape)
 
 

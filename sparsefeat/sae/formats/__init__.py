@@ -1,8 +1,8 @@
 """The checkpoint formats `load_sae` reads: one file a format, listed here in the order they are tried.
 
 A format's file ends in a `FORMAT`. Its `read` gives the config and the tensors named in `SAEConfig.tensor_shapes`, in
-any floating dtype, and refuses in one sentence what they cannot represent. Foreign files are untrusted: safetensors,
-or `torch.load(weights_only=True)`, with keys and shapes checked before anything is allocated.
+any floating dtype, and refuses in one sentence what they cannot represent. Foreign files are untrusted: see
+`sparsefeat.sae.files`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from sparsefeat.sae.files import weights
 from sparsefeat.sae.formats import (
     crosscoder,
     dictionary_learning,
@@ -23,6 +24,9 @@ from sparsefeat.sae.formats import (
     unbox,
 )
 from sparsefeat.sae.formats.format import Format
+
+# Endings of formats that are a single file, of any name.
+SINGLE_FILES = (".pt", ".pth", ".safetensors")
 
 FORMATS: tuple[Format, ...] = (
     native.FORMAT,
@@ -43,6 +47,9 @@ def detect(place: Path) -> Format:
     for candidate in FORMATS:
         if candidate.detect(place):
             return candidate
+    if place.is_file() and place.suffix in SINGLE_FILES:
+        with weights(place) as held:  # what is wrong with it, if it is no file of weights at all
+            held.asked |= set(held)
     expected = "; ".join(f"{f.title}: {' and '.join(f.files) or 'a single file'}" for f in FORMATS)
     if place.is_file():
         if any(candidate.detect(place.parent) for candidate in FORMATS):

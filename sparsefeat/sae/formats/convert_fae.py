@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparsefeat.sae.files import read_json
 from sparsefeat.sae.formats.fae import CONFIG, WEIGHTS
-from sparsefeat.sae.formats.format import read_json
 
 SAE_TENSORS = ("W_enc", "W_dec", "b_pre", "b_post")
 NORMALIZER = ("whitening_matrix", "feature_means", "feature_square_means", "avg_norm")
 DRIVERS = ("zarr", "zarr3")
+# Weights are noise: zstd, which orbax uses, takes a tenth off them. Statistics of dead latents are zeros, but small.
+MOST_COMPRESSED, SMALL = 2, 2**24
 
 
 def convert(folder: Path, out: Path) -> None:
@@ -73,11 +76,23 @@ def _read(checkpoint: Path, name: str) -> Tensor | None:
         store = f"{base}{name}/"
     for driver in DRIVERS:
         try:
-            array = tensorstore.open({"driver": driver, "kvstore": store}, read=True).result().read().result()
+            stored = tensorstore.open({"driver": driver, "kvstore": store}, read=True).result()
         except ValueError:  # NOT_FOUND, or the other version of zarr
             continue
+        _check_declared(checkpoint, name, math.prod(stored.shape) * stored.dtype.numpy_dtype.itemsize)
+        array = stored.read().result()
         return torch.from_numpy(array.astype("float32"))
     return None
+
+
+def _check_declared(checkpoint: Path, name: str, declared: int) -> None:
+    """Against the bytes of the whole checkpoint: chunks that are not there read as zeros, as many as are declared."""
+    held = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+    if declared > SMALL and declared > MOST_COMPRESSED * held:
+        raise ValueError(
+            f"{name} in {checkpoint} declares {declared} bytes and the whole checkpoint has {held}: chunks are missing, copy "
+            "it again"
+        )
 
 
 def main() -> None:

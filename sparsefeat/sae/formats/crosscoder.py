@@ -21,70 +21,93 @@ layer, is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
-from sparsefeat.sae.formats.format import Format, Given, check_tensors, mentions, read_json, read_torch
+from sparsefeat.sae.files import Described, Weights, names_in, read_json, shape_in, shown, weights
+from sparsefeat.sae.formats.fold import wide
+from sparsefeat.sae.formats.foreign_config import config_of, number
+from sparsefeat.sae.formats.format import Format, Given
 
 NAME, TITLE = "crosscoder", "crosscoder_learning"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 NORMALIZATIONS = {1: "crosscoder", 2: "sae", 3: "mixed", 4: "none", 5: "decoupled"}
-COMPILED = "_orig_mod."  # what torch.compile puts before every key
+HARMLESS = frozenset({"target_rms", "k", "code_normalization_id"})  # of the training, or said by the numbers above
+# Sizes that the tensors say too, and what code_normalization_id says.
+HARMLESS_KEYS = frozenset(
+    [
+        "activation_dim",
+        "dict_size",
+        "num_layers",
+        "code_normalization",
+        "code_normalization_alpha_sae",
+        "code_normalization_alpha_cc",
+        "same_init_for_all_layers",
+        "norm_init_scale",
+        "use_threshold",
+        "target_rms",
+        "keep_relative_variance",
+        "activation_normalizer",
+        "k",
+        "model_type",
+        "sparsity_loss",
+    ]
+)
 EPS = 1e-8
 
 
 def detect(place: Path) -> bool:
     if place.is_file() and place.suffix == ".pt":
-        return mentions(place, "encoder.weight", "decoder.bias", "code_normalization_id")
-    path = place / WEIGHTS
-    if not path.is_file():
+        return {"encoder.weight", "decoder.bias", "code_normalization_id"} <= names_in(place)
+    if not (place / WEIGHTS).is_file():
         return False
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = set(file.keys())
-            return {"encoder.weight", "decoder.weight"} <= keys and len(
-                file.get_slice("encoder.weight").get_shape()
-            ) == 3
-    except SafetensorError:  # for whoever else has a file of that name
-        return False
+    return len(shape_in(place / WEIGHTS, "encoder.weight") or ()) == 3  # somebody else may have a file of that name
 
 
 def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
     path = place if place.is_file() else place / WEIGHTS
-    described = read_json(place / CONFIG) if (place / CONFIG).is_file() else {}
-    state = _state(path)
-    decoder = state.get("decoder.weight")
-    if not isinstance(decoder, Tensor) or decoder.ndim != 3:
+    beside = place / CONFIG
+    described = Described(beside, read_json(beside) if place.is_dir() and beside.exists() else {})
+    with weights(path, HARMLESS) as held:
+        config, tensors = _read(described, held)
+    described.check(HARMLESS_KEYS)
+    return config, tensors
+
+
+def _read(described: Described, held: Weights) -> tuple[SAEConfig, dict[str, Tensor]]:
+    path = held.path
+    shape = held.shape("decoder.weight")
+    if shape is None or len(shape) != 3:
         raise ValueError(
-            f"{path} has no decoder.weight of three dimensions (it has {sorted(state)}): it is no crosscoder"
+            f"{path} has no decoder.weight of three dimensions (it has {shown(sorted(held))}): it is no crosscoder"
         )
-    layers, n, d = decoder.shape
-    encoded = _encoded_layers(path, described, layers)
+    layers, n, d = shape
+    encoded = _encoded_layers(described, layers)
     shapes = {
         "encoder.weight": (len(encoded), d, n),
         "encoder.bias": (n,),
         "decoder.weight": (layers, n, d),
         "decoder.bias": (layers, d),
     }
-    t = {name: tensor.double() for name, tensor in check_tensors(path, state, shapes).items()}
-    dtype = decoder.dtype
-    encoder = torch.zeros(layers, d, n, dtype=torch.float64)
-    encoder[encoded] = t["encoder.weight"]
-    mean, scale, back = _normalizer(path, state, layers, d)
+    t = held.take(shapes)
+    dtype = wide(t["decoder.weight"].dtype)
+    mean, scale, back = _normalizer(held, layers, d)
+    W_enc, W_dec = (torch.zeros(n, layers, d, dtype=dtype) for _ in range(2))
+    for layer, of_layer in zip(encoded, t["encoder.weight"], strict=True):
+        W_enc[:, layer] = of_layer.T * scale[layer].to(dtype)
+    for layer, of_layer in enumerate(t["decoder.weight"]):
+        W_dec[:, layer] = of_layer * back[layer].to(dtype)
     tensors = {
-        "W_enc": (encoder * scale.unsqueeze(-1)).permute(2, 0, 1).reshape(n, layers * d),
+        "W_enc": W_enc.view(n, layers * d),
         "b_enc": t["encoder.bias"],
-        "W_dec": (t["decoder.weight"] * back.unsqueeze(1)).permute(1, 0, 2).reshape(n, layers * d),
-        "b_pre": mean.reshape(-1),
-        "b_out": (t["decoder.bias"] * back + mean).reshape(-1),
+        "W_dec": W_dec.view(n, layers * d),
+        "b_pre": mean.reshape(-1).to(dtype),
+        "b_out": (t["decoder.bias"].double() * back + mean).reshape(-1).to(dtype),
     }
-    normalization = _number(path, state, "code_normalization_id", 1)
+    normalization = held.number("code_normalization_id", 1)
     if normalization not in NORMALIZATIONS or NORMALIZATIONS[normalization] == "decoupled":
         raise ValueError(
             f"code_normalization_id in {path} is {normalization}: crosscoders whose layers share one code, "
@@ -92,89 +115,71 @@ def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
         )
     metadata = {"layers": layers, "code_normalization": NORMALIZATIONS[normalization]}
     activation = "relu"
-    if "threshold" in state:
-        theta = float(check_tensors(path, state, {"threshold": ()})["threshold"])
+    if "threshold" in held:
+        theta = float(held.take({"threshold": ()})["threshold"])
         if theta < 0:
             raise ValueError(
                 f"threshold in {path} is {theta}, unset: the crosscoder was saved before training had found one, "
                 "take a later checkpoint"
             )
-        metadata |= {"k": _number(path, state, "k", 0), "threshold": theta}
+        metadata |= {"k": held.number("k", 0), "threshold": theta}
         nu = _code_scale(t["decoder.weight"], NORMALIZATIONS[normalization], described)
         # A latent without a decoder is never active: nothing in the dtype exceeds this threshold.
         never = torch.finfo(dtype).max
-        tensors["threshold"] = torch.where(nu > 0, theta / nu, never).clamp(max=never)
+        tensors["threshold"] = torch.where(nu > 0, theta / nu, never).clamp(max=never).to(dtype)
         activation = "jumprelu"
-    config = SAEConfig(
-        layers * d,
-        n,
+    config = config_of(
+        path,
+        d_model=layers * d,
+        n_latents=n,
         activation=activation,
         normalizer="b_pre" if mean.any() else "none",
         metadata=metadata,
     )
-    return config, {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    return config, tensors
 
 
-def _state(path: Path) -> dict[str, Any]:
-    if path.suffix == ".pt":
-        state = read_torch(path)
-        if not isinstance(state, Mapping):
-            raise ValueError(f"{path} holds a {type(state).__name__}: a state dict was expected")
-        return {str(name).removeprefix(COMPILED): value for name, value in state.items()}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): copy or download it again") from None
-
-
-def _encoded_layers(path: Path, described: Mapping[str, Any], layers: int) -> list[int]:
+def _encoded_layers(described: Described, layers: int) -> list[int]:
     encoded = described.get("encoder_layers")
     if encoded is None:
         return list(range(layers))
     if not isinstance(encoded, list) or not all(isinstance(layer, int) and 0 <= layer < layers for layer in encoded):
         raise ValueError(
-            f"encoder_layers in {path.parent / CONFIG} is {encoded!r}: layers of 0 to {layers - 1} expected"
+            f"encoder_layers in {described.path} is {shown(encoded)}: layers of 0 to {layers - 1} expected"
         )
     return encoded
 
 
-def _number(path: Path, state: Mapping[str, Any], name: str, absent: int) -> int:
-    value = state.get(name, torch.tensor(absent))
-    if not isinstance(value, Tensor) or value.numel() != 1 or value.is_floating_point():
-        raise ValueError(f"{name} in {path} is {value!r}: a whole number was expected")
-    return int(value)
-
-
-def _normalizer(path: Path, state: Mapping[str, Any], layers: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
+def _normalizer(held: Weights, layers: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, the factor on the way in, the factor on the way back, all `[layers, d]`."""
     ones = torch.ones(layers, d, dtype=torch.float64)
-    if "activation_mean" not in state:
+    scaled = "activation_global_scale" in held
+    if "activation_mean" not in held:
         return ones * 0, ones, ones
-    t = check_tensors(path, state, {"activation_mean": (layers, d), "activation_std": (layers, d)})
+    t = held.take({"activation_mean": (layers, d), "activation_std": (layers, d)})
     mean, std = t["activation_mean"].double(), t["activation_std"].double()
     if mean.isnan().any() or std.isnan().any():
         return ones * 0, ones, ones
-    stored = check_tensors(path, state, {"activation_global_scale": (layers,)})["activation_global_scale"].double()
+    if not scaled:
+        raise ValueError(f"{held.path} has activation_mean but no activation_global_scale: it is damaged")
+    stored = held.take({"activation_global_scale": (layers,)})["activation_global_scale"].double()
     if (stored == 1).all():
         return mean, 1 / (std + EPS), std + EPS
     scale = stored.unsqueeze(-1) * ones
     return mean, scale, 1 / (scale + EPS)
 
 
-def _code_scale(decoder: Tensor, normalization: str, described: Mapping[str, Any]) -> Tensor:
+def _code_scale(decoder: Tensor, normalization: str, described: Described) -> Tensor:
     """nu, `[n]`, of `decoder [L, n, d]`."""
-    summed = torch.linalg.vector_norm(decoder, dim=2).sum(0)
-    whole = torch.linalg.vector_norm(decoder, dim=(0, 2))
+    norms = torch.linalg.vector_norm(decoder, dim=2, dtype=torch.float64)
+    summed, whole = norms.sum(0), torch.linalg.vector_norm(norms, dim=0)
     if normalization == "crosscoder":
         return summed
     if normalization == "sae":
         return whole
     if normalization == "mixed":
-        alphas = [described.get(f"code_normalization_alpha_{name}") for name in ("sae", "cc")]
-        alpha_sae, alpha_cc = (
-            default if a is None else float(a) for a, default in zip(alphas, (1.0, 0.1), strict=True)
-        )
+        alphas = [number(described.path, described, f"code_normalization_alpha_{name}", None) for name in ("sae", "cc")]
+        alpha_sae, alpha_cc = (default if a is None else a for a, default in zip(alphas, (1.0, 0.1), strict=True))
         return alpha_sae * whole + alpha_cc * summed
     return torch.ones_like(summed)
 

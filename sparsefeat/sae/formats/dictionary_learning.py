@@ -20,6 +20,7 @@ finished one has had its biases and threshold multiplied by it.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,52 +30,84 @@ import torch
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
-from sparsefeat.sae.formats.fold import cannot_express, check_affine, encoder_bias
-from sparsefeat.sae.formats.format import Format, Given, check_tensors, read_json, read_torch
+from sparsefeat.sae.files import Described, Weights, read_json, say, shown, weights
+from sparsefeat.sae.formats.fold import cannot_express, check_affine, encoder_bias, wide
+from sparsefeat.sae.formats.foreign_config import config_of, text, whole_number
+from sparsefeat.sae.formats.format import Format, Given
 
 NAME, TITLE = "dictionary_learning", "dictionary_learning"
 WEIGHTS, CONFIG = "ae.pt", "config.json"
 KEPT = ("layer", "lm_name", "submodule_name", "wandb_name")
+# Keys of trainers that say how, not what: sizes that the tensors say too, and schedules.
+HARMLESS = frozenset(
+    [
+        "trainer_class",
+        "activation_dim",
+        "dict_size",
+        "group_fractions",
+        "group_weights",
+        "group_sizes",
+        "num_groups",
+        "multipliers",
+        "bandwidth",
+        "threshold_beta",
+        "dead_feature_threshold",
+        "k_values",
+    ]
+)
+UNIT = 1e-2  # norms this far from one change codes by as much
 
 
 def detect(place: Path) -> bool:
-    return (place / WEIGHTS).is_file() or (place.is_file() and re.fullmatch(r"ae(_\d+)?\.pt", place.name) is not None)
+    return (place / WEIGHTS).exists() or (place.is_file() and re.fullmatch(r"ae(_\d+)?\.pt", place.name) is not None)
 
 
 def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
     path = place if place.is_file() else place / WEIGHTS
     described = _config(path)
-    trainer, buffer = described.get("trainer", {}), described.get("buffer", {})
-    state = read_torch(path)
-    scale = None
-    if isinstance(state, Mapping) and "ae" in state and "encoder.weight" not in state:
-        state, scale = state["ae"], state.get("norm_factor")
-    kind = trainer.get("dict_class")
-    if kind not in READERS:
+    trainer = Described(described.path, described.get("trainer", {}))
+    with weights(path, inside="ae") as held:
+        config, tensors = _read(path, given, described, trainer, held)
+    trainer.check(HARMLESS)
+    return config, tensors
+
+
+def _read(
+    path: Path, given: Given, described: Described, trainer: Described, held: Weights
+) -> tuple[SAEConfig, dict[str, Tensor]]:
+    kind, buffer = trainer.get("dict_class"), described.get("buffer")
+    if not isinstance(kind, str) or kind not in READERS:
         raise ValueError(
-            f"dict_class in {path.parent / CONFIG} is {kind!r}: it must be one of {', '.join(READERS)}, and without it "
+            f"dict_class in {described.path} is {shown(kind)}: it must be one of {', '.join(READERS)}, and without it "
             "classes that store the same tensors cannot be told apart"
         )
-    encoder = state.get("encoder.weight", state.get("W_enc")) if isinstance(state, Mapping) else None
-    if not isinstance(encoder, Tensor) or encoder.ndim != 2:
-        raise ValueError(f"{path} has no encoder.weight or W_enc of two dimensions: it holds no {kind}")
-    n_latents, d_model = encoder.shape if "encoder.weight" in state else reversed(encoder.shape)
-    if "k" not in state and isinstance(trainer.get("k"), int):  # files of before k was stored with the weights
-        state = {**state, "k": torch.tensor(trainer["k"])}
-    fields, tensors = READERS[kind](path, state, int(n_latents), int(d_model))
+    if "encoder.weight" in held:
+        n_latents, d_model = held.matrix("encoder.weight")
+    elif "W_enc" in held:
+        d_model, n_latents = held.matrix("W_enc")
+    else:
+        raise ValueError(f"{path} has no encoder.weight or W_enc (it has {shown(sorted(held))}): it holds no {kind}")
+    fields, tensors = READERS[kind](trainer, held, n_latents, d_model)
     if "k" in fields and given.k is not None:
         fields["k"] = given.k
+    scale = held.around.get("norm_factor")
     if scale is not None:
-        if not isinstance(scale, (int, float)) or not scale > 0:
-            raise ValueError(f"norm_factor in {path} is {scale!r}: a positive number was expected")
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            raise ValueError(f"norm_factor in {path} is {shown(scale)}: a positive number was expected")
         for name in ("b_enc", "b_pre", "b_out", "threshold"):
             if name in tensors and not (tensors[name].ndim == 0 and tensors[name] < 0):
-                tensors[name] = tensors[name] * scale
+                tensors[name] = tensors[name].to(wide(tensors[name].dtype)) * scale
+        if scale != 1:
+            say(
+                path,
+                f"codes are in the activations' own units, {scale:.4g} (norm_factor) times those of the training run",
+            )
     metadata = {name: trainer[name] for name in KEPT if trainer.get(name) is not None} | fields.pop("metadata", {})
-    config = SAEConfig(
-        d_model=int(d_model),
-        n_latents=int(n_latents),
-        base_model=trainer.get("lm_name") or None,
+    config = config_of(
+        described.path,
+        d_model=d_model,
+        n_latents=n_latents,
+        base_model=text(described.path, trainer, "lm_name"),
         transcoder=isinstance(buffer, Mapping) and buffer.get("io") == "in_and_out",
         metadata={"dict_class": kind, **metadata},
         **fields,
@@ -82,25 +115,25 @@ def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
     return config, tensors
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(path: Path) -> Described:
     beside = path.parent / CONFIG
     above = path.parent.parent / CONFIG
-    described = read_json(above if path.parent.name == "checkpoints" and above.is_file() else beside)
+    place = above if path.parent.name == "checkpoints" and above.exists() else beside
+    described = Described(place, read_json(place))
     if not isinstance(described.get("trainer", {}), dict):
-        raise ValueError(f"trainer in {beside} is {described['trainer']!r}: an object with dict_class was expected")
+        raise ValueError(f"trainer in {place} is {shown(described['trainer'])}: an object with dict_class was expected")
     return described
 
 
-def _whole_number(path: Path, state: Mapping[str, Any], name: str) -> int:
-    value = state.get(name)
-    if not isinstance(value, Tensor) or value.numel() != 1 or value.is_floating_point() or value.is_complex():
-        raise ValueError(f"{name} in {path} is {value!r}: a whole number was expected")
-    return int(value)
+def _k(trainer: Described, held: Weights) -> int:
+    """Of the weights, or of the config, in files of before k was stored with them."""
+    trainer.get("k")
+    return held.number("k") if "k" in held else whole_number(trainer.path, trainer, "k")
 
 
-def _top_k(path: Path, state: Mapping[str, Any], n: int, d: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _top_k(trainer: Described, held: Weights, n: int, d: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     shapes = {"encoder.weight": (n, d), "encoder.bias": (n,), "decoder.weight": (d, n), "b_dec": (d,)}
-    t = check_tensors(path, state, shapes)
+    t = held.take(shapes)
     tensors = {
         "W_enc": t["encoder.weight"],
         "b_enc": t["encoder.bias"],
@@ -108,23 +141,23 @@ def _top_k(path: Path, state: Mapping[str, Any], n: int, d: int) -> tuple[dict[s
         "b_pre": t["b_dec"],
         "b_out": t["b_dec"],
     }
-    fields: dict[str, Any] = {"activation": "topk", "k": _whole_number(path, state, "k"), "normalizer": "b_pre"}
-    if "threshold" in state:  # older files have none
-        fields["metadata"] = {"threshold": float(check_tensors(path, state, {"threshold": ()})["threshold"])}
+    fields: dict[str, Any] = {"activation": "topk", "k": _k(trainer, held), "normalizer": "b_pre"}
+    if "threshold" in held:  # older files have none
+        fields["metadata"] = {"threshold": float(held.take({"threshold": ()})["threshold"])}
     return fields, tensors
 
 
-def _batch_top_k(path: Path, state: Mapping[str, Any], n: int, d: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    fields, tensors = _top_k(path, state, n, d)
-    return _thresholded(path, state, fields["k"]), tensors | _threshold(path, state)
+def _batch_top_k(trainer: Described, held: Weights, n: int, d: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    fields, tensors = _top_k(trainer, held, n, d)
+    return _thresholded(held, fields["k"]), tensors | _threshold(held)
 
 
-def _matryoshka(path: Path, state: Mapping[str, Any], n: int, d: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    t = check_tensors(path, state, {"W_enc": (d, n), "W_dec": (n, d), "b_enc": (n,), "b_dec": (d,)})
-    fields = _thresholded(path, state, _whole_number(path, state, "k"))
-    groups = state.get("group_sizes")
-    if isinstance(groups, Tensor) and groups.ndim == 1:
-        fields["metadata"] = {"group_sizes": [int(size) for size in groups.tolist()]}
+def _matryoshka(trainer: Described, held: Weights, n: int, d: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    t = held.take({"W_enc": (d, n), "W_dec": (n, d), "b_enc": (n,), "b_dec": (d,)})
+    fields = _thresholded(held, _k(trainer, held))
+    groups = held.whole_numbers("group_sizes")
+    if groups is not None and groups.ndim == 1:
+        fields["metadata"] = {"group_sizes": groups.tolist()}
     tensors = {
         "W_enc": t["W_enc"].T.contiguous(),
         "b_enc": t["b_enc"],
@@ -132,21 +165,21 @@ def _matryoshka(path: Path, state: Mapping[str, Any], n: int, d: int) -> tuple[d
         "b_pre": t["b_dec"],
         "b_out": t["b_dec"],
     }
-    return fields, tensors | _threshold(path, state)
+    return fields, tensors | _threshold(held)
 
 
-def _threshold(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    return check_tensors(path, state, {"threshold": ()})
+def _threshold(held: Weights) -> dict[str, Tensor]:
+    return held.take({"threshold": ()})
 
 
-def _thresholded(path: Path, state: Mapping[str, Any], k: int) -> dict[str, Any]:
-    inference = "threshold" if float(_threshold(path, state)["threshold"]) >= 0 else "topk"
+def _thresholded(held: Weights, k: int) -> dict[str, Any]:
+    inference = "threshold" if float(_threshold(held)["threshold"]) >= 0 else "topk"
     return {"activation": "batch_topk", "k": k, "inference": inference, "normalizer": "b_pre"}
 
 
-def _jump_relu(path: Path, state: Mapping[str, Any], n: int, d: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _jump_relu(trainer: Described, held: Weights, n: int, d: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     shapes = {"W_enc": (d, n), "W_dec": (n, d), "b_enc": (n,), "b_dec": (d,), "threshold": (n,)}
-    t = check_tensors(path, state, shapes)
+    t = held.take(shapes)
     tensors = {
         "W_enc": t["W_enc"].T.contiguous(),
         "b_enc": t["b_enc"],
@@ -158,7 +191,7 @@ def _jump_relu(path: Path, state: Mapping[str, Any], n: int, d: int) -> tuple[di
     return {"activation": "jumprelu", "normalizer": "none"}, tensors
 
 
-def _gated(path: Path, state: Mapping[str, Any], n: int, d: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _gated(trainer: Described, held: Weights, n: int, d: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     shapes = {
         "encoder.weight": (n, d),
         "decoder.weight": (d, n),
@@ -167,11 +200,11 @@ def _gated(path: Path, state: Mapping[str, Any], n: int, d: int) -> tuple[dict[s
         "gate_bias": (n,),
         "mag_bias": (n,),
     }
-    t = check_tensors(path, state, shapes)
+    t = held.take(shapes)
     growth = t["r_mag"].double().exp()
-    dtype = t["encoder.weight"].dtype
+    dtype = wide(t["encoder.weight"].dtype)
     tensors = {
-        "W_enc": (growth.unsqueeze(1) * t["encoder.weight"].double()).to(dtype),
+        "W_enc": t["encoder.weight"].to(dtype) * growth.to(dtype).unsqueeze(1),
         "b_enc": t["mag_bias"],
         "W_dec": t["decoder.weight"].T.contiguous(),
         "b_pre": t["decoder_bias"],
@@ -181,9 +214,9 @@ def _gated(path: Path, state: Mapping[str, Any], n: int, d: int) -> tuple[dict[s
     return {"activation": "jumprelu", "normalizer": "b_pre", "metadata": {"architecture": "gated"}}, tensors
 
 
-def _relu(path: Path, state: Mapping[str, Any], n: int, d: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _relu(trainer: Described, held: Weights, n: int, d: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     shapes = {"encoder.weight": (n, d), "encoder.bias": (n,), "decoder.weight": (d, n), "bias": (d,)}
-    t = check_tensors(path, state, shapes)
+    t = held.take(shapes)
     tensors = {
         "W_enc": t["encoder.weight"],
         "b_enc": t["encoder.bias"],
@@ -191,12 +224,19 @@ def _relu(path: Path, state: Mapping[str, Any], n: int, d: int) -> tuple[dict[st
         "b_pre": t["bias"],
         "b_out": t["bias"],
     }
+    norms = torch.linalg.vector_norm(t["decoder.weight"], dim=0, dtype=torch.float64)
+    if not torch.allclose(norms, torch.ones_like(norms), rtol=UNIT, atol=0):
+        say(
+            held.path,
+            f"codes are in units of the stored decoder rows, of norms {norms.min():.3g} to {norms.max():.3g}; the "
+            "library's from_pretrained makes these one and multiplies the code by them",
+        )
     return {"activation": "relu", "normalizer": "b_pre"}, tensors
 
 
-def _relu_new(path: Path, state: Mapping[str, Any], n: int, d: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _relu_new(trainer: Described, held: Weights, n: int, d: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     shapes = {"encoder.weight": (n, d), "encoder.bias": (n,), "decoder.weight": (d, n), "decoder.bias": (d,)}
-    t = check_tensors(path, state, shapes)
+    t = held.take(shapes)
     tensors = {
         "W_enc": t["encoder.weight"],
         "b_enc": t["encoder.bias"],
@@ -207,7 +247,7 @@ def _relu_new(path: Path, state: Mapping[str, Any], n: int, d: int) -> tuple[dic
     return {"activation": "relu", "normalizer": "none"}, tensors
 
 
-READERS: dict[str, Callable[[Path, Mapping[str, Any], int, int], tuple[dict[str, Any], dict[str, Tensor]]]] = {
+READERS: dict[str, Callable[[Described, Weights, int, int], tuple[dict[str, Any], dict[str, Tensor]]]] = {
     "AutoEncoderTopK": _top_k,
     "BatchTopKSAE": _batch_top_k,
     "MatryoshkaBatchTopKSAE": _matryoshka,

@@ -8,112 +8,125 @@ under their own names into `fae.safetensors`, and the training's config into `fa
 | W_enc, W_dec | (d, n), (n, d) | in the normalised space; `b_mid` is stored by training and never used |
 | b_pre, b_post | (d) | u - b_post + b_pre is encoded, b_post added after decoding |
 | whitening_matrix | (d, d) | u = clip((x P - mean) / std): normaliser "pca"; std is 1e-3 at least |
-| feature_means, feature_square_means | (d) | of x P, so that std² = square mean - mean² |
-| avg_norm | () | of before the whitening: u = clip(x sqrt(d) / avg_norm), the same with P = 1 and mean 0 |
+| feature_means, feature_square_means | (d) | of x P, so that std² = square mean - mean²; of x itself without whitening |
+| avg_norm | () | of before the standardising: u = clip(x sqrt(d) / avg_norm) |
 
-The k largest pre-activations are kept, whatever their sign. `site` of the config becomes the hookpoint.
+Which normaliser it is, the config says, where it is young enough: `use_pca` and `standardize`; without whitening it is
+"affine". The k largest pre-activations are kept, whatever their sign. `site` of the config becomes the hookpoint with
+`seq_mode` img, or txt (the text of a joint block); of an SAE of both, the default, the stream is left to the caller.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
-from sparsefeat.sae.formats.format import Format, Given, read_json, read_safetensors
+from sparsefeat.sae.files import Described, Weights, read_json, shown, weights
+from sparsefeat.sae.formats.fold import wide
+from sparsefeat.sae.formats.foreign_config import config_of, flag, k_of, number
+from sparsefeat.sae.formats.format import Format, Given
 
 NAME, TITLE = "fae", "FLUX SAEs (fae)"
 WEIGHTS, CONFIG = "fae.safetensors", "fae.json"
 STD_FLOOR = 1e-3
 ORTHONORMAL = 1e-2
 SITES = {"double": "transformer.transformer_blocks", "single": "transformer.single_transformer_blocks"}
+HARMLESS = frozenset({"b_mid", "avg_norm", "whitening_matrix", "feature_means", "feature_square_means"})
 # The classes' own defaults, for keys that an older config.json lacks.
 DEFAULT_CLIP = 10.0
 
 
 def detect(place: Path) -> bool:
-    return (place / WEIGHTS).is_file()
+    return (place / WEIGHTS).exists()
 
 
 def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
-    described = read_json(place / CONFIG)
-    path = place / WEIGHTS
-    n, d, whitened = _header(path)
-    shapes = {"W_enc": (d, n), "W_dec": (n, d), "b_pre": (d,), "b_post": (d,)}
-    if whitened:
-        shapes |= {"whitening_matrix": (d, d), "feature_means": (d,), "feature_square_means": (d,)}
-    else:
-        shapes["avg_norm"] = ()
-    t = read_safetensors(path, shapes)
-    k = given.k if given.k is not None else described.get("k")
-    if k is None:
-        raise ValueError(f"{place / CONFIG} has no k: pass the k of training, load_sae(…, k=)")
-    if described.get("standardize") is False:
-        raise ValueError(f"standardize in {place / CONFIG} is False: only SAEs of standardised activations can be read")
-    basis, mean, std = _normalizer(path, t, d)
+    # The training's config has some hundred keys of the run; those asked for here are what says what the weights mean.
+    described = Described(place / CONFIG, read_json(place / CONFIG))
+    with weights(place / WEIGHTS, HARMLESS) as held:
+        return _read(given, described, held)
+
+
+def _read(given: Given, described: Described, held: Weights) -> tuple[SAEConfig, dict[str, Tensor]]:
+    path = described.path
+    if held.shape("W_dec") is None or len(held.shape("W_dec") or ()) != 2:
+        raise ValueError(
+            f"{held.path} has no matrix W_dec (it has {shown(sorted(held))}): convert the checkpoint again"
+        )
+    n, d = held.matrix("W_dec")
+    t = held.take({"W_enc": (d, n), "W_dec": (n, d), "b_pre": (d,), "b_post": (d,)})
+    if given.k is None and described.get("k") is None:
+        raise ValueError(f"{path} has no k: pass the k of training, load_sae(…, k=)")
+    normalizer, normalizing = _normalizer(described, held, d)
+    dtype = wide(t["b_post"].dtype)
     tensors = {
         "W_enc": t["W_enc"].T.contiguous(),
         "b_enc": t["W_enc"].new_zeros(n),
         "W_dec": t["W_dec"],
-        "b_pre": t["b_post"] - t["b_pre"],
+        "b_pre": t["b_post"].to(dtype) - t["b_pre"].to(dtype),
         "b_out": t["b_post"],
-        "pca_basis": basis,
-        "pca_mean": mean,
-        "pca_std": std,
+        **normalizing,
     }
-    clip = described.get("clip_data", DEFAULT_CLIP)
-    config = SAEConfig(
-        d,
-        n,
+    config = config_of(
+        path,
+        d_model=d,
+        n_latents=n,
         activation="raw_topk",
-        k=k,
-        normalizer="pca",
-        clip=None if clip is None else float(clip),
-        hookpoint=_hookpoint(described.get("site")),
+        k=k_of(path, described, given.k),
+        normalizer=normalizer,
+        clip=number(path, described, "clip_data", DEFAULT_CLIP),
+        hookpoint=_hookpoint(described),
         metadata={name: described[name] for name in ("site", "seq_mode") if name in described},
     )
     return config, tensors
 
 
-def _header(path: Path) -> tuple[int, int, bool]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = set(file.keys())
-            shape = file.get_slice("W_dec").get_shape() if "W_dec" in keys else []
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): convert the checkpoint again") from None
-    if len(shape) != 2:
-        raise ValueError(f"{path} has no matrix W_dec (it has {sorted(keys)}): convert the checkpoint again")
-    return shape[0], shape[1], "whitening_matrix" in keys
-
-
-def _normalizer(path: Path, t: Mapping[str, Tensor], d: int) -> tuple[Tensor, Tensor, Tensor]:
-    if "whitening_matrix" not in t:
-        eye = torch.eye(d, dtype=t["W_dec"].dtype)
-        return eye, eye.new_zeros(d), (t["avg_norm"] / math.sqrt(d)).expand(d).to(eye.dtype).contiguous()
-    basis, mean = t["whitening_matrix"], t["feature_means"]
+def _normalizer(described: Described, held: Weights, d: int) -> tuple[str, dict[str, Tensor]]:
+    """Its name and tensors: by what the config says, which is younger than the first checkpoints."""
+    path = described.path
+    whitens = flag(path, described, "use_pca", default="whitening_matrix" in held)
+    if not flag(path, described, "standardize", default=True):
+        raise ValueError(f"standardize in {path} is False: only SAEs of standardised activations can be read")
+    said = described.get("standardize") is True
+    if not whitens and not said and "feature_means" in held and "avg_norm" in held:
+        raise ValueError(
+            f"{held.path} has feature_means and avg_norm and {path} does not say which: write standardize true into it for "
+            "the means, or take them out for the average norm"
+        )
+    if not whitens and not said and "feature_means" not in held:
+        norm = held.take({"avg_norm": ()})["avg_norm"].double() / math.sqrt(d)
+        return "affine", {"pca_mean": torch.zeros(d), "pca_std": norm.expand(d).float().contiguous()}
+    statistics = held.take({"feature_means": (d,), "feature_square_means": (d,)})
+    mean = statistics["feature_means"]
+    variance = statistics["feature_square_means"].double() - mean.double().square()
+    std = variance.clamp(min=0).sqrt().clamp(min=STD_FLOOR).to(wide(mean.dtype))
+    if not whitens:
+        return "affine", {"pca_mean": mean, "pca_std": std}
+    basis = held.take({"whitening_matrix": (d, d)})["whitening_matrix"]
     product = basis.double().T @ basis.double()
-    off = float((product - torch.eye(d, dtype=torch.float64)).abs().max())
+    product.diagonal().sub_(1)
+    off = float(product.abs().max())
     if not off < ORTHONORMAL:
         raise ValueError(
-            f"whitening_matrix in {path} is not orthonormal (off by {off:.3g}): its transpose would not undo it, "
+            f"whitening_matrix in {held.path} is not orthonormal (off by {off:.3g}): its transpose would not undo it, "
             "convert the checkpoint again"
         )
-    variance = t["feature_square_means"].double() - mean.double().square()
-    std = variance.clamp(min=0).sqrt().clamp(min=STD_FLOOR).to(mean.dtype)
-    return basis, mean, std
+    return "pca", {"pca_basis": basis, "pca_mean": mean, "pca_std": std}
 
 
-def _hookpoint(site: Any) -> str | None:
-    if isinstance(site, list) and len(site) == 2 and site[0] in SITES and isinstance(site[1], int):
-        return f"{SITES[site[0]]}.{site[1]}:output"
-    return None
+def _hookpoint(described: Described) -> str | None:
+    """None where it was trained on image and text together, "both", which is also the program's default."""
+    site, stream = described.get("site"), {"img": "", "txt": ":text"}.get(str(described.get("seq_mode", "both")))
+    if stream is None or not isinstance(site, list) or len(site) != 2:
+        return None
+    block, number = site
+    if not isinstance(block, str) or block not in SITES or isinstance(number, bool) or not isinstance(number, int):
+        return None
+    return f"{SITES[block]}.{number}:output{stream}"
 
 
 FORMAT = Format(NAME, TITLE, (WEIGHTS, CONFIG), detect, read)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
 
 # Normalisers under which `W_enc (x - b_pre) + b_enc` is all that happens before the activation.
 AFFINE = ("none", "b_pre")
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What folding gives: of weights in half precision it is rounded once, to single, not to half again."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def encoder_bias(tensors: Mapping[str, Tensor], subtracted: Tensor | None) -> Tensor:

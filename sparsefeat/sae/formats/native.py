@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
-from sparsefeat.sae.formats.format import Format, Given, read_json, read_safetensors
+from sparsefeat.sae.files import read_json, shown, weights
+from sparsefeat.sae.formats.format import Format, Given
 from sparsefeat.whole import written_plainly
 
 NAME = "sparsefeat.sae"
@@ -35,19 +36,24 @@ def detect(folder: Path) -> bool:
 
 
 def read(folder: Path, given: Given | None = None) -> tuple[SAEConfig, dict[str, Tensor]]:
+    if not (folder / CONFIG).exists():
+        raise FileNotFoundError(
+            f"{folder / CONFIG} is missing beside {WEIGHTS} (or cfg.json, if they are EleutherAI sparsify's): copy it there"
+        )
     values = read_json(folder / CONFIG)
     name, version = values.pop("format", None), values.pop("format_version", None)
     if name != NAME:
-        raise ValueError(f"{folder / CONFIG} has format {name!r}: {NAME!r} was expected")
+        raise ValueError(f"{folder / CONFIG} has format {shown(name)}: {NAME!r} was expected")
     if version != VERSION:
         raise ValueError(
-            f"{folder / CONFIG} has format_version {version!r}, this sparsefeat reads {VERSION}: upgrade it"
+            f"{folder / CONFIG} has format_version {shown(version)}, this sparsefeat reads {VERSION}: upgrade it"
         )
     try:
         config = SAEConfig.from_json(values)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
-    return config, read_safetensors(folder / WEIGHTS, config.tensor_shapes())
+    with weights(folder / WEIGHTS) as held:
+        return config, held.take(config.tensor_shapes())
 
 
 def write(

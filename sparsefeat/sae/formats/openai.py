@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
+from sparsefeat.sae.files import Weights, names_in, shown, weights
 from sparsefeat.sae.formats.fold import cannot_express, encoder_bias
 from sparsefeat.sae.formats.foreign_config import config_of, whole_number
-from sparsefeat.sae.formats.format import Format, Given, check_tensors, read_torch
+from sparsefeat.sae.formats.format import Format, Given
 
 NAME, TITLE = "openai", "OpenAI sparse_autoencoder"
 WRITTEN = "autoencoder.pt"
@@ -36,13 +37,10 @@ STATISTICS = {
 
 
 def detect(place: Path) -> bool:
-    """By the names in the file's first record, which lists what is in it; nothing is unpickled."""
     path = _file(place)
     if not path.is_file() or path.suffix not in (".pt", ".pth") or path.name == "state_dict.pth":
         return False
-    with open(path, "rb") as file:
-        head = file.read(65536)
-    return all(name in head for name in (b"pre_bias", b"latent_bias", b"encoder.weight"))
+    return {"pre_bias", "latent_bias", "encoder.weight"} <= names_in(path)
 
 
 def _file(place: Path) -> Path:
@@ -50,15 +48,15 @@ def _file(place: Path) -> Path:
 
 
 def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
-    path = _file(place)
-    state = read_torch(path)
-    encoder = state.get("encoder.weight") if isinstance(state, Mapping) else None
-    if not isinstance(encoder, Tensor) or encoder.ndim != 2:
-        raise ValueError(f"{path} has no encoder.weight of two dimensions: it is no state dict of an autoencoder")
-    n, d = encoder.shape
+    with weights(_file(place)) as held:
+        return _read(given, held)
+
+
+def _read(given: Given, held: Weights) -> tuple[SAEConfig, dict[str, Tensor]]:
+    n, d = held.matrix("encoder.weight")
     shapes = {"pre_bias": (d,), "latent_bias": (n,), "encoder.weight": (n, d), "decoder.weight": (d, n)}
-    statistics = {name: ours for name, ours in STATISTICS.items() if name in state}
-    t = check_tensors(path, state, {**shapes, **dict.fromkeys(statistics, (n,))})
+    statistics = {name: ours for name, ours in STATISTICS.items() if name in held}
+    t = held.take({**shapes, **dict.fromkeys(statistics, (n,))})
     tensors = {
         "W_enc": t["encoder.weight"],
         "b_enc": t["latent_bias"],
@@ -67,9 +65,9 @@ def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
         "b_out": t["pre_bias"],
         **{f"statistic_{ours}": t[name] for name, ours in statistics.items()},
     }
-    activation, k = _activation(path, state)
+    activation, k = _activation(held.path, held)
     config = config_of(
-        path,
+        held.path,
         d_model=d,
         n_latents=n,
         activation=activation,
@@ -90,7 +88,7 @@ def _activation(path: Path, state: Mapping[str, Any]) -> tuple[str, int | None]:
         if after is not None:
             return after, whole_number(path, inside, "k")
     raise ValueError(
-        f"activation in {path} is {name!r} with state {inside!r}: ReLU, or TopK with its k and a postact_fn of ReLU or "
+        f"activation in {path} is {shown(name)} with state {shown(inside)}: ReLU, or TopK with its k and a postact_fn of ReLU or "
         "Identity, can be read"
     )
 

@@ -19,16 +19,16 @@ not by magnitude) and OMPSAE are refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
-from sparsefeat.sae.formats.format import Format, Given, check_tensors, mentions, read_torch
+from sparsefeat.sae.files import Weights, names_in, shown, weights
+from sparsefeat.sae.formats.fold import wide
+from sparsefeat.sae.formats.foreign_config import config_of
+from sparsefeat.sae.formats.format import Format, Given
 
 NAME, TITLE = "overcomplete", "overcomplete (state dict)"
 DICTIONARIES = ("dictionary._weights", "dictionary.Relax")
@@ -37,29 +37,27 @@ BATCH_NORM_EPS = 1e-5  # torch.nn.BatchNorm1d's
 
 
 def detect(place: Path) -> bool:
-    if not place.is_file():
-        return False
-    if place.suffix == ".safetensors":
-        try:
-            with safe_open(place, framework="pt") as file:
-                return any(name in file.keys() for name in DICTIONARIES)  # noqa: SIM118
-        except SafetensorError:
-            return False
-    return any(mentions(place, name) for name in (*DICTIONARIES, "overcomplete.sae"))
+    return place.is_file() and not names_in(place).isdisjoint(DICTIONARIES)
 
 
 def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
-    state = _state(place)
-    refused = next((key for key in state if key == "Q" or "_blocks." in key), None)
+    with weights(place) as held:
+        return _read(given, held)
+
+
+def _read(given: Given, held: Weights) -> tuple[SAEConfig, dict[str, Tensor]]:
+    place = held.path
+    refused = next((key for key in held if key == "Q" or "_blocks." in key), None)
     if refused is not None:
         raise ValueError(f"{place} has {refused}: only overcomplete's SAEs with a linear encoder can be read")
-    W_dec = _dictionary(place, state)
+    W_dec = _dictionary(held)
     n, d = W_dec.shape
-    W_enc, b_enc = _encoder(place, state, W_dec)
+    W_enc, b_enc = _encoder(held, W_dec)
     zeros = W_dec.new_zeros(d)
     tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_pre": zeros, "b_out": zeros}
-    if "thresholds" in state:
-        thresholds = check_tensors(place, state, {"thresholds": (n,)})["thresholds"].exp()
+    if "thresholds" in held:
+        stored = held.take({"thresholds": (n,)})["thresholds"]
+        thresholds = stored.to(wide(stored.dtype)).exp()
         # What reaches its threshold is active there, what exceeds it here: the number just below gives the same.
         tensors["threshold"] = torch.nextafter(thresholds, torch.zeros_like(thresholds))
         return SAEConfig(int(d), int(n), activation="jumprelu", normalizer="none"), tensors
@@ -68,71 +66,59 @@ def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
             f"{place} is a state dict of overcomplete, which does not hold k: pass the k of training, "
             f"load_sae(…, k=), or k={n} for an SAE without a selection"
         )
-    return SAEConfig(int(d), int(n), k=given.k, normalizer="none"), tensors
+    return config_of(place, d_model=int(d), n_latents=int(n), k=given.k, normalizer="none"), tensors
 
 
-def _state(place: Path) -> Mapping[str, Any]:
-    if place.suffix != ".safetensors":
-        state = read_torch(place)
-        if not isinstance(state, Mapping):
-            raise ValueError(f"{place} holds a {type(state).__name__}: a state dict was expected")
-        return state
-    try:
-        with safe_open(place, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{place} is damaged ({error}): copy or download it again") from None
-
-
-def _matrix(place: Path, state: Mapping[str, Any], name: str) -> Tensor:
-    tensor = state.get(name)
-    if not isinstance(tensor, Tensor) or tensor.ndim != 2:
-        raise ValueError(
-            f"{place} has no matrix {name} (it has {sorted(map(str, state))}): it was not written by overcomplete"
-        )
-    return check_tensors(place, state, {name: tuple(tensor.shape)})[name]
-
-
-def _dictionary(place: Path, state: Mapping[str, Any]) -> Tensor:
-    if "dictionary.Relax" in state:
-        relaxed = _matrix(place, state, "dictionary.Relax")
-        n, d = relaxed.shape
-        p = _matrix(place, state, "dictionary.W").shape[1]
-        t = check_tensors(place, state, {"dictionary.W": (n, p), "dictionary.C": (p, d)})
-        dictionary = t["dictionary.W"] @ t["dictionary.C"] + relaxed
+def _dictionary(held: Weights) -> Tensor:
+    if "dictionary.Relax" in held:
+        n, d = held.matrix("dictionary.Relax")
+        p = held.matrix("dictionary.W")[1]
+        t = held.take({"dictionary.Relax": (n, d), "dictionary.W": (n, p), "dictionary.C": (p, d)})
+        dtype = wide(t["dictionary.Relax"].dtype)
+        dictionary = t["dictionary.W"].to(dtype) @ t["dictionary.C"].to(dtype) + t["dictionary.Relax"].to(dtype)
     else:
-        dictionary = _matrix(place, state, "dictionary._weights")
-    if "dictionary.multiplier" in state:
-        dictionary = (
-            dictionary * check_tensors(place, state, {"dictionary.multiplier": ()})["dictionary.multiplier"].exp()
-        )
+        name = "dictionary._weights"
+        if held.shape(name) is None or len(held.shape(name) or ()) != 2:
+            raise ValueError(
+                f"{held.path} has no matrix {name} (it has {shown(sorted(held))}): it was not written by overcomplete"
+            )
+        dictionary = held.take({name: held.matrix(name)})[name]
+    if "dictionary.multiplier" in held:
+        factor = held.take({"dictionary.multiplier": ()})["dictionary.multiplier"].double().exp()
+        dtype = wide(dictionary.dtype)
+        dictionary = dictionary.to(dtype) * factor.to(dtype)
     return dictionary
 
 
-def _encoder(place: Path, state: Mapping[str, Any], dictionary: Tensor) -> tuple[Tensor, Tensor]:
+def _encoder(held: Weights, dictionary: Tensor) -> tuple[Tensor, Tensor]:
     n, d = dictionary.shape
-    if f"{LINEAR}.weight" in state:
-        t = check_tensors(place, state, {f"{LINEAR}.weight": (n, d), f"{LINEAR}.bias": (n,)})
+    if f"{LINEAR}.weight" in held:
+        t = held.take({f"{LINEAR}.weight": (n, d), f"{LINEAR}.bias": (n,)})
         weight, bias = t[f"{LINEAR}.weight"], t[f"{LINEAR}.bias"]
-        if f"{NORM}.weight" not in state:
+        if f"{NORM}.weight" not in held:
             return weight, bias
-        if f"{NORM}.running_var" not in state:
-            raise ValueError(f"{place} has a layer norm in its encoder: only a batch norm can be folded into one layer")
+        if f"{NORM}.running_var" not in held:
+            raise ValueError(
+                f"{held.path} has a layer norm in its encoder: only a batch norm can be folded into one layer"
+            )
         names = ("weight", "bias", "running_mean", "running_var")
-        norm = check_tensors(place, state, {f"{NORM}.{name}": (n,) for name in names})
+        norm = held.take({f"{NORM}.{name}": (n,) for name in names})
         gain, shift, mean, variance = (norm[f"{NORM}.{name}"].double() for name in names)
         factor = gain / (variance + BATCH_NORM_EPS).sqrt()
+        dtype = wide(weight.dtype)
         folded = (bias.double() - mean) * factor + shift
-        return (weight.double() * factor.unsqueeze(1)).to(weight.dtype), folded.to(bias.dtype)
-    if any(key.startswith("encoder.tied_to.") for key in state):
+        return weight.to(dtype) * factor.to(dtype).unsqueeze(1), folded.to(dtype)
+    tied = [key for key in held if key.startswith("encoder.tied_to.")]
+    if tied:
+        held.asked |= set(tied)  # the dictionary once more
         weight = dictionary
-    elif "encoder.weight" in state:
-        weight = check_tensors(place, state, {"encoder.weight": (n, d)})["encoder.weight"]
+    elif "encoder.weight" in held:
+        weight = held.take({"encoder.weight": (n, d)})["encoder.weight"]
     else:
-        raise ValueError(f"{place} has no encoder: overcomplete's pursuit SAEs cannot be read")
-    if "encoder.bias" not in state:
+        raise ValueError(f"{held.path} has no encoder: overcomplete's pursuit SAEs cannot be read")
+    if "encoder.bias" not in held:
         return weight, weight.new_zeros(n)
-    return weight, check_tensors(place, state, {"encoder.bias": (n,)})["encoder.bias"]
+    return weight, held.take({"encoder.bias": (n,)})["encoder.bias"]
 
 
 FORMAT = Format(NAME, TITLE, (), detect, read)

@@ -15,11 +15,12 @@
 |---|---|
 | apply_b_dec_to_input | b_dec is subtracted, after the normaliser; true where there is no such key, never in transcoders |
 | normalize_activations | none, layer_norm (standardize), constant_norm_rescale (constant_norm), or expected_average_only_in: one number for all rows, folded into the weights when training ends; until then it is `scaling_factor` in activation_scaler.json |
-| rescale_acts_by_decoder_norm | pre-activations are multiplied by the norms of the decoder's rows, which are divided out of them |
+| rescale_acts_by_decoder_norm | pre-activations are multiplied by the norms of the decoder's rows, which are divided out of them; false where there is no such key: versions before 6.13 had no such thing, later ones always write it |
 | metadata | model_name, hook_name, … |
 
 Before 6.0 all keys lay side by side, the hookpoint was `hook_point`, and TopK was a standard SAE with `activation_fn_str`
-"topk" and `activation_fn_kwargs` {"k": …}; `scaling_factor`, a tensor, multiplied the code on the way to the decoder.
+"topk" and `activation_fn_kwargs` {"k": …}; `scaling_factor`, from 3.0 on `finetuning_scaling_factor`, a tensor, multiplied
+the code on the way to the decoder.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig, is_hookpoint
-from sparsefeat.sae.formats.fold import AFFINE, cannot_express, encoder_bias
+from sparsefeat.sae.files import Described, Weights, read_json, shown, weights
+from sparsefeat.sae.formats.fold import AFFINE, cannot_express, encoder_bias, wide
 from sparsefeat.sae.formats.foreign_config import config_of, flag, whole_number
-from sparsefeat.sae.formats.format import Format, Given, read_json, read_safetensors
+from sparsefeat.sae.formats.format import Format, Given
 
 NAME, TITLE = "sae_lens", "SAELens"
 CONFIG, WEIGHTS, SPARSITY, SCALER = (
@@ -83,6 +84,37 @@ TRANSLATED = {
 }
 TRANSLATED |= {"rescale_acts_by_decoder_norm", "activation_fn", "activation_fn_str", "activation_fn_kwargs"}
 TRANSLATED |= {"dtype", "device", "model_name", "hook_point", "hook_name", "hf_hook_name", "finetuning_scaling_factor"}
+# What the scale of a finetuned SAE's code is called: before 3.0, and from then on to 5.
+SCALES = ("scaling_factor", "finetuning_scaling_factor")
+# Keys about training and data whose words do not show it; `reshape_activations` is of the hook, not of its rows.
+HARMLESS = frozenset(
+    [
+        "reshape_activations",
+        "model_from_pretrained_kwargs",
+        "model_class_name",
+        "seqpos_slice",
+        "expansion_factor",
+        "normalize_sae_decoder",
+        "jumprelu_bandwidth",
+        "use_sparse_activations",
+        "matryoshka_widths",
+        "autocast",
+        "autocast_lm",
+        "compile_llm",
+        "compile_sae",
+        "llm_compilation_mode",
+        "feature_reinit_scale",
+        "streaming",
+        "verbose",
+        "resume",
+        "hook_head_index",
+        "hook_head_index_out",
+        "use_cached_activations",
+        "disable_concat_sequences",
+        "sequence_separator_token",
+        "exclude_bos_from_loss",
+    ]
+)
 
 
 def detect(place: Path) -> bool:
@@ -93,22 +125,30 @@ def detect(place: Path) -> bool:
 
 
 def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
-    path, weights = place / CONFIG, place / WEIGHTS
-    values = _flattened(path)
+    path = place / CONFIG
+    values, only_said = _flattened(path)
+    with weights(place / WEIGHTS) as held:
+        config, tensors = _read(place, given, values, held)
+    values.check(HARMLESS | only_said)
+    return config, tensors
+
+
+def _read(place: Path, given: Given, values: Described, held: Weights) -> tuple[SAEConfig, dict[str, Tensor]]:
+    path = values.path
     architecture = values["architecture"]
     d, n = whole_number(path, values, "d_in"), whole_number(path, values, "d_sae")
     transcoder = "transcoder" in architecture
     if transcoder and values.get("d_out", d) != d:
-        raise ValueError(f"d_out in {path} is {values['d_out']!r} and d_in {d}: transcoders here keep the width")
+        raise ValueError(f"d_out in {path} is {shown(values['d_out'])} and d_in {d}: transcoders here keep the width")
     normalization = values["normalize_activations"]
     if str(normalization) not in NORMALIZERS or (transcoder and normalization != "none"):
         raise ValueError(
-            f"normalize_activations in {path} is {normalization!r}, which is not read for {architecture!r}: fold it into "
+            f"normalize_activations in {path} is {shown(normalization)}, which is not read for {architecture!r}: fold it into "
             "the weights with SAELens, or use one of none, layer_norm, constant_norm_rescale, expected_average_only_in"
         )
     subtracts = flag(path, values, "apply_b_dec_to_input", default=True) and not transcoder
     normalizer = NORMALIZERS[normalization]
-    statistics = (DENSITY,) if (place / SPARSITY).is_file() else ()
+    statistics = (DENSITY,) if (place / SPARSITY).exists() else ()
     activation = ACTIVATIONS[architecture]
     base_model = values.get("model_name")
     config = config_of(
@@ -127,25 +167,28 @@ def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
         base_model=base_model if isinstance(base_model, str) and base_model else None,
         metadata={"architecture": architecture, **_rest(values)},
     )
-    tensors = _tensors(path, weights, values, config)
+    tensors = _tensors(path, held, values, config)
     b_dec = tensors["b_out"]
     tensors["b_pre"] = b_dec if subtracts else torch.zeros_like(b_dec)
-    if flag(path, values, "rescale_acts_by_decoder_norm", default="batchtopk" in architecture):
+    if flag(path, values, "rescale_acts_by_decoder_norm"):
         _fold_decoder_norms(tensors)
     if normalization == "expected_average_only_in":
         _fold_scale(tensors, _scale(place))
     if statistics:
-        density = read_safetensors(place / SPARSITY, {"sparsity": (n,)})["sparsity"]
+        with weights(place / SPARSITY) as sparsity:
+            density = sparsity.take({"sparsity": (n,)})["sparsity"]
         # The trainer's own floor is log10(1e-10); files of before it had one have -inf for a dead latent.
         tensors[f"statistic_{DENSITY}"] = density.clamp(min=-10)
     return config, tensors
 
 
-def _flattened(path: Path) -> dict[str, Any]:
-    """cfg.json as before 6.0, all keys side by side, under the names of after 6.0."""
+def _flattened(path: Path) -> tuple[Described, frozenset[str]]:
+    """cfg.json as before 6.0, all keys side by side, under the names of after 6.0; and those of the metadata alone."""
     values = read_json(path)
     metadata = values.get("metadata")
-    values = {**(metadata if isinstance(metadata, dict) else {}), **values}
+    metadata = metadata if isinstance(metadata, dict) else {}
+    only_said = frozenset(metadata) - frozenset(values)
+    values = {**metadata, **values}
     values.setdefault("hook_name", values.get("hook_point"))
     function = values.get("activation_fn", values.get("activation_fn_str", "relu"))
     values.setdefault("architecture", "standard")
@@ -155,28 +198,30 @@ def _flattened(path: Path) -> dict[str, Any]:
         if isinstance(arguments, dict) and "k" in arguments:
             values["k"] = arguments["k"]
     elif function != "relu":
-        raise ValueError(f"the activation function in {path} is {function!r}: relu and topk are read")
+        raise ValueError(f"the activation function in {path} is {shown(function)}: relu and topk are read")
     if str(values["architecture"]) not in ACTIVATIONS:
         raise ValueError(
-            f"architecture in {path} is {values['architecture']!r}, which is no encoder, selection and decoder: one of "
+            f"architecture in {path} is {shown(values['architecture'])}, which is no encoder, selection and decoder: one of "
             f"{', '.join(ACTIVATIONS)} can be read"
         )
     normalization = values.get("normalize_activations")
     if normalization is None or isinstance(normalization, bool):
         normalization = "expected_average_only_in" if normalization else "none"
     values["normalize_activations"] = normalization
-    return values
+    read = Described(path, values)
+    read.asked |= TRANSLATED
+    return read, only_said
 
 
 def _hookpoint(values: Mapping[str, Any]) -> str | None:
     name = values.get("hf_hook_name") or values.get("hook_name")
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name or values.get("hook_head_index") is not None:  # one head's activations
         return None
     return name if is_hookpoint(name) else None
 
 
-def _rest(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in TRANSLATED and value is not None}
+def _rest(values: Described) -> dict[str, Any]:
+    return {name: value for name, value in values.plain.items() if name not in TRANSLATED and value is not None}
 
 
 def _k(path: Path, values: Mapping[str, Any], activation: str) -> int | None:
@@ -188,10 +233,9 @@ def _k(path: Path, values: Mapping[str, Any], activation: str) -> int | None:
     return whole_number(path, values, "k")
 
 
-def _tensors(path: Path, weights: Path, values: Mapping[str, Any], config: SAEConfig) -> dict[str, Tensor]:
+def _tensors(path: Path, held: Weights, values: Mapping[str, Any], config: SAEConfig) -> dict[str, Tensor]:
     """Everything but `b_pre` and statistics, as the file has it."""
     n, d, architecture = config.n_latents, config.d_model, values["architecture"]
-    present = _names(weights)
     shapes: dict[str, tuple[int, ...]] = {"W_enc": (d, n), "W_dec": (n, d), "b_dec": (d,)}
     if architecture == "gated":
         shapes |= {"b_gate": (n,), "b_mag": (n,), "r_mag": (n,)}
@@ -200,17 +244,24 @@ def _tensors(path: Path, weights: Path, values: Mapping[str, Any], config: SAECo
     if config.activation == "batch_topk":
         shapes["topk_threshold"] = ()
     elif config.activation == "jumprelu" and architecture != "gated":
-        shapes["log_threshold" if "log_threshold" in present and "threshold" not in present else "threshold"] = (n,)
+        shapes["log_threshold" if "log_threshold" in held.plain and "threshold" not in held.plain else "threshold"] = (
+            n,
+        )
     if config.skip:
         shapes["W_skip"] = (d, d)
-    if "scaling_factor" in present:
-        shapes["scaling_factor"] = (n,)
-    t = read_safetensors(weights, shapes)
+    scale = next((name for name in SCALES if name in held), None)
+    if scale is not None:
+        shapes[scale] = (n,)
+    elif flag(path, values, "finetuning_scaling_factor"):
+        raise ValueError(
+            f"finetuning_scaling_factor in {path} is true but {held.path} has none: copy the right file there"
+        )
+    t = held.take(shapes)
 
     tensors = {"W_enc": t["W_enc"].T.contiguous(), "W_dec": t["W_dec"], "b_out": t["b_dec"]}
     if architecture == "gated":
-        dtype, growth = _wide(t["W_enc"].dtype), t["r_mag"].double().exp()
-        tensors["W_enc"] = (growth.unsqueeze(1) * tensors["W_enc"].double()).to(dtype)
+        dtype, growth = wide(t["W_enc"].dtype), t["r_mag"].double().exp()
+        tensors["W_enc"] = tensors["W_enc"].to(dtype) * growth.to(dtype).unsqueeze(1)
         tensors["b_enc"] = t["b_mag"]
         tensors["threshold"] = (t["b_mag"].double() - growth * t["b_gate"].double()).to(dtype)
     else:
@@ -218,46 +269,34 @@ def _tensors(path: Path, weights: Path, values: Mapping[str, Any], config: SAECo
     if "topk_threshold" in t:
         tensors["threshold"] = t["topk_threshold"]
     elif "log_threshold" in t:
-        tensors["threshold"] = t["log_threshold"].double().exp().to(_wide(t["log_threshold"].dtype))
+        tensors["threshold"] = t["log_threshold"].double().exp().to(wide(t["log_threshold"].dtype))
     elif "threshold" in t:
         tensors["threshold"] = t["threshold"]
     if config.skip:
         tensors["W_skip"] = t["W_skip"]
-    if "scaling_factor" in t and not bool((t["scaling_factor"] == 1).all()):
-        if not flag(path, values, "finetuning_scaling_factor"):
+    finetuned = flag(path, values, "finetuning_scaling_factor")
+    if scale is not None and not bool((t[scale] == 1).all()):
+        if not finetuned:
             raise ValueError(
-                f"{weights} has a scaling_factor but finetuning_scaling_factor in {path} is not true: correct it"
+                f"{held.path} has a {scale} but finetuning_scaling_factor in {path} is not true: correct it"
             )
-        tensors["W_dec"] = tensors["W_dec"].to(_wide(t["W_dec"].dtype)) * t["scaling_factor"].unsqueeze(1)
+        dtype = wide(t["W_dec"].dtype)
+        tensors["W_dec"] = tensors["W_dec"].to(dtype) * t[scale].to(dtype).unsqueeze(1)
     return tensors
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What folding gives: of weights in half precision it is rounded once, to single, not to half again."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _names(weights: Path) -> set[str]:
-    try:
-        with safe_open(weights, framework="pt") as file:
-            return set(file.keys())
-    except (OSError, SafetensorError):
-        return set()  # read_safetensors says what is wrong with it
 
 
 def _fold_decoder_norms(tensors: dict[str, Tensor]) -> None:
     """`(W_enc x + b_enc) |w_dec|` and `w_dec / |w_dec|`: thresholds and k are of these products."""
-    norms = tensors["W_dec"].double().norm(dim=1)
+    norms = torch.linalg.vector_norm(tensors["W_dec"], dim=1, dtype=torch.float64)
     for name, factor in (("W_enc", norms), ("b_enc", norms), ("W_dec", 1 / norms.clamp(min=1e-8))):
-        tensor = tensors[name]
-        factor = factor.unsqueeze(1) if tensor.ndim == 2 else factor
-        tensors[name] = (tensor.double() * factor).to(_wide(tensor.dtype))
+        tensor = tensors[name].to(wide(tensors[name].dtype))
+        tensors[name] = tensor * factor.to(tensor.dtype).view(-1, *[1] * (tensor.ndim - 1))
 
 
 def _fold_scale(tensors: dict[str, Tensor], scale: float) -> None:
     """The SAE of `scale x`, as one of `x`."""
     for name, factor in (("W_enc", scale), ("W_dec", 1 / scale), ("b_pre", 1 / scale), ("b_out", 1 / scale)):
-        tensors[name] = tensors[name].to(_wide(tensors[name].dtype)) * factor
+        tensors[name] = tensors[name].to(wide(tensors[name].dtype)) * factor
 
 
 def _scale(place: Path) -> float:
@@ -269,7 +308,7 @@ def _scale(place: Path) -> float:
         )
     scale = read_json(path).get("scaling_factor")
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
-        raise ValueError(f"scaling_factor in {path} is {scale!r}: a positive number was expected")
+        raise ValueError(f"scaling_factor in {path} is {shown(scale)}: a positive number was expected")
     return float(scale)
 
 

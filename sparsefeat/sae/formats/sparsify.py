@@ -30,14 +30,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
+from sparsefeat.sae.files import Described, Weights, described, read_json, shown, weights
 from sparsefeat.sae.formats.fold import cannot_express, encoder_bias
-from sparsefeat.sae.formats.foreign_config import config_of, flag, whole_number
-from sparsefeat.sae.formats.format import Format, Given, read_json, read_safetensors
+from sparsefeat.sae.formats.folder_names import hookpoint_called
+from sparsefeat.sae.formats.foreign_config import config_of, flag, k_of, whole_number
+from sparsefeat.sae.formats.format import Format, Given
 
 NAME, TITLE = "sparsify", "EleutherAI sparsify, SAeUron"
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
@@ -45,6 +46,8 @@ CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 # What the SAEConfig says in its own words; the rest of cfg.json is kept as metadata.
 TRANSLATED = {"d_in", "num_latents", "k", "activation", "transcode", "skip_connection", "signed", "batch_topk"}
 TRANSLATED |= {"input_unit_norm"}
+# How the SAE was trained: its weights mean the same either way.
+HARMLESS = frozenset({"normalize_decoder", "multi_topk", "sample_topk", "expansion_factor"})
 
 
 def detect(place: Path) -> bool:
@@ -55,8 +58,12 @@ def detect(place: Path) -> bool:
 
 
 def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
-    path, weights = place / CONFIG, place / WEIGHTS
-    values = read_json(path)
+    with described(place / CONFIG, HARMLESS) as values, weights(place / WEIGHTS) as held:
+        return _read(place, given, values, held)
+
+
+def _read(place: Path, given: Given, values: Described, held: Weights) -> tuple[SAEConfig, dict[str, Tensor]]:
+    path = values.path
     d = whole_number(path, values, "d_in")
     n = whole_number(path, values, "num_latents", at_least=0) if "num_latents" in values else 0
     n = n or d * whole_number(path, values, "expansion_factor")
@@ -68,21 +75,21 @@ def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
         d_model=d,
         n_latents=n,
         activation=_activation(path, values),
-        k=whole_number(path, values, "k") if given.k is None else given.k,
+        k=k_of(path, values, given.k),
         normalizer="standardize" if standardized else "none" if transcode else "b_pre",
         transcoder=transcode,
         skip=skip,
         hookpoint=hookpoint,
         base_model=base_model,
-        metadata={name: value for name, value in values.items() if name not in TRANSLATED},
+        metadata={name: value for name, value in values.plain.items() if name not in TRANSLATED},
     )
     shapes = {"encoder.weight": (n, d), "encoder.bias": (n,), "W_dec": (n, d), "b_dec": (d,)}
     if skip:
         shapes["W_skip"] = (d, d)
-    t = read_safetensors(weights, shapes)
-    if not skip and _holds(weights, "W_skip"):
+    t = held.take(shapes)
+    if not skip and "W_skip" in held:
         raise ValueError(
-            f"{weights} has a W_skip but skip_connection in {path} is not true: correct the one or the other"
+            f"{held.path} has a W_skip but skip_connection in {path} is not true: correct the one or the other"
         )
     tensors = {
         "W_enc": t["encoder.weight"],
@@ -101,7 +108,7 @@ def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
 def _activation(path: Path, values: Mapping[str, Any]) -> str:
     activation = values.get("activation", "topk")
     if activation not in ("topk", "groupmax"):
-        raise ValueError(f"activation in {path} is {activation!r}: topk and groupmax are what sparsify has")
+        raise ValueError(f"activation in {path} is {shown(activation)}: topk and groupmax are what sparsify has")
     signed, batch = flag(path, values, "signed"), flag(path, values, "batch_topk")
     if (signed or batch) and (activation == "groupmax" or (signed and batch)):
         raise ValueError(f"{path} asks for {activation!r}, signed {signed} and batch_topk {batch}: only one may be")
@@ -116,15 +123,9 @@ def _where(place: Path) -> tuple[str | None, str | None]:
     run = folder.parent / "config.json"
     model = None
     if run.is_file():
-        with contextlib.suppress(ValueError):  # somebody else's file
+        with contextlib.suppress(ValueError, OSError):  # somebody else's file
             model = read_json(run).get("model")
-    is_module = re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", folder.name) is not None
-    return folder.name if is_module else None, model if isinstance(model, str) and model else None
-
-
-def _holds(path: Path, name: str) -> bool:
-    with safe_open(path, framework="pt") as file:
-        return name in set(file.keys())
+    return hookpoint_called(folder.name), model if isinstance(model, str) and model else None
 
 
 def write(folder: Path, config: SAEConfig, tensors: Mapping[str, Tensor]) -> None:

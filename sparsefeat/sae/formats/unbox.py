@@ -31,9 +31,10 @@ import torch
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
+from sparsefeat.sae.files import Described, Weights, described, read_json, weights
 from sparsefeat.sae.formats.fold import cannot_express, check_affine, encoder_bias
-from sparsefeat.sae.formats.foreign_config import config_of, whole_number
-from sparsefeat.sae.formats.format import Format, Given, check_tensors, read_json, read_torch
+from sparsefeat.sae.formats.foreign_config import config_of, k_of, whole_number
+from sparsefeat.sae.formats.format import Format, Given
 
 NAME, TITLE = "unbox", "sdxl-unbox, Concept Steerers, ItD"
 CONFIG, WEIGHTS = "config.json", "state_dict.pth"
@@ -50,10 +51,14 @@ def detect(place: Path) -> bool:
 
 
 def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
-    path = place / CONFIG
-    values = read_json(path)
+    with described(place / CONFIG) as values, weights(place / WEIGHTS, inside="state_dict") as held:
+        return _read(place, given, values, held)
+
+
+def _read(place: Path, given: Given, values: Described, held: Weights) -> tuple[SAEConfig, dict[str, Tensor]]:
+    path = values.path
     n, d = whole_number(path, values, "n_dirs_local"), whole_number(path, values, "d_model")
-    statistics = {file: name for file, name in STATISTICS.items() if (place / file).is_file()}
+    statistics = {file: name for file, name in STATISTICS.items() if (place / file).exists()}
     metadata = {name: values[name] for name in TRAINING if values.get(name) is not None}
     if "auxk_coef" in values:
         metadata["trained_against"] = "x - b_pre"
@@ -62,16 +67,13 @@ def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
         d_model=d,
         n_latents=n,
         activation="topk",
-        k=whole_number(path, values, "k") if given.k is None else given.k,
+        k=k_of(path, values, given.k),
         statistics=tuple(statistics.values()),
         hookpoint=_hookpoint(place),
         metadata=metadata,
     )
-    state = read_torch(place / WEIGHTS)
-    if isinstance(state, Mapping) and "state_dict" in state:
-        state = state["state_dict"]
     shapes = {"encoder.weight": (n, d), "decoder.weight": (d, n), "pre_bias": (d,), "latent_bias": (n,)}
-    t = check_tensors(place / WEIGHTS, state, shapes)
+    t = held.take(shapes)
     tensors = {
         "W_enc": t["encoder.weight"],
         "b_enc": t["latent_bias"],
@@ -80,9 +82,9 @@ def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
         "b_out": t["pre_bias"],
     }
     for file, name in statistics.items():
-        stored = check_tensors(place / file, {file: read_torch(place / file)}, {file: (n,)})
-        # A latent that was never active has no mean.
-        tensors[f"statistic_{name}"] = stored[file].nan_to_num(nan=0.0)
+        with weights(place / file, alone=file) as statistic:
+            # A latent that was never active has no mean.
+            tensors[f"statistic_{name}"] = statistic.take({file: (n,)})[file].nan_to_num(nan=0.0)
     return config, tensors
 
 

@@ -65,7 +65,7 @@ def test_without_a_config_k_is_asked_for_and_the_bound_is_the_programs_own(tmp_p
     [
         ({"W_dec": None}, r"has no matrix W_dec"),
         ({"b_post": None}, r"lacks \['b_post'\]"),
-        ({"W_enc": torch.zeros(24, 10)}, r"W_enc .* shape \[24, 10\], the config says \[10, 24\]"),
+        ({"W_enc": torch.zeros(24, 10)}, r"W_enc .* shape \[24, 10\], \[10, 24\] was expected"),
         ({"whitening_matrix": torch.ones(10, 10)}, r"not orthonormal \(off by 10\)"),
         ({"whitening_matrix": torch.full((10, 10), torch.nan)}, r"not orthonormal"),
         ({"W_enc": torch.full((10, 24), torch.nan)}, r"W_enc .* NaN or Inf"),
@@ -89,7 +89,7 @@ def test_a_file_cut_short_is_refused(tmp_path):
     place = copied(FIXTURE["pca"], tmp_path)
     path = place / "fae.safetensors"
     path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(ValueError, match=r"fae\.safetensors is damaged .*convert the checkpoint again"):
+    with pytest.raises(ValueError, match=r"fae\.safetensors is cut short .*download it again"):
         load_sae(place)
 
 

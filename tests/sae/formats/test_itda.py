@@ -74,7 +74,7 @@ class Malicious:
         ("atom_indices.pt", torch.zeros(23, 2, dtype=torch.long), r"whole numbers of shape \[24, 2\]"),
         ("metadata.yaml", "!!python/object/apply:os.system ['true']", "not plain YAML"),
         ("metadata.yaml", "[1, 2]", "holds a list"),
-        ("metadata.yaml", "k: many", "k is 'many': pass a whole number"),
+        ("metadata.yaml", "k: many", r"k in .* is 'many': a whole number"),
     ],
 )
 def test_a_wrong_file_is_refused_in_one_sentence(tmp_path, file, content, words):

@@ -110,10 +110,10 @@ def test_k_of_the_caller_takes_the_place_of_the_files():
     ("case", "changes", "words"),
     [
         ("topk", {"W_dec": None}, r"lacks \['W_dec'\]"),
-        ("topk", {"W_dec": torch.zeros(12, 24)}, r"W_dec .* shape \[12, 24\], the config says \[24, 12\]"),
+        ("topk", {"W_dec": torch.zeros(12, 24)}, r"W_dec .* shape \[12, 24\], \[24, 12\] was expected"),
         ("topk", {"encoder__weight": torch.zeros(12, 24)}, r"encoder\.weight .* shape \[12, 24\]"),
         ("topk", {"b_dec": torch.full((12,), torch.nan)}, r"b_pre .* NaN or Inf"),
-        ("topk", {"encoder__bias": torch.zeros(24, dtype=torch.int32)}, r"encoder\.bias .* dtype I32"),
+        ("topk", {"encoder__bias": torch.zeros(24, dtype=torch.int32)}, r"encoder\.bias .* torch\.int32"),
         ("skip", {"W_skip": None}, r"lacks \['W_skip'\]"),
         ("topk", {"W_skip": torch.zeros(12, 12)}, r"W_skip but skip_connection .* is not true"),
     ],
@@ -129,7 +129,7 @@ def test_wrong_weights_are_refused_in_one_sentence(tmp_path, case, changes, word
     ("changes", "words"),
     [
         ({"d_in": None}, r"cfg\.json lacks 'd_in'"),
-        ({"d_in": 13}, r"shape \[24, 12\], the config says \[26, 13\]"),
+        ({"d_in": 13}, r"shape \[24, 12\], \[26, 13\] was expected"),
         ({"d_in": "12"}, r"d_in in .* is '12': a whole number"),
         ({"k": None}, r"cfg\.json lacks 'k'"),
         ({"k": 99}, r"cfg\.json: k is 99 but n_latents is 24"),
