@@ -23,6 +23,7 @@ import torch
 from sparsefeat_kernels import attention_map_
 from torch import Tensor
 
+from sparsefeat.arguments import number
 from sparsefeat.attention.heat_map import HeatMap, resize
 from sparsefeat.attention.words import Token, encoded_text, token_indices, tokens_of
 from sparsefeat.pipeline import AttentionCall, Call, Context, Instrument
@@ -164,6 +165,8 @@ class HeatMaps(Instrument):
         an image whose prompt does not have the word, among several prompts.
         """
         self._is_mask = True
+        if threshold is not None:
+            number("threshold", threshold)
         return WordMask(self, word, threshold, occurrence)
 
     def _word_masks(self, context: Context, mask: WordMask) -> Tensor:

@@ -11,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsefeat.arguments import number
+
 
 @dataclass(frozen=True)
 class HeatMap:
@@ -35,13 +37,14 @@ class HeatMap:
 
     def mask(self, threshold: float = 0.4, size: tuple[int, int] | None = None) -> Tensor:
         """Bool [height, width]: where the scaled map exceeds `threshold` (0.4 is DAAM's for its segmentation)."""
-        return self.scaled(size) > threshold
+        return self.scaled(size) > number("threshold", threshold)
 
     def overlay(self, image: Image.Image, strength: float = 0.5, colors: str = "turbo") -> Image.Image:
         """`image` with the map laid over it in the colours of a matplotlib colour map."""
         scaled = self.scaled((image.height, image.width)).cpu().numpy()
         painted = matplotlib.colormaps[colors](scaled)[..., :3]
         base = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
+        number("strength", strength, 0, 1)
         mixed = (1 - strength) * base + strength * painted
         return Image.fromarray((mixed.clip(0, 1) * 255).round().astype(np.uint8))
 

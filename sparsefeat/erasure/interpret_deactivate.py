@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sparsefeat.arguments import number, whole
 from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
 from sparsefeat.features.prompts import OwnTokens, layer_outputs_and_tokens, own_tokens
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Replace
@@ -70,7 +71,8 @@ class InterpretThenDeactivate(SavableInstrument):
         self.sae = reconstructing(sae)
         self.latents = torch.as_tensor(latents, dtype=torch.int64).unique()
         sae.directions(self.latents)  # names a latent that does not exist
-        self.strength, self.tau, self.gate_reduce = float(strength), tau, gate_reduce
+        self.strength, self.gate_reduce = number("strength", strength), gate_reduce
+        self.tau = None if tau is None else number("tau", tau)
         self.at = hookpoint_of(sae, at)
         self._own: list[OwnTokens] | None = None
         self._images_per_prompt = 1
@@ -114,8 +116,10 @@ class InterpretThenDeactivate(SavableInstrument):
             )
         for name in set(call) - set(inspect.signature(type(pipe).__call__).parameters):
             raise TypeError(f"{name}={call[name]!r} is no argument of fit, nor of this {type(pipe).__name__}'s call.")
-        if not 1 <= top_m <= sae.n_latents:
-            raise ValueError(f"top_m={top_m} must be from 1 to the SAE's {sae.n_latents} latents.")
+        whole("top_m", top_m, 1, sae.n_latents)
+        number("strength", strength)
+        if gate_strength is not None:
+            number("gate_strength", gate_strength)
         where = hookpoint_of(sae, at)
         chosen = torch.zeros(sae.n_latents, dtype=torch.bool)
         for prompts, value in ((erase, True), (remain, False)):

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sparsefeat.arguments import finite, number, whole
 from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
 from sparsefeat.features.scores import normalized_mean_difference, strictly_above_quantile
 from sparsefeat.features.statistics import OUTSIDE_SCHEDULE, Statistics, collect_statistics
@@ -89,6 +90,7 @@ def select(
         gamma: factor of the edit.
         magnitude: "mean": z' = gamma mu z, the paper's. "scale": z' = gamma z.
     """
+    number("gamma", gamma)
     target = statistics.mean(concept, timestep)
     scores = normalized_mean_difference(target, statistics.mean(statistics.others(concept), timestep))
     if n_latents is None:
@@ -99,6 +101,16 @@ def select(
     mean_of_concepts = torch.stack([statistics.mean(c, timestep)[latents] for c in statistics.concepts]).mean(0)
     factor = gamma * target[latents] if magnitude == "mean" else torch.full((len(latents),), gamma, dtype=torch.float64)
     return Selection(latents, factor.float(), mean_of_concepts.float())
+
+
+def _check_choice(sae: SAE, percentile: float, n_latents: int | None, gamma: float, magnitude: str) -> None:
+    """What `select` is told, before anything is drawn for it."""
+    number("percentile", percentile, 0, 100)
+    number("gamma", gamma)
+    if n_latents is not None:
+        whole("n_latents", n_latents, 1, sae.n_latents)
+    if magnitude not in ("mean", "scale"):
+        raise ValueError(f'magnitude={magnitude!r} is not known; use "mean" (gamma mu z) or "scale" (gamma z).')
 
 
 @register("sparsefeat.erasure:Erase")
@@ -132,6 +144,9 @@ class Erase(SavableInstrument):
         if not selections:
             raise ValueError("selections={} is empty; give one for at least one timestep.")
         for timestep, selection in selections.items():
+            number("timestep", timestep)
+            finite(f"selections[{timestep}].factor", selection.factor)
+            finite(f"selections[{timestep}].threshold", selection.threshold)
             latents = selection.latents
             if len(latents) and not 0 <= int(latents.min()) <= int(latents.max()) < sae.n_latents:
                 raise ValueError(
@@ -183,10 +198,7 @@ class Erase(SavableInstrument):
                 f"concept={concept!r} must be one or more of several concepts: {', '.join(statistics.concepts)}; "
                 "a score compares a concept with others, so collect prompts without it too."
             )
-        if magnitude not in ("mean", "scale"):
-            raise ValueError(f'magnitude={magnitude!r} is not known; use "mean" (gamma mu z) or "scale" (gamma z).')
-        if n_latents is not None and n_latents < 1:
-            raise ValueError(f"n_latents={n_latents} must be at least 1, or None to select by percentile.")
+        _check_choice(sae, percentile, n_latents, gamma, magnitude)
         if not statistics.timesteps:
             raise ValueError(
                 "the statistics are empty; collect some first, with CollectStatistics or collect_statistics."
@@ -241,6 +253,15 @@ class Erase(SavableInstrument):
 
         The statistics can be kept and used for several targets: `collect_statistics`, then `Erase.from_statistics`.
         """
+        # All that can be refused is refused before the minutes of drawing.
+        for one in (target,) if isinstance(target, str) else target:
+            if one not in prompts or len(prompts) < 2:
+                raise ValueError(
+                    f"target={one!r} must be a key of prompts={list(prompts)}, which need at least one other concept."
+                )
+        _check_choice(sae, percentile, n_latents, gamma, magnitude)
+        nothing = Selection(torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0))
+        cls(sae, {0.0: nothing}, error=error, condition=condition, steps=steps, at=at)
         statistics = collect_statistics(pipe, sae, prompts, at=at, batch_size=batch_size, seed=seed, **call)
         return cls.from_statistics(
             sae,

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
+
+from torch import Tensor
+
+from sparsefeat.arguments import finite
 from sparsefeat.pipeline import Activations, Hookpoint
 from sparsefeat.sae import SAE
+
+# SAEs whose weights were found to be finite, and which weights those were.
+_FINITE: weakref.WeakKeyDictionary[SAE, list[tuple[int, int]]] = weakref.WeakKeyDictionary()
 
 
 def hookpoint_of(sae: SAE, at: str | Hookpoint | None) -> Hookpoint:
     """`at`, or where the SAE says that it belongs.
 
-    Refuses what is no SAE, such as the name of one, and an SAE whose codes would depend on what else is in the batch (BatchTopK in training mode).
+    Refuses what is no SAE, such as the name of one, an SAE with NaN or infinity in its weights, and one whose codes would depend on what else is in the batch (BatchTopK in training mode).
     """
     if not isinstance(sae, SAE):
         raise TypeError(f"sae is {sae!r}, not an SAE; open it first, sparsefeat.load_sae({str(sae)!r})."[:400])
@@ -17,6 +25,7 @@ def hookpoint_of(sae: SAE, at: str | Hookpoint | None) -> Hookpoint:
         raise ValueError(
             "sae is in training mode, where BatchTopK shares its k among all rows of a batch; call sae.eval() first."
         )
+    check_weights(sae)
     where = at if at is not None else sae.config.hookpoint
     if where is None:
         raise ValueError(
@@ -40,6 +49,21 @@ def beside(sae: SAE, activations: Activations) -> SAE:
 
     The SAE is no part of the pipeline, whose own moves leave it where it is.
     """
+    check_weights(sae)
     if sae.device != activations.tensor.device:
         sae.to(activations.tensor.device)
     return sae
+
+
+def check_weights(sae: SAE) -> None:
+    """Refuse NaN and infinity in the weights: looked at once (two passes over the memory), and again when they changed."""
+    weights = dict(sae.named_parameters(recurse=False))
+    seen = [_state(weight) for weight in weights.values()]
+    if _FINITE.get(sae) != seen:
+        for name, weight in weights.items():
+            finite(f"sae.{name}", weight)
+        _FINITE[sae] = seen
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    return weight.data_ptr(), -1 if weight.is_inference() else weight._version

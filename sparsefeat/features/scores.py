@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsefeat.arguments import finite, number
+
 
 def normalized_mean_difference(target: Tensor, others: Tensor, eps: float = 1e-8) -> Tensor:
     """SAeUron's score (arXiv 2501.18052, section 4.1): s_i = mu_i / (sum mu + eps) - mu'_i / (sum mu' + eps).
@@ -13,7 +15,8 @@ def normalized_mean_difference(target: Tensor, others: Tensor, eps: float = 1e-8
         target, others: [..., n_latents] mean activations over *all* positions (zeros included) with and without the
             concept. The result sums to 0 over the latents; it is positive where the latent's share is larger with it.
     """
-    target, others = target.double(), others.double()
+    target, others = finite("target", target).double(), finite("others", others).double()
+    number("eps", eps, 0)
     share = target / (target.sum(-1, keepdim=True) + eps)
     return share - others / (others.sum(-1, keepdim=True) + eps)
 
@@ -23,8 +26,7 @@ def strictly_above_quantile(scores: Tensor, percentile: float) -> Tensor:
 
     With 20,480 distinct scores the 99.999th percentile leaves 1, the 99.995th 2, the 99.99th 3.
     """
-    if not 0 <= percentile <= 100:
-        raise ValueError(f"percentile={percentile} must lie in [0, 100]; SAeUron uses 99.99 to 99.999.")
+    number("percentile", percentile, 0, 100)
     # Not torch.quantile: it refuses more than 2**24 values, and SAEs may grow.
     ordered = scores.double().sort().values
     position = percentile / 100 * (len(ordered) - 1)
@@ -40,8 +42,8 @@ def area_under_curve(positive: Tensor, negative: Tensor) -> float:
         raise ValueError(
             f"the area needs both kinds of examples; got {len(positive)} positive, {len(negative)} negative."
         )
-    ordered = negative.double().sort().values
-    positive = positive.double().contiguous()
+    ordered = finite("negative", negative).double().sort().values
+    positive = finite("positive", positive).double().contiguous()
     below = torch.searchsorted(ordered, positive, right=False)
     not_above = torch.searchsorted(ordered, positive, right=True)
     return float((below + not_above).double().mean() / (2 * len(negative)))

@@ -13,6 +13,7 @@ import torch
 from sparsefeat_kernels import SparseCode, feature_stats_
 from torch import Tensor
 
+from sparsefeat.arguments import finite, number
 from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.features.folders import read_folder, write_folder
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument, attach
@@ -83,7 +84,7 @@ class Statistics:
 
     def reserve(self, timesteps: Iterable[float]) -> None:
         """Make room for these timesteps, saying first how much it takes."""
-        new = [t for t in dict.fromkeys(float(t) for t in timesteps) if t not in self._blocks]
+        new = [t for t in dict.fromkeys(number("timestep", t) for t in timesteps) if t not in self._blocks]
         if not new:
             return
         if self.footprint(len(new)) >= SAID_FROM_BYTES:
@@ -140,7 +141,8 @@ class Statistics:
             raise ValueError(
                 "these statistics are empty; collect some first, with CollectStatistics or collect_statistics."
             )
-        return min(self.timesteps, key=lambda t: (abs(t - timestep), t))
+        wanted = number("timestep", timestep)
+        return min(self.timesteps, key=lambda t: (abs(t - wanted), t))
 
     def others(self, *concepts: str) -> tuple[str, ...]:
         """All concepts but these."""
@@ -149,9 +151,10 @@ class Statistics:
 
     def total(self, concepts: Concepts, timestep: float | None = None) -> Tensor:
         """fp64 [n_latents]: sum of the activations over the rows of these concepts, at one timestep or all."""
-        return sum(
+        total = sum(
             (block.total[places].double().sum(0) for block, places in self._pooled(concepts, timestep)), self._zeros()
         )
+        return finite("the statistics' total", total)
 
     def count(self, concepts: Concepts, timestep: float | None = None) -> Tensor:
         """fp64 [n_latents]: number of rows in which the latent was active."""

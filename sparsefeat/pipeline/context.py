@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sparsefeat.arguments import finite_in
 from sparsefeat.pipeline.hookpoints import Hookpoint
 
 
@@ -63,6 +64,8 @@ class Call:
     @classmethod
     def of(cls, pipe: Any, arguments: Mapping[str, Any]) -> Call:
         """What the arguments of `pipe(...)` say. `arguments` are bound to their names, defaults applied."""
+        for name, value in arguments.items():
+            finite_in(name, value)
         prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
         if isinstance(prompt, (str, dict)):
             prompt = [prompt]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsefeat.arguments import number
 from sparsefeat.pipeline import Context, Hookpoint
 from sparsefeat.sae import SAE
 from sparsefeat.steering import Steer
@@ -66,4 +67,4 @@ def steer(
     """
     where = at or sae.config.hookpoint or HOOKPOINT
     mask = None if rectangle is None else Rectangle(*rectangle)
-    return Steer(sae, add={latent: strength}, mask=mask, steps=list(steps), at=where)
+    return Steer(sae, add={latent: number("strength", strength)}, mask=mask, steps=list(steps), at=where)

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsefeat.arguments import image_map, number
 from sparsefeat.evaluation.splice import Splice
 from sparsefeat.sae import SAE, load_sae
 from sparsefeat.steering import FeatureTransport, Overwrite, Steer
-from sparsefeat.steering.where import Steps, check_map
+from sparsefeat.steering.where import Steps
 
 BASE_MODEL = "stabilityai/sdxl-turbo"
 
@@ -58,13 +59,13 @@ def paint(
     mask: [H, W] over the image, averaged over each cell of the grid. strength: -40 to 40 in the app.
     guidance: "both" or "cond", see `GUIDANCE`. steps: as in `Steer`.
     """
-    amount = strength * mean_activation(sae, latent)
-    return Steer(sae, add_map={latent: check_map("mask", mask) * amount}, condition=_condition(guidance), steps=steps)
+    amount = number("strength", strength) * mean_activation(sae, latent)
+    return Steer(sae, add_map={latent: image_map("mask", mask) * amount}, condition=_condition(guidance), steps=steps)
 
 
 def add(sae: SAE, latent: int, value: float, *, guidance: str = "both", steps: Steps = None) -> Steer:
     """`value` of the latent's direction at every position."""
-    return Steer(sae, add={latent: value}, condition=_condition(guidance), steps=steps)
+    return Steer(sae, add={latent: number("value", value)}, condition=_condition(guidance), steps=steps)
 
 
 def icon(sae: SAE, latent: int, value: float | None = None) -> Overwrite:
@@ -74,7 +75,7 @@ def icon(sae: SAE, latent: int, value: float | None = None) -> Overwrite:
     """
     if value is None:
         value = mean_activation(sae, latent) * (sae.config.k or 1)
-    return Overwrite(sae, {latent: value}, condition="cond")
+    return Overwrite(sae, {latent: number("value", value)}, condition="cond")
 
 
 def ablate(sae: SAE) -> Overwrite:

@@ -8,6 +8,7 @@ import torch
 from sparsefeat_kernels import SparseCode, sparse_edit_delta
 from torch import Tensor
 
+from sparsefeat.arguments import finite
 from sparsefeat.pipeline import Activations
 from sparsefeat.sae import SAE
 
@@ -26,6 +27,13 @@ class CodeRule:
     low: Tensor
     high: Tensor
     gate: Tensor
+
+    def __post_init__(self) -> None:
+        if self.gain.device.type == "cpu":  # where rules are made; moving one to a GPU must not wait for it
+            for name in ("gain", "offset"):
+                finite(name, getattr(self, name))
+            for name in ("low", "high", "gate"):  # infinite where there is no bound
+                finite(name, getattr(self, name).nan_to_num(nan=torch.nan, posinf=0.0, neginf=0.0))
 
     @classmethod
     def build(cls, rules: dict[int, dict[str, float]]) -> CodeRule:

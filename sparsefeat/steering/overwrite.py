@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 
+from sparsefeat.arguments import number
 from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.pipeline import Activations, Context, Hookpoint, Instrument, Replace
 from sparsefeat.sae import SAE
@@ -34,10 +34,8 @@ class Overwrite(Instrument):
         steps: Steps = None,
         at: str | Hookpoint | None = None,
     ):
-        for latent, amount in amounts.items():
-            if not math.isfinite(amount):
-                raise ValueError(f"amounts[{latent}]={amount!r} must be a finite number.")
-        self.sae, self.amounts = sae, dict(amounts)
+        self.sae = sae
+        self.amounts = {latent: number(f"amounts[{latent}]", amount) for latent, amount in amounts.items()}
         sae.directions(list(amounts))  # names a latent that does not exist
         self.condition = check_condition(condition)
         self.window = StepWindow.parse(steps)

@@ -10,13 +10,13 @@ The conditional prompt's layer output gets + v(p), the unconditional one's - v(p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsefeat.arguments import number
 from sparsefeat.features.attached import hookpoint_of
 from sparsefeat.features.prompts import layer_outputs, tokenizer_of
 from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint, Instrument
@@ -53,9 +53,7 @@ class PromptVector(Instrument):
     ):
         if not isinstance(concept, str) or not concept.strip():
             raise ValueError(f"concept={concept!r} must be the text of a prompt, as in concept='a fox'.")
-        if not math.isfinite(strength):
-            raise ValueError(f"strength={strength!r} must be a finite number.")
-        self.concept, self.strength = concept, float(strength)
+        self.concept, self.strength = concept, number("strength", strength)
         places: Sequence[str | Hookpoint | None] = (at,) if at is None or isinstance(at, (str, Hookpoint)) else at
         self.at = tuple(hookpoint_of(sae, place) for place in places)
         self.condition = check_condition(condition)

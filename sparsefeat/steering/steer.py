@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsefeat.arguments import image_map, number
 from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
 from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint
 from sparsefeat.sae import SAE
@@ -21,7 +22,6 @@ from sparsefeat.steering.where import (
     Steps,
     StepWindow,
     check_condition,
-    check_map,
     condition_signs,
     map_of_rows,
     mask_of_rows,
@@ -76,13 +76,13 @@ class Steer(SavableInstrument):
         if not any(edits.values()):
             raise ValueError("this Steer edits nothing; give at least one latent, as in add={12: 8.0}.")
         self.sae = sae
-        self.add = {i: _number("add", i, amount) for i, amount in add.items()}
-        self.add_map = {i: check_map(f"add_map[{i}]", given) for i, given in add_map.items()}
+        self.add = {i: number(f"add[{i}]", amount) for i, amount in add.items()}
+        self.add_map = {i: image_map(f"add_map[{i}]", given) for i, given in add_map.items()}
         self.rule = _rule(scale, set, clamp)
         if len(self.rule):
             reconstructing(sae)
         self.window = StepWindow.parse(steps)
-        self.mask = mask if mask is None or callable(mask) else check_map("mask", mask)
+        self.mask = mask if mask is None or callable(mask) else image_map("mask", mask)
         self.condition = check_condition(condition)
         self._n_images = 0
 
@@ -184,15 +184,15 @@ def _rule(
 ) -> CodeRule:
     fields: dict[int, dict[str, float]] = {}
     for latent, factor in scale.items():
-        fields[latent] = {"gain": _number("scale", latent, factor)}
+        fields[latent] = {"gain": number(f"scale[{latent}]", factor)}
     for latent, value in set.items():
         if latent in fields or latent in clamp:
             raise ValueError(f"latent {latent} is in set= and also in scale= or clamp=; give it one of them.")
-        fields[latent] = {"gain": 0.0, "offset": _number("set", latent, value)}
+        fields[latent] = {"gain": 0.0, "offset": number(f"set[{latent}]", value)}
     for latent, bounds in clamp.items():
         low, high = bounds if isinstance(bounds, (tuple, list)) and len(bounds) == 2 else (math.nan, math.nan)
         low, high = -math.inf if low is None else low, math.inf if high is None else high
-        if not low <= high:
+        if not -math.inf <= low <= high or low == math.inf or high == -math.inf:
             raise ValueError(f"clamp[{latent}]={bounds!r} must be (low, high) with low <= high, None for no bound.")
         fields.setdefault(latent, {}).update(low=float(low), high=float(high))
     return CodeRule.build(fields)
@@ -211,13 +211,3 @@ def _check_latents(name: str, edit: Mapping[int, Any] | None, n_latents: int) ->
 def _plain(edit: Mapping[int, Any] | None) -> dict[int, Any]:
     """By Python's own integers, whatever library's the keys are (a tensor is no key that can be looked up)."""
     return {operator.index(latent): amount for latent, amount in (edit or {}).items()}
-
-
-def _number(name: str, latent: int, amount: Any) -> float:
-    try:
-        number = float(amount)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{name}[{latent}]={amount!r} must be a finite number.")
-    return number

@@ -24,10 +24,10 @@ from sparsefeat_kernels import SparseCode, sparse_decode
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsefeat.arguments import image_map, number, whole
 from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint, Instrument, attach
 from sparsefeat.sae import SAE
-from sparsefeat.steering.where import check_map
 
 Statistic = Literal["mean", "q95", "max"]
 STATISTICS = ("mean", "q95", "max")
@@ -100,6 +100,7 @@ class FeatureTransport(Instrument):
             seed, call: of both runs; give the edited run the same.
         """
         _check(saes, k_transfer, strength, select_at, statistic, add_at)
+        source_mask, target_mask = image_map("source_mask", source_mask), image_map("target_mask", target_mask)
         runs = [_codes(pipe, saes, prompt, seed, call) for prompt in (source, target)]
         masks = [
             [_cells(name, given, grid) for grid in runs[0].grids]
@@ -213,9 +214,8 @@ def _codes(pipe: Any, saes: Sequence[SAE], prompt: str, seed: int, call: dict[st
     return _Run([keeper.codes for keeper in kept], [keeper.grid for keeper in kept])
 
 
-def _cells(name: str, given: Any, grid: tuple[int, ...]) -> Tensor:
+def _cells(name: str, mask: Tensor, grid: tuple[int, ...]) -> Tensor:
     """bool [positions]: the cells with any pixel above 0."""
-    mask = check_map(name, given)
     if mask.ndim != 2:
         raise ValueError(f"{name} has shape {list(mask.shape)}; give one map [height, width].")
     is_on = (mask > 0).float()[None, None]
@@ -270,10 +270,8 @@ def _check(saes: Any, k_transfer: int, strength: float, select_at: str, statisti
         if sae.config.normalizer not in ("none", "b_pre"):
             raise ValueError(f"an SAE with normalizer {sae.config.normalizer!r} cannot be transported by its codes.")
     total = sum(sae.n_latents for sae in saes)
-    if not 1 <= k_transfer <= total // 2:
-        raise ValueError(f"k_transfer={k_transfer} must be from 1 to half of the SAEs' {total} latents.")
-    if not math.isfinite(strength):
-        raise ValueError(f"strength={strength!r} must be a finite number.")
+    whole("k_transfer", k_transfer, 1, total // 2)  # no latent is added and taken away
+    number("strength", strength)
     choices = {
         "select_at": (select_at, ("first", "mean")),
         "statistic": (statistic, STATISTICS),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsefeat.arguments import image_map
 from sparsefeat.pipeline import Context
 
 Steps: TypeAlias = tuple[float, float] | Iterable[int] | None
@@ -119,18 +120,8 @@ def on_grid(maps: Tensor, grid: tuple[int, ...]) -> Tensor:
     return maps.repeat(*(1 for _ in leading), grid[0]) if len(grid) == 3 else maps
 
 
-def check_map(name: str, given: Any) -> Tensor:
-    """A map as given by the user: [H, W] for all images or [images, H, W]."""
-    tensor = torch.as_tensor(given)
-    if tensor.ndim not in (2, 3) or tensor.numel() == 0:
-        raise ValueError(
-            f"{name} has shape {list(tensor.shape)}; give [height, width] for all images or [images, height, width]."
-        )
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 def map_of_rows(name: str, maps: Tensor, context: Context, n_images: int) -> Tensor:
-    """`check_map`'s map as [batch, positions] of this context: each row gets its image's."""
+    """An `image_map` as [batch, positions] of this context: each row gets its image's."""
     if context.grid is None:
         raise ValueError(f"{name} needs an image grid, which {context.hookpoint} has not (stream {context.stream!r}).")
     if maps.ndim == 3 and maps.shape[0] != n_images:
@@ -149,7 +140,7 @@ def mask_of_rows(mask: Mask, context: Context, n_images: int) -> Tensor | None:
         return None
     if isinstance(mask, Tensor):
         return map_of_rows("mask", mask, context, n_images)
-    given = check_map("the tensor that mask= returned", mask(context))
+    given = image_map("the tensor that mask= returned", mask(context))
     if context.grid is None:
         raise ValueError(f"mask needs an image grid, which {context.hookpoint} has not (stream {context.stream!r}).")
     if given.ndim == 3 and given.shape[0] != context.batch:

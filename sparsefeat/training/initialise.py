@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsefeat.arguments import finite, number
 from sparsefeat.sae import SAE
 from sparsefeat.sae.config import FITTED
 from sparsefeat.sae.random import randomise
@@ -18,7 +19,8 @@ def geometric_median(rows: Tensor, max_iterations: int = 100, tolerance: float =
     """
     if rows.ndim != 2 or not rows.shape[0]:
         raise ValueError(f"rows has shape {list(rows.shape)}: pass [rows, d] with at least one row")
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    number("tolerance", tolerance, 0)
+    rows = finite("rows", rows).to(torch.promote_types(rows.dtype, torch.float32))
     median = rows.mean(0)
     for _ in range(max_iterations):
         distance = torch.linalg.vector_norm(rows - median, dim=1)
@@ -55,7 +57,7 @@ def initialise(sae: SAE, sample: Tensor, seed: int = 0) -> SAE:
     fitted to the sample, which should have many more rows than d_model.
     """
     config = sae.config
-    sample = sample.reshape(-1, config.d_model).to(sae.device, sae.dtype)
+    sample = finite("sample", sample).reshape(-1, config.d_model).to(sae.device, sae.dtype)
     if config.normalizer in FITTED:
         _fit_normalizer(sae, sample)
     rows = sae.normalize(sample)

@@ -26,6 +26,7 @@ import torch
 from sparsefeat_kernels import SparseCode, auxk_decode, auxk_encode
 from torch import Tensor
 
+from sparsefeat.arguments import number
 from sparsefeat.sae import SAE
 from sparsefeat.sae.activations import SELECTION
 
@@ -51,6 +52,8 @@ def training_loss(
     multi_topk: float = 0.0,
 ) -> Loss:
     """The loss of a batch `x [rows, d_model]`; `dead [n_latents]` bool, None when none is."""
+    number("auxk", auxk, 0)
+    number("multi_topk", multi_topk, 0)
     variance = total_variance(x)
     latents = dead.nonzero().squeeze(-1) if auxk and dead is not None else None
     wanted = k_aux or max(1, sae.d_model // 2)

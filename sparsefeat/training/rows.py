@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sparsefeat.arguments import finite
 from sparsefeat.store import ShardReader
 
 
@@ -33,7 +34,7 @@ class TensorRows:
             raise ValueError(
                 f"rows is {rows.dtype} of shape {list(rows.shape)}: pass floating activations [rows, d_model]"
             )
-        self.rows = rows.reshape(-1, rows.shape[-1])
+        self.rows = finite("rows", rows).reshape(-1, rows.shape[-1])
 
     @property
     def n_rows(self) -> int:

@@ -20,6 +20,7 @@ from sparsefeat_kernels import release_gradient_memory
 from torch import Tensor
 from tqdm import tqdm
 
+from sparsefeat.arguments import number, whole
 from sparsefeat.sae import SAE
 from sparsefeat.sae.config import TOPK_ACTIVATIONS
 from sparsefeat.store import ShardReader
@@ -61,17 +62,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "dead_after", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: pass at least 1")
+            whole(name, getattr(self, name))
         for name in ("lr", "grad_clip"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}: pass a positive number")
+            if getattr(self, name) is not None:
+                number(name, getattr(self, name), 0, above=True)
         for name in ("auxk", "multi_topk"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}: pass a weight of 0 or more")
-        if not 0 <= self.warmup_steps <= self.steps:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}: choose from 0 to steps, {self.steps}")
+            number(name, getattr(self, name), 0)
+        whole("warmup_steps", self.warmup_steps, 0, self.steps)
 
     def lr_at(self, step: int, n_latents: int) -> float:
         peak = self.lr if self.lr is not None else 2e-4 / math.sqrt(n_latents / 2**14)

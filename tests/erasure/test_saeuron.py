@@ -307,7 +307,7 @@ def test_mistakes_are_refused(sae, data):
         Erase.from_statistics(sae, statistics, "fox", error="flip")
     with pytest.raises(ValueError, match="magnitude='both' is not known"):
         Erase.from_statistics(sae, statistics, "fox", magnitude="both")
-    with pytest.raises(ValueError, match="n_latents=0 must be at least 1"):
+    with pytest.raises(ValueError, match="n_latents=0 must be a whole number from 1 to 256"):
         Erase.from_statistics(sae, statistics, "fox", n_latents=0)
     with pytest.raises(ValueError, match="adds what it should erase to one half"):
         Erase.from_statistics(sae, statistics, "fox", condition="cond+uncond-")

@@ -21,6 +21,9 @@ class Elsewhere:
         self.device = device
         self.moves.append(str(device))
 
+    def named_parameters(self, recurse):
+        return iter(())
+
 
 def test_an_sae_on_another_device_is_moved_once():
     activations, sae = Activations(torch.zeros(1, 2, 3)), Elsewhere("meta")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsefeat.arguments import image_map
 from sparsefeat.pipeline import Context, Hookpoint
-from sparsefeat.steering.where import StepWindow, check_map, condition_signs, mask_of_rows, on_grid
+from sparsefeat.steering.where import StepWindow, condition_signs, mask_of_rows, on_grid
 
 AT = Hookpoint("unet.mid_block.attentions.0")
 
@@ -107,7 +108,7 @@ def test_every_row_gets_the_mask_of_its_image():
 def test_a_mask_of_another_shape_is_refused():
     two = context(condition=("uncond", "cond"), prompt_index=(0, 0), grid=(2, 2), batch=2)
     with pytest.raises(ValueError, match=r"mask has shape \[4\]; give \[height, width\]"):
-        check_map("mask", torch.ones(4))
+        image_map("mask", torch.ones(4))
     with pytest.raises(ValueError, match=r"maps for 3 images; this call makes 1"):
         mask_of_rows(torch.ones(3, 2, 2), two, 1)
     with pytest.raises(ValueError, match=r"returned has shape \[3, 2, 2\].* the 2 batch rows"):

@@ -258,10 +258,10 @@ def test_what_users_get_wrong_is_said(tmp_path: Path):
     with pytest.raises(ValueError, match="batch_size is 501 but there are 500 rows"):
         SAETrainer(small(), rows, dataclasses.replace(CONFIG, batch_size=501))
     for change, message in (
-        ({"steps": 0}, "steps is 0"),
-        ({"lr": -1.0}, "lr is -1.0"),
-        ({"auxk": -1.0}, "auxk is -1.0"),
-        ({"warmup_steps": 99}, "warmup_steps is 99"),
+        ({"steps": 0}, "steps=0 must be"),
+        ({"lr": -1.0}, "lr=-1.0 must be"),
+        ({"auxk": -1.0}, "auxk=-1.0 must be"),
+        ({"warmup_steps": 99}, "warmup_steps=99 must be"),
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(CONFIG, **change)
@@ -273,7 +273,8 @@ def test_weights_that_are_not_finite_stop_the_run_and_never_reach_the_checkpoint
     trainer = SAETrainer(small(), rows, config, tmp_path)
     trainer.checkpoint()
     kept = (tmp_path / "checkpoint.pt").read_bytes()
-    trainer.source = TensorRows(rows.index_fill(0, torch.arange(0, 500, 2), float("nan")))
+    trainer.source = TensorRows(rows)  # which refuses NaN, so they come into it afterwards
+    trainer.source.rows = rows.index_fill(0, torch.arange(0, 500, 2), float("nan"))
     with pytest.raises(FloatingPointError, match="NaN or Inf after step 3: look for them in the rows"):
         trainer.fit(progress=False)
     assert (tmp_path / "checkpoint.pt").read_bytes() == kept

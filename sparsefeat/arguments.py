@@ -1,0 +1,107 @@
+"""What a caller gives, checked where it enters: a NaN that passes here is a black image minutes later, without a word.
+
+Each function returns what it was given in the form that is wanted, or raises ValueError with the argument's name, its
+value and what to give.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def number(name: str, given: Any, low: float = -math.inf, high: float = math.inf, *, above: bool = False) -> float:
+    """A finite number from `low` to `high`; `above`: larger than `low`."""
+    try:
+        value = float(given)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        value = math.nan
+    if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+        raise ValueError(f"{name}={given!r} must be {_wanted('a finite number', low, high, above)}.")
+    return value
+
+
+def whole(name: str, given: Any, low: int = 1, high: float = math.inf) -> int:
+    """An integer from `low` to `high`, of Python, numpy or torch."""
+    try:
+        value = None if isinstance(given, bool) else operator.index(given)
+    except (TypeError, ValueError):
+        value = None
+    if value is None or not low <= value <= high:
+        raise ValueError(f"{name}={given!r} must be {_wanted('a whole number', low, high)}.")
+    return value
+
+
+def _wanted(what: str, low: float, high: float, above: bool = False) -> str:
+    if high < math.inf:
+        return f"{what} from {low:,g} to {high:,g}"
+    if low > -math.inf:
+        return f"{what} {'above' if above else 'of at least'} {low:,g}"
+    return what
+
+
+def finite(name: str, given: Tensor) -> Tensor:
+    """The tensor itself, if no entry is NaN or infinite. Integers are; one without data (meta) cannot be looked at."""
+    if not given.is_floating_point() or given.is_meta or not given.numel():
+        return given
+    # One pass, no tensor of booleans; a sum of finite numbers can overflow, which a second look tells apart.
+    if given.detach().sum(dtype=torch.promote_types(given.dtype, torch.float32)).isfinite():
+        return given
+    bad = ~given.detach().isfinite()
+    if bad.any():
+        first = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} holds NaN or infinity, {int(bad.sum())} of {given.numel()} entries, the first at {first}; give "
+            "finite numbers."
+        )
+    return given
+
+
+def finite_in(name: str, given: Any) -> None:
+    """Refuse a number that is NaN or infinite, a tensor that holds one, and a list or dict of such; anything else passes."""
+    if isinstance(given, float):
+        number(name, given)
+    elif isinstance(given, Tensor):
+        finite(name, given)
+    elif isinstance(given, (list, tuple)):
+        for i, entry in enumerate(given):
+            finite_in(f"{name}[{i}]", entry)
+    elif isinstance(given, Mapping):
+        for key, entry in given.items():
+            finite_in(f"{name}[{key!r}]", entry)
+
+
+def image_map(name: str, given: Any) -> Tensor:
+    """A map over the image, [height, width] for all images or [images, height, width], in fp32 (fp64 stays).
+
+    Taken: tensors, arrays, nested lists, booleans (0 and 1) and PIL images in black and white or grey, whose white is 1.
+    """
+    if hasattr(given, "getbands"):  # PIL
+        if given.mode not in ("1", "L"):
+            raise ValueError(f"{name} is a PIL image of mode {given.mode!r}; give one in grey, image.convert('L').")
+        width, height = given.size
+        grey = torch.frombuffer(bytearray(given.convert("L").tobytes()), dtype=torch.uint8)
+        return grey.reshape(height, width).float() / 255
+    try:
+        tensor = given if isinstance(given, Tensor) else torch.tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"{name} is {type(given).__name__} {given!r:.60}, which is no map; give a tensor, an array or a grey PIL image."
+        ) from None
+    shape = list(tensor.shape)
+    if len(shape) not in (2, 3) or not tensor.numel():
+        raise ValueError(f"{name} has shape {shape}; give [height, width] for all images or [images, height, width].")
+    if len(shape) == 3 and shape[2] in (3, 4) and shape[0] > 4:
+        raise ValueError(f"{name} has shape {shape}, an image in colours; give one number a pixel, [height, width].")
+    if tensor.dtype == torch.uint8 and int(tensor.max()) > 1:
+        raise ValueError(
+            f"{name} is uint8 with values up to {int(tensor.max())}; divide it by 255 for weights of 0 to 1."
+        )
+    if tensor.is_complex():
+        raise ValueError(f"{name} has dtype {tensor.dtype}; give real numbers.")
+    return finite(name, tensor if tensor.dtype == torch.float64 else tensor.float())

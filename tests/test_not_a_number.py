@@ -1,0 +1,485 @@
+"""NaN and infinity are refused where they enter, with the argument's name, before anything is drawn.
+
+Every public function and class that takes a number, a tensor or an SAE stands in `CALLS` with arguments that pass, or in
+`NOT_ASKED` with the reason. Each number of these arguments is then replaced by NaN and the infinities, each tensor gets an
+entry of NaN, and each SAE a weight of NaN.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import sparsefeat as sf
+from sparsefeat import presets
+from sparsefeat.arguments import finite, image_map, number, whole
+from sparsefeat.attention import HeatMap
+from sparsefeat.erasure import Selection, select
+from sparsefeat.features import area_under_curve, normalized_mean_difference, search
+from sparsefeat.report import overlay
+from sparsefeat.steering import CodeRule, FeatureTransport, Overwrite, PromptVector
+from sparsefeat.training import TensorRows, geometric_median, initialise, training_loss
+from tests.tiny import tiny_sd
+
+AT = "unet.up_blocks.1.attentions.1"
+D, N = 32, 96
+# The infinities that mean "no bound".
+NO_BOUND = {("Steer", "clamp[7][0]", -math.inf), ("Steer", "clamp[7][1]", math.inf)}
+NO_BOUND |= {("CodeRule", name, inf) for name in ("low", "high", "gate") for inf in (math.inf, -math.inf)}
+
+
+# Weights that are about to be overwritten, and a training step's batch: the trainer looks at what comes of it.
+NOT_LOOKED_AT = {("SAETrainer", "sae"), ("initialise", "sae"), ("training_loss", "sae"), ("training_loss", "x")}
+
+
+def make_sae(**options: Any) -> sf.SAE:
+    torch.manual_seed(1)
+    config = sf.SAEConfig(**{"d_model": D, "n_latents": N, "k": 6, "hookpoint": AT, **options})
+    return sf.SAE(config).requires_grad_(False).eval()
+
+
+def statistics() -> sf.Statistics:
+    counted = sf.Statistics(["fox", "owl"], N)
+    code = make_sae().encode(torch.randn(40, D, generator=torch.Generator().manual_seed(2)))
+    for timestep in (801.0, 401.0):
+        counted.add(code, torch.arange(40) % 2, timestep)
+    return counted
+
+
+class Untouched:
+    """A pipeline that must not be looked at: what is wrong with the arguments is said before."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"the pipeline was asked for {name}")
+
+
+def ones(*shape: int) -> torch.Tensor:
+    return torch.ones(*shape)
+
+
+def mean_nonzero_sae() -> sf.SAE:
+    return make_sae(statistics=("mean_nonzero",))
+
+
+def on_the_pipeline(**call: Any) -> None:
+    """An ordinary call under an attached instrument."""
+    pipe = tiny_sd()
+    with sf.attach(pipe, sf.Record(make_sae())):
+        pipe("a fox", num_inference_steps=1, output_type="latent", **call)
+
+
+CONCEPTS = {"fox": ["a fox"], "owl": ["an owl"]}
+SOME_ROWS = torch.randn(24, D, generator=torch.Generator().manual_seed(4))
+
+# Name: what is called, and arguments that pass.
+CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
+    "Steer": (
+        sf.Steer,
+        lambda: {
+            "sae": make_sae(),
+            "add": {3: 1.0},
+            "add_map": {4: ones(4, 4)},
+            "scale": {5: 0.5},
+            "set": {6: 2.0},
+            "clamp": {7: (0.0, 3.0)},
+            "steps": (0.0, 0.5),
+            "mask": ones(8, 8),
+        },
+    ),
+    "Overwrite": (Overwrite, lambda: {"sae": make_sae(), "amounts": {3: 1.0}}),
+    "PromptVector": (PromptVector, lambda: {"sae": make_sae(), "concept": "a fox", "strength": -0.5}),
+    "CodeRule": (
+        CodeRule,
+        lambda: (
+            {"latents": torch.tensor([1, 4])} | {name: ones(2) for name in ("gain", "offset", "low", "high", "gate")}
+        ),
+    ),
+    "CodeRule.build": (CodeRule.build, lambda: {"rules": {3: {"gain": 1.0, "offset": 0.5}}}),
+    "FeatureTransport.fit": (
+        FeatureTransport.fit,
+        lambda: {
+            "pipe": Untouched(),
+            "saes": [make_sae()],
+            "source": "a fox",
+            "target": "an owl",
+            "source_mask": ones(8, 8),
+            "target_mask": ones(8, 8),
+            "k_transfer": 8,
+            "strength": 1.0,
+        },
+    ),
+    "Erase": (
+        sf.Erase,
+        lambda: {
+            "sae": make_sae(),
+            "selections": {401.0: Selection(torch.tensor([1, 4]), ones(2), ones(2))},
+            "steps": (0.0, 0.5),
+        },
+    ),
+    "Erase.from_statistics": (
+        sf.Erase.from_statistics,
+        lambda: {"sae": make_sae(), "statistics": statistics(), "concept": "fox", "percentile": 90.0, "gamma": -1.0},
+    ),
+    "Erase.fit": (
+        sf.Erase.fit,
+        lambda: {
+            "pipe": Untouched(),
+            "sae": make_sae(),
+            "target": "fox",
+            "prompts": CONCEPTS,
+            "percentile": 99.0,
+            "gamma": -1.0,
+            "steps": (0.0, 0.5),
+        },
+    ),
+    "select": (
+        select,
+        lambda: {"statistics": statistics(), "concept": "fox", "timestep": 401.0, "percentile": 90.0, "gamma": -1.0},
+    ),
+    "InterpretThenDeactivate": (
+        sf.InterpretThenDeactivate,
+        lambda: {"sae": make_sae(), "latents": [1, 4], "strength": -8.0, "tau": 0.1},
+    ),
+    "InterpretThenDeactivate.fit": (
+        sf.InterpretThenDeactivate.fit,
+        lambda: {
+            "pipe": Untouched(),
+            "sae": make_sae(),
+            "erase": ["a fox"],
+            "top_m": 8,
+            "strength": -8.0,
+            "gate_strength": -6.0,
+        },
+    ),
+    "Statistics": (sf.Statistics, lambda: {"concepts": ["fox"], "n_latents": N, "timesteps": [401.0]}),
+    "Statistics.nearest": (lambda timestep: statistics().nearest(timestep), lambda: {"timestep": 500.0}),
+    "search": (search, lambda: {"statistics": statistics(), "concept": "fox", "timestep": 401.0}),
+    "Record": (sf.Record, lambda: {"sae": make_sae()}),
+    "Splice": (sf.Splice, lambda: {"sae": make_sae()}),
+    "CollectStatistics": (
+        sf.CollectStatistics,
+        lambda: {"sae": make_sae(), "statistics": statistics(), "concepts": {"a fox": "fox"}},
+    ),
+    "CollectExamples": (sf.CollectExamples, lambda: {"sae": make_sae(), "examples": sf.Examples(N)}),
+    "collect_statistics": (
+        importlib.import_module("sparsefeat.features").collect_statistics,
+        lambda: {"pipe": Untouched(), "sae": make_sae(), "prompts": CONCEPTS},
+    ),
+    "check": (sf.check, lambda: {"sae": make_sae(), "pipe": Untouched(), "prompts": ["a fox"]}),
+    "area_under_curve": (area_under_curve, lambda: {"positive": ones(3), "negative": ones(4)}),
+    "normalized_mean_difference": (
+        normalized_mean_difference,
+        lambda: {"target": ones(N), "others": ones(N), "eps": 1e-8},
+    ),
+    "HeatMap.mask": (HeatMap(torch.eye(4), "fox").mask, lambda: {"threshold": 0.4}),
+    "HeatMap.overlay": (
+        HeatMap(torch.eye(4), "fox").overlay,
+        lambda: {"image": Image.new("RGB", (8, 8)), "strength": 0.5},
+    ),
+    "HeatMaps.mask": (sf.HeatMaps().mask, lambda: {"word": "fox", "threshold": 0.4}),
+    "overlay": (overlay, lambda: {"image": Image.new("RGB", (8, 8)), "map": torch.eye(4)}),
+    "SAEConfig": (
+        sf.SAEConfig,
+        lambda: {"d_model": D, "n_latents": N, "k": 4, "normalizer": "pca", "clip": 3.0, "eps": 0.1},
+    ),
+    "TrainConfig": (
+        sf.TrainConfig,
+        lambda: {"steps": 3, "lr": 1e-3, "grad_clip": 1.0, "auxk": 0.1, "multi_topk": 0.1},
+    ),
+    "SAETrainer": (
+        sf.SAETrainer,
+        lambda: {"sae": make_sae().train(), "rows": SOME_ROWS.clone(), "config": sf.TrainConfig(steps=2, batch_size=8)},
+    ),
+    "TensorRows": (TensorRows, lambda: {"rows": SOME_ROWS.clone()}),
+    "training_loss": (
+        training_loss,
+        lambda: {"sae": make_sae(), "x": SOME_ROWS, "auxk": 0.1, "multi_topk": 0.1},
+    ),
+    "geometric_median": (geometric_median, lambda: {"rows": SOME_ROWS.clone(), "tolerance": 1e-3}),
+    "initialise": (initialise, lambda: {"sae": make_sae().train(), "sample": SOME_ROWS.clone()}),
+    "a call of the pipeline": (on_the_pipeline, lambda: {"guidance_scale": 3.0, "latents": ones(1, 4, 16, 16)}),
+    "concept_steerers.sd": (
+        presets.concept_steerers.sd,
+        lambda: {"sae": make_sae(), "concept": "fox", "strength": 0.5},
+    ),
+    "concept_steerers.sdxl": (
+        presets.concept_steerers.sdxl,
+        lambda: {"sae": make_sae(), "concept": "fox", "strength": 0.5},
+    ),
+    "concept_steerers.flux": (
+        presets.concept_steerers.flux,
+        lambda: {"sae": make_sae(), "concept": "fox", "strength": 0.5},
+    ),
+    "flux_sae.steer": (presets.flux_sae.steer, lambda: {"sae": make_sae(), "latent": 3, "strength": 1.0}),
+    "sdxl_unbox.paint": (
+        presets.sdxl_unbox.paint,
+        lambda: {"sae": mean_nonzero_sae(), "latent": 3, "mask": ones(8, 8), "strength": 1.0, "steps": (0.0, 0.5)},
+    ),
+    "sdxl_unbox.add": (
+        presets.sdxl_unbox.add,
+        lambda: {"sae": make_sae(), "latent": 3, "value": 1.0, "steps": (0.0, 0.5)},
+    ),
+    "sdxl_unbox.icon": (presets.sdxl_unbox.icon, lambda: {"sae": make_sae(), "latent": 3, "value": 1.0}),
+    "sdxl_unbox.ablate": (presets.sdxl_unbox.ablate, lambda: {"sae": make_sae()}),
+    "sdxl_unbox.reconstruct": (presets.sdxl_unbox.reconstruct, lambda: {"sae": make_sae()}),
+    "sdxl_unbox.transport": (
+        presets.sdxl_unbox.transport,
+        lambda: {
+            "pipe": Untouched(),
+            "saes": [make_sae()],
+            "source": "a fox",
+            "target": "an owl",
+            "source_mask": ones(8, 8),
+            "target_mask": ones(8, 8),
+            "k_transfer": 8,
+            "strength": 1.0,
+        },
+    ),
+    "itd.erase": (
+        presets.itd.erase,
+        lambda: {
+            "pipe": Untouched(),
+            "sae": make_sae(),
+            "kind": "nudity",
+            "erase": ["a fox"],
+            "top_m": 8,
+            "strength": -8.0,
+        },
+    ),
+    "saeuron.erase_style": (
+        presets.saeuron.erase_style,
+        lambda: {"pipe": Untouched(), "sae": make_sae(), "style": "fox", "prompts": CONCEPTS, "gamma": -1.0},
+    ),
+}
+
+# What takes numbers and is not tried above, and why.
+ANSWERS = "is what the library answers with"
+IN_THE_CALL = "is the model's own numbers in the middle of a call, where looking would wait for the device"
+NOT_ASKED = {
+    "Activations": IN_THE_CALL,
+    "AttentionCall": IN_THE_CALL,
+    "Call": "its arguments are looked at by Call.of: `a call of the pipeline`",
+    "Check": ANSWERS,
+    "CollectedRows": ANSWERS,
+    "Context": IN_THE_CALL,
+    "Delta": IN_THE_CALL,
+    "Example": ANSWERS,
+    "FeatureTransport": "made by FeatureTransport.fit",
+    "Found": ANSWERS,
+    "HeatMap": ANSWERS,
+    "HeatMapRecording": ANSWERS,
+    "Loss": ANSWERS,
+    "Replace": IN_THE_CALL,
+    "SAEQuality": ANSWERS,
+    "Selection": "looked at by Erase, which it is given to",
+    "SparseCode": "the kernels say what becomes of NaN: a row with NaN is NaN",
+    "TopLatent": ANSWERS,
+    "code_edit": IN_THE_CALL,
+    "load_instrument": "the SAE must be the one it was made with, by its fingerprint; the instrument looks at it",
+    "push_to_hub": "its metrics are written into a text",
+    "save": "writing what was loaded or trained; load_sae refuses NaN",
+    "random_latents": "takes an Erase, which was looked at",
+    "sdxl_unbox.mean_activation": "what `icon` and `paint` make of it is looked at",
+    "saeuron.object_settings": "each of its erasures is made by Erase.from_statistics",
+}
+HOMES = ("sae", "features", "attention", "pipeline", "steering", "erasure", "training", "store", "report", "presets")
+TAKES_NUMBERS = re.compile(r"\bfloat\b|Tensor|\bMask\b|\bSAE\b")
+
+
+def public_callables() -> Iterator[tuple[str, Any]]:
+    for name in sf.__all__:
+        yield name, getattr(sf, name)
+    for home in HOMES:
+        module = importlib.import_module(f"sparsefeat.{home}")
+        for name in module.__all__:
+            entry = getattr(module, name)
+            if inspect.ismodule(entry):
+                own = [(n, o) for n, o in vars(entry).items() if getattr(o, "__module__", "") == entry.__name__]
+                yield from ((f"{name}.{n}", o) for n, o in own if not n.startswith("_"))
+            else:
+                yield name, entry
+
+
+def test_everything_public_that_takes_a_number_is_tried_or_says_why_not() -> None:
+    asked = set()
+    for name, entry in public_callables():
+        if not callable(entry) or not getattr(entry, "__module__", "").startswith("sparsefeat"):
+            continue
+        if inspect.isclass(entry) and issubclass(entry, (BaseException, torch.nn.Module)):
+            continue  # an SAE is made of random weights; what is put into it is looked at by whatever takes it
+        try:
+            parameters = inspect.signature(entry).parameters.values()
+        except ValueError:
+            continue
+        if any(TAKES_NUMBERS.search(str(p.annotation)) for p in parameters):
+            asked.add(name)
+    assert asked - set(CALLS) - set(NOT_ASKED) == set()
+
+
+# Every place of a call's arguments that can hold NaN ---------------------------------------------------------------------
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths of the floats, float tensors and SAEs in nested arguments."""
+    if isinstance(value, (float, sf.SAE)) or (isinstance(value, torch.Tensor) and value.is_floating_point()):
+        yield path
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            if isinstance(key, float):
+                yield (*path, ("key", key))
+            yield from places(entry, (*path, key))
+    elif isinstance(value, (list, tuple)):
+        for index, entry in enumerate(value):
+            yield from places(entry, (*path, index))
+    elif isinstance(value, Selection):
+        yield from ((*path, ("field", name)) for name in ("factor", "threshold"))
+
+
+def with_bad(value: Any, path: tuple[Any, ...], bad: float) -> Any:
+    """`value` with `bad` at the end of the path."""
+    if not path:
+        if isinstance(value, float):
+            return bad
+        spoilt = copy.deepcopy(value)
+        weight = spoilt.W_dec.data if isinstance(spoilt, sf.SAE) else spoilt
+        weight.view(-1)[weight.numel() // 2] = bad
+        return spoilt
+    step, rest = path[0], path[1:]
+    if isinstance(step, tuple) and step[0] == "key":
+        return {(bad if key == step[1] else key): entry for key, entry in value.items()}
+    if isinstance(step, tuple):
+        changed = {name: getattr(value, name) for name in ("latents", "factor", "threshold")}
+        return Selection(**{**changed, step[1]: with_bad(changed[step[1]], rest, bad)})
+    if isinstance(value, dict):
+        return {**value, step: with_bad(value[step], rest, bad)}
+    return type(value)(with_bad(entry, rest, bad) if i == step else entry for i, entry in enumerate(value))
+
+
+CASES = [
+    (name, path) for name, (_, make) in CALLS.items() for path in places(make()) if (name, path[0]) not in NOT_LOOKED_AT
+]
+
+
+def spelled(path: tuple[Any, ...]) -> str:
+    return str(path[0]) + "".join(f"[{step}]" for step in path[1:])
+
+
+@pytest.mark.parametrize("name", [name for name, (_, make) in CALLS.items() if "pipe" not in make()])
+def test_the_arguments_pass_as_they_are(name: str) -> None:
+    call, make = CALLS[name]
+    call(**make())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("name", "path"), CASES, ids=[f"{name}-{spelled(path)}" for name, path in CASES])
+def test_nan_and_infinity_are_refused_with_the_arguments_name(name: str, path: tuple[Any, ...], bad: float) -> None:
+    if (name, spelled(path), bad) in NO_BOUND:
+        pytest.skip("an infinite bound is no bound")
+    call, make = CALLS[name]
+    with pytest.raises(ValueError, match=r"nan|NaN|inf") as refused:
+        call(**with_bad(make(), path, bad))
+    said = {step.removesuffix("s") for step in path if isinstance(step, str)} | {"timestep"} & {
+        "timestep" if isinstance(path[-1], tuple) else ""
+    }
+    assert any(word in str(refused.value) for word in said), refused.value
+
+
+def test_weights_that_become_nan_after_the_instrument_was_made_are_refused_in_the_call() -> None:
+    pipe, sae = tiny_sd(), make_sae()
+    steer = sf.Steer(sae, scale={3: 0.5})
+    with sf.attach(pipe, steer):
+        pipe("a fox", num_inference_steps=1, output_type="latent")
+        with torch.no_grad():
+            sae.b_enc[5] = math.nan
+        with pytest.raises(ValueError, match=r"sae\.b_enc holds NaN or infinity, 1 of 96 entries, the first at \[5\]"):
+            pipe("a fox", num_inference_steps=1, output_type="latent")
+
+
+def test_weights_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsefeat.features import attached
+
+    looked: list[str] = []
+    monkeypatch.setattr(attached, "finite", lambda name, given: looked.append(name))
+    sae = make_sae()
+    for _ in range(3):
+        sf.Record(sae)
+    assert looked == ["sae.W_enc", "sae.b_enc", "sae.W_dec", "sae.b_pre", "sae.b_out"]
+    with torch.no_grad():
+        sae.W_dec *= 2
+    sf.Record(sae)
+    assert len(looked) == 10
+
+
+# The helper --------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(width=32), min_size=1, max_size=40))
+def test_a_tensor_passes_exactly_if_all_its_entries_are_finite(values: list[float]) -> None:
+    tensor = torch.tensor(values)
+    if all(math.isfinite(value) for value in values):
+        assert finite("x", tensor) is tensor
+    else:
+        with pytest.raises(ValueError, match="x holds NaN or infinity"):
+            finite("x", tensor)
+
+
+def test_finite_numbers_whose_sum_overflows_pass() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        finite("x", torch.full((70_000,), torch.finfo(dtype).max, dtype=dtype))
+
+
+@pytest.mark.parametrize("given", ["8", None, "", [], {}, "nan", 1j, torch.ones(2)])
+def test_what_is_no_number_is_refused(given: Any) -> None:
+    if given == "8":
+        assert number("x", given) == 8.0
+        return
+    with pytest.raises(ValueError, match=r"^x=.* must be a finite number\.$"):
+        number("x", given)
+
+
+@pytest.mark.parametrize("given", [2.0, "2", None, True, 0, -1, 11, math.nan])
+def test_what_is_no_whole_number_in_the_range_is_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"^x=.* must be a whole number from 1 to 10\.$"):
+        whole("x", given, 1, 10)
+    assert whole("x", np.int64(10), 1, 10) == whole("x", torch.tensor(10)) == 10
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (Image.new("RGB", (4, 4)), "PIL image of mode 'RGB'; give one in grey"),
+        ("mask.png", "'mask.png', which is no map"),
+        (object(), "which is no map"),
+        (np.zeros((64, 64, 3)), r"\[64, 64, 3\], an image in colours"),
+        (np.full((4, 4), 255, np.uint8), "values up to 255; divide it by 255"),
+        (np.zeros((4,)), r"shape \[4\]; give \[height, width\]"),
+        (np.zeros((0, 4)), r"shape \[0, 4\]"),
+        (torch.ones(4, 4, dtype=torch.complex64), "real numbers"),
+        ([[1.0, math.nan]], r"mask holds NaN or infinity, 1 of 2 entries, the first at \[0, 1\]"),
+    ],
+)
+def test_what_is_no_map_over_an_image_is_refused(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        image_map("mask", given)
+
+
+def test_maps_of_every_usual_kind_mean_the_same() -> None:
+    wanted = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    white = Image.fromarray((wanted.numpy() * 255).astype(np.uint8))
+    frozen = wanted.numpy().copy()
+    frozen.setflags(write=False)
+    for one in (wanted, wanted.bool(), wanted.to(torch.uint8), wanted.tolist(), frozen, white, white.convert("1")):
+        assert torch.equal(image_map("mask", one), wanted)
+    assert image_map("mask", wanted.double()).dtype == torch.float64
