@@ -31,6 +31,7 @@ from sparsefeat.arguments import number, whole
 from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
 from sparsefeat.features.prompts import OwnTokens, layer_outputs_and_tokens, own_tokens
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Replace
+from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.sae import SAE
 from sparsefeat.steering.saved import SavableInstrument, register, save_instrument
 
@@ -114,8 +115,7 @@ class InterpretThenDeactivate(SavableInstrument):
             raise ValueError(
                 f"erase={list(erase)!r} must be prompts that show the concept, at least one, none of them blank."
             )
-        for name in set(call) - set(inspect.signature(type(pipe).__call__).parameters):
-            raise TypeError(f"{name}={call[name]!r} is no argument of fit, nor of this {type(pipe).__name__}'s call.")
+        check_arguments(pipe, call, also=inspect.signature(cls.fit).parameters)
         whole("top_m", top_m, 1, sae.n_latents)
         number("strength", strength)
         if gate_strength is not None:

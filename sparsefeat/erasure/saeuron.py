@@ -12,6 +12,7 @@ gamma is negative; the paper's edit multiplies by mu as well, so it is quadratic
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
 from sparsefeat.features.scores import normalized_mean_difference, strictly_above_quantile
 from sparsefeat.features.statistics import OUTSIDE_SCHEDULE, Statistics, collect_statistics
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint
+from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.sae import SAE
 from sparsefeat.steering.code_rule import CodeRule, code_edit
 from sparsefeat.steering.saved import SavableInstrument, register, save_instrument
@@ -262,6 +264,7 @@ class Erase(SavableInstrument):
         _check_choice(sae, percentile, n_latents, gamma, magnitude)
         nothing = Selection(torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0))
         cls(sae, {0.0: nothing}, error=error, condition=condition, steps=steps, at=at)
+        check_arguments(pipe, call, also=inspect.signature(cls.fit).parameters)
         statistics = collect_statistics(pipe, sae, prompts, at=at, batch_size=batch_size, seed=seed, **call)
         return cls.from_statistics(
             sae,

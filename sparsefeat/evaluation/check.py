@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import math
 import warnings
@@ -16,6 +17,7 @@ from torch import Tensor
 from sparsefeat.evaluation.sae_metrics import SAEMetrics, SAEQuality
 from sparsefeat.features.attached import hookpoint_of
 from sparsefeat.pipeline import Activations, Context, Hookpoint, Instrument, attach
+from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.pipeline.hookpoints import resolve
 from sparsefeat.sae import SAE
 
@@ -76,6 +78,7 @@ def check(
         raise ValueError(f"prompts is {prompts!r}: pass a list with at least one prompt")
     if rows < 2:
         raise ValueError(f"rows is {rows}: an FVU needs at least 2")
+    check_arguments(pipe, call, also=inspect.signature(check).parameters)
     hookpoint = hookpoint_of(sae, at)
     _check_width(sae, pipe, hookpoint)
     seen = _seen(sae, pipe, hookpoint, prompts, rows, seed, call)

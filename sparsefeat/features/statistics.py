@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from sparsefeat.arguments import finite, number
 from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.features.folders import read_folder, write_folder
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument, attach
+from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.sae import SAE
 
 Concepts = str | Sequence[str]
@@ -343,6 +345,7 @@ def collect_statistics(
         statistics: add to these instead of new ones.
         call: arguments of the pipeline, e.g. num_inference_steps, guidance_scale.
     """
+    check_arguments(pipe, call, also=inspect.signature(collect_statistics).parameters)
     concepts_of: dict[str, list[str]] = {}
     for concept, its_prompts in prompts.items():
         if isinstance(its_prompts, str) or not its_prompts:

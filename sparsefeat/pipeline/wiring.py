@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from sparsefeat.pipeline.attention_seam import AttentionTap
+from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.pipeline.compiled import hooks_guarded
 from sparsefeat.pipeline.conditions import Entries, denoiser_entries, outside_entries, spread, text_entries
 from sparsefeat.pipeline.context import Call, Context
@@ -44,6 +45,7 @@ from sparsefeat.pipeline.instrument import (
 )
 from sparsefeat.pipeline.outputs import argument, put, put_argument, take, take_argument
 from sparsefeat.pipeline.part import Part
+from sparsefeat.pipeline.prompt_words import warn_of_words
 from sparsefeat.pipeline.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -224,12 +226,14 @@ class Wiring:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             if wiring._in_instrument or not wiring.sessions or wiring._pipe() is not self:
                 return original(self, *args, **kwargs)
+            check_arguments(self, kwargs)
             try:
                 bound = inspect.signature(original).bind(self, *args, **kwargs)
             except TypeError:
                 return original(self, *args, **kwargs)  # wrong arguments: the pipeline's own error names them
             bound.apply_defaults()
             arguments = dict(list(bound.arguments.items())[1:])
+            warn_of_words(self, arguments, stacklevel=3)
             with wiring.calling(Call.of(self, arguments)) as running:
                 running.result = original(self, *args, **kwargs)
             return running.result

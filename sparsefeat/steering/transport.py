@@ -14,6 +14,7 @@ them over the mask.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 from sparsefeat.arguments import image_map, number, whole
 from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint, Instrument, attach
+from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.sae import SAE
 
 Statistic = Literal["mean", "q95", "max"]
@@ -99,6 +101,7 @@ class FeatureTransport(Instrument):
                 ratio of the summed norms of this hookpoint's decoder rows in S and in T.
             seed, call: of both runs; give the edited run the same.
         """
+        check_arguments(pipe, call, also=inspect.signature(cls.fit).parameters)
         _check(saes, k_transfer, strength, select_at, statistic, add_at)
         source_mask, target_mask = image_map("source_mask", source_mask), image_map("target_mask", target_mask)
         runs = [_codes(pipe, saes, prompt, seed, call) for prompt in (source, target)]

@@ -225,7 +225,9 @@ def without(sae: sf.SAE, rows: torch.Tensor, latents) -> torch.Tensor:
 def test_fit_refuses_an_argument_that_no_call_takes_and_a_blank_concept():
     pipe = family("sd").build()
     sae = sf.SAE(sf.SAEConfig(d_model=32, n_latents=40, k=4, hookpoint="text_encoder.encoder.layers.0")).eval()
-    with pytest.raises(TypeError, match=r"topm=3 is no argument of fit, nor of this StableDiffusionPipeline's call"):
+    with pytest.raises(
+        TypeError, match=r"topm= is no argument of this StableDiffusionPipeline's call; did you mean top_m\?"
+    ):
         sf.InterpretThenDeactivate.fit(pipe, sae, ["a fox"], topm=3)
     with pytest.raises(ValueError, match=r"erase=\['a fox', ' '\] must be prompts that show the concept"):
         sf.InterpretThenDeactivate.fit(pipe, sae, ["a fox", " "])
