@@ -401,11 +401,13 @@ def test_an_exception_inside_an_instrument_propagates_and_the_session_goes_on(sd
         assert run[fails] == 2
 
 
-def test_wrong_arguments_of_the_call_give_the_pipelines_own_error(sd):
+def test_wrong_arguments_of_the_call_give_the_pipelines_own_error_or_the_nearest_name(sd):
     with attach(sd, Watch(BLOCK)):
         with pytest.raises(TypeError, match="positional arguments"):
             sd(*range(50))
         with pytest.raises(ValueError, match="Provide either `prompt` or `prompt_embeds`"):
+            sd()
+        with pytest.raises(TypeError, match=r"promt= is no argument .* did you mean prompt\?"):
             sd(promt="a fox")
         with pytest.raises(ValueError, match="divisible by 8"):
             sd("a fox", height=13, width=64)
