@@ -33,8 +33,8 @@ from typing import Any
 
 import torch
 from sparsefeat_kernels import prepare_encoder, topk_encode
-from sparsefeat_kernels import tuning as tuning_of
-from sparsefeat_kernels.topk_candidates import _topk_candidates_triton, default_blocks
+from sparsefeat_kernels.encode.gpu.candidates import default_blocks, topk_candidates_triton
+from sparsefeat_kernels.tuning import measure as tuning_of
 
 from bench import peers, scaling
 from bench.measure import OURS, Results, available, measure_ceilings
@@ -48,16 +48,16 @@ BUDGET_S = 520.0
 TUNING_SHAPE_S = 15.0
 TEST_FILE_S = 170.0
 SHARES = {"tests": 0.36, "repeats": 0.08, "sanitizer": 0.12, "tuning": 0.12, "bench": 1.0, "scaling": 1.0}
-# The longest first: what test_topk_candidates.py compiles takes 80 s of one core, more than any other file. Then the ops
+# The longest first: what test_candidates.py compiles takes 80 s of one core, more than any other file. Then the ops
 # that most depends on; the others follow by name.
 TESTS_FIRST = (
-    "test_topk_candidates.py",
-    "test_attention_map.py",
-    "test_topk_encode.py",
-    "test_threshold_encode.py",
+    "test_candidates.py",
+    "test_map.py",
+    "test_topk.py",
+    "test_threshold.py",
     "test_registration.py",
-    "test_matching_pursuit.py",
-    "test_attention_rows.py",
+    "test_pursuit.py",
+    "test_rows.py",
     "test_tuning.py",
     "test_sparse_decode.py",
 )
@@ -136,7 +136,7 @@ def last_line(output: str) -> str:
 
 def files_to_test() -> list[Path]:
     """What is run, in the order in which it is begun."""
-    files = [path for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py")) if path.name not in SKIPPED]
+    files = [path for path in sorted((ROOT / "tests" / "kernels").rglob("test_*.py")) if path.name not in SKIPPED]
     files.sort(key=lambda path: TESTS_FIRST.index(path.name) if path.name in TESTS_FIRST else len(TESTS_FIRST))
     return [*files, ATTACH] if importlib.util.find_spec("diffusers") is not None else files
 
@@ -200,7 +200,7 @@ def design_b(sae: dict[str, int], dtype: str, device: str) -> Callable[[], tuple
     if blocks is None:
         raise ValueError(f"design B does not run at {shape}; take another shape")
     blocks, weights = replace(blocks, KEPT=1), [inputs[name] for name in ("x", "W", "b_enc", "b_pre")]
-    return lambda: _topk_candidates_triton(*weights, shape.k, "relu", blocks)
+    return lambda: topk_candidates_triton(*weights, shape.k, "relu", blocks)
 
 
 def prefiltered(sae: dict[str, int], dtype: str, device: str) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:

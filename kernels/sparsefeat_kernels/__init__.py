@@ -7,22 +7,24 @@ under `torch.compile` and, where training needs it, autograd.
 from __future__ import annotations
 
 from . import flops
-from .attention_map import attention_map_, attention_with_map_
-from .attention_rows import attention_column_sums_, attention_rows
-from .attention_tap import attention_tap_, attention_tap_local_
-from .auxk_decode import auxk_decode, auxk_weight_gradient
-from .auxk_encode import auxk_encode
+from .attention.map import attention_map_, attention_with_map_
+from .attention.rows import attention_column_sums_, attention_rows
+from .attention.tap import attention_tap_, attention_tap_local_
 from .code import SparseCode
-from .csr import latent_major, weight_gradient
+from .decode.auxk_decode import auxk_decode, auxk_weight_gradient
+from .decode.sparse_decode import sparse_decode
+from .decode.sparse_edit import sparse_edit, sparse_edit_delta
 from .dispatch import force_triton, implementation
+from .encode.auxk import auxk_encode
+from .encode.prepared import PreparedEncoder, prefilter_pays, prepare_encoder
+from .encode.pursuit import matching_pursuit
+from .encode.rounded import bf16_products
+from .encode.threshold import threshold_encode, threshold_encode_csr
+from .encode.topk import topk_encode
 from .feature_stats import feature_stats_
-from .gradient_memory import keep_gradient_memory, release_gradient_memory
-from .matching_pursuit import matching_pursuit
-from .prefilter import PreparedEncoder, bf16_products, prefilter_pays, prepare_encoder
-from .sparse_decode import sparse_decode
-from .sparse_edit import sparse_edit, sparse_edit_delta
-from .threshold_encode import threshold_encode, threshold_encode_csr
-from .topk_encode import topk_encode
+from .gradient.csr import latent_major
+from .gradient.gradient_memory import keep_gradient_memory, release_gradient_memory
+from .gradient.weight_gradient import weight_gradient
 
 __all__ = [
     "PreparedEncoder",

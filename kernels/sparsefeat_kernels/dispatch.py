@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and the one place where Triton is imported.
+"""What the ops are called, which implementation of one runs, and the one place where Triton is imported.
 
 Triton is optional: without it, or for tensors that are not on a GPU, every op runs its torch implementation, called
 the CPU path because it is written for a CPU's caches. It is made of plain torch calls, so it is also what a GPU gets
@@ -23,15 +23,22 @@ except ImportError:  # no Triton on this platform: the kernels below are never l
     tl = None
 
 __all__ = [
+    "NAMESPACE",
     "TRITON_AVAILABLE",
     "backend",
     "force_triton",
     "implementation",
     "jit",
     "next_power_of_2",
+    "ops",
+    "register",
+    "row_chunks",
+    "sum_dtype",
     "tl",
-    "without_autocast",
 ]
+
+NAMESPACE = "sparsefeat"  # every op is NAMESPACE::its name
+ops = getattr(torch.ops, NAMESPACE)
 
 TRITON_AVAILABLE = triton is not None
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,16 +63,29 @@ def implementation(x: torch.Tensor) -> Literal["cpu", "triton"]:
     return "triton" if x.is_cuda or _forced else "cpu"
 
 
-def without_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
-    """`op`, whose products have the precision that its docstring says also where autocast would lower it."""
+def register(
+    name: str,
+    schema: str,
+    run: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    mutates: tuple[str, ...] = (),
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> None:
+    """Make `run` the op NAMESPACE::name. Its products have the precision that its docstring says also where autocast
+    would lower it. Without `backward` it has no gradient."""
 
-    @functools.wraps(op)
-    def run(*args: Any) -> Any:
+    @functools.wraps(run)
+    def without_autocast(*args: Any) -> Any:
         device = next(argument.device.type for argument in args if isinstance(argument, torch.Tensor))
         with torch.autocast(device, enabled=False):
-            return op(*args)
+            return run(*args)
 
-    return run
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", without_autocast, mutates_args=mutates, schema=schema)
+    op.register_fake(fake)
+    if backward is not None:
+        op.register_autograd(backward, setup_context=setup_context)
 
 
 def backend() -> Literal["cuda", "hip"]:
@@ -87,3 +107,20 @@ def force_triton(enabled: bool = True) -> Iterator[None]:
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least `n` (1 for n <= 1)."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def sum_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """What sums over `tensors` are held in: float64 where one of them is, float32 for all others."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def row_chunks(rows: int, bytes_a_row: int, most_bytes: int, block: int = 1) -> list[slice]:
+    """`rows` rows in as few chunks as `most_bytes` allow, of equal size but the last; of whole blocks of `block` rows
+    where more than one fits."""
+    most = max(1, min(rows, most_bytes // max(bytes_a_row, 1)))
+    if most > block:
+        most -= most % block
+    size = -(-rows // -(-rows // most)) if rows else 1
+    if most > block:
+        size = -(-size // block) * block
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

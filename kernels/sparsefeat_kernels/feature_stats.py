@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import implementation, jit, tl, without_autocast
-from .sparse_decode import check_code
+from .decode.sparse_decode import check_code
+from .dispatch import implementation, jit, ops, register, tl
 
 __all__ = ["feature_stats_"]
 
@@ -39,7 +39,7 @@ def feature_stats_(sum: Tensor, count: Tensor, maximum: Tensor, values: Tensor, 
         >>> sum, count, maximum
         (tensor([[1., 0., 8.]]), tensor([[1, 0, 2]], dtype=torch.int32), tensor([[1., 0., 5.]]))
     """
-    torch.ops.sparsefeat.feature_stats_(sum, count, maximum, values, indices, group)
+    ops.feature_stats_(sum, count, maximum, values, indices, group)
 
 
 def reference(
@@ -245,10 +245,10 @@ def _feature_stats_fake(
     _check(sum, count, maximum, values, indices, group)
 
 
-_feature_stats_op = torch.library.custom_op(
-    "sparsefeat::feature_stats_",
-    without_autocast(_feature_stats),
-    mutates_args=("sum", "count", "maximum"),
-    schema="(Tensor(a!) sum, Tensor(b!) count, Tensor(c!) maximum, Tensor values, Tensor indices, Tensor group) -> ()",
+register(
+    "feature_stats_",
+    "(Tensor(a!) sum, Tensor(b!) count, Tensor(c!) maximum, Tensor values, Tensor indices, Tensor group) -> ()",
+    _feature_stats,
+    fake=_feature_stats_fake,
+    mutates=("sum", "count", "maximum"),
 )
-_feature_stats_op.register_fake(_feature_stats_fake)

@@ -19,19 +19,10 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 # Imported for their registrations: a formula is given to an op that exists.
-from . import (  # noqa: F401
-    auxk_decode,
-    auxk_encode,
-    csr,
-    matching_pursuit,
-    prefilter,
-    sparse_decode,
-    sparse_edit,
-    threshold_encode,
-    topk_encode,
-)
-
-_ops = torch.ops.sparsefeat
+from .decode import auxk_decode, sparse_decode, sparse_edit  # noqa: F401
+from .dispatch import ops
+from .encode import auxk, pursuit, threshold, topk  # noqa: F401
+from .gradient import weight_gradient  # noqa: F401
 
 
 def encode_flops(x: torch.Size, W_enc: torch.Size, *_: Any, **__: Any) -> int:
@@ -124,23 +115,23 @@ def matching_pursuit_flops(x: torch.Size, D: torch.Size, k: int, method: str, *_
     return rows * (k * 2 * D[0] * d + steps)
 
 
-for formula, ops in {
+for formula, counted in {
     encode_flops: (
-        _ops.topk_encode,
-        _ops.topk_encode_prefiltered,
-        _ops.auxk_encode,
-        _ops.threshold_encode,
-        _ops.threshold_encode_csr,
+        ops.topk_encode,
+        ops.topk_encode_prefiltered,
+        ops.auxk_encode,
+        ops.threshold_encode,
+        ops.threshold_encode_csr,
     ),
-    decode_flops: (_ops.sparse_decode,),
-    decode_grad_values_flops: (_ops.sparse_decode_grad_values, _ops.auxk_decode_grad_values),
-    auxk_decode_flops: (_ops.auxk_decode,),
-    auxk_weight_gradient_flops: (_ops.auxk_weight_gradient,),
-    weight_gradient_flops: (_ops.weight_gradient,),
-    edit_delta_flops: (_ops.sparse_edit_delta,),
-    edit_flops: (_ops.sparse_edit, _ops.sparse_edit_grad_values, _ops.sparse_edit_grad_directions),
-    csr_grad_x_flops: (_ops.threshold_encode_csr_grad_x,),
-    csr_grad_weights_flops: (_ops.threshold_encode_csr_grad_weights,),
-    matching_pursuit_flops: (_ops.matching_pursuit,),
+    decode_flops: (ops.sparse_decode,),
+    decode_grad_values_flops: (ops.sparse_decode_grad_values, ops.auxk_decode_grad_values),
+    auxk_decode_flops: (ops.auxk_decode,),
+    auxk_weight_gradient_flops: (ops.auxk_weight_gradient,),
+    weight_gradient_flops: (ops.weight_gradient,),
+    edit_delta_flops: (ops.sparse_edit_delta,),
+    edit_flops: (ops.sparse_edit, ops.sparse_edit_grad_values, ops.sparse_edit_grad_directions),
+    csr_grad_x_flops: (ops.threshold_encode_csr_grad_x,),
+    csr_grad_weights_flops: (ops.threshold_encode_csr_grad_weights,),
+    matching_pursuit_flops: (ops.matching_pursuit,),
 }.items():
-    register_flop_formula(list(ops))(formula)
+    register_flop_formula(list(counted))(formula)

@@ -151,7 +151,7 @@ def source_digest() -> str:
     import sparsefeat_kernels
 
     digest = hashlib.sha256()
-    for path in sorted(Path(sparsefeat_kernels.__file__).parent.glob("*.py")):
+    for path in sorted(Path(sparsefeat_kernels.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

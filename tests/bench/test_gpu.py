@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from sparsefeat_kernels import force_triton, prefilter_gpu
+from sparsefeat_kernels import force_triton
 from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
+from sparsefeat_kernels.encode.gpu import prefilter as prefilter_gpu
 
 from bench import gpu, run, scaling
 from bench.measure import Results
@@ -58,7 +59,7 @@ def test_the_longest_test_file_is_begun_first_and_none_is_left_out():
     files = gpu.files_to_test()
     names = [path.name for path in files if path.parent.name == "kernels"]
     assert names[: len(gpu.TESTS_FIRST)] == list(gpu.TESTS_FIRST)
-    every = {path.name for path in (gpu.ROOT / "tests" / "kernels").glob("test_*.py")}
+    every = {path.name for path in (gpu.ROOT / "tests" / "kernels").rglob("test_*.py")}
     assert set(names) == every - set(gpu.SKIPPED)
 
 

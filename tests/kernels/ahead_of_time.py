@@ -24,7 +24,9 @@ assert not os.environ.get("TRITON_INTERPRET"), "the interpreter cannot compile"
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from sparsefeat_kernels import dispatch, tuning, tuning_table  # noqa: E402
+from sparsefeat_kernels import dispatch  # noqa: E402
+from sparsefeat_kernels.tuning import measure as tuning  # noqa: E402
+from sparsefeat_kernels.tuning import table as tuning_table  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -113,15 +115,15 @@ def tuned_launches(architecture: str) -> Iterator[tuple[str, str, Any, dict[str,
 def launches(shape: str, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]:
     """(kernel, arguments) of every call that the launchers make at this shape."""
     names = (
-        "topk_encode",
-        "topk_candidates",
-        "sparse_decode",
-        "sparse_edit",
+        "encode.gpu.scratch",
+        "encode.gpu.candidates",
+        "decode.sparse_decode",
+        "decode.sparse_edit",
         "feature_stats",
-        "csr",
-        "threshold_encode",
+        "gradient.weight_gradient",
+        "encode.gpu.threshold",
     )
-    encode, candidates, decode, edit, stats, csr, threshold = (
+    encode, candidates, decode, edit, stats, gradient, threshold = (
         importlib.import_module(f"sparsefeat_kernels.{name}") for name in names
     )
     d, n, k = SHAPES[shape]
@@ -133,13 +135,13 @@ def launches(shape: str, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]
         tables = torch.empty(4, n), torch.empty(4, n, dtype=torch.int32), torch.empty(4, n)
         group = torch.empty(ROWS, dtype=torch.int32)
         with recorded() as calls:
-            encode._topk_encode_triton(x, W, b, c, k, "relu")
+            encode.topk_encode_triton(x, W, b, c, k, "relu")
             blocks = candidates.default_blocks(n, k, dtype)
-            candidates._topk_candidates_triton(x, W, b, c, k, "relu", blocks)
-            threshold._threshold_encode_triton(x, W, b, c, b, k)
-            decode._sparse_decode_triton(values, indices, W, c)
+            candidates.topk_candidates_triton(x, W, b, c, k, "relu", blocks)
+            threshold.threshold_encode_triton(x, W, b, c, b, k)
+            decode.sparse_decode_triton(values, indices, W, c)
             decode._grad_values_triton(x, values, indices, W)
-            csr._weight_gradient_triton(values, indices, x, c, n)
+            gradient._weight_gradient_triton(values, indices, x, c, n)
             edit._edit_triton(x, values, indices, latents, W[:8], rule, weight)
             stats._feature_stats_triton(*tables, values, indices, group)
             attention_launches(dtype)
@@ -148,20 +150,20 @@ def launches(shape: str, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]
 
 def prefilter_launches(shape: str) -> list[tuple[Any, dict[str, Any]]]:
     """Of fp32 rows through the bf16 product."""
-    prefilter = importlib.import_module("sparsefeat_kernels.prefilter_gpu")
+    prefilter = importlib.import_module("sparsefeat_kernels.encode.gpu.prefilter")
     d, n, k = SHAPES[shape]
     with torch.device("meta"), recorded() as calls:
         weights = torch.empty(n, d), torch.empty(n), torch.empty(d)
         rounded = torch.empty(n, d, dtype=torch.bfloat16), torch.empty(4, n)
         sizes = prefilter.PrefilterSizes.of(n, k)
-        prefilter._topk_encode_prefiltered_triton(torch.empty(ROWS, d), *weights, *rounded, k, "relu", sizes)
+        prefilter.topk_prefiltered_triton(torch.empty(ROWS, d), *weights, *rounded, k, "relu", sizes)
     return calls
 
 
 def attention_launches(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = ATTENTION) -> None:
     """Every attention op at its shapes, as modules call them: heads side by side in memory."""
     maps_of, tap, rows = (
-        importlib.import_module(f"sparsefeat_kernels.attention_{name}") for name in ("map", "tap", "rows")
+        importlib.import_module(f"sparsefeat_kernels.attention.{name}") for name in ("map", "tap", "rows")
     )
     for batch, heads, n, d, key_heads, t in shapes:
         query = torch.empty(batch, n, heads, d, dtype=dtype).transpose(1, 2)
@@ -179,7 +181,7 @@ def attention_launches(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] =
             maps = torch.empty(batch, n, 8)
             image = torch.empty(batch, n, key_heads, d, dtype=dtype).transpose(1, 2)
             marked = torch.empty(n, dtype=torch.bool)
-            tap._attention_tap_triton(maps, query, key[:, :, :8], lse, d**-0.5, None, None, group)
+            tap.attention_tap_triton(maps, query, key[:, :, :8], lse, d**-0.5, None, None, group)
             rows._attention_rows_triton(query, image, d**-0.5, None, marked)
             sums = torch.empty(batch, n)
             rows._attention_column_sums_triton(sums, query, image, lse, d**-0.5, None, None, group)
@@ -225,7 +227,7 @@ def evidence(compiled: Any, architecture: str, folder: Path) -> dict[str, Any]:
 def main(folder: Path, architectures: list[str]) -> None:
     for architecture in architectures:
         dispatch_backend = "hip" if architecture == "gfx942" else "cuda"
-        for name in ("topk_encode", "threshold_encode", "attention_map"):
+        for name in ("encode.product", "attention.map"):
             importlib.import_module(f"sparsefeat_kernels.{name}").backend = lambda name=dispatch_backend: name
         seen = set()
         for shape in SHAPES if architecture in FULL else list(SHAPES)[:1]:

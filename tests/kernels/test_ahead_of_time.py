@@ -38,7 +38,7 @@ KERNELS = {
     "_topk_candidates_finish_kernel",
     "_topk_candidates_product_kernel",
     "_topk_candidates_select_kernel",
-    "_topk_encode_bias_kernel",
+    "_encoder_bias_kernel",
     "_topk_encode_product_kernel",
     "_topk_encode_select_kernel",
     "_weight_gradient_partial_kernel",

@@ -9,8 +9,8 @@ import pytest
 import torch
 from sparsefeat_kernels import force_triton
 from sparsefeat_kernels.dispatch import TRITON_AVAILABLE, jit, tl
+from sparsefeat_kernels.encode.gpu.candidates import CandidateBlocks, topk_candidates_triton
 from sparsefeat_kernels.feature_stats import _feature_stats_triton
-from sparsefeat_kernels.topk_candidates import CandidateBlocks, _topk_candidates_triton
 from torch import Tensor
 
 pytestmark = [
@@ -74,7 +74,7 @@ def design_b() -> list[Tensor]:
     """One entry kept of every group: many rows go on the list, in the order in which their programs count it up."""
     x, W, b_enc, b_pre = encoder()
     blocks = CandidateBlocks(16, 16, 16, GROUP=4, KEPT=1, num_warps=4, num_stages=2)
-    return list(_topk_candidates_triton(x, W[:62], b_enc[:62], b_pre, 4, "relu", blocks))
+    return list(topk_candidates_triton(x, W[:62], b_enc[:62], b_pre, 4, "relu", blocks))
 
 
 def gradients() -> list[Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sparsefeat_kernels import csr, gradient_memory
+from sparsefeat_kernels.gradient import gradient_memory, weight_gradient
 from torch import Tensor
 
 from sparsefeat.sae import SAE, SAEConfig
@@ -303,7 +303,9 @@ def test_memory_for_gradients_is_given_back_when_training_is_over(monkeypatch):
     monkeypatch.setattr(gradient_memory, "SMALLEST", 1)
     taken = []
     empty = gradient_memory.empty_gradient
-    monkeypatch.setattr(csr, "empty_gradient", lambda *a, **k: (t := empty(*a, **k), taken.append(t.shape))[0])
+    monkeypatch.setattr(
+        weight_gradient, "empty_gradient", lambda *a, **k: (t := empty(*a, **k), taken.append(t.shape))[0]
+    )
     SAETrainer(small(), small_rows(), dataclasses.replace(CONFIG, steps=6)).fit(progress=False)
     assert taken
     assert not [block for block in gradient_memory._kept if block.free]

@@ -1,0 +1,142 @@
+"""What every encoder multiplies: the checks of its inputs, pre-activations on a CPU, the tile product of the Triton kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import backend, jit, row_chunks, tl
+
+__all__ = [
+    "PRODUCT_TILE",
+    "SELECTIONS",
+    "TRITON_SCRATCH_BYTES",
+    "check_encoder",
+    "default_product",
+    "preactivations",
+    "tile_product",
+    "triton_bias",
+]
+
+SELECTIONS = ("relu", "signed", "raw")
+WEIGHT_TILE_BYTES = 12 << 20  # fp32 copy of a block of half-precision latents (CPU path)
+
+
+def check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int, selection: str) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"x must be [rows, d], got shape {tuple(x.shape)}; flatten leading dimensions first")
+    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    if W_enc.dim() != 2 or W_enc.shape[1] != x.shape[1]:
+        raise ValueError(f"W_enc must be [n_latents, {x.shape[1]}] to match x, got shape {tuple(W_enc.shape)}")
+    for name, tensor, length in (("b_enc", b_enc, W_enc.shape[0]), ("b_pre", b_pre, x.shape[1])):
+        if tensor.dim() != 1 or tensor.shape[0] != length:
+            raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
+    for name, tensor in (("W_enc", W_enc), ("b_enc", b_enc), ("b_pre", b_pre)):
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}; cast one of them")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}; move one of them")
+    if not 1 <= k <= W_enc.shape[0]:
+        raise ValueError(f"k must be between 1 and n_latents = {W_enc.shape[0]}, got {k}")
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}")
+
+
+def preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, out: Tensor) -> None:
+    """(x - b_pre) W_enc^T + b_enc into `out`, in out's dtype; half-precision weights are widened a tile at a time."""
+    centred = x.to(out.dtype) - b_pre.to(out.dtype)
+    if W_enc.dtype == out.dtype:
+        torch.addmm(b_enc, centred, W_enc.T, out=out)
+        return
+    for latents in row_chunks(W_enc.shape[0], out.dtype.itemsize * W_enc.shape[1], WEIGHT_TILE_BYTES):
+        torch.addmm(b_enc[latents].to(out.dtype), centred, W_enc[latents].to(out.dtype).T, out=out[:, latents])
+
+
+# ------------------------------------------------------------------------------------------------------------ Triton
+# Half-precision inputs are not centred, since x - b_pre rounded to half precision would lose more than the product:
+# b_pre goes into the bias, b_enc - W_enc b_pre, in fp32.
+
+TRITON_SCRATCH_BYTES = 48 << 20  # what a chunk of rows holds beside inputs and outputs: 512 rows at 20,480 latents
+PRODUCT_TILE = {"BLOCK_ROWS": 128, "BLOCK_LATENTS": 128, "BLOCK_D": 64}
+
+
+def default_product(dtype: torch.dtype) -> dict[str, int]:
+    """Block sizes, warps and stages of the product without a tuning table.
+
+    fp32 products are fused multiply-adds of registers: tiles are small. Half precision: 96 KiB of shared memory for
+    three stages, which is what the smaller GPUs of each generation have (AMD: 64 KiB and two stages).
+    """
+    if dtype == torch.float32:
+        return {"BLOCK_ROWS": 64, "BLOCK_LATENTS": 128, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}
+    return {**PRODUCT_TILE, "num_warps": 8, "num_stages": 2 if backend() == "hip" else 3}
+
+
+@jit
+def tile_product(
+    x_ptrs,
+    W_ptrs,
+    row_inside,
+    latent_inside,
+    d,
+    stride_x_d,
+    stride_W_d,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_LATENTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """[BLOCK_ROWS, BLOCK_LATENTS] dot products in fp32. x_ptrs [BLOCK_ROWS, 1] and W_ptrs [BLOCK_LATENTS, 1] are the
+    beginnings of rows. Every product of the encoders is this one, so that an entry has the same bits in each."""
+    column = tl.arange(0, BLOCK_D)
+    x_ptrs = x_ptrs + column[None, :] * stride_x_d
+    W_ptrs = W_ptrs + column[None, :] * stride_W_d
+    total = tl.zeros([BLOCK_ROWS, BLOCK_LATENTS], tl.float32)
+    for start in range(0, d, BLOCK_D):
+        left = d - start
+        x = tl.load(x_ptrs, mask=row_inside[:, None] & (column < left)[None, :], other=0.0)  # [BLOCK_ROWS, BLOCK_D]
+        w = tl.load(W_ptrs, mask=latent_inside[:, None] & (column < left)[None, :], other=0.0)
+        total = tl.dot(x, tl.trans(w), total, input_precision="ieee")  # [BLOCK_ROWS, BLOCK_LATENTS]
+        x_ptrs += BLOCK_D * stride_x_d
+        W_ptrs += BLOCK_D * stride_W_d
+    return total
+
+
+@jit
+def _encoder_bias_kernel(
+    W_ptr,
+    b_enc_ptr,
+    b_pre_ptr,
+    bias_ptr,
+    n_latents,
+    d,
+    stride_W_latent,
+    stride_W_d,
+    stride_b_enc_latent,
+    stride_b_pre_d,
+    BLOCK_LATENTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """bias = b_enc - W_enc b_pre, in fp32."""
+    latent = tl.program_id(0).to(tl.int64) * BLOCK_LATENTS + tl.arange(0, BLOCK_LATENTS)
+    total = tl.zeros([BLOCK_LATENTS, BLOCK_D], tl.float32)
+    for start in range(0, d, BLOCK_D):
+        column = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
+        inside = (latent < n_latents)[:, None] & (column < d)[None, :]
+        w = tl.load(W_ptr + latent[:, None] * stride_W_latent + column[None, :] * stride_W_d, mask=inside, other=0.0)
+        b = tl.load(b_pre_ptr + column * stride_b_pre_d, mask=column < d, other=0.0)
+        total += w.to(tl.float32) * b.to(tl.float32)[None, :]  # [BLOCK_LATENTS, BLOCK_D]
+    b_enc = tl.load(b_enc_ptr + latent * stride_b_enc_latent, mask=latent < n_latents, other=0.0).to(tl.float32)
+    tl.store(bias_ptr + latent, b_enc - tl.sum(total, axis=1), mask=latent < n_latents)
+
+
+def triton_bias(W_enc: Tensor, b_enc: Tensor, b_pre: Tensor) -> Tensor:
+    """What is added to the product: b_enc where rows are centred, in fp32; for half precision b_enc - W_enc b_pre."""
+    n_latents, d = W_enc.shape
+    if W_enc.dtype == torch.float32:
+        return b_enc
+    bias = W_enc.new_empty(n_latents, dtype=torch.float32)
+    _encoder_bias_kernel[(-(-n_latents // 16),)](
+        W_enc, b_enc, b_pre, bias, n_latents, d, *W_enc.stride(), *b_enc.stride(), *b_pre.stride(),
+        BLOCK_LATENTS=16, BLOCK_D=128, num_warps=4,
+    )  # fmt: skip
+    return bias

@@ -1,0 +1,207 @@
+"""Which latents can be among a row's k largest: told by a bf16 product and its bound, the others are never computed.
+
+A processor with bf16 matrix instructions multiplies bf16 three to five times as fast as fp32. So the whole product is
+made in bf16, a rigorous bound (rounded.py) tells which latents can be among a row's k largest, and only those are computed
+in fp32. The weights in bf16 are prepared once, or rounded a tile of latents at a time for every chunk of rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import row_chunks
+from .cpu import PREACTIVATION_BYTES, topk_encode_cpu
+from .keys import entry_keys, relu_in_order
+from .rounded import SMALLEST_PRODUCT, RoundedEncoder, round_encoder, rounded_width
+
+__all__ = [
+    "CANDIDATES",
+    "GROUPS",
+    "PAIRS",
+    "bounds_by_group",
+    "entries_that_reach",
+    "group_margins",
+    "rounded_group",
+    "topk_of_rounded",
+    "topk_prefiltered_cpu",
+]
+
+GROUPS_A_K = 8  # at least so many groups for each of the k: fewer, and two of the k often share a group
+GROUPS = (16, 8, 4)  # latents a group, of which one maximum is looked at first
+# A row with more groups left is computed plainly: 8 for each of the k; for few k 128, or a quarter of all.
+SURVIVING_GROUPS = (8, 128)
+COARSER = 4  # groups of which the best lower bound counts, where that leaves enough: a quarter to search, hardly lower
+CANDIDATES = 1 << 19  # entries of surviving groups looked at together: 20 MiB of scratch at worst
+PAIRS = 1 << 17  # survivors rescored together, 60 bytes each
+
+
+def rounded_group(n_latents: int, k: int) -> int | None:
+    """Latents a group, or None where the plain path is the better one."""
+    fitting = (g for g in GROUPS if n_latents % g == 0 and n_latents // g >= GROUPS_A_K * k)
+    return next(fitting, None)
+
+
+def _most_groups(n_groups: int, k: int) -> int:
+    """Groups that may be left in a row that is proved."""
+    a_k, few = SURVIVING_GROUPS
+    return min(n_groups, max(a_k * k, min(few, n_groups // 4)))
+
+
+def topk_prefiltered_cpu(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_pre: Tensor,
+    low: Tensor | None,
+    bounds: Tensor | None,
+    k: int,
+    selection: str,
+) -> tuple[Tensor, Tensor]:
+    """low and bounds: of a PreparedEncoder, or None."""
+    rows, d = x.shape
+    n_latents, width, group = W_enc.shape[0], rounded_width(d), rounded_group(W_enc.shape[0], k)
+    if group is None or not W_enc.is_contiguous() or rows * width * n_latents < SMALLEST_PRODUCT:
+        return topk_encode_cpu(x, W_enc, b_enc, b_pre, k, selection)
+    if low is None or bounds is None:
+        encoder = round_encoder(W_enc, b_enc, rows)
+    else:
+        largest = float(bounds[0].max()), float(b_enc.abs().max())
+        encoder = RoundedEncoder(W_enc, None, low, bounds, largest)
+    return topk_of_rounded(x, encoder, b_enc, b_pre, k, selection, group)
+
+
+def topk_of_rounded(
+    x: Tensor, encoder: RoundedEncoder, b_enc: Tensor, b_pre: Tensor, k: int, selection: str, group: int
+) -> tuple[Tensor, Tensor]:
+    """topk_encode through an encoder of W_enc and b_enc; `group` of `rounded_group`."""
+    rows, d = x.shape
+    n_latents, width = len(encoder.W_enc), encoder.low.shape[1]
+    n_groups = n_latents // group
+    # Groups are strided: latents that are trained together (the first of a Matryoshka dictionary) fall into different
+    # ones, and the maximum over a group is an elementwise one of long vectors.
+    group_bounds, entry_bounds = bounds_by_group(encoder, group)
+    bias = b_enc.float()
+    values = torch.empty(rows, k)
+    indices = torch.empty(rows, k, dtype=torch.int32)
+    chunks = row_chunks(rows, 2 * (n_latents + width) + 12 * d, PREACTIVATION_BYTES)
+    product = torch.empty(chunks[0].stop if chunks else 0, n_latents, dtype=torch.bfloat16)
+    block = max(1, CANDIDATES // (_most_groups(n_groups, k) * group))
+    unproved = [torch.empty(0, dtype=torch.int64)]
+    for chunk in chunks:
+        start, count = chunk.start, chunk.stop - chunk.start
+        part = encoder.rows(x[chunk], b_pre)
+        p = encoder.product(part, product[:count])
+        found: list[tuple[slice, Tensor, Tensor]] = []
+        for first in range(0, count, block):
+            some = slice(first, min(first + block, count))
+            row, latent, proved = _survivors(
+                p[some],
+                part.size[some],
+                part.lost[some],
+                part.provable[some],
+                group_bounds,
+                entry_bounds,
+                k,
+                selection == "signed",
+            )
+            found.append((some, row, latent))
+            unproved.append((~proved).nonzero()[:, 0] + (start + first))
+            if sum(len(row) for _, row, _ in found) < PAIRS and some.stop < count:
+                continue
+            pairs = torch.cat([row + some.start for some, row, _ in found]), torch.cat([latent for *_, latent in found])
+            values_of_all = encoder.exact(part.centred, *pairs) + bias[pairs[1]]
+            for some, row, latent in found:
+                a, values_of_all = values_of_all.tensor_split([len(row)])
+                out = slice(start + some.start, start + some.stop)
+                values[out], indices[out] = _largest_of_each_row(a, row, latent, some.stop - some.start, k, selection)
+            found = []
+        if 2 * sum(len(left) for left in unproved) > start + count:  # such rows as cannot be proved: no more of this
+            unproved.append(torch.arange(start + count, rows))
+            break
+    left = torch.cat(unproved)
+    if len(left):
+        values[left], indices[left] = topk_encode_cpu(x[left], encoder.W_enc, b_enc, b_pre, k, selection)
+    return values, indices
+
+
+def _survivors(
+    p: Tensor,
+    size: Tensor,
+    lost: Tensor,
+    provable: Tensor,
+    group_bounds: Tensor,
+    entry_bounds: Tensor,
+    k: int,
+    signed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, latent) of every entry that may be among its row's k largest, rows ascending; and [rows] whether that could
+    be told. Of the other rows nothing is returned.
+
+    The k-th largest of the groups' lower bounds is below at least k entries' values. Whatever has its upper bound below
+    that cannot be among the k largest.
+    """
+    n_groups, _, group = entry_bounds.shape
+    grouped = p.view(len(p), group, n_groups)
+    top = grouped.amax(1).float()  # [rows, n_groups]
+    if signed:
+        top = torch.maximum(top, -grouped.amin(1).float())
+    margin = group_margins(top, size, lost, group_bounds)
+    lower = top - margin
+    if n_groups % COARSER == 0 and n_groups >= COARSER * GROUPS_A_K * k:
+        lower = lower.view(len(p), COARSER, -1).amax(1)
+    threshold = lower.topk(k, dim=1, sorted=False).values.amin(1)
+    alive = (top + margin) >= threshold[:, None]
+    proved = provable & (alive.sum(1) <= _most_groups(n_groups, k))
+    alive &= proved[:, None]
+    return *entries_that_reach(threshold, p, alive, size, lost, entry_bounds, signed), proved
+
+
+def bounds_by_group(encoder: RoundedEncoder, group: int) -> tuple[Tensor, Tensor]:
+    """The largest bounds of every group [3, n_groups], and those of its entries [n_groups, 3, group]."""
+    by_group = encoder.bounds.view(3, group, -1)
+    return by_group.amax(1), by_group.permute(2, 0, 1).contiguous()
+
+
+def group_margins(top: Tensor, size: Tensor, lost: Tensor, group_bounds: Tensor) -> Tensor:
+    """How far the entries of a group whose largest is `top` [rows, n_groups] can be from what the product says."""
+    margin = torch.outer(lost, group_bounds[0]).addr_(size, group_bounds[1]).add_(group_bounds[2])
+    return margin.add_(top.abs(), alpha=2.0**-8)
+
+
+def entries_that_reach(
+    threshold: Tensor, p: Tensor, alive: Tensor, size: Tensor, lost: Tensor, entry_bounds: Tensor, signed: bool
+) -> tuple[Tensor, Tensor]:
+    """(row, latent), rows ascending, of the entries of groups `alive` [rows, n_groups] whose upper bound reaches their
+    row's threshold."""
+    n_groups, _, group = entry_bounds.shape
+    row, of_group = alive.nonzero(as_tuple=True)
+    slots = torch.arange(group) * n_groups
+    latent = of_group[:, None] + slots  # [groups alive, group]
+    a = p.reshape(-1).take(row[:, None] * (group * n_groups) + latent).float()
+    bound = entry_bounds.index_select(0, of_group)  # [groups alive, 3, group]
+    upper = (a.abs() if signed else a) + a.abs() * 2.0**-8
+    upper += lost[row, None] * bound[:, 0] + size[row, None] * bound[:, 1] + bound[:, 2]
+    of_alive, slot = (upper >= threshold[row, None]).nonzero(as_tuple=True)
+    return row[of_alive], latent[of_alive, slot]
+
+
+def _largest_of_each_row(
+    a: Tensor, row: Tensor, latent: Tensor, rows: int, k: int, selection: str
+) -> tuple[Tensor, Tensor]:
+    """The k largest entries of every row, sorted, equal ones by latent, as topk_encode gives them. A row without
+    entries holds whatever: the caller fills it."""
+    score = a.abs() if selection == "signed" else a
+    keys = entry_keys(score, latent)
+    counts = torch.bincount(row, minlength=rows)
+    place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+    longest = max(int(counts.max()), k) if len(row) else k
+    table = torch.full((rows, longest), torch.iinfo(torch.int64).min)
+    table[row, place] = keys
+    value_of = torch.zeros(rows, longest)
+    value_of[row, place] = a
+    top, where = table.topk(k, dim=1)
+    values, indices = value_of.gather(1, where), 0x7FFFFFFF - (top & 0x7FFFFFFF)
+    if selection == "relu" and bool((values[:, -1] <= 0).any()):
+        values, indices = relu_in_order(values, indices)
+    return values, indices.to(torch.int32)

@@ -1,0 +1,5 @@
+"""`python -m sparsefeat_kernels.tuning`."""
+
+from .measure import main
+
+main()
