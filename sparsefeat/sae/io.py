@@ -82,7 +82,7 @@ def _cast(
 ) -> torch.Tensor:
     """A copy as the SAE keeps it, finite throughout: a sum in fp64 is NaN or Inf exactly when an entry is."""
     if name == "threshold" and tensor.isfinite().all():  # beyond the dtype's largest nothing is active either way
-        tensor = tensor.clamp(max=torch.finfo(dtype).max)
+        tensor = tensor.double().clamp(max=torch.finfo(dtype).max)
     cast = tensor.to(device, dtype, copy=True)
     if cast.sum(dtype=torch.float64).isfinite():
         return cast

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sparsefeat.sae.files.text import Described, described, read_json, read_yaml
 from sparsefeat.sae.files.untrusted import must_be_file, reading, say, shown
-from sparsefeat.sae.files.weights import Weights, names_in, shape_in, weights
+from sparsefeat.sae.files.weights import Weights, names_in, read_weights, shape_in, weights
 
 __all__ = [
     "Described",
@@ -17,6 +17,7 @@ __all__ = [
     "must_be_file",
     "names_in",
     "read_json",
+    "read_weights",
     "read_yaml",
     "reading",
     "say",

@@ -27,6 +27,11 @@ class Archive:
         self._check_directory()
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise ValueError(
+                f"{path} is a TorchScript module, which runs code: in the program that wrote it, save its weights alone, "
+                "torch.save(model.state_dict(), path)"
+            )
         if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
             raise ValueError(
                 f"{path} has records that are compressed or encrypted: in the program that wrote it, save them as they are, "

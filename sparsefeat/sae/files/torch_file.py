@@ -30,8 +30,6 @@ def _zipped(path: Path, mapped: mmap.mmap) -> Any:
     archive = Archive(path, mapped)
     programs = [name for name in archive.entries if name.endswith("/data.pkl")]
     if len(programs) != 1:
-        if any(name.endswith("/constants.pkl") for name in archive.entries):
-            raise ValueError(f"{path} is a TorchScript module, which runs code: {REMEDY}")
         raise ValueError(f"{path} is a zip archive without one data.pkl: it was not written by torch.save")
     root = programs[0].removesuffix("data.pkl")
     order = root + "byteorder"

@@ -137,13 +137,14 @@ def weights(
     harmless: names beside `HARMLESS` that may be passed over; inside: the key under which a state dict may lie in the
     file; alone: what to call the tensor of a file that holds one and no names.
     """
-    found = read(path)
+    found = read_weights(path)
     held = Weights(path, {alone: found}) if alone is not None else _of(path, found, inside)
     yield held
     held.check(harmless)
 
 
-def read(path: Path) -> Any:
+def read_weights(path: Path) -> Any:
+    """What the file holds, as it is nested there, its tensors unread."""
     if path.suffix == ".safetensors":
         return _safetensors(path)
     return read_npz(path) if path.suffix == ".npz" else read_torch(path)
@@ -152,7 +153,7 @@ def read(path: Path) -> Any:
 def names_in(path: Path) -> frozenset[str]:
     """The names in a file, to tell its format by; none where it cannot be read."""
     try:
-        held = read(path)
+        held = read_weights(path)
         return frozenset(_unwrapped(held)[0]) if isinstance(held, Mapping) else frozenset()
     except (ValueError, OSError):
         return frozenset()
@@ -161,7 +162,7 @@ def names_in(path: Path) -> frozenset[str]:
 def shape_in(path: Path, name: str) -> tuple[int, ...] | None:
     """Of a tensor in a file, to tell its format by; None where there is none or the file cannot be read."""
     try:
-        held = read(path)
+        held = read_weights(path)
     except (ValueError, OSError):
         return None
     found = _unwrapped(held)[0].get(name) if isinstance(held, Mapping) else None

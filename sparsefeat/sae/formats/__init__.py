@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from sparsefeat.sae.files import weights
+from sparsefeat.sae.files import must_be_file, read_weights
 from sparsefeat.sae.formats import (
     crosscoder,
     dictionary_learning,
@@ -48,13 +48,15 @@ def detect(place: Path) -> Format:
         if candidate.detect(place):
             return candidate
     if place.is_file() and place.suffix in SINGLE_FILES:
-        with weights(place) as held:  # what is wrong with it, if it is no file of weights at all
-            held.asked |= set(held)
+        _look(place)
     expected = "; ".join(f"{f.title}: {' and '.join(f.files) or 'a single file'}" for f in FORMATS)
     if place.is_file():
         if any(candidate.detect(place.parent) for candidate in FORMATS):
             raise NotADirectoryError(f"{place} is one of the files of an SAE: pass the folder it lies in")
         raise ValueError(f"{place} is no SAE that can be read: expected one of {expected}")
+    for path in (place / name for known in FORMATS for name in known.files + known.optional):
+        if path.exists():
+            _look(path)
     inside = _below(place)
     if inside:
         raise FileNotFoundError(
@@ -67,6 +69,13 @@ def detect(place: Path) -> Format:
         )
     found = sorted(path.name for path in place.iterdir())[:8]
     raise FileNotFoundError(f"{place} holds no SAE that can be read (found {found or 'nothing'}): expected {expected}")
+
+
+def _look(path: Path) -> None:
+    """Raise what is wrong with a file, if it is not at least what its name says."""
+    must_be_file(path)
+    if path.suffix in SINGLE_FILES:
+        read_weights(path)
 
 
 def _is_one(file: Path) -> bool:

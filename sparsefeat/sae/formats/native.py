@@ -30,9 +30,9 @@ CONFIG, WEIGHTS = "config.json", "sae.safetensors"
 def detect(folder: Path) -> bool:
     if not folder.is_dir():
         return False
-    if not (folder / WEIGHTS).is_file():
-        return (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("format") == NAME
-    return not (folder / "cfg.json").is_file()  # EleutherAI's files of the same name come with a cfg.json
+    if not (folder / WEIGHTS).exists():
+        return (folder / CONFIG).exists() and read_json(folder / CONFIG).get("format") == NAME
+    return not (folder / "cfg.json").exists()  # EleutherAI's files of the same name come with a cfg.json
 
 
 def read(folder: Path, given: Given | None = None) -> tuple[SAEConfig, dict[str, Tensor]]:

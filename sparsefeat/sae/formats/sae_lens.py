@@ -120,7 +120,7 @@ HARMLESS = frozenset(
 def detect(place: Path) -> bool:
     if (place / WEIGHTS).exists():
         return True
-    no_others = (place / CONFIG).is_file() and not (place / "sae.safetensors").exists()
+    no_others = (place / CONFIG).exists() and not (place / "sae.safetensors").exists()
     return no_others and "d_sae" in read_json(place / CONFIG)
 
 
@@ -301,7 +301,7 @@ def _fold_scale(tensors: dict[str, Tensor], scale: float) -> None:
 
 def _scale(place: Path) -> float:
     path = place / SCALER
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"{place / CONFIG} says expected_average_only_in but there is no {SCALER} with its scaling_factor: copy it "
             'there, or write {"scaling_factor": sqrt(d_in) / mean norm of the activations}'

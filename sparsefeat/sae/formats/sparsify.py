@@ -52,7 +52,7 @@ HARMLESS = frozenset({"normalize_decoder", "multi_topk", "sample_topk", "expansi
 
 def detect(place: Path) -> bool:
     """SAELens has a `cfg.json` too; its weights have another name, and without weights its config another width."""
-    if not (place / CONFIG).is_file() or (place / "sae_weights.safetensors").exists():
+    if not (place / CONFIG).exists() or (place / "sae_weights.safetensors").exists():
         return False
     return (place / WEIGHTS).exists() or "d_sae" not in read_json(place / CONFIG)
 

@@ -46,7 +46,7 @@ def detect(place: Path) -> bool:
     if not place.is_dir():
         return False
     if not (place / WEIGHTS).exists():
-        return (place / CONFIG).is_file() and "n_dirs_local" in read_json(place / CONFIG)
+        return (place / CONFIG).exists() and "n_dirs_local" in read_json(place / CONFIG)
     return True
 
 

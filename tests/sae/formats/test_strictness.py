@@ -1,0 +1,182 @@
+"""Of every format: a tensor or a key that its SAEs do not have is refused, and folds are made in single precision."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparsefeat.sae import SAE, load_sae
+from sparsefeat.sae.convert import convert, writable
+from sparsefeat.sae.formats import FORMATS
+from sparsefeat.sae.formats.folder_names import hookpoint_called
+from tests.sae.dense import CASES, NORMALIZERS, random_sae
+from tests.sae.formats.expected import FIXTURES, copied, made_by
+
+EVERY = sorted(path.parent for path in FIXTURES.glob("*/*/expected.safetensors"))
+NO_NAMES = ("atoms.pt", "atom_indices.pt", "mean.pt", "std.pt", "expected.safetensors")  # one tensor, without a name
+# Configs whose unknown keys are those of a training run, which are not all known.
+OPEN = ("fae",)
+
+
+def opened(case: Path, place: Path) -> Any:
+    made = made_by(case)
+    return load_sae(place / made["file"] if made.get("file") else place, k=made.get("k"))
+
+
+def weight_files(place: Path) -> list[Path]:
+    files = [*place.glob("*.pt"), *place.glob("*.pth"), *place.glob("*.safetensors")]
+    return [file for file in files if file.name not in (*NO_NAMES, "sae_lens.safetensors", "sparsity.safetensors")]
+
+
+def rewritten(file: Path, change: Any) -> None:
+    """The file with `change` of its state dict, wherever that lies in it."""
+    if file.suffix == ".safetensors":
+        save_file({name: t.contiguous() for name, t in change(load_file(file)).items()}, file)
+        return
+    state = torch.load(file, weights_only=True)
+    inside = next((name for name in ("state_dict", "ae") if name in state), None)
+    torch.save(change(state) if inside is None else state | {inside: change(state[inside])}, file)
+
+
+WITH_WEIGHTS = [case for case in EVERY if weight_files(case)]
+
+
+@pytest.mark.parametrize("case", WITH_WEIGHTS, ids=lambda case: f"{case.parent.name}-{case.name}")
+@pytest.mark.filterwarnings("ignore")
+def test_a_tensor_more_is_another_sae(tmp_path, case):
+    place = copied(case, tmp_path)
+    (file,) = weight_files(place)
+    rewritten(file, lambda state: state | {"W_dec_2": torch.ones(3)})
+    with pytest.raises(ValueError, match=r"has W_dec_2, which this format's SAEs do not have"):
+        opened(case, place)
+    rewritten(
+        file, lambda state: {n: t for n, t in state.items() if n != "W_dec_2"} | {"stats_last_nonzero": torch.ones(3)}
+    )
+    opened(case, place)
+
+
+@pytest.mark.parametrize("case", EVERY, ids=lambda case: f"{case.parent.name}-{case.name}")
+@pytest.mark.filterwarnings("ignore")
+def test_a_key_more_is_another_sae(tmp_path, case):
+    place = copied(case, tmp_path)
+    configs = [place / name for name in ("cfg.json", "config.json") if (place / name).is_file()]
+    if not configs or case.parent.name in OPEN:
+        pytest.skip("no config, or one of a whole training run")
+    values = json.loads(configs[0].read_text())
+    inner = values.get("trainer", values)
+    inner["normalize_io"] = True
+    configs[0].write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="says normalize_io True, which is not understood"):
+        opened(case, place)
+    inner["normalize_io"] = False
+    configs[0].write_text(json.dumps(values))
+    opened(case, place)
+
+
+@pytest.mark.parametrize("case", WITH_WEIGHTS, ids=lambda case: f"{case.parent.name}-{case.name}")
+@pytest.mark.filterwarnings("ignore")
+def test_weights_in_half_precision_are_folded_in_single(tmp_path, case):
+    """The SAE of the bf16 file is the one of the same numbers in float32, not of their folded values in bf16 again."""
+    saes = {}
+    for dtype in ("half", "single"):
+        place = copied(case, tmp_path / dtype)
+        (file,) = weight_files(place)
+
+        def change(state: dict[str, Any], dtype: str = dtype) -> dict[str, Any]:
+            halves = {
+                n: t.bfloat16() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+                for n, t in state.items()
+            }
+            if dtype == "half":
+                return halves
+            return {
+                n: t.float() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in halves.items()
+            }
+
+        rewritten(file, change)
+        saes[dtype] = opened(case, place)
+    half, single = (saes[dtype].state_dict() for dtype in ("half", "single"))
+    assert half.keys() == single.keys()
+    for name in half:
+        assert torch.allclose(half[name], single[name], rtol=1e-6, atol=1e-7), name
+
+
+def test_numbers_beyond_the_dtype_asked_for_are_said(tmp_path):
+    sae = random_sae("jumprelu")
+    with torch.no_grad():
+        sae.threshold[0] = 1e30  # a latent that is never active stays one
+    assert load_sae(sae.save(tmp_path / "a"), dtype=torch.float16).threshold[0] == torch.finfo(torch.float16).max
+    with torch.no_grad():
+        sae.b_pre[0] = 1e5
+    with pytest.raises(ValueError, match=r"b_pre in .* has numbers beyond torch.float16's largest"):
+        load_sae(sae.save(tmp_path / "b"), dtype=torch.float16)
+
+
+def can_be_written(sae: SAE, name: str, folder: Path) -> bool:
+    """Whether the format's own writer takes it: what it took must not fail afterwards."""
+    folder.mkdir()
+    write = next(known.write for known in FORMATS if known.name == name)
+    if write is not None:
+        with contextlib.suppress(ValueError):
+            write(folder, sae.config, sae.state_dict())
+            return True
+    return write is None
+
+
+@pytest.mark.parametrize("name", writable())
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize(("activation", "inference"), CASES)
+def test_what_is_converted_is_there_whole_or_not_at_all(tmp_path, name, normalizer, activation, inference):
+    sae = random_sae(activation, inference, normalizer)
+    refused = pytest.raises(ValueError, match=r"cannot express|no biases|standardises")
+    if not can_be_written(sae, name, tmp_path / "try"):
+        with refused:
+            convert(sae, tmp_path / "out", name)
+        assert [path.name for path in tmp_path.iterdir()] == ["try"]
+        return
+    converted = convert(sae, tmp_path / "out", name)
+    assert converted.difference < 1e-4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "try"]
+
+
+def test_the_difference_of_a_conversion_of_half_precision_is_that_of_the_weights(tmp_path):
+    """Not of rows in half precision: of a conversion that folds nothing it is zero."""
+    sae = random_sae("topk")
+    with torch.no_grad():
+        sae.b_out.copy_(sae.b_pre)
+    sae.bfloat16()
+    assert convert(sae, tmp_path / "out", "sae_lens").difference == 0
+    assert sae.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "is_path"),
+    [
+        ("layers.3", True),
+        ("h.5", True),
+        ("gpt_neox.layers.10", True),
+        ("unet.up_blocks.1.attentions.1", True),
+        ("transformer.single_transformer_blocks.9.ff", True),
+        ("text_encoder.text_model.encoder.layers.10", True),
+        ("text_encoder_2.encoder.block.23", True),
+        ("unet.mid_block", True),
+        ("v1.2", False),
+        ("sd1.5", False),
+        ("mysae.bak", False),
+        ("unet.bak", False),
+        ("model.2", False),
+        ("run.3", False),
+        ("2026.11.26", False),
+        ("sae_v2.0", False),
+        ("layers", False),
+        ("checkpoint.500", False),
+    ],
+)
+def test_a_folder_is_a_hookpoint_only_where_its_name_is_the_path_of_a_module(name, is_path):
+    assert hookpoint_called(name) == (name if is_path else None)
