@@ -1,228 +1,132 @@
-"""Train the embedded text-to-image pipeline: text encoder and UNet together, on the fifty objects in four styles.
+"""Train one of the embedded text-to-image pipelines, on a CPU or a GPU, for as long as there is time.
 
-    python tools/train_pipeline.py               # resumable
+    python tools/train_pipeline.py unet --start-from sparsefeat/assets/pipeline --minutes 120
+    python tools/train_pipeline.py joint --minutes 6              # on a GPU
 
-A `StableDiffusionPipeline` in miniature: a 2-layer CLIP text model of width 128 over a small vocabulary, a UNet of
-channels (64, 128) with cross-attention at both levels, latents 16x16x4 of the autoencoder that
-`tools/train_autoencoder.py` made. v-prediction, zero terminal SNR, trailing timesteps, 10 % empty prompts, averaged
-weights. Each checkpoint also exports the pipeline to `build/training/pipeline` in fp16, so it can be tried any time.
+`--minutes` is the training time in all, over every run that went before in the same folder: a run that was stopped
+goes on where it was, one that had ended goes on for longer. The learning rate falls to nothing in the last quarter of
+it. Weights are averaged; each checkpoint also exports them as a pipeline in fp16, to try at any time
+(`python tools/try_pipeline.py FOLDER`). The first of these commands needs the autoencoder (`tools/train_autoencoder.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from embedded_models import FAMILIES, build_tokenizer, export
+from muon import Both
 from train_autoencoder import OUT as VAE
 from train_autoencoder import ROOT
-from training_run import Averaged, TrainingRun, half
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from training_data import Bank
+from training_run import Averaged, TrainingRun
 
-from sparsefeat.assets import emojicanvas
+from sparsefeat.evaluation.machine import has_bfloat16
 
-RUN = ROOT / "build" / "training" / "pipeline.pt"
-OUT = ROOT / "build" / "training" / "pipeline"
-LATENTS = ROOT / "build" / "training" / "latents.pt"
-BATCH = 32
-N_VARIANTS = 32  # augmented encodings of each drawing
-PEAK_LR = 1e-3
-MAX_TOKENS = 16
+ENDS = ("embedding", "conv_in", "conv_out", "proj_out", "pos_embed", "time_text_embed")
+WARM_UP_STEPS = 100
+ANNEALED = 0.25
 
 
-def prompt_words() -> list[str]:
-    """Every word a prompt of the embedded pipeline may use."""
-    prompts = [emojicanvas.prompt(name, style) for name in emojicanvas.OBJECTS for style in (*emojicanvas.STYLES, None)]
-    return sorted({word for prompt in prompts for word in prompt.split()})
+def learning_rate(step: int, done: float, peak: float) -> float:
+    """A short warm-up, the peak, and a linear fall to nothing over the last quarter. `done` is a share of the time."""
+    return peak * min(1.0, (step + 1) / WARM_UP_STEPS) * min(1.0, max(0.0, 1 - done) / ANNEALED)
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """Byte-pair merges that make each word of the vocabulary one token; other words fall apart into letters."""
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
-    )
-    bpe.train_from_iterator([" ".join(prompt_words())], trainer)
-    model = json.loads(bpe.to_str())["model"]
-    tokens = sorted({*letters, *(f"{letter}</w>" for letter in letters), *model["vocab"]})
-    vocab = {token: index for index, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+class Clock:
+    """Seconds of training over all runs, as a part of the checkpoint."""
 
+    def __init__(self) -> None:
+        self.before, self.started = 0.0, time.monotonic()
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
-            projection_dim=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.started
 
+    def state_dict(self) -> dict:
+        return {"seconds": self.seconds}
 
-def build_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(64, 128),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=128,
-        attention_head_dim=(2, 4),  # diffusers' name for the number of heads: 32 channels each
-        norm_num_groups=16,
-    )
-
-
-def build_scheduler() -> DDIMScheduler:
-    return DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        clip_sample=False,
-        steps_offset=1,
-    )
-
-
-def encoded_variants() -> torch.Tensor:
-    """Latents [style, object, variant, 4, 16, 16] of the drawings, lightly shifted and scaled."""
-    if LATENTS.is_file():
-        return torch.load(LATENTS, weights_only=True)
-    vae = AutoencoderTiny.from_pretrained(VAE).eval()
-    images = torch.from_numpy(emojicanvas.load().on_white()).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
-    n_styles, n_objects = images.shape[:2]
-    flat = images.flatten(0, 1)
-    generator = torch.Generator().manual_seed(1)
-    variants = []
-    for variant in range(N_VARIANTS):
-        theta = torch.zeros(len(flat), 2, 3)
-        scale = 1 / (0.88 + 0.14 * torch.rand(len(flat), generator=generator))
-        theta[:, 0, 0] = theta[:, 1, 1] = scale
-        theta[:, :, 2] = (torch.rand(len(flat), 2, generator=generator) - 0.5) * (4 * 2 / 64)
-        if variant == 0:  # the drawing as it is
-            theta[:, 0, 0] = theta[:, 1, 1] = 1
-            theta[:, :, 2] = 0
-        grid = F.affine_grid(theta, list(flat.shape), align_corners=False)
-        moved = F.grid_sample(flat - 1, grid, align_corners=False) + 1
-        with torch.no_grad():
-            variants.append(vae.encoder(moved))
-    latents = torch.stack(variants, 1).unflatten(0, (n_styles, n_objects))
-    LATENTS.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(latents, LATENTS)
-    return latents
-
-
-def learning_rate(step: int, n_steps: int) -> float:
-    """200 steps of warm-up, then a cosine down to 2 % of the peak."""
-    warm = min(1.0, (step + 1) / 200)
-    progress = min(1.0, step / n_steps)
-    return PEAK_LR * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-class Joint(torch.nn.Module):
-    """Text encoder and UNet, trained as one."""
-
-    def __init__(self, text: CLIPTextModel, unet: UNet2DConditionModel) -> None:
-        super().__init__()
-        self.text, self.unet = text, unet
-
-
-def export(average: Averaged, tokenizer: CLIPTokenizer) -> None:
-    """Write the averaged weights as a pipeline folder in fp16."""
-    joint = Joint(build_text_encoder(tokenizer), build_unet())
-    joint.load_state_dict(average.shadow)
-    vae = AutoencoderTiny.from_pretrained(VAE)
-    for module in (joint.text, joint.unet, vae):
-        module.load_state_dict(half(module.state_dict()), strict=True)
-        module.half()
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=joint.text,
-        tokenizer=tokenizer,
-        unet=joint.unet,
-        scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(OUT, safe_serialization=True)
+    def load_state_dict(self, state: dict) -> None:
+        self.before, self.started = state["seconds"], time.monotonic()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4900)
-    parser.add_argument("--no-compile", action="store_true", help="train without torch.compile")
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("--minutes", type=float, required=True, help="training time in all, earlier runs included")
+    parser.add_argument("--start-from", type=Path, help="a pipeline folder whose weights a new run begins with")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "training", help="checkpoints, exports, data")
+    parser.add_argument("--vae", type=Path, default=VAE)
+    parser.add_argument("--batch", type=int, default=0, help="default 32 on a CPU, 512 on a GPU")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--average", type=float, default=0.999, help="decay of the averaged weights")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the denoiser: minutes first, faster steps after"
+    )
+    parser.add_argument("--checkpoint-every", type=float, default=300.0, help="seconds")
     arguments = parser.parse_args()
 
-    tokenizer = build_tokenizer()
-    latents = encoded_variants()
-    n_styles, n_objects = latents.shape[:2]
-
-    def tokenize(prompts: list[str]) -> torch.Tensor:
-        return tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
-
-    # Token rows: every full prompt, then object without style, style without object, and the empty prompt.
-    names, styles = emojicanvas.OBJECTS, emojicanvas.STYLES
-    full = tokenize([emojicanvas.prompt(n, s) for s in styles for n in names]).unflatten(0, (n_styles, n_objects))
-    object_only = tokenize([emojicanvas.prompt(n) for n in names])
-    style_only = tokenize([emojicanvas.prompt(None, s) for s in styles])
-    empty = tokenize([""])
-
-    # On a CPU the flash kernel's backward takes 27 % of a step of this small model; plain products halve the step.
-    torch.backends.cuda.enable_flash_sdp(False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = arguments.batch or (512 if device == "cuda" else 32)
+    # On a CPU the flash kernel's backward takes a quarter of a step of these small models; plain products are faster.
+    torch.backends.cuda.enable_flash_sdp(device == "cuda")
     torch.manual_seed(0)
-    joint = Joint(build_text_encoder(tokenizer), build_unet()).to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(joint.parameters(), lr=PEAK_LR, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
-    average = Averaged(joint, 0.999)
-    run = TrainingRun(RUN, arguments.steps, {"joint": joint, "optimizer": optimizer, "average": average})
-    unet = joint.unet if arguments.no_compile else torch.compile(joint.unet)
-    alphas = build_scheduler().alphas_cumprod
-    smoothed = None
-    for step, bar in run.steps(on_checkpoint=lambda: export(average, tokenizer)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, arguments.steps)
-        s, o = torch.randint(n_styles, (BATCH,)), torch.randint(n_objects, (BATCH,))
-        clean = latents[s, o, torch.randint(N_VARIANTS, (BATCH,))]
-        kind = torch.rand(BATCH)[:, None]
-        tokens = torch.where(kind < 0.10, empty, full[s, o])
-        tokens = torch.where((kind >= 0.10) & (kind < 0.18), object_only[o], tokens)
-        tokens = torch.where((kind >= 0.18) & (kind < 0.21), style_only[s], tokens)
-        timesteps = torch.randint(1000, (BATCH,))
-        signal = alphas[timesteps].sqrt().view(-1, 1, 1, 1)
-        sigma = (1 - alphas[timesteps]).sqrt().view(-1, 1, 1, 1)
-        noise = torch.randn_like(clean)
-        noisy = (signal * clean + sigma * noise).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = joint.text(tokens).last_hidden_state
-            predicted = unet(noisy, timesteps, hidden, return_dict=False)[0].float()
-        loss = F.mse_loss(predicted, signal * noise - sigma * clean)
+    tokenizer = build_tokenizer()
+    denoiser = FAMILIES[arguments.family](tokenizer)
+    out = arguments.folder / arguments.family
+    if arguments.start_from is not None:
+        denoiser.load(arguments.start_from)
+    denoiser.to(device, memory_format=torch.channels_last).train()
+    bank = Bank.open(arguments.folder / "bank.safetensors", arguments.vae, tokenizer, device)
+    optimizer, average, clock = Both(denoiser, arguments.lr, ENDS), Averaged(denoiser, arguments.average), Clock()
+    parts = {"denoiser": denoiser, "optimizer": optimizer, "average": average, "clock": clock}
+    run = TrainingRun(out.with_suffix(".pt"), 10**9, parts, arguments.checkpoint_every)
+    if arguments.compile:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        for name in ("unet", "transformer"):
+            if hasattr(denoiser, name):
+                getattr(denoiser, name).compile()
+
+    def write_export() -> None:
+        averaged = FAMILIES[arguments.family](tokenizer)
+        averaged.load_state_dict({name: value.cpu() for name, value in average.shadow.items()})
+        export(averaged, arguments.vae, out)
+        progress = {"minutes": clock.seconds / 60, "steps": run.step, "batch": batch, "loss": smoothed}
+        (arguments.folder / f"{arguments.family}.json").write_text(json.dumps(progress) + "\n")
+
+    # float32 where the processor has no bfloat16 instructions: autocast would emulate them.
+    lower = device == "cuda" or has_bfloat16()
+    smoothed, warm = None, time.monotonic()
+    for count, (step, bar) in enumerate(run.steps(on_checkpoint=write_export), 1):
+        done = clock.seconds / (60 * arguments.minutes)
+        if done >= 1:
+            break
+        optimizer.set_lr(learning_rate(step, done, arguments.lr))
+        clean, tokens = bank.batch(batch)
+        with torch.autocast(device, torch.bfloat16) if lower else nullcontext():
+            loss = denoiser.loss(clean, tokens)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(joint.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
         average.update()
-        smoothed = loss.item() if smoothed is None else 0.98 * smoothed + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{smoothed:.4f}", refresh=False)
-    export(average, tokenizer)
-    print(f"exported {Path(OUT).relative_to(ROOT)}")
+        if count == 20:  # the first steps compile and warm up
+            warm = time.monotonic()
+        if count == 60:
+            rate = 40 * batch / (time.monotonic() - warm)
+            left = (1 - done) * arguments.minutes
+            print(
+                f"{rate:.0f} samples a second: about {rate * left * 60:,.0f} in the {left:.0f} minutes left", flush=True
+            )
+        if count % 20 == 0:
+            smoothed = loss.item() if smoothed is None else 0.9 * smoothed + 0.1 * loss.item()
+            bar.set_postfix(loss=f"{smoothed:.4f}", refresh=False)
+    run.checkpoint()
+    write_export()
+    print(f"exported {out} after {run.step} steps of {batch}, {clock.seconds / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

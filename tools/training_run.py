@@ -52,7 +52,8 @@ class TrainingRun:
         previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         saved = time.monotonic()
         interactive = sys.stderr.isatty()
-        bar = tqdm(initial=self.step, total=self.n_steps, mininterval=0.5 if interactive else 20, desc=self.path.stem)
+        total = None if self.n_steps >= 10**9 else self.n_steps  # where the time ends the run, not the steps
+        bar = tqdm(initial=self.step, total=total, mininterval=0.5 if interactive else 20, desc=self.path.stem)
         try:
             while self.step < self.n_steps:
                 yield self.step, bar

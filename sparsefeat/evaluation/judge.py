@@ -90,6 +90,12 @@ def judge_images(judge: Judge, images: list[Image.Image] | np.ndarray | Tensor, 
     return Verdicts(objects, styles, features)
 
 
+@torch.no_grad()
+def objects_present(judge: Judge, images: list[Image.Image] | np.ndarray | Tensor, batch: int = 256) -> Tensor:
+    """bool [n, object]: which objects each image shows, as many as there are; for scenes."""
+    return torch.cat([judge(chunk)[0] > 0 for chunk in as_tensor(images).split(batch)])
+
+
 def load_judge(folder: Path | str = FOLDER) -> Judge:
     """The embedded judge, in fp32 and eval mode."""
     path = Path(folder) / "judge.safetensors"
