@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from embedded_models import FAMILIES, build_tokenizer, export
-from muon import Both
 from train_autoencoder import OUT as VAE
 from train_autoencoder import ROOT
 from training_data import Bank
@@ -27,7 +26,6 @@ from training_run import Averaged, TrainingRun
 
 from sparsefeat.evaluation.machine import has_bfloat16
 
-ENDS = ("embedding", "conv_in", "conv_out", "proj_out", "pos_embed", "time_text_embed")
 WARM_UP_STEPS = 100
 ANNEALED = 0.25
 
@@ -62,7 +60,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "training", help="checkpoints, exports, data")
     parser.add_argument("--vae", type=Path, default=VAE)
     parser.add_argument("--batch", type=int, default=0, help="default 32 on a CPU, 512 on a GPU")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--average", type=float, default=0.999, help="decay of the averaged weights")
     parser.add_argument(
         "--compile", action="store_true", help="compile the denoiser: minutes first, faster steps after"
@@ -82,7 +80,8 @@ def main() -> None:
         denoiser.load(arguments.start_from)
     denoiser.to(device, memory_format=torch.channels_last).train()
     bank = Bank.open(arguments.folder / "bank.safetensors", arguments.vae, tokenizer, device)
-    optimizer, average, clock = Both(denoiser, arguments.lr, ENDS), Averaged(denoiser, arguments.average), Clock()
+    optimizer = torch.optim.AdamW(denoiser.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    average, clock = Averaged(denoiser, arguments.average), Clock()
     parts = {"denoiser": denoiser, "optimizer": optimizer, "average": average, "clock": clock}
     run = TrainingRun(out.with_suffix(".pt"), 10**9, parts, arguments.checkpoint_every)
     if arguments.compile:
@@ -105,13 +104,15 @@ def main() -> None:
         done = clock.seconds / (60 * arguments.minutes)
         if done >= 1:
             break
-        optimizer.set_lr(learning_rate(step, done, arguments.lr))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, done, arguments.lr)
         clean, tokens = bank.batch(batch)
         with torch.autocast(device, torch.bfloat16) if lower else nullcontext():
             loss = denoiser.loss(clean, tokens)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         optimizer.step()
+        optimizer.zero_grad()
         average.update()
         if count == 20:  # the first steps compile and warm up
             warm = time.monotonic()

@@ -58,7 +58,7 @@ def build_bank(vae_folder: Path, device: str = "cpu") -> dict[str, Tensor]:
     for start in range(0, N_SCENES, 1000):
         drawn = [emojiscenes.draw(scene).image for scene in scenes[start : start + 1000]]
         parts.append(_encoded(vae, _pixels(drawn).to(device)))
-    return {"singles": encoded.movedim(0, 2).contiguous().cpu(), "scenes": torch.cat(parts).cpu()}
+    return {"singles": encoded.movedim(0, 2).contiguous().cpu(), "scenes": torch.cat(parts).contiguous().cpu()}
 
 
 @dataclass(frozen=True)
