@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 
-from sparsefeat.assets import GUIDANCE, N_STEPS, emojicanvas, emojiscenes
+from sparsefeat.assets import GUIDANCE, N_STEPS, emojicanvas, emojiscenes, load_pipeline
 from sparsefeat.evaluation.frechet import frechet_distance
 from sparsefeat.evaluation.generation import TEST, accuracy, generate, whole_grid
 from sparsefeat.evaluation.judge import FOLDER, judge_images, load_judge
@@ -34,8 +33,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="draw every n-th cell of the grid")
     parser.add_argument("--scenes", type=int, default=20)
     arguments = parser.parse_args()
-    pipe = DiffusionPipeline.from_pretrained(str(arguments.folder)).to(torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_pipeline(arguments.folder)
     tasks = whole_grid(TEST)[:: arguments.every]
     images = generate(pipe, tasks, n_steps=N_STEPS, guidance=GUIDANCE)
     judge = load_judge(arguments.judge)

@@ -6,6 +6,7 @@ on Stable Diffusion by changing the folder's name.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,15 +44,24 @@ def text_encoder_sae_folder() -> Path:
 
 
 def load_pipeline(folder: Path | str = PIPELINE, **options: Any) -> StableDiffusionPipeline:
-    """`StableDiffusionPipeline.from_pretrained(folder)` in fp32, quiet. Raises FileNotFoundError with the remedy."""
-    import torch
-    from diffusers import StableDiffusionPipeline
+    """`DiffusionPipeline.from_pretrained(folder)` in fp32, quiet. Raises FileNotFoundError with the remedy.
 
-    if not (Path(folder) / "model_index.json").is_file():
+    A joint pipeline (`StableDiffusion3Pipeline`) without a third text encoder is opened without one.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    index = Path(folder) / "model_index.json"
+    if not index.is_file():
         raise FileNotFoundError(f"no pipeline in {folder}; train it with `python tools/train_pipeline.py`")
-    pipe = StableDiffusionPipeline.from_pretrained(str(folder), **options)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):  # transformers keeps the file's fp16, diffusers does not
-        if part.dtype != torch.float32:
+    if json.loads(index.read_text())["_class_name"] == "StableDiffusion3Pipeline":
+        # diffusers requires both of these of SD3's pipeline, and writes neither where it is absent.
+        options = {
+            name: None for name in ("text_encoder_3", "tokenizer_3") if not (index.parent / name).is_dir()
+        } | options
+    pipe = DiffusionPipeline.from_pretrained(str(folder), **options)
+    for part in pipe.components.values():  # transformers keeps the file's fp16, diffusers does not
+        if isinstance(part, torch.nn.Module) and part.dtype != torch.float32:
             part.to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -53,11 +53,13 @@ def test_training_scenes_and_held_out_ones_share_no_pair_and_miss_no_object():
     assert {i for pair in train for i in pair} == {i for pair in held for i in pair} == everything
     n_held = sum(emojiscenes.held_out_pair(a, b) for a, b in combinations(everything, 2))
     assert 0.08 < n_held / 1225 < 0.15
-    assert all(emojiscenes.held_out_pair(a, b) == emojiscenes.held_out_pair(b, a) for a, b in combinations(range(50), 2))
+    assert all(
+        emojiscenes.held_out_pair(a, b) == emojiscenes.held_out_pair(b, a) for a, b in combinations(range(50), 2)
+    )
 
 
 def test_a_caption_says_where_the_first_object_is():
-    said = [scene for scene in scenes(400, seed=2, n_objects=(2,), related=1.0)]
+    said = scenes(400, seed=2, n_objects=(2,), related=1.0)
     assert {scene.relation for scene in said} == set(emojiscenes.RELATIONS)
     for scene in said:
         first, second = scene.placed

@@ -1,0 +1,105 @@
+"""The commands that make the embedded pipelines: what they train is what the pipelines compute, and a run can stop."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.attention_processor import JointAttnProcessor2_0
+
+from sparsefeat.assets import emojicanvas, emojiscenes, load_pipeline
+from sparsefeat.assets.embedded import PIPELINE
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from embedded_models import build_tokenizer
+
+    return build_tokenizer()
+
+
+def tokens_of(tokenizer, prompts: list[str]) -> torch.Tensor:
+    return tokenizer(prompts, padding="max_length", max_length=32, return_tensors="pt").input_ids
+
+
+def test_every_word_of_every_caption_is_one_token_and_the_longest_scene_fits(tokenizer):
+    captions = [scene.caption for scene in emojiscenes.scenes(600, n_objects=(2, 3, 4), related=0.5)]
+    captions += [emojicanvas.prompt(name, style) for name in emojicanvas.OBJECTS for style in emojicanvas.STYLES]
+    for caption in captions:
+        words = caption.replace(",", " ,").split()
+        assert [token.removesuffix("</w>") for token in tokenizer.tokenize(caption)] == words
+    longest = sorted(
+        range(len(emojicanvas.OBJECTS)), key=lambda i: -len(emojicanvas.words(emojicanvas.OBJECTS[i]).split())
+    )
+    assert len(tokenizer(emojiscenes.caption(longest[:4], 1)).input_ids) <= 32
+
+
+def test_one_zero_token_in_training_is_the_pipelines_256(tokenizer):
+    """The reference: the same transformer with diffusers' own attention and the prompt as the pipeline encodes it."""
+    from diffusers import AutoencoderTiny
+    from embedded_models import ZERO_TOKENS, JointDenoiser
+
+    torch.manual_seed(0)
+    joint = JointDenoiser(tokenizer)
+    for parameter in joint.transformer.parameters():  # modulations begin at zero, and the text would not matter
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    latents, sigmas = torch.randn(2, 4, 16, 16), torch.tensor([300.0, 900.0])
+    prompts = ["a noto emoji of a fox", "a mono emoji of an owl and a star"]
+    joint.train()
+    seen = {}
+    handle = joint.transformer.register_forward_pre_hook(
+        lambda module, args: seen.update(hidden=args[1], pooled=args[2])
+    )
+    with torch.no_grad():
+        joint.loss(latents, tokens_of(tokenizer, prompts))
+        handle.remove()
+        trained = joint.transformer(latents, seen["hidden"], seen["pooled"], sigmas, return_dict=False)[0]
+        pipe = joint.eval().pipeline(tokenizer, AutoencoderTiny.from_pretrained(PIPELINE / "vae").float())
+        joint.transformer.set_attn_processor(JointAttnProcessor2_0())
+        text, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
+        drawn = joint.transformer(latents, text, pooled, sigmas, return_dict=False)[0]
+        without = joint.transformer(latents, text[:, :-200], pooled, sigmas, return_dict=False)[0]
+    assert text.shape[1] == 32 + ZERO_TOKENS
+    assert torch.allclose(trained, drawn, atol=2e-5 * float(drawn.std()))
+    assert not torch.allclose(without, drawn, atol=1e-3 * float(drawn.std())), "the zeros' number would not matter here"
+
+
+def test_a_smaller_vocabulary_is_taken_over_word_by_word(tokenizer):
+    from embedded_models import UNetDenoiser
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    denoiser = UNetDenoiser(tokenizer)
+    denoiser.load(PIPELINE)
+    old = CLIPTextModel.from_pretrained(str(PIPELINE / "text_encoder"), dtype=torch.float32)
+    old_tokenizer = CLIPTokenizer.from_pretrained(str(PIPELINE / "tokenizer"))
+    prompt = "a mono emoji of a palm tree"
+    ids = old_tokenizer(prompt, return_tensors="pt").input_ids
+    mine = tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.allclose(old(ids).last_hidden_state, denoiser.text(mine).last_hidden_state, atol=1e-4)
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("family", ["unet", "joint"])
+def test_training_stops_goes_on_and_leaves_a_pipeline_that_draws(family, tmp_path, monkeypatch, capsys):
+    import train_pipeline
+    import training_data
+
+    monkeypatch.setattr(training_data, "N_SCENES", 24)
+    command = ["train_pipeline.py", family, "--folder", str(tmp_path), "--vae", str(PIPELINE / "vae"), "--batch", "4"]
+    steps = []
+    for minutes in ("0.02", "0.04"):
+        monkeypatch.setattr(sys, "argv", [*command, "--minutes", minutes])
+        train_pipeline.main()
+        steps.append(json.loads(Path(tmp_path / f"{family}.json").read_text())["steps"])
+    assert 0 < steps[0] < steps[1]
+    assert f"resumed {family}.pt at step {steps[0]}" in capsys.readouterr().out
+    pipe = load_pipeline(tmp_path / family)
+    image = pipe("a noto emoji of a fox and an owl", num_inference_steps=2, output_type="pt").images
+    assert image.shape == (1, 3, 64, 64)
+    assert image.isfinite().all()
