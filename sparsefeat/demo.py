@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from sparsefeat.assets import (
     GUIDANCE,
@@ -35,6 +34,7 @@ from sparsefeat.evaluation.machine import device_name, versions
 from sparsefeat.evaluation.overhead import measure_overhead
 from sparsefeat.evaluation.run_emoji import CROSS_ATTENTIONS, RECIPES, place_of
 from sparsefeat.features import CollectExamples, CollectStatistics, Examples, Record, Statistics
+from sparsefeat.features.progress import Progress
 from sparsefeat.pipeline import attach
 from sparsefeat.report import check_folder, contact_sheet, overlay, write_page
 from sparsefeat.sae import SAE, load_sae
@@ -48,6 +48,8 @@ SHOWN = ("fox", "octopus", "rocket", "pizza", "rose", "castle", "owl", "key")
 ERASED = (Target(OBJECT, emojicanvas.OBJECTS.index("fox")), Target(STYLE, emojicanvas.STYLES.index("mono")))
 STRENGTHS = (-6.0, -3.0, -1.5, 0.0, 1.5, 3.0, 6.0)  # in units of the latent's own mean when it fires
 N_FEATURES = 6
+# Drawn in all, for the bar: prompts, the grid, features, two strips, two erasures before and after, heat maps, overhead.
+N_IMAGES = 8 + 200 + 1 + 14 + 56 + 3 + 1
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Demo:
     pipe: Any
     saes: list[SAE]
     judge: Judge
+    progress: Progress
     results: dict[str, Any] = field(default_factory=dict)
     images: dict[str, Image.Image] = field(default_factory=dict)
 
@@ -71,6 +74,7 @@ class Demo:
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
+        self.progress.bar.set_description(name)
         yield
         self.results.setdefault("timings", []).append({"name": name, "seconds": time.perf_counter() - started})
 
@@ -110,10 +114,8 @@ def survey(demo: Demo) -> tuple[Examples, Statistics, dict[tuple[int, str], Stat
             instruments.append(CollectStatistics(sae, statistics[i, kind], concept))
     examples = Examples(demo.saes[0].n_latents, top=4)
     instruments.append(CollectExamples(demo.saes[0], examples, words))
-    bar = tqdm(total=len(tasks), desc="drawing the grid once: statistics and examples")
     with attach(demo.pipe, *instruments):
-        pixels = demo.draw(tasks, on_batch=bar.update)
-    bar.close()
+        pixels = demo.draw(tasks)
     return examples, statistics[0, OBJECT], statistics, list(pixels)
 
 
@@ -299,7 +301,7 @@ def run_demo(out: Path, *, force: bool = False) -> Path:
         load_sae(folder) for folder in (block_sae_folder(), *cross_attention_sae_folders(), text_encoder_sae_folder())
     ]
     torch.manual_seed(0)
-    demo = Demo(load_pipeline(), saes, load_judge())
+    demo = Demo(load_pipeline(), saes, load_judge(), Progress(N_IMAGES, "the demo"))
     demo.results |= {
         "version": versions()["sparsefeat"],
         "date": date.today().isoformat(),
@@ -307,6 +309,15 @@ def run_demo(out: Path, *, force: bool = False) -> Path:
         "versions": versions(),
         "pipeline": {"name": "EmojiCanvas (embedded)", "n_steps": N_STEPS, "guidance": GUIDANCE},
     }
+    with demo.progress, attach(demo.pipe, demo.progress):
+        show_everything(demo)
+    demo.results["benchmark"] = json.loads(BENCHMARK.read_text()) if BENCHMARK.is_file() else None
+    demo.results["timings"].append({"name": "everything", "seconds": time.perf_counter() - started})
+    demo.images["summary"] = summary(demo)
+    return write_page(out, demo.results, demo.images, force=force)
+
+
+def show_everything(demo: Demo) -> None:
     with demo.timed("drawing 8 prompts"):
         draw_prompts(demo)
     with demo.timed("drawing 200 images with statistics at five SAEs"):
@@ -320,10 +331,6 @@ def run_demo(out: Path, *, force: bool = False) -> Path:
     with demo.timed("heat maps of 3 images"):
         show_heat_maps(demo)
     show_overhead(demo)
-    demo.results["benchmark"] = json.loads(BENCHMARK.read_text()) if BENCHMARK.is_file() else None
-    demo.results["timings"].append({"name": "everything", "seconds": time.perf_counter() - started})
-    demo.images["summary"] = summary(demo)
-    return write_page(out, demo.results, demo.images, force=force)
 
 
 def summary(demo: Demo) -> Image.Image:

@@ -7,12 +7,16 @@ import json
 import pytest
 
 import sparsefeat.demo as demo
+from sparsefeat.features.progress import Progress
 
 
 @pytest.mark.embedded
 def test_the_demo_writes_a_page_with_every_section(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "N_STEPS", 4)
+    bars = []
+    monkeypatch.setattr(demo, "Progress", lambda *given: bars.append(Progress(*given)) or bars[-1])
     page = demo.run_demo(tmp_path / "page")
+    assert bars[0].bar.n == bars[0].bar.total == bars[0].drawn  # as many images as it said
     results = json.loads((tmp_path / "page" / "results.json").read_text())
     assert page == tmp_path / "page" / "index.html"
     for section in ("prompts", "features", "steering", "erasure", "heat_maps", "timings"):

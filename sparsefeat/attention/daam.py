@@ -170,7 +170,12 @@ class HeatMaps(Instrument):
         return WordMask(self, word, threshold, occurrence)
 
     def _word_masks(self, context: Context, mask: WordMask) -> Tensor:
-        if self._call is None or not self._done:
+        if self._call is None:
+            raise ValueError(
+                f"mask= is the map of {mask.word!r} of HeatMaps that are not attached; attach them with the Steer, "
+                "attach(pipe, maps, steer)."
+            )
+        if not self._done:
             height, width = context.grid[-2:] if context.grid is not None else (1, 1)
             return torch.zeros(context.batch, height, width)
         recording = self._recording(self._call)

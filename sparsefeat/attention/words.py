@@ -11,13 +11,15 @@ from typing import Any
 class Token:
     """One token of an encoded prompt: its position, and the characters `[start, stop)` of the prompt that it covers.
 
-    A special token (start, end, padding) covers nothing: `start == stop`.
+    A special token (start, end, padding) covers nothing: `start == stop`. `unknown`: what the tokenizer puts in the place
+    of a word that it does not have.
     """
 
     index: int
     text: str
     start: int
     stop: int
+    unknown: bool = False
 
     @property
     def special(self) -> bool:
@@ -54,7 +56,9 @@ def tokens_of(tokenizer: Any, text: str, length: int | None = None) -> tuple[Tok
         ids, special, spans = encoded["input_ids"], encoded["special_tokens_mask"], encoded["offset_mapping"]
         names = tokenizer.convert_ids_to_tokens(ids)
         return tuple(
-            Token(i, name, 0, 0) if is_special else Token(i, name, *_trimmed(text, int(start), int(stop)))
+            Token(i, name, 0, 0)
+            if is_special
+            else Token(i, name, *_trimmed(text, int(start), int(stop)), unknown=name == tokenizer.unk_token)
             for i, (name, is_special, (start, stop)) in enumerate(zip(names, special, spans, strict=True))
         )
     ids = tokenizer(text, **truncation)["input_ids"]
@@ -106,7 +110,8 @@ def token_indices(tokens: tuple[Token, ...], text: str, word: str, occurrence: i
         occurrence: which of several occurrences (0 is the first); default all of them together, as in DAAM.
 
     Raises:
-        ValueError: the word does not occur as a whole word, or only behind the last token that was encoded.
+        ValueError: the word does not occur as a whole word, only behind the last token that was encoded, or the tokenizer
+            does not have it.
 
     Example: "a fox and a fox" with CLIP's tokenizer, `word="fox"` -> (2, 5); `occurrence=1` -> (5,).
     """
@@ -126,7 +131,13 @@ def token_indices(tokens: tuple[Token, ...], text: str, word: str, occurrence: i
                 f"it occurs {len(spans)} time(s) in {text!r}, counted from 0."
             )
         spans = [spans[occurrence]]
-    found = [t.index for t in tokens if any(t.start < stop and start < t.stop for start, stop in spans)]
+    covering = [t for t in tokens if any(t.start < stop and start < t.stop for start, stop in spans)]
+    found = [t.index for t in covering if not t.unknown]
+    if covering and not found:
+        raise ValueError(
+            f"word={word!r} is not in the tokenizer's vocabulary (it became {covering[0].text}), so there is no map of it; "
+            f"the words of the prompt are: {', '.join(dict.fromkeys(words_of(text)))}."
+        )
     if not found:
         raise ValueError(
             f"word={word!r} stands behind the {len(tokens)} tokens that were encoded of {text!r}; shorten the prompt "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -40,7 +41,7 @@ def plain_errors(command: F) -> F:
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            with signals_raise():
+            with signals_raise(), plain_warnings(options):
                 return command(*args, **kwargs)
         except KeyboardInterrupt as error:
             typer.echo(f"interrupted; {getattr(error, 'kept', 'nothing was written')}", err=True)
@@ -76,6 +77,22 @@ def options_of(command: Callable[..., Any]) -> dict[str, str]:
         if info is not None:
             options[name] = next(iter(info.param_decls or ()), f"--{name.replace('_', '-')}")
     return options | {name: option for name, option in ELSEWHERE.items() if option in options.values()}
+
+
+@contextmanager
+def plain_warnings(options: Mapping[str, str]) -> Iterator[None]:
+    """Warnings that are meant for users are a sentence too, without the line of code they come from."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, UserWarning):
+                typer.echo(f"warning: {in_options(str(message), options)}", err=True)
+            else:
+                usual(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager

@@ -26,9 +26,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from sparsefeat.arguments import number, whole
 from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
+from sparsefeat.features.progress import progress_bar
 from sparsefeat.features.prompts import OwnTokens, layer_outputs_and_tokens, own_tokens
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Replace
 from sparsefeat.pipeline.call_arguments import check_arguments
@@ -121,24 +123,41 @@ class InterpretThenDeactivate(SavableInstrument):
         if gate_strength is not None:
             number("gate_strength", gate_strength)
         where = hookpoint_of(sae, at)
+        n_texts = len(erase) + len(remain) + (len(erase) if gate else 0)
+        with progress_bar(n_texts, "reading prompts", "prompts") as bar:
+            chosen = cls._select(pipe, sae, where, erase, remain, top_m, call, bar)
+            made = cls(sae, chosen, strength=strength, gate_reduce=gate_reduce, at=where)
+            if gate and len(chosen):
+                judge = made if gate_strength is None else made._stronger(gate_strength)
+                text_rows = _text_rows(pipe, sae, where, erase, call, bar)
+                errors = [judge._errors(rows, texts) for rows, texts in text_rows]
+                made.tau = MARGIN * float(torch.cat(errors).min())
+        return made
+
+    @staticmethod
+    def _select(
+        pipe: Any,
+        sae: SAE,
+        where: Hookpoint,
+        erase: Sequence[str],
+        remain: Sequence[str],
+        top_m: int,
+        call: Mapping[str, Any],
+        bar: tqdm,
+    ) -> Tensor:
+        """F, int64."""
         chosen = torch.zeros(sae.n_latents, dtype=torch.bool)
         for prompts, value in ((erase, True), (remain, False)):
-            for rows, texts in _text_rows(pipe, sae, where, prompts, call):
+            for rows, texts in _text_rows(pipe, sae, where, prompts, call, bar):
                 for latents in _top_latents(sae, rows, texts, top_m):
                     chosen[latents] = value
         if not chosen.any():
             warnings.warn(
                 f"no latent is selected, so nothing will be erased: all of the {top_m} largest of every erased prompt are "
                 "also among a remaining prompt's (or none is active); raise top_m, or leave out remaining prompts like them",
-                stacklevel=3,  # 2 is torch.no_grad's
+                stacklevel=4,  # 2 is fit, 3 is torch.no_grad's
             )
-        made = cls(sae, chosen.nonzero()[:, 0], strength=strength, gate_reduce=gate_reduce, at=where)
-        if gate and len(made.latents):
-            judge = made if gate_strength is None else made._stronger(gate_strength)
-            text_rows = _text_rows(pipe, sae, where, erase, call)
-            errors = [judge._errors(rows, texts) for rows, texts in text_rows]
-            made.tau = MARGIN * float(torch.cat(errors).min())
-        return made
+        return chosen.nonzero()[:, 0]
 
     def _stronger(self, strength: float) -> InterpretThenDeactivate:
         return InterpretThenDeactivate(
@@ -236,11 +255,20 @@ def _top_latents(sae: SAE, rows: Tensor, texts: Sequence[OwnTokens], top_m: int)
 
 
 def _text_rows(
-    pipe: Any, sae: SAE, at: Hookpoint, prompts: Sequence[str], call: Mapping[str, Any], at_once: int = 64
+    pipe: Any,
+    sae: SAE,
+    at: Hookpoint,
+    prompts: Sequence[str],
+    call: Mapping[str, Any],
+    bar: tqdm,
+    at_once: int = 64,
 ) -> Iterator[tuple[Tensor, list[OwnTokens]]]:
     """The layer's outputs at the positions of up to `at_once` prompts one after the other, `begin` to `stop` of each,
     `[tokens, d_model]`: one encode reads a large dictionary once for all of them."""
     for first in range(0, len(prompts), at_once):
-        some = list(layer_outputs_and_tokens(pipe, at, prompts[first : first + at_once], call))
+        some = []
+        for out_and_text in layer_outputs_and_tokens(pipe, at, prompts[first : first + at_once], call):
+            some.append(out_and_text)
+            bar.update()
         texts = [text for _, text in some]
         yield torch.cat([out[text.begin : text.stop] for out, text in some]).to(sae.device), texts

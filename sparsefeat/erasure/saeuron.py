@@ -26,7 +26,7 @@ from sparsefeat.arguments import finite, number, whole
 from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
 from sparsefeat.features.scores import normalized_mean_difference, strictly_above_quantile
 from sparsefeat.features.statistics import OUTSIDE_SCHEDULE, Statistics, collect_statistics
-from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint
+from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint
 from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.sae import SAE
 from sparsefeat.steering.code_rule import CodeRule, code_edit
@@ -168,6 +168,7 @@ class Erase(SavableInstrument):
         self.condition = check_condition(condition)
         self.window = StepWindow.parse(steps)
         self.at = hookpoint_of(sae, at)
+        self._acted = False
 
     @classmethod
     def from_statistics(
@@ -221,6 +222,13 @@ class Erase(SavableInstrument):
             warnings.warn(
                 f"no latent is selected at any timestep, so nothing will be erased: none is more {' or '.join(concepts)} "
                 "than the other concepts by this percentile; collect prompts that differ, lower percentile or pass n_latents",
+                stacklevel=2,
+            )
+        elif n_latents is not None and len(concepts) == 1 and len(min(selections.values(), key=len)) < n_latents:
+            fewest, most = (len(which(selections.values(), key=len)) for which in (min, max))
+            warnings.warn(
+                f"n_latents={n_latents} asks for more than there are: {fewest if fewest == most else f'{fewest} to {most}'} "
+                f"latents a timestep are more active with {concepts[0]!r} than without, and those are used",
                 stacklevel=2,
             )
         return cls(sae, selections, concepts, **options)
@@ -283,8 +291,16 @@ class Erase(SavableInstrument):
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (self.at,)
 
+    def begin_call(self, call: Call) -> None:
+        self._acted = False
+
     def active(self, context: Context) -> bool:
-        return self.window.contains(context)
+        acts = self.window.contains(context)
+        self._acted |= acts
+        return acts
+
+    def end_call(self, call: Call) -> None:
+        self.window.warn_if_closed(self._acted, call)
 
     def selection_at(self, timestep: float | None) -> Selection:
         """The selection of the nearest timestep (of two equally near ones the smaller)."""

@@ -17,8 +17,10 @@ from torch import Tensor
 from sparsefeat.arguments import finite, number
 from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.features.folders import read_folder, write_folder
+from sparsefeat.features.progress import Progress
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument, attach
 from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.hookpoints import resolve
 from sparsefeat.sae import SAE
 
 Concepts = str | Sequence[str]
@@ -343,7 +345,8 @@ def collect_statistics(
         batch_size: prompts a call.
         seed: image i of all prompts starts from the generator seeded seed + i, whatever the batch size; None: unseeded.
         statistics: add to these instead of new ones.
-        call: arguments of the pipeline, e.g. num_inference_steps, guidance_scale.
+        call: arguments of the pipeline, e.g. num_inference_steps, guidance_scale. At a text encoder, which has run
+            before the first step and knows nothing of the others, one step is taken.
     """
     check_arguments(pipe, call, also=inspect.signature(collect_statistics).parameters)
     concepts_of: dict[str, list[str]] = {}
@@ -356,10 +359,18 @@ def collect_statistics(
     collect = CollectStatistics(sae, statistics, concepts_of, at=at)
     texts = list(concepts_of)
     options: dict[str, Any] = {"output_type": "latent", **call}
-    with attach(pipe, collect):
+    if _runs_before_the_steps(pipe, collect.at):
+        options["num_inference_steps"] = 1
+    with Progress(len(texts), "collecting statistics") as progress, attach(pipe, collect, progress):
         for start in range(0, len(texts), batch_size):
             batch = texts[start : start + batch_size]
             if seed is not None:
                 options["generator"] = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
             pipe(batch, **options)
     return statistics
+
+
+def _runs_before_the_steps(pipe: Any, at: Hookpoint) -> bool:
+    """Whether this is in a text encoder, and the pipeline takes any number of steps (image-to-image takes a part)."""
+    takes = inspect.signature(type(pipe).__call__).parameters
+    return "num_inference_steps" in takes and "strength" not in takes and resolve(pipe, at.path).family.stream == "text"

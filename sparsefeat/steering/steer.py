@@ -85,15 +85,22 @@ class Steer(SavableInstrument):
         self.mask = mask if mask is None or callable(mask) else image_map("mask", mask)
         self.condition = check_condition(condition)
         self._n_images = 0
+        self._acted = False
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (self.at,)
 
     def begin_call(self, call: Call) -> None:
         self._n_images = call.n_images or 1
+        self._acted = False
 
     def active(self, context: Context) -> bool:
-        return self.window.contains(context)
+        acts = self.window.contains(context)
+        self._acted |= acts
+        return acts
+
+    def end_call(self, call: Call) -> None:
+        self.window.warn_if_closed(self._acted, call)
 
     def at_hookpoint(self, activations: Activations, context: Context) -> Delta | None:
         x = activations.rows
@@ -163,6 +170,7 @@ class Steer(SavableInstrument):
         steer.condition = check_condition(config["condition"])
         steer.at = Hookpoint.parse(*config["at"])
         steer._n_images = 0
+        steer._acted = False
         return steer
 
 

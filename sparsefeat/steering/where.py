@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsefeat.arguments import image_map
-from sparsefeat.pipeline import Context
+from sparsefeat.pipeline import Call, Context
 
 Steps: TypeAlias = tuple[float, float] | Iterable[int] | None
 Mask: TypeAlias = Tensor | Callable[[Context], Tensor] | None
@@ -87,6 +88,16 @@ class StepWindow:
             fraction = context.step / (context.n_steps or 1)
         # The fraction a step began at, with room for its rounding: step 3 of 10 lies in (0.3, 0.5) and not in (0, 0.3).
         return start - 1e-6 <= fraction and (fraction < stop - 1e-6 or stop == 1)
+
+    def warn_if_closed(self, acted: bool, call: Call) -> None:
+        """Warn at the end of a call of which no step lay in the window."""
+        if not acted and call.n_steps is not None:
+            said = self.fractions if self.fractions is not None else sorted(self.indices or ())
+            warnings.warn(
+                f"nothing was edited: steps={said} holds none of the call's {call.n_steps} steps; widen it, or take more "
+                "steps",
+                stacklevel=2,
+            )
 
     def to_json(self) -> Any:
         if self.fractions is not None:

@@ -14,6 +14,7 @@ class SlowTokenizer:
     is_fast = False
     model_max_length = 10
     all_special_tokens = ("<s>", "</s>")
+    unk_token = None
 
     def __call__(self, text, truncation=False, max_length=None):
         pieces = []
@@ -49,6 +50,17 @@ def test_tokens_cover_the_characters_they_were_made_of():
 def test_a_word_or_phrase_is_all_its_tokens_of_all_its_occurrences(word, occurrence, expected):
     text = "a fox a dog, a fox"  # "fox" is one token of this tokenizer, "dog" three, the comma one
     assert token_indices(tokens_of(tiny_tokenizer(), text), text, word, occurrence) == expected
+
+
+def test_a_word_the_tokenizer_does_not_have_has_no_tokens_of_its_own():
+    text = "a 狐狸 fox狐"  # this tokenizer's token for what it does not have is <|endoftext|>
+    tokens = tokens_of(tiny_tokenizer(), text)
+    with pytest.raises(
+        ValueError, match=r"word='狐狸' is not in the tokenizer's vocabulary \(it became <\|endoftext\|>\)"
+    ):
+        token_indices(tokens, text, "狐狸")
+    own = [t.index for t in tokens if text[t.start : t.stop] and text[t.start : t.stop] in "fox"]
+    assert token_indices(tokens, text, "fox狐") == tuple(own)
 
 
 def test_a_slow_tokenizer_is_followed_by_spelling():

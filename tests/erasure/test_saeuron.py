@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -239,6 +240,20 @@ def test_fitting_on_a_pipeline_is_collecting_and_selecting(pipe, sae):
     assert (once == twice).all()
     assert np.isfinite(longer).all()
     assert (pixels(pipe, "a fox") == before).all()
+
+
+def test_more_latents_than_there_are_is_said(sae, data):
+    statistics, dense = data
+    mu = {c: of_t[TIMESTEPS[0]].mean(0) for c, of_t in dense.items()}
+    rest = torch.cat([dense[c][TIMESTEPS[0]] for c in ("cat", "dog")]).mean(0)
+    positive = int((mu["fox"] / mu["fox"].sum() > rest / rest.sum()).sum())
+    assert 2 < positive < N
+    with pytest.warns(UserWarning, match=rf"n_latents={N} asks for more than there are: (\d+ to )?\d+ latents"):
+        erase = Erase.from_statistics(sae, statistics, "fox", n_latents=N)
+    assert len(erase.selection_at(TIMESTEPS[0])) == positive
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Erase.from_statistics(sae, statistics, "fox", n_latents=2)
 
 
 def test_a_saved_erasure_does_the_same(pipe, sae, data, tmp_path):

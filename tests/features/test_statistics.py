@@ -201,6 +201,26 @@ def test_collecting_does_not_depend_on_the_batch_size(pipe):
         torch.testing.assert_close(one.mean(concept), three.mean(concept), rtol=1e-3, atol=1e-4)
 
 
+def test_at_a_text_encoder_one_step_gives_what_all_of_them_give(pipe, monkeypatch):
+    torch.manual_seed(2)
+    sae = SAE(SAEConfig(d_model=32, n_latents=N, k=5, hookpoint="text_encoder.encoder.layers.0")).eval()
+    prompts = {"fox": ["a fox", "fox b"], "cat": ["a cat"]}
+    concepts = {prompt: concept for concept, its in prompts.items() for prompt in its}
+    drawn = Statistics(prompts, N)
+    with attach(pipe, CollectStatistics(sae, drawn, concepts)):
+        for prompt in concepts:
+            pipe(prompt, num_inference_steps=3, output_type="latent")
+    steps = []
+    step = pipe.scheduler.step
+    monkeypatch.setattr(pipe.scheduler, "step", lambda *a, **k: steps.append(1) or step(*a, **k))
+    quick = collect_statistics(pipe, sae, prompts, batch_size=1, num_inference_steps=3)
+    assert len(steps) == 3  # one for each prompt
+    assert quick.timesteps == drawn.timesteps
+    for concept in prompts:
+        assert quick.rows(concept) == drawn.rows(concept) > 0
+        assert torch.equal(quick.total(concept), drawn.total(concept))
+
+
 def test_prompts_and_concepts_must_match(pipe, sae):
     statistics = Statistics(["fox"], sae.n_latents)
     with attach(pipe, CollectStatistics(sae, statistics, ["fox"])), pytest.raises(ValueError, match="1 entries for 2"):

@@ -297,6 +297,31 @@ def test_a_text_encoder_is_steered(pipe):
         assert (pixels(pipe) != before).any()
 
 
+@pytest.mark.parametrize("steps", [[99], (0.1, 0.2)])
+def test_a_window_that_holds_no_step_is_told(pipe, sae, steps):
+    steer = Steer(sae, add={5: 2.0}, steps=steps)
+    with (
+        attach(pipe, steer),
+        pytest.warns(UserWarning, match=r"nothing was edited: steps=.* none of the call's 3 steps"),
+    ):
+        pipe("fox", num_inference_steps=3)
+
+
+def test_a_window_that_holds_one_is_not_told_of(pipe, sae, recwarn):
+    with attach(pipe, Steer(sae, add={5: 2.0}, steps=[2])):
+        pipe("fox", num_inference_steps=3)
+    assert not [one for one in recwarn if "nothing was edited" in str(one.message)]
+
+
+def test_a_mask_of_heat_maps_that_are_not_attached_is_refused(pipe, sae):
+    steer = Steer(sae, add={5: 2.0}, mask=HeatMaps().mask("fox"))
+    with (
+        attach(pipe, steer),
+        pytest.raises(ValueError, match=r"map of 'fox' of HeatMaps that are not attached; attach"),
+    ):
+        pipe("fox", num_inference_steps=2)
+
+
 def test_a_saved_steer_does_the_same(pipe, sae, tmp_path):
     steer = Steer(
         sae,

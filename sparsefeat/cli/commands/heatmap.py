@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from sparsefeat.cli.failures import in_options
 from sparsefeat.cli.opening import PipelineChoice
 from sparsefeat.cli.options import Device, Guidance, Out, Pipeline, Seed, Steps
 from sparsefeat.whole import whole_folder
@@ -24,8 +28,11 @@ def heatmap(
 ) -> None:
     """Draw PROMPT and, for each word, where the image attended to it."""
     choice = PipelineChoice(pipeline, device, steps)
+    missing = [one for one in word or [] if not one.strip() or one.casefold() not in prompt.casefold()]
+    if missing:
+        raise ValueError(f"--word {missing[0]!r} is not in PROMPT {prompt!r}; name a word of it")
     with whole_folder(out, "--out") as folder:
-        from sparsefeat.attention import HeatMaps
+        from sparsefeat.attention import HeatMaps, words_of
         from sparsefeat.pipeline import attach
         from sparsefeat.report import enlarge, overlay
 
@@ -33,12 +40,27 @@ def heatmap(
         maps = HeatMaps()
         with attach(pipe, maps) as run:
             image = pipe(prompt, **choice.call_options(guidance, seed)).images[0]
-        words = word or list(dict.fromkeys(prompt.split()))
-        found = {one: run[maps].word(one).values for one in words}
-        enlarge(image).save(folder / "image.png")
-        names = ["image.png"]
+        found = {}
+        for one in word or dict.fromkeys(words_of(prompt)):
+            try:
+                found[one] = run[maps].word(one).values
+            except ValueError as error:
+                if word:  # asked for; of the others each that has no map is told
+                    raise
+                typer.echo(f"no map: {in_options(str(error), {'word': '--word'})}", err=True)
+        if not found:
+            raise ValueError(f"PROMPT {prompt!r} has no word that this pipeline knows, so there is nothing to map")
+        names = {"image.png": enlarge(image)}
         for one, values in found.items():
-            names.append(f"{one.strip('.,').replace('/', '-')}.png")
-            overlay(image, values).save(folder / names[-1])
+            names[free_name(one, names)] = overlay(image, values)
+        for name, picture in names.items():
+            picture.save(folder / name)
     for name in names:
         typer.echo(str(out / name))
+
+
+def free_name(word: str, taken: Container[str]) -> str:
+    """`fox` -> fox.png, whatever the word holds; fox-2.png if that is taken."""
+    stem = re.sub(r"[^\w'-]+", "-", word).strip("-") or "word"
+    names = itertools.chain([f"{stem}.png"], (f"{stem}-{n}.png" for n in itertools.count(2)))
+    return next(name for name in names if name not in taken)

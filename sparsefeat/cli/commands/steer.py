@@ -40,6 +40,10 @@ def steer(
     fractions = parse_window(window)
     check_hookpoint(at)
     choice = PipelineChoice(pipeline, device, steps)
+    if not any(fractions[0] <= step / choice.n_steps < fractions[1] for step in range(choice.n_steps)):
+        raise ValueError(
+            f"--window {window!r} holds none of the {choice.n_steps} steps; widen it, or give more --steps"
+        )
     saes = SAEChoice(sae, subfolder, pipeline, "attention")
     if sae is not None and len(sae) > 1:
         raise ValueError("--sae was given more than once; steer edits the latents of one SAE")
