@@ -11,6 +11,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# Python 3.10 has its own: the newest diffusers, numpy and scipy no longer run there.
+CONSTRAINTS := constraints$(shell $(PYTHON) -c 'import sys; print("-3.10" if sys.version_info < (3, 11) else "")').txt
+
 PEERS ?= .venv-peers
 FLOOR ?= .venv-floor
 ORBAX ?= .venv-orbax
@@ -24,13 +27,13 @@ $(VENV)/.made:
 	touch $@
 
 # torch first and pinned: an unpinned one may replace it with another build.
-$(VENV)/.installed: $(VENV)/.made pyproject.toml setup.cfg constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+$(VENV)/.installed: $(VENV)/.made pyproject.toml setup.cfg $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e .
 	touch $@
 
 $(VENV)/.tests-installed: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,bench,data]'
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[test,bench,data]'
 	touch $@
 
 demo: $(VENV)/.installed
