@@ -1,5 +1,6 @@
 """Features of a pipeline: codes as they are recorded, their statistics, and the search among them."""
 
+from sparsefeat.features.chance import Naming, name_of
 from sparsefeat.features.record import Record, Recording, TopLatent
 from sparsefeat.features.scores import area_under_curve, normalized_mean_difference
 from sparsefeat.features.search import CollectExamples, Example, Examples, Found, search
@@ -11,12 +12,14 @@ __all__ = [
     "Example",
     "Examples",
     "Found",
+    "Naming",
     "Record",
     "Recording",
     "Statistics",
     "TopLatent",
     "area_under_curve",
     "collect_statistics",
+    "name_of",
     "normalized_mean_difference",
     "search",
 ]

@@ -28,7 +28,8 @@ CONDITIONS = ("cond", "uncond", "image", "perturbed")
 class TopLatent(NamedTuple):
     """One latent of `Recording.top`.
 
-    score: mean over the image's positions of its activation, summed over steps (and averaged over images).
+    score: its mean activation over the image's positions, the steps and the images: comparable between runs of different
+        length.
     maximum: its largest activation. frequency: share of the positions and steps in which it is active.
     """
 
@@ -218,7 +219,7 @@ class Recording:
     def map(self, latent: int, image: int = 0, step: int | None = None) -> Tensor:
         """fp32 map of one latent over the image [height, width] (or [positions] where there is no grid).
 
-        At one step, or summed over all: then its mean is the latent's `score` for this image.
+        At one step, or the mean over all. Its mean is the latent's `score` for this image.
         """
         return self.maps([latent], image, step)[0]
 
@@ -234,7 +235,7 @@ class Recording:
         steps = self.steps if step is None else (step,)
         wanted = torch.as_tensor(list(latents), dtype=torch.int64)
         total = sum((self._code(s, image).select(wanted).float() for s in steps), torch.zeros(()))
-        return total.T.reshape(len(wanted), *(self.grid or (-1,)))
+        return (total / len(steps)).T.reshape(len(wanted), *(self.grid or (-1,)))
 
     def pooled(self, image: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of one image: the latents that are active somewhere, ascending; their scores; their maxima."""
@@ -245,8 +246,8 @@ class Recording:
     def top(self, n: int = 10, image: int | None = None, step: int | None = None) -> list[TopLatent]:
         """The n latents with the highest score, highest first, equal ones by index.
 
-        score = sum over steps of the mean over positions (the score of sdxl-unbox, arXiv 2410.22366), of one image or
-        averaged over all. With `step`, of that step alone. Latents that are active nowhere are left out.
+        score = mean over positions and steps, of one image or averaged over all: the score of sdxl-unbox (arXiv
+        2410.22366), a sum over steps, divided by their number. With `step`, of that step alone. Latents that are active nowhere are left out.
         """
         images = self.images if image is None else (image,)
         score, maximum, count, rows = self._dense(images, self.steps if step is None else (step,))
@@ -263,7 +264,7 @@ class Recording:
         for s in steps:
             for i in images:
                 pooled = self._pool(s, i)
-                score[pooled.latents] += pooled.total / pooled.rows / len(images)
+                score[pooled.latents] += pooled.total / pooled.rows / (len(images) * len(steps))
                 maximum[pooled.latents] = torch.maximum(maximum[pooled.latents], pooled.maximum)
                 count[pooled.latents] += pooled.count
                 rows += pooled.rows

@@ -55,7 +55,7 @@ def features(
         return
     typer.echo(str(out / "image.png"))
     for record in records:
-        typer.echo(f"{record.at}: latent, score (mean activation, summed over steps), largest, share of positions")
+        typer.echo(f"{record.at}: latent, mean activation (over positions and steps), largest, share of positions")
         for one in found:
             if one["hookpoint"] == str(record.at):
                 typer.echo(f"{one['latent']:8d} {one['score']:10.4f} {one['maximum']:10.4f} {one['frequency']:8.2%}")
