@@ -27,26 +27,27 @@ from sparsefeat.assets import (
 from sparsefeat.assets.embedded import FOLDER
 from sparsefeat.attention import HeatMaps
 from sparsefeat.erasure import Erase
+from sparsefeat.evaluation.before_after import before_after
 from sparsefeat.evaluation.emoji import OBJECT, STYLE, Target
 from sparsefeat.evaluation.generation import STATISTICS, Task, generate, task
-from sparsefeat.evaluation.judge import Judge, judge_images, load_judge
+from sparsefeat.evaluation.judge import Judge, judge_images, judge_report, load_judge
 from sparsefeat.evaluation.machine import device_name, versions
 from sparsefeat.evaluation.overhead import measure_overhead
 from sparsefeat.evaluation.run_emoji import CROSS_ATTENTIONS, RECIPES, place_of
-from sparsefeat.features import CollectExamples, CollectStatistics, Examples, Record, Statistics
+from sparsefeat.features import CollectExamples, CollectStatistics, Examples, Record, Statistics, search
 from sparsefeat.features.progress import Progress
 from sparsefeat.pipeline import attach
 from sparsefeat.report import check_folder, contact_sheet, overlay, write_page
 from sparsefeat.sae import SAE, load_sae
 from sparsefeat.steering import Steer
 
-BENCHMARK = FOLDER / "results" / "emoji.json"
+BENCHMARK, OVERHEAD = (FOLDER / "results" / name for name in ("emoji.json", "overhead.json"))
 
 # Shown on the page: noise of a split of its own, so that no statistic has seen it.
 SPLIT = 3
 SHOWN = ("fox", "octopus", "rocket", "pizza", "rose", "castle", "owl", "key")
 ERASED = (Target(OBJECT, emojicanvas.OBJECTS.index("fox")), Target(STYLE, emojicanvas.STYLES.index("mono")))
-STRENGTHS = (-6.0, -3.0, -1.5, 0.0, 1.5, 3.0, 6.0)  # in units of the latent's own mean when it fires
+TIMES = (-6.0, -3.0, -1.5, 0.0, 1.5, 3.0, 6.0)  # of the latent's mean activation where it is active
 N_FEATURES = 6
 # Drawn in all, for the bar: prompts, the grid, features, two strips, two erasures before and after, heat maps, overhead.
 N_IMAGES = 8 + 200 + 1 + 14 + 56 + 3 + 1
@@ -101,8 +102,30 @@ def draw_prompts(demo: Demo) -> None:
         )
 
 
-def survey(demo: Demo) -> tuple[Examples, Statistics, dict[tuple[int, str], Statistics], list[Tensor]]:
-    """One pass over the fifty objects in four styles: statistics by object and style, and top-activating images."""
+@dataclass
+class Survey:
+    """What one pass over the whole grid gave: every object in every style."""
+
+    tasks: list[Task]
+    pixels: list[Tensor]
+    statistics: dict[tuple[int, str], Statistics]
+    """By the SAE's number and the kind of concept."""
+    examples: dict[int, Examples]
+    """By the SAE's number: of the block's and of the one that steers."""
+
+    @property
+    def choosing(self) -> Tensor:
+        """The half of the images on which names are chosen: half of each object's and half of each style's."""
+        return torch.tensor([(t.object + t.style) % 2 == 0 for t in self.tasks])
+
+
+def steering_sae(demo: Demo) -> int:
+    """The last cross-attention's."""
+    return max(i for i, sae in enumerate(demo.saes) if place_of(sae) == CROSS_ATTENTIONS)
+
+
+def survey(demo: Demo) -> Survey:
+    """Draw the grid once: statistics by object and style, and the images that excite each latent most."""
     tasks = [task(o, s, STATISTICS) for s in range(len(emojicanvas.STYLES)) for o in range(len(emojicanvas.OBJECTS))]
     words = {t.prompt: (emojicanvas.OBJECTS[t.object], emojicanvas.STYLES[t.style]) for t in tasks}
     statistics: dict[tuple[int, str], Statistics] = {}
@@ -112,41 +135,50 @@ def survey(demo: Demo) -> tuple[Examples, Statistics, dict[tuple[int, str], Stat
             statistics[i, kind] = Statistics(names, sae.n_latents)
             concept = {prompt: pair[0 if kind == OBJECT else 1] for prompt, pair in words.items()}
             instruments.append(CollectStatistics(sae, statistics[i, kind], concept))
-    examples = Examples(demo.saes[0].n_latents, top=4)
-    instruments.append(CollectExamples(demo.saes[0], examples, words))
+    examples = {i: Examples(demo.saes[i].n_latents, top=4) for i in (0, steering_sae(demo))}
+    instruments += [CollectExamples(demo.saes[i], kept, words) for i, kept in examples.items()]
     with attach(demo.pipe, *instruments):
         pixels = demo.draw(tasks)
-    return examples, statistics[0, OBJECT], statistics, list(pixels)
+    return Survey(tasks, list(pixels), statistics, examples)
 
 
-def show_features(demo: Demo, examples: Examples, pixels: list[Tensor]) -> int:
-    """The top features of one image, with maps and top-activating images. Returns the first one's latent."""
-    sae = demo.saes[0]
+def show_features(demo: Demo, surveyed: Survey) -> None:
+    """The top features of one image: where each acts, when, in which other images, and its name if it has one."""
+    sae, examples = demo.saes[0], surveyed.examples[0]
     subject = at("fox", "noto")
     record = Record(sae)
     with attach(demo.pipe, record) as run:
         drawn = as_image(demo.draw([subject])[0])
     recording = run[record]
+    by_step = [{f.latent: f.score for f in recording.top(sae.n_latents, step=step)} for step in recording.steps]
     top = []
     for rank, latent in enumerate(recording.top(N_FEATURES)):
-        word, auc = best_word(examples, latent.latent)
-        shown = [
-            {
-                "image": demo.picture(f"feature-{rank}-example-{n}", pixels[e.image]),
-                "overlay": demo.picture(f"feature-{rank}-map-{n}", overlay(as_image(pixels[e.image]), e.map)),
-                "prompt": e.prompt,
-                "score": e.score,
-            }
-            for n, e in enumerate(examples.of(latent.latent))
-        ]
+        naming = examples.name(latent.latent, (*emojicanvas.STYLES, *emojicanvas.OBJECTS), surveyed.choosing)
+        evidence = naming._asdict()
+        word = evidence.pop("word")
+        peaks = examples.peaks(latent.latent)
         top.append(
             {
                 "latent": latent.latent,
                 "score": latent.score,
+                "maximum": latent.maximum,
+                "frequency_share": latent.frequency,
                 "overlay": demo.picture(f"feature-{rank}", overlay(drawn, recording.map(latent.latent))),
-                "best_word": word,
-                "best_word_auc": auc,
-                "examples": shown,
+                "name": emojicanvas.words(word) if naming.is_a_name else None,
+                "evidence": evidence,
+                "n_images_active": int((peaks > 0).sum()),
+                "examples": [
+                    {
+                        "image": demo.picture(f"feature-{rank}-example-{n}", surveyed.pixels[e.image]),
+                        "overlay": demo.picture(
+                            f"feature-{rank}-map-{n}", overlay(as_image(surveyed.pixels[e.image]), e.map)
+                        ),
+                        "prompt": e.prompt,
+                        "score": e.score,
+                    }
+                    for n, e in enumerate(examples.of(latent.latent))
+                ],
+                "curves": {"by_step": [scores.get(latent.latent, 0.0) for scores in by_step], "peaks": peaks.tolist()},
             }
         )
     demo.results["features"] = {
@@ -154,45 +186,70 @@ def show_features(demo: Demo, examples: Examples, pixels: list[Tensor]) -> int:
         "sae": {"n_latents": sae.n_latents, "k": sae.config.k, "d_model": sae.d_model},
         "prompt": subject.prompt,
         "image": demo.picture("features", drawn),
+        "n_images": len(surveyed.tasks),
         "top": top,
+        "curves": {
+            "concepts": [list(pair) for pair in examples.concepts],
+            "choosing": surveyed.choosing.tolist(),
+        },
+        "code": f"""\
+import sparsefeat as sf
+import torch
+from sparsefeat.assets import block_sae_folder, load_pipeline
+
+pipe, sae = load_pipeline(), sf.load_sae(block_sae_folder())
+record = sf.Record(sae)
+with sf.attach(pipe, record) as run:
+    {_call(subject)}
+print(*run[record].top({N_FEATURES}), sep="\\n")""",
     }
-    return top[0]["latent"]
 
 
-def best_word(examples: Examples, latent: int) -> tuple[str, float]:
-    """The word of the prompts that the latent's largest activation tells best: (word, area under the curve)."""
-    scored = [
-        (examples.area_under_curve(latent, word), emojicanvas.words(word))
-        for word in (*emojicanvas.STYLES, *emojicanvas.OBJECTS)
-    ]
-    auc, word = max(scored)
-    return word, auc
+def _call(t: Task) -> str:
+    """The call that draws a task, as a user writes it."""
+    return (
+        f"pipe({t.prompt!r}, num_inference_steps={N_STEPS}, guidance_scale={GUIDANCE},\n"
+        f"         generator=torch.Generator().manual_seed({t.seed}))"
+    )
 
 
-def show_steering(demo: Demo, statistics: dict[tuple[int, str], Statistics]) -> None:
+def show_steering(demo: Demo, surveyed: Survey) -> None:
     """Two strips: the last cross-attention's latent most specific to a style and to an object, added elsewhere."""
-    from sparsefeat.features import search
-
     demo.results["steering"] = []
     shown = ((STYLE, "mono", at("rose", "fluent")), (OBJECT, "red-heart", at("star", "twemoji")))
+    last = steering_sae(demo)
     for kind, concept, subject in shown:
-        last = max(i for i, sae in enumerate(demo.saes) if place_of(sae) == CROSS_ATTENTIONS)
-        found = search(statistics[last, kind], concept, 1)[0]
-        usual = float(statistics[last, kind].mean_active(concept)[found.latent])
+        statistics = surveyed.statistics[last, kind]
+        found = search(statistics, concept, 1, examples=surveyed.examples[last])[0]
+        usual = float(statistics.mean_active(concept)[found.latent])
         strip = []
-        for strength in STRENGTHS:
-            steer = Steer(demo.saes[last], add={found.latent: strength * usual})
+        for times in TIMES:
+            steer = Steer(demo.saes[last], add={found.latent: times * usual})
             with attach(demo.pipe, steer):
                 pixels = demo.draw([subject])[0]
-            key = demo.picture(f"steer-{concept}-{strength:+g}", pixels)
-            strip.append({"strength": strength * usual, "image": key})
+            key = demo.picture(f"steer-{concept}-{times:+g}", pixels)
+            strip.append({"times": times, "image": key})
         demo.results["steering"].append(
             {
                 "hookpoint": demo.saes[last].config.hookpoint,
                 "latent": found.latent,
-                "label": f"latent {found.latent}, the most specific to “{emojicanvas.words(concept)}”",
+                "kind": kind,
+                "concept": emojicanvas.words(concept),
+                "auc": found.auc,
+                "p": found.p,
+                "n_latents": demo.saes[last].n_latents,
+                "usual": usual,
                 "prompt": subject.prompt,
                 "strip": strip,
+                "code": f"""\
+import sparsefeat as sf
+import torch
+from sparsefeat.assets import cross_attention_sae_folders, load_pipeline
+
+pipe, sae = load_pipeline(), sf.load_sae(cross_attention_sae_folders()[-1])
+with sf.attach(pipe, sf.Steer(sae, add={{{found.latent}: {TIMES[-1] * usual:.4g}}})):
+    image = {_call(subject)}.images[0]
+image.save("steered.png")""",
             }
         )
 
@@ -206,7 +263,7 @@ def recipes_for(target: Target) -> dict[str, Any]:
     return asdict(RECIPES[0])
 
 
-def show_erasure(demo: Demo, statistics: dict[tuple[int, str], Statistics]) -> None:
+def show_erasure(demo: Demo, surveyed: Survey) -> None:
     """One object and one style erased: before, after, and what the judge says."""
     demo.results["erasure"] = []
     for target in ERASED:
@@ -221,7 +278,7 @@ def show_erasure(demo: Demo, statistics: dict[tuple[int, str], Statistics]) -> N
         erases = [
             Erase.from_statistics(
                 sae,
-                statistics[i, target.kind],
+                surveyed.statistics[i, target.kind],
                 target.name,
                 n_latents=recipe["n_latents"],
                 gamma=recipe["gamma"],
@@ -235,14 +292,12 @@ def show_erasure(demo: Demo, statistics: dict[tuple[int, str], Statistics]) -> N
         with attach(demo.pipe, *erases):
             after = demo.draw(tasks)
         verdicts = [judge_images(demo.judge, pixels) for pixels in (before, after)]
-        pairs, correct = [], []
+        pairs = []
         for n, t in enumerate(tasks):
             said = [
                 f"{emojicanvas.words(emojicanvas.OBJECTS[int(v.objects[n])])}, {emojicanvas.STYLES[int(v.styles[n])]}"
                 for v in verdicts
             ]
-            own = verdicts[1].objects[n] == t.object if target.kind == OBJECT else verdicts[1].styles[n] == t.style
-            correct.append(bool(own))
             pairs.append(
                 {
                     "prompt": t.prompt,
@@ -253,14 +308,18 @@ def show_erasure(demo: Demo, statistics: dict[tuple[int, str], Statistics]) -> N
                     "judge_after": said[1],
                 }
             )
+        axis = "objects" if target.kind == OBJECT else "styles"
+        wanted = torch.tensor([t.object if target.kind == OBJECT else t.style for t in tasks])
+        said_before, said_after = (getattr(v, axis) for v in verdicts)
+        counts = before_after(said_before, said_after, wanted, [target.shows(t) for t in tasks])
         demo.results["erasure"].append(
             {
                 "kind": target.kind,
                 "target": target.words,
                 "method": f"{recipe['n_latents']} latents, z' = {recipe['gamma']:g} z, at the {recipe['place']}",
                 "pairs": pairs,
-                "removed_share": 1 - sum(correct[: len(hit)]) / len(hit),
-                "kept_share": sum(correct[len(hit) :]) / len(kept),
+                "counts": asdict(counts),
+                "code": f'sparsefeat erase "{hit[0].prompt}" --concept "{target.words}" --save kept',
             }
         )
 
@@ -270,6 +329,15 @@ def show_heat_maps(demo: Demo) -> None:
     subjects = [at("rocket", "noto"), at("birthday-cake", "twemoji"), at("owl", "fluent")]
     with attach(demo.pipe, maps) as run:
         pixels = demo.draw(subjects)
+    code = f"""\
+import sparsefeat as sf
+import torch
+from sparsefeat.assets import load_pipeline
+
+pipe, maps = load_pipeline(), sf.HeatMaps()
+with sf.attach(pipe, maps) as run:
+    image = {_call(subjects[0])}.images[0]
+run[maps].word({emojicanvas.words(emojicanvas.OBJECTS[subjects[0].object])!r}).overlay(image).save("heat-map.png")"""
     for i, t in enumerate(subjects):
         drawn = as_image(pixels[i])
         words = [emojicanvas.STYLES[t.style], "emoji", emojicanvas.words(emojicanvas.OBJECTS[t.object])]
@@ -279,6 +347,7 @@ def show_heat_maps(demo: Demo) -> None:
         ]
         demo.results.setdefault("heat_maps", []).append(
             {"prompt": t.prompt, "image": demo.picture(f"heat-{i}", drawn), "words": shown}
+            | ({"code": code} if i == 0 else {})
         )
 
 
@@ -291,6 +360,23 @@ def show_overhead(demo: Demo) -> None:
     hook = sorted(measured.hook_s)[len(measured.hook_s) // 2]
     demo.results["timings"].append({"name": "one denoising step, one image with guidance", "seconds": middle})
     demo.results["timings"].append({"name": "of which Steer(scale) at one hookpoint", "seconds": hook})
+
+
+def overhead_elsewhere() -> dict[str, Any] | None:
+    """What attaching costs a UNet of Stable Diffusion 1.5's size, as it was measured for the package."""
+    if not OVERHEAD.is_file():
+        return None
+    measured = json.loads(OVERHEAD.read_text())
+    rows = [
+        {
+            "instrument": row["instrument"],
+            "hook_seconds": row["hook_ms"] / 1000,
+            "step_seconds": row["step_ms"] / 1000,
+            "share_of_step": row["share_of_step"],
+        }
+        for row in measured["rows"]
+    ]
+    return {"device": measured["device"], "date": measured["date"], "rows": rows}
 
 
 def run_demo(out: Path, *, force: bool = False) -> Path:
@@ -307,7 +393,13 @@ def run_demo(out: Path, *, force: bool = False) -> Path:
         "date": date.today().isoformat(),
         "device": device_name(),
         "versions": versions(),
-        "pipeline": {"name": "EmojiCanvas (embedded)", "n_steps": N_STEPS, "guidance": GUIDANCE},
+        "pipeline": {
+            "name": "a small Stable Diffusion, trained on emoji drawings, that the package carries",
+            "n_steps": N_STEPS,
+            "guidance": GUIDANCE,
+        },
+        "judge": judge_report(),
+        "overhead": overhead_elsewhere(),
     }
     with demo.progress, attach(demo.pipe, demo.progress):
         show_everything(demo)
@@ -321,38 +413,57 @@ def show_everything(demo: Demo) -> None:
     with demo.timed("drawing 8 prompts"):
         draw_prompts(demo)
     with demo.timed("drawing 200 images with statistics at five SAEs"):
-        examples, _, statistics, pixels = survey(demo)
+        surveyed = survey(demo)
     with demo.timed("features of one image"):
-        show_features(demo, examples, pixels)
+        show_features(demo, surveyed)
     with demo.timed("14 steered images"):
-        show_steering(demo, statistics)
+        show_steering(demo, surveyed)
     with demo.timed("erasing an object and a style, 56 images"):
-        show_erasure(demo, statistics)
+        show_erasure(demo, surveyed)
     with demo.timed("heat maps of 3 images"):
         show_heat_maps(demo)
     show_overhead(demo)
 
 
+def findings(results: dict[str, Any]) -> list[str]:
+    """What the page says of the erasures and the judge, a line each, from the same `results`."""
+    lines = []
+    for entry in results["erasure"]:
+        c = entry["counts"]
+        lines.append(
+            f"without the {entry['kind']} {entry['target']}: the judge saw it in {c['seen_before']} of {c['n_targets']} "
+            f"images before and in {c['seen_after']} after; of the {c['n_others']} others it was right on "
+            f"{c['right_before']} before and {c['right_after']} after"
+        )
+    judge = results["judge"]
+    unseen = ", ".join(f"{name} {v['object_accuracy']:.0%}" for name, v in judge["unseen_vendor"].items())
+    lines.append(
+        f"the judge names the object in {judge['held_out_augmentations']['object_accuracy']:.0%} of the drawings it knows; "
+        f"of a vendor it never saw: {unseen}"
+    )
+    return lines
+
+
 def summary(demo: Demo) -> Image.Image:
     """One picture of it all: prompts, one image's features, a steering strip, an erasure."""
     width = 7
-    prompts = [demo.images[p["image"]] for p in demo.results["prompts"][:width]]
-    features = [demo.images[demo.results["features"]["image"]]]
-    features += [demo.images[f["overlay"]] for f in demo.results["features"]["top"][: width - 1]]
-    strip = demo.results["steering"][0]
-    erased = demo.results["erasure"][0]["pairs"][:4] + demo.results["erasure"][0]["pairs"][8:11]
+    shown, features = demo.results["prompts"][:width], demo.results["features"]
+    strip, erased = demo.results["steering"][0], demo.results["erasure"][0]
+    pairs = [p for p in erased["pairs"] if p["is_target"]][:4] + [p for p in erased["pairs"] if not p["is_target"]][:3]
     rows = [
-        prompts,
-        features,
-        [demo.images[s["image"]] for s in strip["strip"]],
-        [demo.images[p["before"]] for p in erased],
-        [demo.images[p["after"]] for p in erased],
+        ("drawn by the embedded pipeline", [(p["image"], p["prompt"]) for p in shown]),
+        (
+            "an image and its top features",
+            [(features["image"], features["prompt"])]
+            + [(f["overlay"], f["name"] or f"latent {f['latent']}") for f in features["top"][: width - 1]],
+        ),
+        (f"steering latent {strip['latent']}", [(s["image"], f"{s['times']:+g} ×") for s in strip["strip"]]),
+        ("before", [(p["before"], p["judge_before"]) for p in pairs]),
+        (f"without “{erased['target']}”, as judged", [(p["after"], p["judge_after"]) for p in pairs]),
     ]
-    labels = [
-        "drawn by the embedded pipeline",
-        "an image and its top features",
-        f"steering latent {strip['latent']}, from − to +",
-        "before",
-        f"“{demo.results['erasure'][0]['target']}” erased",
-    ]
-    return contact_sheet(rows, labels, tile=112)
+    return contact_sheet(
+        [[demo.images[key] for key, _ in row] for _, row in rows],
+        [label for label, _ in rows],
+        captions=[[caption for _, caption in row] for _, row in rows],
+        tile=112,
+    )

@@ -149,7 +149,7 @@ def test_features_prints_top_latents_and_writes_their_maps(tmp_path):
     assert result.exit_code == 0, result.output
     assert (out / "image.png").is_file()
     assert len(list(out.glob("*-latent-*.png"))) >= 3
-    assert "latent, score" in result.output
+    assert "latent, mean activation (over positions and steps)" in result.output
 
 
 @pytest.mark.embedded

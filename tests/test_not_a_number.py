@@ -64,6 +64,10 @@ class Untouched:
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"the pipeline was asked for {name}")
 
+    def __call__(self, prompt: str, height: int = 64, width: int = 64, num_inference_steps: int = 50,
+                 guidance_scale: float = 7.5, generator: Any = None, output_type: str = "pil") -> None:  # fmt: skip
+        raise AssertionError("the pipeline was called")
+
 
 def ones(*shape: int) -> torch.Tensor:
     return torch.ones(*shape)
@@ -166,6 +170,16 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "Statistics": (sf.Statistics, lambda: {"concepts": ["fox"], "n_latents": N, "timesteps": [401.0]}),
     "Statistics.nearest": (lambda timestep: statistics().nearest(timestep), lambda: {"timestep": 500.0}),
     "search": (search, lambda: {"statistics": statistics(), "concept": "fox", "timestep": 401.0}),
+    "name_of": (
+        importlib.import_module("sparsefeat.features").name_of,
+        lambda: {
+            "peaks": torch.arange(8.0),
+            "concepts": [["fox"], ["owl"]] * 4,
+            "words": ["fox", "owl"],
+            "choosing": torch.arange(8) < 4,
+            "shuffles": 20,
+        },
+    ),
     "Record": (sf.Record, lambda: {"sae": make_sae()}),
     "Splice": (sf.Splice, lambda: {"sae": make_sae()}),
     "CollectStatistics": (
@@ -281,6 +295,7 @@ NOT_ASKED = {
     "HeatMap": ANSWERS,
     "HeatMapRecording": ANSWERS,
     "Loss": ANSWERS,
+    "Naming": ANSWERS,
     "Replace": IN_THE_CALL,
     "SAEQuality": ANSWERS,
     "Selection": "looked at by Erase, which it is given to",

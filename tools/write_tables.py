@@ -41,6 +41,10 @@ def generation(results: dict[str, Any]) -> str:
     judge, drawn = results["judge"], results["generation"]
     rows = [
         ["real drawings, augmentations it has not seen", percent(judge["object_accuracy"]), percent(judge["style_accuracy"])],
+        *(
+            [f"real drawings of {vendor}, trained without that vendor's", percent(seen["object_accuracy"]), "–"]
+            for vendor, seen in judge["report"]["unseen_vendor"].items()
+        ),
         [f"{drawn['n_images']} generated images, the whole grid", percent(drawn["object_accuracy"]), percent(drawn["style_accuracy"])],
     ]  # fmt: skip
     return table(["judged", "object right", "style right"], rows) + "\n\n" + where(results)

@@ -19,6 +19,8 @@ from sparsefeat.arguments import finite, number
 # With 10,000 shuffles a share of 5 % is known to within 0.4 %.
 SHUFFLES = 10_000
 LEVEL = 0.05
+# A word that is no chance but tells fewer than three pairs of images in four apart is a tendency, not a name.
+LEAST_AUC = 0.75
 
 # Ranks of so many latents are held at a time, for every image.
 LATENTS_AT_ONCE = 1024
@@ -44,9 +46,9 @@ class Naming(NamedTuple):
 
     @property
     def is_a_name(self) -> bool:
-        """Both parts say so, each by less than one chance in twenty: together one latent in four hundred that means
-        nothing is given a name."""
-        return self.p_chosen <= LEVEL and self.p <= LEVEL
+        """Both parts say so, each by less than one chance in twenty (one latent in four hundred that means nothing is
+        given a name), and the word tells at least three of four pairs of the held-out images apart."""
+        return self.p_chosen <= LEVEL and self.p <= LEVEL and self.auc >= LEAST_AUC
 
 
 def name_of(

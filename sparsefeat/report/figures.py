@@ -15,10 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 # costs about 5 kB as WebP.
 DISPLAY_SIDE = 256
 
-# The image under a map is dimmed to dark blue-greys, so that the map is the only bright thing: the RGB of its black, and
-# how far its white lies above that.
-DIMMED_BLACK = (0.05, 0.06, 0.10)
-DIMMED_RANGE = (0.26, 0.28, 0.34)
+# The image under a map is dimmed to blue-greys, so that the map is the brightest thing and the drawing can still be
+# recognised: the RGB of its black, and how far its white lies above that.
+DIMMED_BLACK = (0.06, 0.07, 0.11)
+DIMMED_RANGE = (0.44, 0.46, 0.50)
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST}
 
@@ -90,43 +90,52 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 def contact_sheet(
     rows: Sequence[Sequence[Image.Image]],
     labels: Sequence[str],
-    columns: Sequence[str] | None = None,
+    captions: Sequence[Sequence[str]] | None = None,
     tile: int = 160,
 ) -> Image.Image:
-    """Rows of images on white, one label at the left of each row and, if given, one above each column.
+    """Rows of images on white, one label at the left of each row and, if given, a caption under each image.
 
     Every image is fitted into a square of `tile` pixels. Rows may differ in length.
 
-        contact_sheet([[before, after]], ["erase “fox”"], ["before", "after"]).save("erasure.png")
+        contact_sheet([[before, after]], ["erase “fox”"], [["before", "after"]]).save("erasure.png")
 
-    Raises ValueError when there is no image, or when the labels do not match the rows or the columns.
+    Raises ValueError when there is no image, or when labels or captions do not match the rows.
     """
     if not any(len(row) for row in rows):
         raise ValueError("rows holds no image; give at least one")
     if len(labels) != len(rows):
         raise ValueError(f"labels has {len(labels)} entries for {len(rows)} rows; give one per row")
     n_columns = max(len(row) for row in rows)
-    if columns is not None and len(columns) != n_columns:
-        raise ValueError(f"columns has {len(columns)} entries for {n_columns} columns; give one per column")
+    if captions is not None and [len(row) for row in captions] != [len(row) for row in rows]:
+        raise ValueError(
+            f"captions has rows of {[len(row) for row in captions]} for images in rows of {[len(row) for row in rows]}; "
+            "give one for each image"
+        )
 
-    font = _font(max(11, tile // 10))
+    font, small = _font(max(11, tile // 10)), _font(max(10, tile // 12))
     gap, margin = max(4, tile // 16), max(8, tile // 8)
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     row_labels = [_wrapped(label, font, 1.4 * tile) for label in labels]
-    column_labels = [_wrapped(label, font, tile) for label in columns or ()]
+    under = [[_wrapped(text, small, tile) for text in row] for row in captions or [[] for _ in rows]]
     left = max((pen.multiline_textbbox((0, 0), text, font)[2] for text in row_labels if text), default=0)
-    top = max((pen.multiline_textbbox((0, 0), text, font)[3] for text in column_labels if text), default=0)
     x0 = margin + round(left) + (gap * 2 if left else 0)
-    y0 = margin + round(top) + (gap if top else 0)
-    size = (x0 + n_columns * (tile + gap) - gap + margin, y0 + len(rows) * (tile + gap) - gap + margin)
+    below = [
+        max((round(pen.multiline_textbbox((0, 0), text, small)[3]) + 2 for text in row if text), default=0)
+        for row in under
+    ]
+    tops = [margin + i * (tile + gap) + sum(below[:i]) for i in range(len(rows))]
+    size = (
+        x0 + n_columns * (tile + gap) - gap + margin,
+        margin + len(rows) * (tile + gap) - gap + sum(below) + margin,
+    )
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
 
     ink, line = "#1f2328", "#d9dce1"
-    for j, text in enumerate(column_labels):
-        pen.multiline_text((x0 + j * (tile + gap) + tile / 2, y0 - gap), text, ink, font, anchor="md", align="center")
-    for i, (row, text) in enumerate(zip(rows, row_labels, strict=True)):
-        y = y0 + i * (tile + gap)
+    for y, row, text, texts in zip(tops, rows, row_labels, under, strict=True):
+        for j, caption in enumerate(texts):
+            place = (x0 + j * (tile + gap) + tile / 2, y + tile + 2)
+            pen.multiline_text(place, caption, ink, small, anchor="ma", align="center")
         pen.multiline_text((x0 - gap * 2, y + tile / 2), text, ink, font, anchor="rm", align="right")
         for j, image in enumerate(row):
             x = x0 + j * (tile + gap)

@@ -7,7 +7,8 @@ writes `demo/index.html` (images inside, no script, no request), `demo/results.j
 image (the fields of `IMAGE_FIELDS`) it holds a key of `images`. A section whose data are missing is left out.
 
 Every number on the page stands in a `<data value="...">` element that carries the raw value, and the page is rendered
-from what `results.json` holds: nothing is computed for the page alone.
+from what `results.json` holds: nothing is computed for the page alone. What lies under a key `curves` is drawn, not
+written out.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,7 @@ def write_page(
     pictures: dict[str, Picture] = {}
     _resolve(plain, "results", images, pictures)
 
-    html = _environment().get_template(TEMPLATE).render(results=plain, pictures=pictures)
+    html = _environment().get_template(TEMPLATE).render(results=plain, pictures=pictures, project=project_facts())
     files = {
         "index.html": html.encode(),
         "results.json": (json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(),
@@ -221,35 +223,45 @@ def seconds(value: float) -> str:
     return f"{value / 3600:.3g} h"
 
 
-def by_name(value: Any, name: str) -> Any:
-    """A value shown in the unit that its key's name says."""
-    name = name.lower()
-    if name.endswith("seconds"):
-        return _FILTERS["seconds"](value)
-    if isinstance(value, float) and re.search(r"(^|_)(share|accuracy|object|style)$", name):
-        return _FILTERS["share"](value)
-    if name.endswith(("seed", "latent")):
-        return _FILTERS["identifier"](value)
-    return _FILTERS["number"](value)
+def chance(value: float) -> str:
+    """A share of shuffles as percent, three digits: 0.00342 is 0.342 %."""
+    return f"{value * 100:.3g} %"
 
 
-def label(name: str) -> str:
-    """A key's name for people: `n_images` is images, `plain_seconds` is plain (the value says its unit itself)."""
-    words = name.replace("_", " ").removeprefix("n ").replace(" n ", " ")
-    return words.removesuffix(" seconds")
+def bars(values: list[float], marked: list[bool] | None = None) -> Markup:
+    """A bar chart as SVG, from 0 to the largest value, a bar a value; `marked` ones in another colour."""
+    largest = max(values, default=0) or 1
+    shapes = Markup("").join(
+        Markup('<rect{} x="{}" y="{}" width="{}" height="{}"/>').format(
+            Markup(' class="marked"') if marked and marked[i] else "",
+            f"{i * 100 / len(values):.2f}",
+            f"{30 - 30 * value / largest:.2f}",
+            f"{100 / len(values) * 0.86:.2f}",
+            f"{30 * value / largest:.2f}",
+        )
+        for i, value in enumerate(max(value, 0) for value in values)
+    )
+    svg = '<svg class="bars" viewBox="0 0 100 30" preserveAspectRatio="none" aria-hidden="true">{}</svg>'
+    return Markup(svg).format(shapes)
 
 
-def flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
-    """Nested dicts as (name, scalar) pairs, `{"a": {"b_c": 1}}` -> `[("a b_c", 1)]`; lists are left out."""
-    if isinstance(value, dict):
-        return [pair for key, entry in value.items() for pair in flat(entry, f"{name} {key}".strip())]
-    return [(name, value)] if name and (_is_number(value) or isinstance(value, str)) else []
+def ranked(feature: Mapping[str, Any], concepts: list[list[str]]) -> Markup:
+    """A latent's largest activation in every image, largest first; where it has a name, the images of that are marked."""
+    peaks = feature["curves"]["peaks"]
+    order = sorted(range(len(peaks)), key=lambda i: -peaks[i])
+    name = str(feature.get("name") or "").replace(" ", "-")
+    return bars([peaks[i] for i in order], [name in concepts[i] for i in order])
 
 
-def columns(rows: list[dict[str, Any]]) -> list[str]:
-    """The names of the scalar fields of a list of dicts, in the order in which they appear."""
-    scalar = (name for row in rows for name, value in row.items() if _is_number(value) or isinstance(value, str))
-    return list(dict.fromkeys(scalar))
+def project_facts() -> dict[str, Any]:
+    """What the installed package says of itself: its licence and its links, `{"license": ..., "links": {...}}`."""
+    try:
+        about = metadata("sparsefeat")
+    except PackageNotFoundError:  # run from a folder that was not installed
+        return {"license": None, "links": {}}
+    links = dict(entry.split(", ", 1) for entry in about.get_all("Project-URL") or [])
+    kept = {name: url for name, url in links.items() if url.startswith("https://")}
+    return {"license": about["License-Expression"], "links": kept}
 
 
 _FILTERS = {
@@ -258,10 +270,9 @@ _FILTERS = {
     "share": _or_dash(share),
     "signed": _or_dash(signed),
     "seconds": _or_dash(seconds),
-    "by_name": by_name,
-    "label": label,
-    "flat": flat,
-    "columns": columns,
+    "chance": _or_dash(chance),
+    "bars": bars,
+    "ranked": ranked,
     "is_number": _is_number,
 }
 

@@ -65,12 +65,12 @@ def test_codes_maps_and_scores_are_those_of_the_rows(pipe, guidance, activation)
     torch.testing.assert_close(recording.codes(2).dense().double(), expected[2].flatten(0, 1), rtol=1e-4, atol=1e-5)
     latent = int(expected.sum((0, 1, 2)).argmax())
     torch.testing.assert_close(
-        recording.map(latent, image=1).double(), expected[:, 1, :, latent].sum(0).view(6, 10), rtol=1e-4, atol=1e-4
+        recording.map(latent, image=1).double(), expected[:, 1, :, latent].mean(0).view(6, 10), rtol=1e-4, atol=1e-4
     )
     torch.testing.assert_close(
         recording.map(latent, image=1, step=2).double(), expected[2, 1, :, latent].view(6, 10), rtol=1e-4, atol=1e-5
     )
-    scores = expected.mean(2).sum(0)  # [images, latents]: mean over positions, summed over steps
+    scores = expected.mean(2).mean(0)  # [images, latents]: mean over positions and steps
     for image, score in ((None, scores.mean(0)), (3, scores[3])):
         top = recording.top(5, image)
         assert [t.score for t in top] == pytest.approx(score.topk(5).values.tolist(), rel=1e-4)

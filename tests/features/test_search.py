@@ -28,7 +28,7 @@ def sae():
 
 @pytest.fixture(scope="module")
 def recorded(pipe, sae):
-    """Examples of three calls of two prompts, and the dense maps [images, latents, h, w] summed over steps."""
+    """Examples of three calls of two prompts, and the dense maps [images, latents, h, w], means over steps."""
     examples = Examples(64, top=2)
     collect = CollectExamples(sae, examples, {p: "fox" for p in PROMPTS if "fox" in p})
     record, dense, peaks = Record(sae), [], []
@@ -37,7 +37,7 @@ def recorded(pipe, sae):
             pixels(pipe, PROMPTS[start : start + 2], steps=2, seed=start, height=48, width=64)
             for image in range(2):
                 codes = torch.stack([run[record].codes(step, image).dense() for step in run[record].steps])
-                dense.append(codes.sum(0).T.view(64, 6, 8))
+                dense.append(codes.mean(0).T.view(64, 6, 8))
                 peaks.append(codes.amax((0, 1)))
         assert run[collect] is examples
     return examples, torch.stack(dense), torch.stack(peaks)

@@ -50,9 +50,21 @@ def sample(n_features: int = 6, n_examples: int = 6, seed: int = 3) -> tuple[dic
             {
                 "latent": int(rng.integers(2048)),
                 "score": 14.283 / (i + 1.25),
+                "maximum": 61.31 / (i + 1.1),
+                "frequency_share": 0.4127 / (i + 1),
+                "n_images_active": 197 - i,
                 "overlay": heat(fox, "fox", 0, f"latent{i}"),
-                "best_word": ("fox", "noto", "cat face", "orange", "fire", "panda", "owl", "mono")[i % 8],
-                "best_word_auc": 0.9987 - 0.0312 * i,
+                "name": ("fox", None, "alarm clock", None)[i % 4],
+                "evidence": {
+                    "n_words": 54,
+                    "p_chosen": (0.0031, 0.4127)[i % 2] + 0.001 * i,
+                    "auc": 0.9987 - 0.0312 * i,
+                    "chance": 0.8467 - 0.001 * i,
+                    "p": (0.00021, 0.0731)[i % 2] + 0.001 * i,
+                    "n_with": 2 + i,
+                    "n_without": 98 - i,
+                },
+                "curves": {"by_step": rng.random(20).tolist(), "peaks": (9 * rng.random(12)).tolist()},
                 "examples": [
                     example(canvas.names[o], int(rng.integers(4)), f"latent{i}", 13.8127 / (j + 1.1))
                     for j, o in enumerate(near)
@@ -66,9 +78,9 @@ def sample(n_features: int = 6, n_examples: int = 6, seed: int = 3) -> tuple[dic
         images[f"{key}-steered{share:.2f}"] = blend
         return f"{key}-steered{share:.2f}"
 
-    def strip(name: str, strengths: tuple[float, ...]) -> list[dict[str, Any]]:
-        span = strengths[-1] - strengths[0]
-        return [{"strength": s, "image": faded(name, (s - strengths[0]) / span)} for s in strengths]
+    def strip(name: str, times: tuple[float, ...]) -> list[dict[str, Any]]:
+        span = times[-1] - times[0]
+        return [{"times": t, "image": faded(name, (t - times[0]) / span)} for t in times]
 
     def pair(name: str, style: int, after: str, style_after: int, is_target: bool) -> dict[str, Any]:
         return {
@@ -97,20 +109,33 @@ def sample(n_features: int = 6, n_examples: int = 6, seed: int = 3) -> tuple[dic
             "sae": {"n_latents": 20480, "k": 32, "d_model": 1280, "fvu": 0.0871},
             "prompt": prompt("fox"),
             "image": fox,
+            "n_images": 200,
             "top": top,
+            "curves": {"concepts": [["fox", "noto"], ["alarm-clock", "mono"]] * 6, "choosing": [True, False] * 6},
+            "code": "import sparsefeat as sf",
         },
         "steering": [
             {
                 "hookpoint": HOOKPOINT,
                 "latent": 1417,
-                "label": "fox → frog",
+                "kind": "object",
+                "concept": "frog",
+                "auc": 0.9371,
+                "p": 0.0123,
+                "n_latents": 20480,
+                "usual": 1.4619,
                 "prompt": prompt("fox"),
                 "strip": strip("fox", (-12.5, -8.0, -4.0, 0.0, 4.0, 8.0, 12.5)),
             },
             {
                 "hookpoint": "unet.mid_block.attentions.0:diff",
                 "latent": 88,
-                "label": "roundness",
+                "kind": "style",
+                "concept": "noto",
+                "auc": 0.8713,
+                "p": 0.2145,
+                "n_latents": 4096,
+                "usual": 0.7317,
                 "prompt": prompt("castle"),
                 "strip": strip("castle", (-2.0, -1.0, 0.0, 1.0, 2.0)),
             },
@@ -121,26 +146,47 @@ def sample(n_features: int = 6, n_examples: int = 6, seed: int = 3) -> tuple[dic
                 "target": "fox",
                 "method": "SAeUron-style latent ablation",
                 "pairs": fox_pairs,
-                "removed_share": 0.9625,
-                "kept_share": 0.9871,
+                "counts": {
+                    "n_targets": 8,
+                    "seen_before": 6,
+                    "seen_after": 1,
+                    "removed": 5,
+                    "n_others": 9,
+                    "right_before": 7,
+                    "right_after": 7,
+                    "kept": 4,
+                },
             },
             {
                 "kind": "style",
                 "target": "mono",
                 "method": "SAeUron-style latent ablation",
                 "pairs": style_pairs,
-                "removed_share": 1.0,
-                "kept_share": 0.9534,
+                "counts": {
+                    "n_targets": 12,
+                    "seen_before": 11,
+                    "seen_after": 3,
+                    "removed": 10,
+                    "n_others": 16,
+                    "right_before": 15,
+                    "right_after": 14,
+                    "kept": 13,
+                },
             },
         ],
         "benchmark": {
             "device": "AMD EPYC 9R14, 2 cores",
             "date": "2026-11-21",
-            "judge": {"object_accuracy": 0.9934, "style_accuracy": 0.9982, "n_images": 8200},
-            "generation": {"object_accuracy": 0.9641, "style_accuracy": 0.9917, "n_images": 600, "seconds": 1843.2},
+            "generation": {"object_accuracy": 0.9641, "style_accuracy": 0.9917, "n_images": 600}
+            | {"by_style": {"noto": {"object_accuracy": 0.9533, "style_accuracy": 0.9866}}},
             "saes": [
-                {"hookpoint": HOOKPOINT, "n_latents": 2048, "k": 16, "fvu": 0.0871, "dead_share": 0.0132},
-                {"hookpoint": "unet.mid_block:diff", "n_latents": 4096, "k": 32, "fvu": 0.0423, "dead_share": 0.2071},
+                {"hookpoint": hookpoint, "n_latents": n_latents, "k": k, "d_model": 128, "fvu": fvu}
+                | {"fvu_pca": 2 * fvu, "fvu_random": 5.5 * fvu, "dead_share": dead}
+                | {"object_accuracy_unedited": 0.9911, "object_accuracy_spliced": 0.9822 - fvu}
+                for hookpoint, n_latents, k, fvu, dead in (
+                    (HOOKPOINT, 2048, 16, 0.0871, 0.0132),
+                    ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2:output", 4096, 32, 0.0423, 0.2071),
+                )
             ],
             "erasure": [
                 {"method": name, "target_kind": kind, "ua": ua, "ira": ira, "cra": cra, "frechet": frechet}
@@ -153,7 +199,33 @@ def sample(n_features: int = 6, n_examples: int = 6, seed: int = 3) -> tuple[dic
                     ("difference-of-means direction", 0.8806, 0.8911, 0.9721, 12.733),
                 )
             ],
-            "overhead": {"plain_seconds": 1.731, "recorded_seconds": 1.842, "erased_seconds": 1.905, "ratio": 1.0641},
+        },
+        "judge": {
+            "real": {"object_accuracy": 1.0, "style_accuracy": 0.9999, "n_images": 200},
+            "held_out_augmentations": {"object_accuracy": 0.9934, "style_accuracy": 0.9982, "n_images": 800},
+            "autoencoded": {"object_accuracy": 0.9955, "style_accuracy": 0.9977, "n_images": 201},
+            "unseen_concepts": {"style_accuracy": 0.8058, "n_images": 1200},
+            "unseen_vendor": {
+                "noto": {"object_accuracy": 0.72, "n_images": 50},
+                "mono": {"object_accuracy": 0.08, "n_images": 51},
+            },
+        },
+        "overhead": {
+            "device": "AMD EPYC 9R14, 2 cores",
+            "rows": [
+                {
+                    "instrument": "Record(sae)",
+                    "hook_seconds": 0.07368,
+                    "step_seconds": 8.8273,
+                    "share_of_step": 0.00805,
+                },
+                {
+                    "instrument": "Steer(sae, add=…)",
+                    "hook_seconds": 0.001671,
+                    "step_seconds": 8.2627,
+                    "share_of_step": 0.000205,
+                },
+            ],
         },
         "heat_maps": [
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,9 @@ def demo(
         check_free(out, "--out")
     check_writable(out, "--out")
     quiet_libraries()
-    from sparsefeat.demo import run_demo
+    from sparsefeat.demo import findings, run_demo
 
-    typer.echo(f"the page: {run_demo(out, force=force).resolve()}")
+    page = run_demo(out, force=force)
+    for line in findings(json.loads((page.parent / "results.json").read_text())):
+        typer.echo(line)
+    typer.echo(f"the page: {page.resolve()}")
