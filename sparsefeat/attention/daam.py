@@ -15,7 +15,7 @@ said so, not because they stand in the second half of the batch; and the grid ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,11 +24,13 @@ from sparsefeat_kernels import attention_map_
 from torch import Tensor
 
 from sparsefeat.arguments import number
+from sparsefeat.attention.encoded import EncodedPrompt, Rows
 from sparsefeat.attention.heat_map import HeatMap, resize
-from sparsefeat.attention.words import Token, encoded_text, token_indices, tokens_of
+from sparsefeat.attention.words import Token
 from sparsefeat.pipeline import AttentionCall, Call, Context, Instrument
 
 Grid = tuple[int, int]
+_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 Normalization = Literal["none", "steps", "tokens"]
 
 
@@ -57,8 +59,10 @@ class HeatMaps(Instrument):
 
     def __init__(self, layers: str | Sequence[str] | None = None):
         self.layers = (layers,) if isinstance(layers, str) else None if layers is None else tuple(layers)
-        self._tokenizer: Any = None
-        self._pipe_text: dict[str, str] = {}
+        self._tokenizers: dict[str, Any] = {}
+        self._encoded: dict[
+            tuple[str, int], list[tuple[int, ...]]
+        ] = {}  # by text encoder and prompt, its conditional rows
         self._done: dict[Grid, _Sum] = {}
         self._now: dict[Grid, _Sum] = {}
         self._seen: dict[str, int] = {}
@@ -89,15 +93,25 @@ class HeatMaps(Instrument):
         blocks = tuple(path for path in cross if ".down_blocks." in path or ".up_blocks." in path)
         return blocks or tuple(cross)
 
+    def components(self, pipe: Any) -> tuple[str, ...]:
+        return tuple(name for name in _ENCODERS if getattr(pipe, name, None) is not None)
+
     def prepare(self, pipe: Any) -> None:
-        candidates = (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2"))
-        self._tokenizer = next((t for t in candidates if t is not None), None)
+        found = {name: getattr(pipe, name.replace("text_encoder", "tokenizer"), None) for name in _ENCODERS}
+        self._tokenizers = {name: tokenizer for name, tokenizer in found.items() if tokenizer is not None}
 
     def begin_call(self, call: Call) -> None:
         self._call = call
-        self._done, self._now, self._seen, self._groups = {}, {}, {}, {}
-        pipe = call.pipe
-        self._pipe_text = {prompt: encoded_text(pipe, prompt) for prompt in call.prompts or ()}
+        self._done, self._now, self._seen, self._groups, self._encoded = {}, {}, {}, {}, {}
+
+    def at_component(self, name: str, arguments: Mapping[str, Any], context: Context) -> None:
+        """A text encoder runs: what it is given for the prompts."""
+        ids = arguments.get("input_ids")
+        if self._call is None or not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != len(context.condition):
+            return
+        for row, condition, image in zip(ids.tolist(), context.condition, context.prompt_index, strict=True):
+            if condition == "cond":
+                self._encoded.setdefault((name, image // self._call.images_per_prompt), []).append(tuple(row))
 
     def at_attention(self, call: AttentionCall, context: Context) -> None:
         rows = [row for row, condition in enumerate(context.condition) if condition == "cond"]
@@ -152,10 +166,18 @@ class HeatMaps(Instrument):
         return HeatMapRecording(
             sums={grid: (held.total, held.total.new_tensor(held.count)) for grid, held in self._done.items()},
             evaluations=max(self._seen.values(), default=0),
-            prompts=None if call.prompts is None else tuple(self._pipe_text[p] for p in call.prompts),
+            prompts=None if call.prompts is None else tuple(self._prompt(call, p) for p in range(len(call.prompts))),
             images_per_prompt=call.images_per_prompt,
-            tokenizer=self._tokenizer,
         )
+
+    def _prompt(self, call: Call, index: int) -> EncodedPrompt:
+        assert call.prompts is not None
+        rows = tuple(
+            Rows(tokenizer, tuple(self._encoded[name, index]))
+            for name, tokenizer in self._tokenizers.items()
+            if (name, index) in self._encoded
+        )
+        return EncodedPrompt(call.prompts[index], rows, type(call.pipe).__name__)
 
     def mask(self, word: str, threshold: float | None = None, occurrence: int | None = None) -> WordMask:
         """A mask for `Steer(mask=...)`: the word's map of each image, over the steps completed so far.
@@ -234,15 +256,14 @@ class HeatMapRecording:
         sums: for each grid (h, w): probabilities summed over heads, layers and steps [images, h * w, tokens], and how
             many maps (heads x layers x steps) went into each image's sum [images].
         evaluations: how often the denoiser ran (the number of steps for most schedulers).
-        prompts: the prompts as they were tokenized, or None when the call was given embeddings.
+        prompts: the prompts and what the text encoders were given for them, or None when the call was given embeddings.
         images_per_prompt: image i belongs to prompt i // images_per_prompt.
     """
 
     sums: dict[Grid, tuple[Tensor, Tensor]]
     evaluations: int
-    prompts: tuple[str, ...] | None
+    prompts: tuple[EncodedPrompt, ...] | None
     images_per_prompt: int
-    tokenizer: Any
 
     @property
     def n_images(self) -> int:
@@ -284,7 +305,7 @@ class HeatMapRecording:
             return mean * self.evaluations
         if normalize == "tokens":
             summed = mean * self.evaluations
-            own = [token.index for token in self._tokens(image) if not token.special]
+            own = self._prompt(image).own(self._keys)
             return summed / (summed[own].sum(0) + 1e-6)
         raise ValueError(f'normalize={normalize!r} is not known; use "none", "steps" or "tokens".')
 
@@ -300,15 +321,19 @@ class HeatMapRecording:
         self, word: str, image: int = 0, occurrence: int | None = None, normalize: Normalization = "none"
     ) -> HeatMap:
         """The map of a word or phrase: the mean over its tokens, of all its occurrences unless one is named."""
-        tokens, text = self._tokens(image), self._text(image)
-        return HeatMap(self.map(token_indices(tokens, text, word, occurrence), image, normalize).values, word)
+        tokens = self._prompt(image).indices(self._keys, word, occurrence)
+        return HeatMap(self.map(tokens, image, normalize).values, word)
 
     def tokens(self, image: int = 0, normalize: Normalization = "none") -> tuple[HeatMap, ...]:
         """One map for each token of the prompt, start and end tokens included, labelled with the token's text."""
         maps = self.tensor(image, normalize)
         return tuple(HeatMap(maps[token.index], token.text) for token in self._tokens(image))
 
-    def _text(self, image: int) -> str:
+    @property
+    def _keys(self) -> int:
+        return self._any_sum().shape[2]
+
+    def _prompt(self, image: int) -> EncodedPrompt:
         if self.prompts is None:
             raise ValueError(
                 "the prompts of this call are not known (it was given embeddings, not text); "
@@ -322,8 +347,4 @@ class HeatMapRecording:
             raise ValueError(f"image={image} is out of range; the call made {self.n_images} image(s), counted from 0.")
 
     def _tokens(self, image: int) -> tuple[Token, ...]:
-        text = self._text(image)
-        if self.tokenizer is None:
-            raise ValueError("the pipeline has no tokenizer; name token positions instead: .map([2, 3]).")
-        encoded = self._any_sum().shape[2]
-        return tokens_of(self.tokenizer, text, min(encoded, self.tokenizer.model_max_length))
+        return self._prompt(image).tokens(self._keys)

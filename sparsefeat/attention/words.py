@@ -26,18 +26,6 @@ class Token:
         return self.start == self.stop
 
 
-def encoded_text(pipe: Any, prompt: str) -> str:
-    """The text that `pipe` hands to its first tokenizer for `prompt`.
-
-    Pipelines with textual inversion spell a multi-vector token out (`<cat> <cat>_1 ...`) before they tokenize.
-    """
-    convert = getattr(pipe, "maybe_convert_prompt", None)
-    tokenizer = getattr(pipe, "tokenizer", None)
-    if convert is None or tokenizer is None:
-        return prompt
-    return convert(prompt, tokenizer)
-
-
 def tokens_of(tokenizer: Any, text: str, length: int | None = None) -> tuple[Token, ...]:
     """The tokens of `text` as the pipeline encodes it, special tokens included, padding not.
 
@@ -100,7 +88,13 @@ def words_of(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\w+(?:['’\-]\w+)*", text))
 
 
-def token_indices(tokens: tuple[Token, ...], text: str, word: str, occurrence: int | None = None) -> tuple[int, ...]:
+def token_indices(
+    tokens: tuple[Token, ...],
+    text: str,
+    word: str,
+    occurrence: int | None = None,
+    within: tuple[int, int] | None = None,
+) -> tuple[int, ...]:
     """Positions of the tokens of a word or phrase.
 
     Args:
@@ -108,6 +102,7 @@ def token_indices(tokens: tuple[Token, ...], text: str, word: str, occurrence: i
         text: the text they belong to.
         word: a word or a phrase of consecutive words, in any case; white space in it matches any white space.
         occurrence: which of several occurrences (0 is the first); default all of them together, as in DAAM.
+        within: the characters [start, stop) of the text to look in; default all of it.
 
     Raises:
         ValueError: the word does not occur as a whole word, only behind the last token that was encoded, or the tokenizer
@@ -118,11 +113,12 @@ def token_indices(tokens: tuple[Token, ...], text: str, word: str, occurrence: i
     parts = word.split()
     if not parts:
         raise ValueError(f"word={word!r} is empty; name a word of the prompt: {', '.join(words_of(text))}.")
-    pattern = r"(?<!\w)" + r"\s+".join(re.escape(part) for part in parts) + r"(?!\w)"
-    spans = [match.span() for match in re.finditer(pattern, text, flags=re.IGNORECASE)]
+    start, stop = within or (0, len(text))
+    spans = [match.span() for match in _pattern(parts).finditer(text, start, stop)]
     if not spans:
         raise ValueError(
-            f"word={word!r} is not in the prompt {text!r}; its words are: {', '.join(dict.fromkeys(words_of(text)))}."
+            f"word={word!r} is not in the prompt {text[start:stop]!r}; its words are: "
+            f"{', '.join(dict.fromkeys(words_of(text[start:stop])))}."
         )
     if occurrence is not None:
         if not -len(spans) <= occurrence < len(spans):
@@ -144,3 +140,18 @@ def token_indices(tokens: tuple[Token, ...], text: str, word: str, occurrence: i
             "or move the word forward."
         )
     return tuple(found)
+
+
+def count(text: str, word: str) -> int:
+    """How often a word or phrase occurs in a text."""
+    return len(_pattern(word.split()).findall(text)) if word.split() else 0
+
+
+def _pattern(parts: list[str]) -> re.Pattern[str]:
+    """The words of a phrase with white space between them, and perhaps around their punctuation, as some tokenizers
+    spell it; no part of a longer word.
+    """
+    inside = [r"\s*".join(re.escape(piece) for piece in re.findall(r"\w+|[^\w\s]", part)) for part in parts]
+    before = r"(?<!\w)" if re.match(r"\w", parts[0]) else ""
+    after = r"(?!\w)" if re.search(r"\w$", parts[-1]) else ""
+    return re.compile(before + r"\s+".join(inside) + after, flags=re.IGNORECASE)

@@ -116,6 +116,12 @@ class Instrument:
         """Module paths of the attention modules whose calls `at_attention` wants to see; asked once."""
         return ()
 
+    def components(self, pipe: Any) -> tuple[str, ...]:
+        """Names of the pipeline's components whose runs `at_component` wants to see; they need not run in a call. Asked
+        once.
+        """
+        return ()
+
     def expected_width(self, hookpoint: Hookpoint) -> int | None:
         """The d_model this instrument needs at the hookpoint, checked before anything runs; None if any will do."""
         sae = getattr(self, "sae", None)
@@ -137,6 +143,9 @@ class Instrument:
 
     def at_attention(self, call: AttentionCall, context: Context) -> None:
         """One of the attention modules is about to attend."""
+
+    def at_component(self, name: str, arguments: Mapping[str, Any], context: Context) -> None:
+        """One of the components is about to run on these arguments of its forward, by name."""
 
     def end_step(self, context: Context) -> None:
         """The denoising step `context.step` is complete. There is no hookpoint and no batch in this context."""

@@ -63,8 +63,13 @@ def attach(pipe: Any, *instruments: Instrument) -> Session:
         for instrument in instruments
         for path in instrument.attentions(pipe)
     )
+    listened = tuple(
+        Tap(instrument, _checked(resolve(pipe, name)))
+        for instrument in instruments
+        for name in instrument.components(pipe)
+    )
     wiring = Wiring.of(pipe)  # `prepare` may have opened and closed sessions of its own
-    session = Session(wiring, pipe, instruments, places, taps)
+    session = Session(wiring, pipe, instruments, places, taps, listened)
     wiring.add(session)
     return session
 
@@ -95,10 +100,12 @@ class Session:
         instruments: tuple[Instrument, ...],
         places: tuple[Place, ...],
         taps: tuple[Tap, ...],
+        listened: tuple[Tap, ...] = (),
     ):
         self.instruments = instruments
         self.places = places
         self.taps = taps
+        self.listened = listened
         self.calls: list[Recordings] = []
         """The completed calls, in order."""
         self._wiring: Wiring | None = wiring
@@ -148,7 +155,7 @@ class Session:
         if wiring is not None:
             wiring.remove(self)
         self._pipe = None
-        self.places = self.taps = ()  # the modules; the recordings need none of them
+        self.places = self.taps = self.listened = ()  # the modules; the recordings need none of them
 
     def __enter__(self) -> Session:
         return self

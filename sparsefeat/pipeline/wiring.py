@@ -33,7 +33,7 @@ from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.pipeline.compiled import hooks_guarded
 from sparsefeat.pipeline.conditions import Entries, denoiser_entries, outside_entries, spread, text_entries
 from sparsefeat.pipeline.context import Call, Context
-from sparsefeat.pipeline.families.family import Run
+from sparsefeat.pipeline.families.family import Run, timestep_in
 from sparsefeat.pipeline.hookpoints import Hookpoint, Target
 from sparsefeat.pipeline.instrument import (
     Activations,
@@ -76,7 +76,7 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Tap:
-    """One instrument at one attention module."""
+    """One instrument at one attention module, or listening to one component."""
 
     instrument: Instrument
     target: Target
@@ -180,7 +180,7 @@ class Wiring:
         wanted: dict[HookKey, tuple[Target, Callable[..., Any]]] = {}
         tapped: dict[int, Target] = {}
         for session in self.sessions:
-            for target in [part.target for part in session.places] + [part.target for part in session.taps]:
+            for target in [part.target for part in (*session.places, *session.taps, *session.listened)]:
                 root = replace(target, path=target.root_name, module=target.root)
                 wanted.setdefault((id(root.module), "root"), (root, self._root_hook))
             for place in session.places:
@@ -394,7 +394,7 @@ class Wiring:
         call, before = running.call, running.roots.get(target.path)
         earlier: tuple[int, ...] = ()
         if target.family.runs_in_steps:
-            running.schedule.start(arguments.get("timestep"))
+            running.schedule.start(timestep_in(arguments))
             if before is not None and before.scheduled == running.schedule.done:
                 earlier = (*before.earlier, len(before.entries[0]))
             if not call.own_loop:  # the caller of `session.call` said what the loop does
@@ -415,6 +415,12 @@ class Wiring:
             grid = target.family.image_grid(root, arguments)
         run = Run(root, arguments, grid)
         running.roots[target.path] = RootRun(target, run, entries, running.schedule.done, earlier)
+        context = replace(self._moment(running), condition=entries[0], prompt_index=entries[1], batch=batch)
+        for session in running.sessions:
+            for listener in session.listened:
+                if listener.target.module is target.module:
+                    with self._inside_instrument():
+                        listener.instrument.at_component(target.root_name, arguments, context)
 
     def _root_run(self, running: RunningCall, target: Target, tensors: Any) -> RootRun:
         """The run of the component that is going on around one of its modules, which took or gave `tensors`."""
@@ -458,7 +464,7 @@ class Wiring:
             batch=extent.batch,
             positions=extent.positions,
             device=device,
-            _timestep=run.arguments.get("timestep", run.arguments.get("t")),
+            _timestep=run.run.timestep,
         )
 
     def _after_hook(self, target: Target) -> Callable[..., Any]:
@@ -473,6 +479,8 @@ class Wiring:
             edits: list[Edit] = []
             for place, context, run in self._visits(key, target, output):
                 part = place.target.family.output_part(target.inner, place.stream, changed, run.run)
+                if part is None:
+                    continue
                 whole = take(changed, part.index)
                 base = None
                 if place.hookpoint.io == "diff":
@@ -491,6 +499,7 @@ class Wiring:
         target = place.target
         given = functools.partial(argument, module, args, kwargs)
         part = target.family.input_part(target.inner, place.stream, given, run.run)
+        assert part is not None  # its output was of the stream
         return part.of(take_argument(module, part.name, args, kwargs))
 
     def _before_hook(self, target: Target) -> Callable[..., Any]:
@@ -505,6 +514,8 @@ class Wiring:
             for place, context, run in self._visits(key, target, (args, kwargs)):
                 given = functools.partial(argument, module, *changed)
                 part = place.target.family.input_part(target.inner, place.stream, given, run.run)
+                if part is None:
+                    continue
                 whole = take_argument(module, part.name, *changed)
                 edited = self._ask(place, context, run, activations, part, part.of(whole), None, edits)
                 if edited is not None:

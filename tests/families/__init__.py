@@ -58,6 +58,8 @@ class TinyFamily:
     """"cfg" can be switched on and off; "embedded" is a number the model is given; "none" is a distilled model."""
     attentions: tuple[str, ...] = ()
     """Attention modules whose query, key and value a tap sees."""
+    alone: bool = False
+    """Whether diffusers' own pipeline fails for several images under guidance."""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Named variants: what `build` takes for each (`{"dual attention": {"dual": True}}`)."""
 

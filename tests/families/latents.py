@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,3 +50,28 @@ def ask(
         "output_type": "latent",
     }
     return pipe(**{**call, **arguments}).images
+
+
+def ask_video(
+    pipe: Any,
+    prompts: list[str],
+    *,
+    images_per_prompt: int,
+    size: str,
+    steps: int,
+    seed: int,
+    sizes: Mapping[str, tuple[int, int]],
+    **arguments: Any,
+) -> torch.Tensor:
+    """The same for a video: `sizes` are (height, width) in pixels for "square" and "wide"."""
+    height, width = sizes[size]
+    call = {
+        "prompt": prompts,
+        "height": height,
+        "width": width,
+        "num_videos_per_prompt": images_per_prompt,
+        "num_inference_steps": steps,
+        "generator": torch.Generator().manual_seed(seed),
+        "output_type": "latent",
+    }
+    return pipe(**{**call, **arguments}).frames

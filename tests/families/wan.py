@@ -35,11 +35,12 @@ def _transformer(seed: int) -> Any:
     ).eval()
 
 
-def build(two_models: bool = False, seed: int = 0) -> Any:
-    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+def tiny_wan_vae(seed: int = 2) -> Any:
+    """Shrinks by 8 and 4 frames to one, but for the first."""
+    from diffusers import AutoencoderKLWan
 
-    torch.manual_seed(seed + 2)
-    vae = AutoencoderKLWan(
+    torch.manual_seed(seed)
+    return AutoencoderKLWan(
         base_dim=4,
         z_dim=4,
         dim_mult=[1, 1, 1, 1],
@@ -48,11 +49,16 @@ def build(two_models: bool = False, seed: int = 0) -> Any:
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     ).eval()
+
+
+def build(two_models: bool = False, seed: int = 0) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
     more = {"transformer_2": _transformer(seed + 3), "boundary_ratio": 0.6} if two_models else {}
     pipe = WanPipeline(
         tokenizer=tiny_words(model_max_length=MAX_TOKENS),
         text_encoder=tiny_t5(24, seed=seed + 1, kind="UMT5"),
-        vae=vae,
+        vae=tiny_wan_vae(seed + 2),
         transformer=_transformer(seed),
         scheduler=FlowMatchEulerDiscreteScheduler(),
         **more,

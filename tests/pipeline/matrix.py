@@ -69,6 +69,7 @@ def cells(family: TinyFamily) -> list[Cell]:
         "size": ("square", "wide"),
     }
     rows = product(axes) if os.environ.get("MATRIX") == "full" else pairwise(axes, seed=len(family.name))
+    rows = [row for row in rows if not (family.alone and row["guidance"] and row["batch"] != "1")]
     ordered = sorted(rows, key=lambda row: (axes["option"].index(row["option"]), MODES.index(row["mode"])))
     return [Cell(family=family.name, **row) for row in ordered]
 

@@ -186,7 +186,7 @@ def listening(run: Run) -> Iterator[dict[str, list[list[torch.Tensor]]]]:
 def _texts(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    for name in ("encoder_hidden_states", "cap_feats", "input_ids"):
+    for name in ("encoder_hidden_states", "encoder_hidden_states_t5", "clip_text_pooled", "cap_feats", "input_ids"):
         if given.get(name) is not None:
             return list(given[name])
     return list((given.get("added_cond_kwargs") or {}).get("image_embeds", ()))

@@ -14,7 +14,7 @@ class Autoencoder(Family):
     def claims(self, root: nn.Module) -> bool:
         return callable(getattr(root, "encode", None)) and callable(getattr(root, "decode", None))
 
-    def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows:
+    def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows | None:
         parts = [name for name in ("tiling", "slicing") if getattr(run.root, f"use_{name}", False)]
         if parts:
             raise UnknownRowsError(

@@ -23,6 +23,10 @@ Rows = tuple[int | tuple[int, ...], int | None]
 """(start, length) of a stream's rows, as in `Part`; length None is the whole tensor."""
 
 
+TIMES = ("timestep", "timesteps", "t", "timestep_ratio", "sigma", "sigmas", "decoder_noise_time")
+"""What a model that is run for a time step calls it, in its forward."""
+
+
 class UnknownRowsError(ValueError):
     """Which rows of a tensor are the image's, or the text's, cannot be told, and nobody has said it."""
 
@@ -34,6 +38,11 @@ class UnknownRowsError(ValueError):
         )
 
 
+def timestep_in(arguments: Mapping[str, Any]) -> Any:
+    """The time among the arguments of a model's forward."""
+    return next((arguments[name] for name in TIMES if arguments.get(name) is not None), None)
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """One run of a component: what its forward was given, and the grid that `Family.image_grid` told from it."""
@@ -43,6 +52,11 @@ class Run:
     grid: tuple[int, ...] | None = None
     kept: dict[str, Any] = field(default_factory=dict)
     """What a family had to wait for the device for, so that it waits once a run."""
+
+    @property
+    def timestep(self) -> Any:
+        """The time that the model was given, None if it takes none."""
+        return timestep_in(self.arguments)
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,9 @@ class Extent:
 
 class Family:
     """What holds until a family says otherwise. Paths are within the component ("transformer_blocks.3")."""
+
+    classes: tuple[str, ...] = ()
+    """Names of the model's classes in diffusers. They go by name, so that no version of diffusers must have them."""
 
     stream = "image"
     """The stream of a model that has only one; a joint model goes by the hookpoint's own."""
@@ -73,8 +90,12 @@ class Family:
     """The rows that a hookpoint states itself, [start, stop) of a sequence."""
 
     def claims(self, root: nn.Module) -> bool:
-        """Whether this component of a pipeline is of this family."""
-        raise NotImplementedError
+        """Whether this component of a pipeline is of this family. A subclass of a user's is what it is made of, but one
+        of diffusers' own is another model (DreamLite's UNet sees a reference image beside the one that is made).
+        """
+        names = [cls.__name__ for cls in type(root).__mro__]
+        own = [cls.__name__ for cls in type(root).__mro__ if cls.__module__.startswith("diffusers.models.")]
+        return any(name in self.classes for name in own[:1] or names)
 
     def stating(self, rows: tuple[int, int | None] | None) -> Family:
         """This family, for a hookpoint that states its rows."""
@@ -106,18 +127,20 @@ class Family:
         streams = self.streams(path, module)
         return wanted if wanted in streams else streams[0] if wanted == "image" else None
 
-    def output_part(self, path: str, stream: str, output: Any, run: Run) -> Part:
-        """Where the stream's tensor is in the module's output."""
+    def output_part(self, path: str, stream: str, output: Any, run: Run) -> Part | None:
+        """Where the stream's tensor is in the module's output. None: the module ran on another stream this time."""
         index = self.output_element(path, stream, output, run)
         apart = isinstance(output, (tuple, list)) and len(output) > 1
-        return Part(index, None, *self._told(path, stream, element(output, index), run, apart))
+        rows = self._told(path, stream, element(output, index), run, apart)
+        return None if rows is None else Part(index, None, *rows)
 
-    def input_part(self, path: str, stream: str, given: Callable[[str | None], Any], run: Run) -> Part:
+    def input_part(self, path: str, stream: str, given: Callable[[str | None], Any], run: Run) -> Part | None:
         """Where it is in what the module is given. `given(name)` is an argument's value, `given(None)` the first's."""
         name, apart = self.input_argument(path, stream, given)
-        return Part(0, name, *self._told(path, stream, given(name), run, apart))
+        rows = self._told(path, stream, given(name), run, apart)
+        return None if rows is None else Part(0, name, *rows)
 
-    def _told(self, path: str, stream: str, tensor: Any, run: Run, apart: bool) -> Rows:
+    def _told(self, path: str, stream: str, tensor: Any, run: Run, apart: bool) -> Rows | None:
         if not isinstance(tensor, torch.Tensor):
             return 0, None  # taking it out will say so
         if self.stated_rows is not None:
@@ -140,8 +163,9 @@ class Family:
         """The name of the stream's argument (None: the first), and whether the other stream is an argument of its own."""
         return None, False
 
-    def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows:
-        """The stream's rows in a tensor that this module took or gave. `apart`: a tuple had the other stream beside it.
+    def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows | None:
+        """The stream's rows in a tensor that this module took or gave; None where a module that is run once for each
+        stream ran on another one. `apart`: a tuple had the other stream beside it.
 
         Raises UnknownRowsError where that is not known.
         """

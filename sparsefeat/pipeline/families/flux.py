@@ -1,4 +1,4 @@
-"""FLUX.1 and models built like it: double blocks that give (text, image), then single blocks over both.
+"""FLUX.1 and models built like it (Chroma, Ovis): double blocks that give (text, image), then single blocks over both.
 
 A single block gives (text, image) since diffusers 0.35 and one tensor [text; image] before; which one is told by its
 type. The latent comes packed, so the grid is read from the position ids: (0, y, x) for each token of the image that is
@@ -23,8 +23,13 @@ _DOUBLE, _SINGLE = r"transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"
 
 
 class Flux(JointTransformer):
-    classes: tuple[str, ...] = ("FluxTransformer2DModel", "FluxControlNetModel", "ChromaTransformer2DModel")
-    kinds = (
+    classes: tuple[str, ...] = (
+        "FluxTransformer2DModel",
+        "FluxControlNetModel",
+        "ChromaTransformer2DModel",
+        "OvisImageTransformer2DModel",
+    )
+    kinds: tuple[tuple[str, str], ...] = (
         ("joint_block", _DOUBLE),
         ("joint_attention", _DOUBLE + r"\.attn"),
         ("feed_forward", _DOUBLE + r"\.ff"),
@@ -47,14 +52,19 @@ class Flux(JointTransformer):
         return None if told is None else told.side
 
     def _told_by_ids(self, arguments: Mapping[str, Any]) -> Ids | None:
-        ids = arguments.get("img_ids")
-        if not isinstance(ids, torch.Tensor):
+        given = arguments.get(self.grid_arguments[0])
+        if not isinstance(given, torch.Tensor):
             return None
         last, told = getattr(self, "_last", (None, None))
-        if last is None or last() is not ids:  # the same object in every step: one wait for the device
-            told = told_by_ids(ids, self.made_id)
-            self._last = weakref.ref(ids), told
+        if last is None or last() is not given:  # the same object in every step: one wait for the device
+            ids = self.ids(arguments)
+            told = None if ids is None else told_by_ids(ids, self.made_id)
+            self._last = weakref.ref(given), told
         return told
+
+    def ids(self, arguments: Mapping[str, Any]) -> Any:
+        """The position ids of the image's side."""
+        return arguments[self.grid_arguments[0]]
 
     def text_tokens(self, run: Run) -> int | None:
         text = super().text_tokens(run)  # a union ControlNet puts a token for its mode before them

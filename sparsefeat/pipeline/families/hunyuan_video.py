@@ -17,7 +17,7 @@ _DOUBLE, _SINGLE = r"transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"
 
 
 class HunyuanVideo(JointTransformer):
-    classes = ("HunyuanVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel")
+    classes: tuple[str, ...] = ("HunyuanVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel")
     kinds = (
         ("joint_block", _DOUBLE),
         ("joint_attention", _DOUBLE + r"\.attn"),

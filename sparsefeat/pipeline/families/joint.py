@@ -84,7 +84,7 @@ class JointTransformer(Transformer):
             name = names["image"] if isinstance(given(names["image"]), torch.Tensor) else None
         return name, apart
 
-    def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows:
+    def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows | None:
         content = self.content(path)
         if content is not None and content != "joint":
             return super().rows(path, stream, tensor, run, apart)

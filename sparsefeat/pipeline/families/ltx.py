@@ -19,7 +19,7 @@ _BLOCK = r"transformer_blocks\.\d+"
 
 class LTX(Transformer):
     classes = ("LTXVideoTransformer3DModel",)
-    kinds = (
+    kinds: tuple[tuple[str, str], ...] = (
         ("transformer_block", _BLOCK),
         ("self_attention", _BLOCK + r"\.attn1"),
         ("cross_attention", _BLOCK + r"\.attn2"),

@@ -4,22 +4,40 @@ from __future__ import annotations
 
 from torch import nn
 
+from sparsefeat.pipeline.families.allegro import Allegro
+from sparsefeat.pipeline.families.audio import AceStep, StableAudio
 from sparsefeat.pipeline.families.aura_flow import AuraFlow
 from sparsefeat.pipeline.families.autoencoder import Autoencoder
+from sparsefeat.pipeline.families.bria import Bria
 from sparsefeat.pipeline.families.cogvideox import CogVideoX
+from sparsefeat.pipeline.families.cogview import CogView3, CogView4
+from sparsefeat.pipeline.families.cosmos import Cosmos
 from sparsefeat.pipeline.families.family import Family
 from sparsefeat.pipeline.families.flux import Flux
 from sparsefeat.pipeline.families.flux2 import Flux2
+from sparsefeat.pipeline.families.hidream import HiDream
 from sparsefeat.pipeline.families.hunyuan_dit import HunyuanDiT
+from sparsefeat.pipeline.families.hunyuan_image import HunyuanImage
 from sparsefeat.pipeline.families.hunyuan_video import HunyuanVideo
 from sparsefeat.pipeline.families.kandinsky import Kandinsky5
+from sparsefeat.pipeline.families.kandinsky3 import Kandinsky3
+from sparsefeat.pipeline.families.krea2 import Krea2
+from sparsefeat.pipeline.families.latte import Latte
+from sparsefeat.pipeline.families.longcat import LongCatImage
 from sparsefeat.pipeline.families.ltx import LTX
+from sparsefeat.pipeline.families.ltx2 import LTX2
 from sparsefeat.pipeline.families.lumina import Lumina
 from sparsefeat.pipeline.families.lumina2 import Lumina2
+from sparsefeat.pipeline.families.mochi import Mochi
+from sparsefeat.pipeline.families.motif_video import MotifVideo
+from sparsefeat.pipeline.families.omnigen import OmniGen
 from sparsefeat.pipeline.families.pixart import PixArt
+from sparsefeat.pipeline.families.prx import PRX
 from sparsefeat.pipeline.families.qwen_image import QwenImage
 from sparsefeat.pipeline.families.sana import Sana
+from sparsefeat.pipeline.families.sana_video import SanaVideo
 from sparsefeat.pipeline.families.sd3 import SD3
+from sparsefeat.pipeline.families.stable_cascade import StableCascade
 from sparsefeat.pipeline.families.text_encoder import TextEncoder
 from sparsefeat.pipeline.families.unet import UNet
 from sparsefeat.pipeline.families.unknown import Unknown, UnknownDenoiser
@@ -44,6 +62,26 @@ FAMILIES: tuple[Family, ...] = (
     LTX(),
     HunyuanVideo(),
     Kandinsky5(),
+    Allegro(),
+    Bria(),
+    AceStep(),
+    StableAudio(),
+    CogView3(),
+    CogView4(),
+    Cosmos(),
+    HiDream(),
+    HunyuanImage(),
+    Kandinsky3(),
+    Krea2(),
+    Latte(),
+    LongCatImage(),
+    LTX2(),
+    Mochi(),
+    MotifVideo(),
+    OmniGen(),
+    PRX(),
+    SanaVideo(),
+    StableCascade(),
     UNet(),
     UnknownDenoiser(),
     TextEncoder(),

@@ -31,7 +31,7 @@ class SingleStream(Transformer):
         """The row of the image's first token in the common sequence, or one for each batch entry."""
         return 0
 
-    def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows:
+    def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows | None:
         if self.content(path) != "image":
             return super().rows(path, stream, tensor, run, apart)
         # What a model pads its tokens with comes after them, in the refiner too.

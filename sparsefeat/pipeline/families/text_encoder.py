@@ -52,7 +52,7 @@ class TextEncoder(Family):
         stem = next((path.removeprefix(prefix) for prefix in reversed(_PREFIXES) if path.startswith(prefix)), path)
         return tuple(prefix + stem for prefix in _PREFIXES if prefix + stem != path)
 
-    def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows:
+    def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows | None:
         if tensor.ndim != 3:
             raise UnknownRowsError(
                 path, run.root, f"it has the shape {list(tensor.shape)}, which is no sequence of tokens"

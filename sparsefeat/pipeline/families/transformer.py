@@ -43,10 +43,10 @@ class Transformer(Family):
         "the block, or it was replaced after `attach`: attach first and compile then, or turn the cache off"
     )
 
-    classes: tuple[str, ...] = ()
-    """Names of the model's classes in diffusers. They go by name, so that no version of diffusers must have them."""
     kinds: tuple[tuple[str, str], ...] = ()
     """(kind, pattern of the path) of the blocks worth hooking."""
+    joint_streams: tuple[str, ...] = ("image", "text")
+    """The streams of what holds several."""
     text_modules = (
         r".*\.(attn2|cross_attention|cross_attn|attn_cross)\.(to_[kv]|norm_k|norm_cross|add_[kv]_proj|to_key|to_value|key_norm)"
         r"(\..*)?|((\w+\.)?text_embed\w*|context_embedder|caption_\w+|txt_\w+)(\..*)?"
@@ -56,9 +56,6 @@ class Transformer(Family):
     """Paths, outside the blocks, of modules that see the image only."""
     feature_maps = r"(pos_embed|patch_embed(ding)?)\.proj"
     """Paths of modules that work on [B, C, *grid]."""
-
-    def claims(self, root: nn.Module) -> bool:
-        return any(cls.__name__ in self.classes for cls in type(root).__mro__)
 
     def blocks(self, root: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
         for path, module in root.named_modules():
@@ -71,31 +68,33 @@ class Transformer(Family):
         if re.fullmatch(self.text_modules, path):
             return "text"
         inside = any(re.match(rf"({pattern})(\.|$)", path) for _, pattern in self.kinds)
-        return "image" if inside or re.fullmatch(self.image_modules, path) else None
+        return self.stream if inside or re.fullmatch(self.image_modules, path) else None
 
     def streams(self, path: str, module: nn.Module) -> tuple[str, ...]:
         content = self.content(path)
         if content is None:
             raise UnknownRowsError(path, module, "sparsefeat does not know this module of the model")
-        return ("image", "text") if content == "joint" else (content,)
+        return self.joint_streams if content == "joint" else (content,)
 
     def side(self, run: Run) -> Side | None:
         """The rows of the image's side, None where the model's arguments do not tell them."""
         return None if run.grid is None else Side(0, math.prod(run.grid))
 
-    def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows:
+    def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows | None:
         if self.content(path) == "text":
             if tensor.ndim == 3:
                 return 0, None
             raise UnknownRowsError(path, run.root, f"it has the shape {list(tensor.shape)}, which is no text's")
         side = self.side(run)
         if side is None:
-            raise UnknownRowsError(path, run.root, "the grid of the image was not told by this call's arguments")
+            raise UnknownRowsError(
+                path, run.root, f"the grid of the {self.stream} was not told by this call's arguments"
+            )
         if tensor.ndim > 3 and re.fullmatch(self.feature_maps, path) and tuple(tensor.shape[2:]) == run.grid:
             return 0, None
         if tensor.ndim != 3 or tensor.shape[1] != side.total:
             raise UnknownRowsError(
-                path, run.root, f"it has the shape {list(tensor.shape)} where the image has {side.total} tokens"
+                path, run.root, f"it has the shape {list(tensor.shape)} where the {self.stream} has {side.total} tokens"
             )
         return side.before, side.made
 

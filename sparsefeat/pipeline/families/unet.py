@@ -50,7 +50,7 @@ class UNet(Family):
         "replaced after `attach`: attach first and compile then, or turn the cache off"
     )
 
-    classes = (
+    classes: tuple[str, ...] = (
         "UNet2DModel",
         "UNet2DConditionModel",
         "UNet3DConditionModel",
@@ -64,10 +64,10 @@ class UNet(Family):
 
     def claims(self, root: nn.Module) -> bool:
         """Those of diffusers by their names; what wraps one, or is built like one, by its parts."""
-        if any(cls.__name__ in self.classes for cls in type(root).__mro__):
-            return True
         own = type(root).__module__.startswith("diffusers.")
-        return not own and all(hasattr(root, part) for part in ("conv_in", "down_blocks", "mid_block"))
+        return super().claims(root) or (
+            not own and all(hasattr(root, part) for part in ("conv_in", "down_blocks", "mid_block"))
+        )
 
     def blocks(self, root: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
         for path, module in root.named_modules():
@@ -94,7 +94,7 @@ class UNet(Family):
     def streams(self, path: str, module: nn.Module) -> tuple[str, ...]:
         return ("text",) if re.fullmatch(_TEXT, path) else ("image",)
 
-    def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows:
+    def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows | None:
         if stream == "text" and tensor.ndim == 3:
             return 0, None
         if stream == "image" and (tensor.ndim > 3 or self._is_sequence(path, run, tensor.shape)):

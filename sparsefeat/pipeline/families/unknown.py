@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsefeat.pipeline.families.family import Family, Run, UnknownRowsError
+from sparsefeat.pipeline.families.family import TIMES, Family, Run, UnknownRowsError
 from sparsefeat.pipeline.families.transformer import width_of
 
-# What a model that is run for a time step calls it, in its forward.
-_TIMES = ("timestep", "timesteps", "timestep_ratio", "t", "sigma", "sigmas", "decoder_noise_time")
 _DENOISERS = r"diffusers\.models\.(transformers|unets|controlnets)\."
 
 
@@ -69,4 +67,4 @@ class UnknownDenoiser(Unknown):
             names = list(inspect.signature(type(root).forward).parameters)
         except (TypeError, ValueError):
             return False
-        return any(name in _TIMES for name in names[1:])
+        return any(name in TIMES for name in names[1:])

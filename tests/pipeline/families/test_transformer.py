@@ -14,12 +14,17 @@ from tests.pipeline.instruments import Edit, Watch, WatchAttention, push, same, 
 # The last block of each: after it tokens no longer see each other.
 LAST = {
     "aura_flow": "transformer.single_transformer_blocks.1",
+    "bria": "transformer.single_transformer_blocks.1",
     "chroma": "transformer.single_transformer_blocks.1",
+    "cogview3": "transformer.transformer_blocks.1",
+    "cogview4": "transformer.transformer_blocks.1",
     "flux": "transformer.single_transformer_blocks.1",
     "flux2": "transformer.single_transformer_blocks.1",
+    "hidream": "transformer.single_stream_blocks.1",
     "hunyuan_dit": "transformer.blocks.3",
     "lumina": "transformer.layers.1",
     "lumina2": "transformer.layers.1",
+    "ovis": "transformer.single_transformer_blocks.1",
     "pixart": "transformer.transformer_blocks.1",
     "qwen_image": "transformer.transformer_blocks.1",
     "sana": "transformer.transformer_blocks.1",
@@ -78,7 +83,8 @@ def texts(pipe, run):
     seen = []
 
     def keep(module, args, kwargs):
-        seen.append(kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2])
+        names = ("encoder_hidden_states", "encoder_hidden_states_t5")
+        seen.append(next((kwargs[name] for name in names if name in kwargs), args[2] if len(args) > 2 else None))
 
     handle = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
     run()
@@ -135,8 +141,8 @@ def test_listed_grids_are_those_of_the_default_size(pipes, name):
     listed = {info.hookpoint.path: info.grid for info in hookpoints(pipe) if info.stream == "image"}
     # By hand: the pixels of `__call__` behind the VAE's 4, or the latent's side in a config, over the patch; FLUX's
     # kind has 128 latents packed by two. Z-Image says its size nowhere but in its code.
-    side = {"sana": 1024 // 4, "aura_flow": 1024 // 4 // 2, "z_image": None}.get(name, 64)
-    if name in ("hunyuan_dit", "lumina", "lumina2", "pixart", "sd3"):
+    side = {"sana": 1024 // 4, "aura_flow": 1024 // 4 // 2, "z_image": None, "hidream": 8 // 2}.get(name, 64)
+    if name in ("cogview3", "cogview4", "hunyuan_dit", "lumina", "lumina2", "pixart", "sd3"):
         side = pipe.transformer.config.sample_size // pipe.transformer.config.patch_size
     expected = None if side is None else (side, side)
     for block in family.blocks:

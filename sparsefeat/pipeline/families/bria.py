@@ -1,0 +1,17 @@
+"""Bria 3 and Fibo: built like FLUX.1; the single blocks of Fibo take and give one sequence [text; image]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from sparsefeat.pipeline.families.flux import Flux
+
+
+class Bria(Flux):
+    classes = ("BriaTransformer2DModel", "BriaFiboTransformer2DModel")
+
+    def default_grid(self, pipe: Any, root: nn.Module, path: str) -> tuple[int, ...] | None:
+        size = getattr(pipe, "default_sample_size", None)  # counted in tokens
+        return (size, size) if isinstance(size, int) else None

@@ -1,0 +1,42 @@
+"""Krea 2: blocks over one sequence [text; image]. The latent comes packed; the position ids of the whole sequence are
+(0, y, x) for the image and zeros for the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsefeat.pipeline.families.family import Run
+from sparsefeat.pipeline.families.flux import Flux
+
+_BLOCK = r"transformer_blocks\.\d+"
+
+
+class Krea2(Flux):
+    classes = ("Krea2Transformer2DModel",)
+    kinds = (
+        ("single_block", _BLOCK),
+        ("joint_attention", _BLOCK + r"\.attn"),
+        ("feed_forward", _BLOCK + r"\.ff"),
+    )
+    joint_blocks = _BLOCK
+    joint_attentions = _BLOCK + r"\.attn"
+    single_blocks = _BLOCK
+    text_modules = r"(text_fusion\.refiner_blocks|txt_in)(\..*)?"
+    grid_arguments = ("position_ids",)
+
+    def ids(self, arguments: Mapping[str, Any]) -> Any:
+        ids, latent = arguments.get("position_ids"), arguments.get("hidden_states")
+        if not isinstance(ids, torch.Tensor) or not isinstance(latent, torch.Tensor):
+            return None
+        return ids[len(ids) - latent.shape[1] :]
+
+    def text_tokens(self, run: Run) -> int | None:
+        return run.arguments["encoder_hidden_states"].shape[1]  # [B, tokens, layers, width]
+
+    def default_grid(self, pipe: Any, root: nn.Module, path: str) -> tuple[int, ...] | None:
+        return None  # neither the config nor the pipeline has a size
