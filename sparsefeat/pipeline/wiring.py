@@ -180,7 +180,8 @@ class Wiring:
         wanted: dict[HookKey, tuple[Target, Callable[..., Any]]] = {}
         tapped: dict[int, Target] = {}
         for session in self.sessions:
-            for target in [part.target for part in (*session.places, *session.taps, *session.listened)]:
+            taps = [part.target for part in (*session.taps, *session.listened)]
+            for target in [part.target for part in session.places] + taps:
                 root = replace(target, path=target.root_name, module=target.root)
                 wanted.setdefault((id(root.module), "root"), (root, self._root_hook))
             for place in session.places:
