@@ -127,6 +127,10 @@ class Instrument:
         sae = getattr(self, "sae", None)
         return None if sae is None else sae.d_model
 
+    def base_model(self) -> str | None:
+        """The model that this instrument was made for, by its name; None if it does not say."""
+        return getattr(getattr(getattr(self, "sae", None), "config", None), "base_model", None)
+
     def prepare(self, pipe: Any) -> None:
         """Work before the run; the pipeline may be called here, and nothing of this session is attached yet."""
 

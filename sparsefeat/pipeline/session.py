@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from sparsefeat.pipeline.base_models import difference
 from sparsefeat.pipeline.compiled import refuse_compiled
 from sparsefeat.pipeline.context import Call
 from sparsefeat.pipeline.hookpoints import Hookpoint, Target, resolve
@@ -177,6 +179,9 @@ def _place(pipe: Any, instrument: Instrument, hookpoint: Hookpoint) -> Place:
             f"{type(instrument).__name__} needs activations of width {wanted}, but {hookpoint} is {width} wide in "
             f"this {type(pipe).__name__}: its SAE was made for another model or another hookpoint"
         )
+    differs = difference(pipe, instrument.base_model(), target.path)
+    if differs is not None:
+        warnings.warn(f"{type(instrument).__name__} at {hookpoint}: {differs}", stacklevel=4)
     given = family.width(target.module, "input")
     if hookpoint.io == "diff" and None not in (width, given) and width != given:
         raise ValueError(
