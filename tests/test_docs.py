@@ -15,7 +15,7 @@ from tests.tiny import tiny_sd
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITTEN_BY_SPARSIFY = ROOT / "tests" / "sae" / "formats" / "fixtures" / "sparsify" / "readme"
-PAGES = ("README.md", "docs/instruments.md", "docs/presets.md")
+PAGES = ("README.md", "docs/embedded.md", "docs/instruments.md", "docs/presets.md")
 
 
 def python_blocks(page: str) -> list[str]:

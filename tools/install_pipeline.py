@@ -1,24 +1,27 @@
-"""Copy the trained pipeline into the package, whole or not at all.
+"""Copy a trained pipeline into the package, whole or not at all.
 
-python tools/install_pipeline.py             # from build/training/pipeline to sparsefeat/assets/pipeline
+python tools/install_pipeline.py build/training/unet     # to sparsefeat/assets/pipeline
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-
-from train_pipeline import OUT
+from pathlib import Path
 
 from sparsefeat.assets.embedded import PIPELINE
 
 
 def main() -> None:
-    if not (OUT / "model_index.json").is_file():
-        raise SystemExit(f"{OUT} holds no pipeline; train it with `python tools/train_pipeline.py`")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    if not (folder / "model_index.json").is_file():
+        raise SystemExit(f"{folder} holds no pipeline; train it with `python tools/train_pipeline.py`")
     fresh = PIPELINE.with_name("pipeline.partial")
     shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(OUT, fresh)
+    shutil.copytree(folder, fresh)
     for path in fresh.rglob("*config.json"):  # where a part was loaded from is nobody's business but this machine's
         kept = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
         path.write_text(json.dumps(kept, indent=2) + "\n")
