@@ -457,7 +457,10 @@ def summary(demo: Demo) -> Image.Image:
             [(features["image"], features["prompt"])]
             + [(f["overlay"], f["name"] or f"latent {f['latent']}") for f in features["top"][: width - 1]],
         ),
-        (f"steering latent {strip['latent']}", [(s["image"], f"{s['times']:+g} ×") for s in strip["strip"]]),
+        (
+            f"steering latent {strip['latent']}",
+            [(s["image"], f"{s['times']:+g} ×" if s["times"] else "unedited") for s in strip["strip"]],
+        ),
         ("before", [(p["before"], p["judge_before"]) for p in pairs]),
         (f"without “{erased['target']}”, as judged", [(p["after"], p["judge_after"]) for p in pairs]),
     ]

@@ -15,7 +15,7 @@ from tests.tiny import tiny_sd
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITTEN_BY_SPARSIFY = ROOT / "tests" / "sae" / "formats" / "fixtures" / "sparsify" / "readme"
-PAGES = ("README.md", "docs/embedded.md", "docs/instruments.md", "docs/presets.md")
+PAGES = ("README.md", "docs/embedded.md", "docs/features.md", "docs/instruments.md", "docs/presets.md")
 
 
 def python_blocks(page: str) -> list[str]:
@@ -41,6 +41,10 @@ def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch, capsys):
         assert [emojicanvas.OBJECTS[i] == "fox" for i in objects] == [True, False]
         printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("TopLatent(latent=")]
         assert len(printed) == 10
+    if page == "docs/features.md":
+        assert names["naming"].word == "mono"  # the latent that a search for it finds
+        assert len(names["examples"]) == 64
+        assert names["found"].p is not None
 
 
 def test_opening_anybodys_sae_takes_fewer_than_ten_lines():

@@ -1,0 +1,5 @@
+"""Metrics, SAE checks against a pipeline, the judge, and the benchmarks on the embedded data.
+
+A file a thing: `check` (does an SAE belong where it is put), `splice`, `judge`, `before_after`, `sae_metrics`, `emoji` and
+`run_emoji` (the erasure benchmark), `overhead`.
+"""

@@ -3,7 +3,7 @@
     write_page("demo", results, images)
 
 writes `demo/index.html` (images inside, no script, no request), `demo/results.json` and `demo/images/<key>.png`.
-`results` is a dict of plain values with the units in the key names (`removed_share`, `seconds`); wherever it names an
+`results` is a dict of plain values with the units in the key names (`dead_share`, `seconds`); wherever it names an
 image (the fields of `IMAGE_FIELDS`) it holds a key of `images`. A section whose data are missing is left out.
 
 Every number on the page stands in a `<data value="...">` element that carries the raw value, and the page is rendered
