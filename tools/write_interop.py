@@ -22,12 +22,20 @@ RESULTS, PAGE = DOCS / "interop.json", DOCS / "interop.md"
 HELD = {
     "sparsify": "top-k, groupmax, transcoders, skip transcoders; `signed` of v0; SAeUron's BatchTopK and `input_unit_norm`",
     "sae_lens": "standard, topk, jumprelu, gated, abstopk, matryoshka and batchtopk, (skip) transcoders; files of before 6.0",
-    "unbox": "`config.json` + `state_dict.pth`, with `mean.pt` and `std.pt` as statistics",
+    "unbox": "`config.json` + `state_dict.pth`, with `mean.pt` and `std.pt` as statistics; SAEmnesia's mixture with SAeUron's files",
     "openai": "one `.pt` file: TopK with per-row standardisation, ReLU",
     "dictionary_learning": "TopK, BatchTopK, Matryoshka, JumpReLU, Gated, Standard, AutoEncoderNew; checkpoints and backups of runs",
     "overcomplete": "state dicts of SAE, TopKSAE, JumpSAE, archetypal; linear and batch-norm encoders; pass `k=`",
     "crosscoder": "BatchTopK (by threshold) and ReLU crosscoders, as one SAE over the layers side by side",
     "itda": "`atoms.pt` + `metadata.yaml`; matching pursuit",
+    "matryoshka": "`config.json` + `pytorch_model.bin`; BatchTopK by threshold, with `input_unit_norm`; SAEdit's",
+    "difffract": "`transcoder_{img,txt}_L.pt`, `sae_{img,txt}_L.pt` of FLUX.1-schnell's MLPs; the input depends on the timestep",
+    "bionemo": "one `.pt` with `model_state_dict`, `model_config`; top-k, ReLU",
+    "gemma_scope": "`params.npz`, `params.safetensors`; JumpReLU of residual, MLP, attention, embedding; (skip) transcoders",
+    "llama_scope": "`hyperparams.json` + `checkpoints/final.safetensors`; JumpReLU",
+    "goodfire": "one `.pth`, `MODEL-SAE-lN.pth`; ReLU",
+    "qwen_scope": "`layerN.sae.pt`; top-k, k from the repository's name or `k=`",
+    "mwhanna": "`layer_N.safetensors`; ReLU transcoders of Qwen 3's MLPs",
     "fae": "after `python -m sparsefeat.sae.formats.convert_fae FOLDER OUT`: PCA normaliser, clip, raw top-k",
 }
 
@@ -43,8 +51,10 @@ sparsefeat sae convert my-sae for-them --format sae_lens
 sparsefeat sae info owner/repository --subfolder layer8
 ```
 
-Foreign files are untrusted: safetensors, or `torch.load(weights_only=True)`; keys, shapes, dtypes and finiteness are
-checked, and a pickle that needs more is refused with the command that saves its weights alone. What most formats do not
+Foreign files are untrusted. Nothing in them is executed; what they declare is compared with the bytes that are there
+before anything is allocated; a tensor or a key that the format's SAEs do not have is refused, as their own loaders do. A
+pickle that needs more is refused with the command that saves its weights alone. `python -m tests.sae.fuzzing` tries
+damaged files of every format for as long as you like. What most formats do not
 say, the hookpoint, is passed: `sf.load_sae(source, hookpoint=…, base_model=…, k=…)`; `sf.check(sae, pipe, prompts)`
 tells whether it fits.
 

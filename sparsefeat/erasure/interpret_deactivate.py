@@ -177,7 +177,7 @@ class InterpretThenDeactivate(SavableInstrument):
     @torch.no_grad()
     def at_hookpoint(self, activations: Activations, context: Context) -> Replace:
         x = activations.rows
-        beside(self.sae, activations)
+        beside(self.sae, activations, context)
         grid = x.view(context.batch, context.positions, -1)
         chosen = [row for row, condition in enumerate(context.condition) if condition == "cond"]
         part = grid[chosen]

@@ -309,7 +309,7 @@ class Erase(SavableInstrument):
 
     def at_hookpoint(self, activations: Activations, context: Context) -> Delta | None:
         x = activations.rows
-        beside(self.sae, activations)
+        beside(self.sae, activations, context)
         selection = self.selection_at(context.timestep)
         weight = row_weights(self.condition, None, context, len(x), 0)
         if self.error == "keep":

@@ -78,6 +78,8 @@ def check(
         raise ValueError(f"prompts is {prompts!r}: pass a list with at least one prompt")
     if rows < 2:
         raise ValueError(f"rows is {rows}: an FVU needs at least 2")
+    if sae.config.normalizer == "timestep":
+        raise ValueError("the SAE depends on the timestep, which rows do not say: record it with attach, which knows the step")
     check_arguments(pipe, call, also=inspect.signature(check).parameters)
     hookpoint = hookpoint_of(sae, at)
     _check_width(sae, pipe, hookpoint)

@@ -7,7 +7,7 @@ import weakref
 from torch import Tensor
 
 from sparsefeat.arguments import finite
-from sparsefeat.pipeline import Activations, Hookpoint
+from sparsefeat.pipeline import Activations, Context, Hookpoint
 from sparsefeat.sae import SAE
 
 # SAEs whose weights were found to be finite, and which weights those were.
@@ -44,14 +44,22 @@ def reconstructing(sae: SAE) -> SAE:
     return sae
 
 
-def beside(sae: SAE, activations: Activations) -> SAE:
+def beside(sae: SAE, activations: Activations, context: Context) -> SAE:
     """The SAE, moved to the activations' device if it was on another: with offloading that is only known in the call.
 
-    The SAE is no part of the pipeline, whose own moves leave it where it is.
+    The SAE is no part of the pipeline, whose own moves leave it where it is. One that depends on the timestep is set to
+    the step's.
     """
     check_weights(sae)
     if sae.device != activations.tensor.device:
         sae.to(activations.tensor.device)
+    if sae.config.normalizer == "timestep":
+        if context.timestep is None:
+            raise ValueError(
+                f"the SAE at {context.hookpoint} depends on the timestep, and the module runs outside the denoising steps: "
+                "attach it to a block of the denoiser."
+            )
+        sae.at_timestep(context.timestep)
     return sae
 
 

@@ -133,7 +133,7 @@ class Record(Instrument):
         wanted = [b for b, condition in enumerate(context.condition) if condition == self.condition]
         if recording is None or context.recomputing or not wanted:
             return
-        code, positions = activations.code(beside(self.sae, activations)), context.positions
+        code, positions = activations.code(beside(self.sae, activations, context)), context.positions
         for b in wanted:
             part = code.slice_rows(b * positions, (b + 1) * positions).to("cpu")
             recording._add(context.step, context.prompt_index[b], part, context.grid, context.timestep)

@@ -312,7 +312,7 @@ class CollectStatistics(Instrument):
         ]
         if context.recomputing or not any(of_row):
             return
-        code = activations.code(beside(self.sae, activations))
+        code = activations.code(beside(self.sae, activations, context))
         timestep = OUTSIDE_SCHEDULE if context.timestep is None else context.timestep
         if timestep not in self.statistics.timesteps and self._call is not None:
             schedule = self._call.timesteps or ()

@@ -11,7 +11,7 @@ THRESHOLD_ACTIVATIONS = ("relu", "jumprelu")
 PURSUITS = ("matching_pursuit", "gradient_pursuit")
 ACTIVATIONS = (*TOPK_ACTIVATIONS, "groupmax", *PURSUITS, *THRESHOLD_ACTIVATIONS)
 INFERENCES = ("topk", "threshold")
-NORMALIZERS = ("none", "b_pre", "standardize", "unit_norm", "constant_norm", "pca", "affine")
+NORMALIZERS = ("none", "b_pre", "standardize", "unit_norm", "constant_norm", "pca", "affine", "timestep")
 # Normalisers whose numbers are part of the SAE.
 FITTED = ("pca", "affine")
 HOOKPOINT_IOS = ("output", "input", "diff")
@@ -40,9 +40,9 @@ class SAEConfig:
     k: active latents a row (mean over the batch for batch_topk in training); None for relu and jumprelu.
     inference: batch_topk only: "topk" (k a row) or "threshold" (`relu(pre)` where `pre >` one learned scalar).
     normalizer: what is done to a row first: "none" (nothing is subtracted; `b_pre` is zero), "b_pre" (it is
-        subtracted), "standardize", "unit_norm", "constant_norm", "pca" or "affine" (see `sparsefeat.sae.normalizers`;
-        `b_pre` is subtracted after each of these, and the reconstruction put back). eps is standardize's, clip is of the
-        last two.
+        subtracted), "standardize", "unit_norm", "constant_norm", "pca", "affine" or "timestep" (see `sparsefeat.sae.normalizers`;
+        `b_pre` is subtracted after each of these, and the reconstruction put back). eps is standardize's, clip is of
+        "pca" and "affine", time_width of "timestep": how wide the embedding of the timestep is, an even number.
     transcoder: the rows are a module's input and the reconstruction is its output, not the rows again.
     skip: the reconstruction has `x W_skip^T` added to it (skip transcoders, arXiv 2501.18823).
     statistics: names of numbers kept for every latent beside the weights, `SAE.statistic(name)`, such as
@@ -66,6 +66,7 @@ class SAEConfig:
     transcoder: bool = False
     skip: bool = False
     statistics: tuple[str, ...] = ()
+    time_width: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_latents"):
@@ -94,6 +95,14 @@ class SAEConfig:
             raise ValueError("normalizer 'standardize' needs d_model of at least 2: one value has no spread")
         if self.clip is not None and (self.normalizer not in FITTED or not _is_positive(self.clip)):
             raise ValueError(f"clip is {self.clip!r}: a positive number, for normalizer 'pca' or 'affine', else None")
+        if (self.normalizer == "timestep") != (self.time_width is not None):
+            raise ValueError(f"time_width is {self.time_width!r}: a whole number for normalizer 'timestep', else None")
+        if self.time_width is not None:
+            _check_positive_int("time_width", self.time_width)
+            if self.time_width % 2 or self.time_width < 4:
+                raise ValueError(
+                    f"time_width is {self.time_width}: an even number of at least 4, half sines, half cosines"
+                )
         for name in ("transcoder", "skip"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: pass True or False")
@@ -124,7 +133,10 @@ class SAEConfig:
         object.__setattr__(self, "metadata", plain)  # as it will read back: tuples are lists, keys are strings
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "statistics": list(self.statistics)}
+        values = {**asdict(self), "statistics": list(self.statistics)}
+        if self.time_width is None:  # the files of other SAEs stay as they were
+            del values["time_width"]
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> SAEConfig:
@@ -156,6 +168,10 @@ class SAEConfig:
             shapes["pca_basis"] = square
         if self.normalizer in FITTED:
             shapes |= {"pca_mean": row, "pca_std": row}
+        if self.time_width is not None:
+            e = self.time_width
+            for name, size in (("time_in", e), ("time_out", e), ("modulation", 2 * d)):
+                shapes |= {f"{name}_weight": (size, e), f"{name}_bias": (size,)}
         shapes |= {f"statistic_{name}": latents for name in self.statistics}
         if self.activation == "jumprelu":
             shapes["threshold"] = latents

@@ -19,7 +19,10 @@ from sparsefeat.sae.activations import (
 )
 from sparsefeat.sae.config import FITTED, PURSUITS, SAEConfig
 from sparsefeat.sae.formats import native
-from sparsefeat.sae.normalizers import PCA, ROW_SCALED, denormalize, normalize, row_scale
+from sparsefeat.sae.normalizers import PCA, ROW_SCALED, denormalize, modulation, normalize, row_scale
+
+# What the `timestep` normaliser has of its own.
+TIME = tuple(f"{layer}_{part}" for layer in ("time_in", "time_out", "modulation") for part in ("weight", "bias"))
 
 # The prefilter's weights of SAEs that encoded where it pays. Kept beside the modules, not in them: a copied or pickled
 # SAE makes its own.
@@ -48,6 +51,8 @@ class SAE(nn.Module):
     b_out: nn.Parameter
     W_skip: nn.Parameter
     threshold: Tensor | None
+    timestep: float | Tensor | None = None
+    """Of an SAE with normalizer "timestep": what `encode` encodes at; see `at_timestep`."""
     pca_basis: Tensor | None
     pca_mean: Tensor
     pca_std: Tensor
@@ -56,10 +61,10 @@ class SAE(nn.Module):
         super().__init__()
         self.config = config
         shapes = config.tensor_shapes()
-        for name in ("W_enc", "b_enc", "W_dec", "b_pre", "b_out", "W_skip"):
+        for name in ("W_enc", "b_enc", "W_dec", "b_pre", "b_out", "W_skip", *TIME):
             if name in shapes:
                 setattr(self, name, nn.Parameter(torch.zeros(shapes[name])))
-            elif name != "W_skip":
+            elif name not in ("W_skip", *TIME):
                 self.register_parameter(name, None)  # pursuits have no encoder
         self.register_buffer("threshold", torch.zeros(shapes["threshold"]) if "threshold" in shapes else None)
         self.register_buffer("pca_basis", torch.eye(config.d_model) if "pca_basis" in shapes else None)
@@ -72,6 +77,9 @@ class SAE(nn.Module):
                 self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
                 if config.activation not in PURSUITS:
                     self.W_enc.copy_(self.W_dec)
+                if config.time_width is not None:  # the modulation begins as none: its own weights are zero
+                    for name in ("time_in_weight", "time_out_weight"):
+                        self.get_parameter(name).normal_(std=config.time_width**-0.5)
 
     @property
     def d_model(self) -> int:
@@ -150,8 +158,20 @@ class SAE(nn.Module):
     def normalize(self, x: Tensor) -> Tensor:
         """n(x) above, `[rows, d_model]` in the SAE's dtype: what `b_pre` is subtracted from."""
         rows = self._rows(x)
+        if self.config.normalizer == "timestep":
+            scale, shift = self._modulation(rows)
+            return rows * (1 + scale) + shift
         pca = self._pca
         return normalize(rows, self.config.normalizer, self.config.eps) if pca is None else pca.normalize(rows)
+
+    def at_timestep(self, timestep: float | Tensor) -> SAE:
+        """Encode at this timestep from now on, a number or one for every row `[rows]`; returns the same SAE.
+
+        What an SAE with normalizer "timestep" was trained with: the `timestep` its transformer is given, which for FLUX
+        lies between 0 and 1. `attach` does it in every step, and the last step's stays. Other SAEs do not depend on it.
+        """
+        self.timestep = timestep
+        return self
 
     def denormalize(self, out: Tensor, like: Tensor | None = None) -> Tensor:
         """n^-1 above, the last part of `decode`: of `z W_dec + b_out [rows, d_model]`; the skip, if any, is added."""
@@ -232,6 +252,18 @@ class SAE(nn.Module):
         return PCA(
             self.pca_basis if self.config.normalizer == "pca" else None, self.pca_mean, self.pca_std, self.config.clip
         )
+
+    def _modulation(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        if self.timestep is None:
+            raise ValueError(
+                "this SAE depends on the timestep: attach it to a pipeline, or call sae.at_timestep(t) first"
+            )
+        timestep = torch.as_tensor(self.timestep).reshape(-1)
+        if len(timestep) not in (1, len(rows)):
+            raise ValueError(
+                f"timestep has {len(timestep)} numbers for {len(rows)} rows: pass one, or one for every row"
+            )
+        return modulation(timestep, dict(self.named_parameters(recurse=False)))
 
     def _rows(self, x: Tensor) -> Tensor:
         if x.ndim < 1 or x.shape[-1] != self.d_model:

@@ -8,6 +8,7 @@
 | constant_norm | x sqrt(d_model) / |x| | y |x| / sqrt(d_model) | SAELens' `constant_norm_rescale` |
 | pca | clip((x P - mean) / std, -clip, clip) | (y std + mean) P^T | FLUX SAEs (arXiv 2505.24360) |
 | affine | the same with P = 1 | y std + mean | FLUX SAEs without whitening |
+| timestep | x (1 + scale(t)) + shift(t) | y | DifFRACT (arXiv 2606.15796), after TIDE (arXiv 2503.07050) |
 
 mean, std and |x| are a row's own, except for `pca` and `affine`, where they are part of the SAE. `std` is unbiased (divisor
 `d_model - 1`); eps is added to the deviation, not to the variance, and only on the way in, as all three have it.
@@ -16,9 +17,11 @@ mean, std and |x| are a row's own, except for `pca` and `affine`, where they are
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 # Normalisers that divide every row by a number of its own; a change in code space is multiplied by it.
 ROW_SCALED = ("standardize", "unit_norm", "constant_norm")
@@ -49,8 +52,25 @@ class PCA:
         return turned if self.basis is None else turned @ self.basis.T
 
 
+def modulation(timestep: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """scale and shift of the `timestep` normaliser, both `[timesteps, d_model]`, of `timestep [timesteps]`.
+
+    The timestep's sinusoidal embedding, `e / 2` sines and as many cosines of t 10000^(-i / (e / 2 - 1)), through two
+    layers with SiLU after either, and one that gives scale, then shift.
+    """
+    weight = tensors["time_in_weight"]
+    half = weight.shape[1] // 2
+    exponent = torch.arange(half, device=weight.device, dtype=torch.float32) / (half - 1)
+    angle = timestep.to(weight.device, torch.float32).view(-1, 1) * torch.exp(-math.log(10_000) * exponent)
+    inner = torch.cat([angle.sin(), angle.cos()], 1).to(weight.dtype)
+    for layer in ("time_in", "time_out"):
+        inner = functional.silu(functional.linear(inner, tensors[f"{layer}_weight"], tensors[f"{layer}_bias"]))
+    scale, shift = functional.linear(inner, tensors["modulation_weight"], tensors["modulation_bias"]).chunk(2, 1)
+    return scale, shift
+
+
 def normalize(rows: Tensor, normalizer: str, eps: float) -> Tensor:
-    """`rows [rows, d_model]`, each normalised on its own; "pca" and "affine" are `PCA.normalize`. A row of zeros stays one."""
+    """`rows [rows, d_model]`, each normalised on its own; "pca" and "affine" are `PCA.normalize`, "timestep" is `modulation`. A row of zeros stays one."""
     if normalizer == "standardize":
         return (rows - rows.mean(-1, keepdim=True)) / (rows.std(-1, keepdim=True, correction=1) + eps)
     if normalizer in ROW_SCALED:

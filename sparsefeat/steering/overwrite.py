@@ -50,7 +50,7 @@ class Overwrite(Instrument):
     @torch.no_grad()
     def at_hookpoint(self, activations: Activations, context: Context) -> Replace:
         x = activations.rows
-        sae = beside(self.sae, activations)
+        sae = beside(self.sae, activations, context)
         signs = condition_signs(self.condition, context).to(x.device).repeat_interleave(context.positions)
         amounts = torch.tensor(list(self.amounts.values()), device=x.device)
         drawn = amounts @ sae.directions(list(self.amounts)).float()

@@ -104,7 +104,7 @@ class Steer(SavableInstrument):
 
     def at_hookpoint(self, activations: Activations, context: Context) -> Delta | None:
         x = activations.rows
-        beside(self.sae, activations)
+        beside(self.sae, activations, context)
         weight = row_weights(self.condition, self.mask, context, len(x), self._n_images)
         change = code_edit(activations, self.sae, self.rule, weight) if len(self.rule) else None
         if self.add or self.add_map:

@@ -154,7 +154,7 @@ class FeatureTransport(Instrument):
     def at_hookpoint(self, activations: Activations, context: Context) -> Delta | None:
         assert context.hookpoint is not None
         index = self.at.index(context.hookpoint)
-        part, sae = self.parts[index], beside(self.saes[index], activations)
+        part, sae = self.parts[index], beside(self.saes[index], activations, context)
         if context.grid != part.grid:
             raise ValueError(
                 f"{context.hookpoint} has the grid {context.grid}, but the transport was fitted on {part.grid}: run the "
@@ -200,7 +200,7 @@ class _Codes(Instrument):
 
     @torch.no_grad()
     def at_hookpoint(self, activations: Activations, context: Context) -> None:
-        beside(self.sae, activations)
+        beside(self.sae, activations, context)
         if context.grid is None:
             raise ValueError(f"{self.at} has no image grid, so nothing can be transported there by masks.")
         if "cond" not in context.condition:

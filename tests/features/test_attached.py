@@ -7,7 +7,7 @@ import torch
 
 import sparsefeat as sf
 from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
-from sparsefeat.pipeline import Activations, Hookpoint
+from sparsefeat.pipeline import Activations, Context, Hookpoint
 from sparsefeat.sae import SAE, SAEConfig
 
 
@@ -15,7 +15,7 @@ class Elsewhere:
     """An SAE as far as its device is concerned."""
 
     def __init__(self, device):
-        self.device, self.moves = torch.device(device), []
+        self.device, self.moves, self.config = torch.device(device), [], SAEConfig(4, 8, k=2)
 
     def to(self, device):
         self.device = device
@@ -28,7 +28,7 @@ class Elsewhere:
 def test_an_sae_on_another_device_is_moved_once():
     activations, sae = Activations(torch.zeros(1, 2, 3)), Elsewhere("meta")
     for _ in range(3):
-        assert beside(sae, activations) is sae
+        assert beside(sae, activations, Context()) is sae
     assert sae.moves == ["cpu"]
 
 

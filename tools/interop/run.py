@@ -37,6 +37,8 @@ ORBAX = "fae"
 TOLERANCE = 1e-5
 # What a package says of itself may differ from run to run.
 BY_ANOTHER_RUN = {"made_by.json"}
+# orbax calls its files after their contents.
+BY_CONTENTS = "tree"
 
 
 def main() -> None:
@@ -147,7 +149,8 @@ def expected(case: Path) -> dict[str, Tensor]:
 def load(case: Path) -> SAE:
     described = made_by(case)
     place = case / described["file"] if described.get("file") else case
-    return load_sae(place, k=described.get("k"))
+    sae = load_sae(place, k=described.get("k"))
+    return sae.at_timestep(described["timestep"]) if "timestep" in described else sae
 
 
 @torch.no_grad()
@@ -166,12 +169,16 @@ def form_differences(remade: Path, committed: Path) -> Iterator[str]:
         yield f"cases {[c.name for c in cases(remade)]} are not the committed {[c.name for c in cases(committed)]}"
         return
     for case in cases(remade):
-        for file in sorted(path for path in case.iterdir() if path.is_file() and path.name not in BY_ANOTHER_RUN):
-            other = committed / case.name / file.name
+        for file in sorted(path for path in case.rglob("*") if path.is_file() and not left_out(path)):
+            other = committed / case.name / file.relative_to(case)
             if not other.is_file():
                 yield f"{case.name}/{file.name} is not among the committed files"
             elif form(file) != form(other):
                 yield f"{case.name}/{file.name} has another form than the committed one"
+
+
+def left_out(file: Path) -> bool:
+    return file.name in BY_ANOTHER_RUN or BY_CONTENTS in file.parts
 
 
 def form(file: Path) -> Any:

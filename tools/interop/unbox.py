@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from tools.interop import fixture
 
@@ -22,6 +23,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sdxl_unbox": {"n_dirs_local": 24, "d_model": 12, "k": 10, **COMMON},
     "square": {"n_dirs_local": 14, "d_model": 14, "k": 9, **COMMON},
     "steerers": {"n_dirs_local": 20, "d_model": 12, "k": 4, "auxk_coef": 0.03125, **COMMON},
+    "mixed": {"n_dirs_local": 24, "d_model": 12, "k": 6, **COMMON},
+    "mixed_names": {"n_dirs_local": 24, "d_model": 12, "k": 6, **COMMON},
 }
 
 
@@ -36,9 +39,17 @@ def make(folder: Path) -> None:
             "decoder.weight": 0.5 * torch.randn(n, d, generator=random).T,
         }
         place = fixture.new_case(folder / case)
-        (place / "config.json").write_text(json.dumps(config))
         counter = {"stats_last_nonzero": torch.randint(0, 1000, (n,), generator=random)}
-        torch.save({"state_dict": {**tensors, **counter}}, place / "state_dict.pth")
+        if case.startswith("mixed"):  # SAEmnesia's
+            (place / "cfg.json").write_text(json.dumps(config))
+            names = {"latent_bias": "encoder.bias", "decoder.weight": "W_dec", "pre_bias": "b_dec"}
+            held = tensors
+            if case == "mixed_names":
+                held = {names.get(name, name): t.T if name == "decoder.weight" else t for name, t in tensors.items()}
+            save_file({name: t.contiguous() for name, t in held.items()}, place / "sae.safetensors")
+        else:
+            (place / "config.json").write_text(json.dumps(config))
+            torch.save({"state_dict": {**tensors, **counter}}, place / "state_dict.pth")
         if case == "sdxl_unbox":
             torch.save(18 + 12 * torch.rand(n, generator=random), place / "mean.pt")
             torch.save(5 * torch.rand(n, generator=random), place / "std.pt")

@@ -12,10 +12,13 @@ from pathlib import Path
 
 from sparsefeat.sae.files import must_be_file, read_weights
 from sparsefeat.sae.formats import (
+    bionemo,
     crosscoder,
     dictionary_learning,
+    difffract,
     fae,
     itda,
+    matryoshka,
     native,
     openai,
     overcomplete,
@@ -24,6 +27,7 @@ from sparsefeat.sae.formats import (
     unbox,
 )
 from sparsefeat.sae.formats.format import Format
+from sparsefeat.sae.formats.language import gemma_scope, goodfire, llama_scope, mwhanna, qwen_scope
 
 # Endings of formats that are a single file, of any name.
 SINGLE_FILES = (".pt", ".pth", ".safetensors")
@@ -39,6 +43,14 @@ FORMATS: tuple[Format, ...] = (
     overcomplete.FORMAT,
     itda.FORMAT,
     fae.FORMAT,
+    matryoshka.FORMAT,
+    difffract.FORMAT,
+    bionemo.FORMAT,
+    gemma_scope.FORMAT,
+    llama_scope.FORMAT,
+    goodfire.FORMAT,
+    qwen_scope.FORMAT,
+    mwhanna.FORMAT,
 )
 
 

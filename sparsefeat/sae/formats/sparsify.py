@@ -54,7 +54,7 @@ def detect(place: Path) -> bool:
     """SAELens has a `cfg.json` too; its weights have another name, and without weights its config another width."""
     if not (place / CONFIG).exists() or (place / "sae_weights.safetensors").exists():
         return False
-    return (place / WEIGHTS).exists() or "d_sae" not in read_json(place / CONFIG)
+    return not {"d_sae", "n_dirs_local"} & set(read_json(place / CONFIG))
 
 
 def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:

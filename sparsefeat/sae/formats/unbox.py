@@ -14,7 +14,8 @@ is only in Concept Steerers'. The k largest pre-activations are selected, then c
 `std.pt` [n] beside them: of every latent's activations, where they are not zero.
 
 The published folders are called `BLOCK_k10_hidden5120_auxk256_bs4096_lr0.0001…/final` (or a step in the place of final):
-that is where the hookpoint comes from. UNet blocks were trained on what a block adds (diff), text encoders' layers on
+that is where the hookpoint comes from. SAEmnesia (arXiv 2509.21379) has `cfg.json` and `sae.safetensors` or
+`state_dict.pth` with the same keys and these tensors or SAeUron's, in a folder that is called after the hookpoint. UNet blocks were trained on what a block adds (diff), text encoders' layers on
 their output. Concept Steerers' training compared the reconstruction with `x - pre_bias` instead of x (`trained_against`
 in the metadata): what is missing from `sae(x)` then is `pre_bias` once more.
 """
@@ -33,25 +34,30 @@ from torch import Tensor
 from sparsefeat.sae.config import SAEConfig
 from sparsefeat.sae.files import Described, Weights, described, read_json, weights
 from sparsefeat.sae.formats.fold import cannot_express, check_affine, encoder_bias
+from sparsefeat.sae.formats.folder_names import hookpoint_called
 from sparsefeat.sae.formats.foreign_config import config_of, k_of, whole_number
 from sparsefeat.sae.formats.format import Format, Given
 
-NAME, TITLE = "unbox", "sdxl-unbox, Concept Steerers, ItD"
+NAME, TITLE = "unbox", "sdxl-unbox, Concept Steerers, ItD, SAEmnesia"
 CONFIG, WEIGHTS = "config.json", "state_dict.pth"
 STATISTICS = {"mean.pt": "mean_nonzero", "std.pt": "std_nonzero"}
+MIXED_CONFIG, MIXED_WEIGHTS = "cfg.json", "sae.safetensors"  # SAEmnesia has these with the same keys
+HARMLESS = frozenset({"batch_topk", "sample_topk", "multi_topk", "normalize_decoder", "expansion_factor"})
 TRAINING = ("auxk", "auxk_coef", "dead_steps_threshold")
 
 
 def detect(place: Path) -> bool:
     if not place.is_dir():
         return False
-    if not (place / WEIGHTS).exists():
-        return (place / CONFIG).exists() and "n_dirs_local" in read_json(place / CONFIG)
-    return True
+    if (place / WEIGHTS).exists():
+        return True
+    return any((place / name).exists() and "n_dirs_local" in read_json(place / name) for name in (CONFIG, MIXED_CONFIG))
 
 
 def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
-    with described(place / CONFIG) as values, weights(place / WEIGHTS, inside="state_dict") as held:
+    config = MIXED_CONFIG if (place / MIXED_CONFIG).exists() and not (place / CONFIG).exists() else CONFIG
+    file = MIXED_WEIGHTS if (place / MIXED_WEIGHTS).exists() and not (place / WEIGHTS).exists() else WEIGHTS
+    with described(place / config, HARMLESS) as values, weights(place / file, inside="state_dict") as held:
         return _read(place, given, values, held)
 
 
@@ -72,15 +78,13 @@ def _read(place: Path, given: Given, values: Described, held: Weights) -> tuple[
         hookpoint=_hookpoint(place),
         metadata=metadata,
     )
-    shapes = {"encoder.weight": (n, d), "decoder.weight": (d, n), "pre_bias": (d,), "latent_bias": (n,)}
-    t = held.take(shapes)
-    tensors = {
-        "W_enc": t["encoder.weight"],
-        "b_enc": t["latent_bias"],
-        "W_dec": t["decoder.weight"].T.contiguous(),
-        "b_pre": t["pre_bias"],
-        "b_out": t["pre_bias"],
-    }
+    if "W_dec" in held:  # SAEmnesia's, under the names of SAeUron's
+        t = held.take({"encoder.weight": (n, d), "encoder.bias": (n,), "W_dec": (n, d), "b_dec": (d,)})
+        b_enc, W_dec, bias = t["encoder.bias"], t["W_dec"], t["b_dec"]
+    else:
+        t = held.take({"encoder.weight": (n, d), "decoder.weight": (d, n), "pre_bias": (d,), "latent_bias": (n,)})
+        b_enc, W_dec, bias = t["latent_bias"], t["decoder.weight"].T.contiguous(), t["pre_bias"]
+    tensors = {"W_enc": t["encoder.weight"], "b_enc": b_enc, "W_dec": W_dec, "b_pre": bias, "b_out": bias}
     for file, name in statistics.items():
         with weights(place / file, alone=file) as statistic:
             # A latent that was never active has no mean.
@@ -94,7 +98,7 @@ def _hookpoint(place: Path) -> str | None:
         if found:
             block = found["block"]
             return f"{block}:diff" if block.startswith("unet.") else block
-    return None
+    return hookpoint_called(place.absolute().name)
 
 
 def write(folder: Path, config: SAEConfig, tensors: Mapping[str, Tensor]) -> None:

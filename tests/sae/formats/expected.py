@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparsefeat.sae import SAE
+from sparsefeat.sae import SAE, load_sae
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = 1e-5
@@ -29,12 +30,20 @@ def copied(case: Path, folder: Path) -> Path:
     return place
 
 
-def made_by(case: Path) -> dict[str, str]:
+def made_by(case: Path) -> dict[str, Any]:
     return json.loads((case / "made_by.json").read_text())
 
 
 def expected(case: Path) -> dict[str, Tensor]:
     return load_file(case / "expected.safetensors")
+
+
+def opened(case: Path, place: Path | None = None) -> SAE:
+    """The SAE of a case, or of a copy of it."""
+    made = made_by(case)
+    place = place or case
+    sae = load_sae(place / made["file"] if made.get("file") else place, k=made.get("k"))
+    return sae.at_timestep(made["timestep"]) if "timestep" in made else sae
 
 
 @torch.no_grad()

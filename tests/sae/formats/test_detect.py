@@ -20,7 +20,7 @@ def claimed(place: Path) -> set[str]:
 
 @pytest.mark.parametrize("case", EVERY, ids=lambda case: f"{case.parent.name}-{case.name}")
 def test_one_format_alone_claims_a_fixture(case):
-    places = [case, *case.glob("*.pt"), *case.glob("*.pth"), *case.glob("*.safetensors")]
+    places = [case, *(path for path in case.rglob("*") if "tree" not in path.parts)]
     claims = {name for place in places for name in claimed(place)}
     assert claims == {case.parent.name}
 

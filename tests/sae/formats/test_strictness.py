@@ -16,7 +16,7 @@ from sparsefeat.sae.convert import convert, writable
 from sparsefeat.sae.formats import FORMATS
 from sparsefeat.sae.formats.folder_names import hookpoint_called
 from tests.sae.dense import CASES, NORMALIZERS, random_sae
-from tests.sae.formats.expected import FIXTURES, copied, made_by
+from tests.sae.formats.expected import FIXTURES, copied, opened
 
 EVERY = sorted(path.parent for path in FIXTURES.glob("*/*/expected.safetensors"))
 NO_NAMES = ("atoms.pt", "atom_indices.pt", "mean.pt", "std.pt", "expected.safetensors")  # one tensor, without a name
@@ -24,13 +24,8 @@ NO_NAMES = ("atoms.pt", "atom_indices.pt", "mean.pt", "std.pt", "expected.safete
 OPEN = ("fae",)
 
 
-def opened(case: Path, place: Path) -> Any:
-    made = made_by(case)
-    return load_sae(place / made["file"] if made.get("file") else place, k=made.get("k"))
-
-
 def weight_files(place: Path) -> list[Path]:
-    files = [*place.glob("*.pt"), *place.glob("*.pth"), *place.glob("*.safetensors")]
+    files = [path for path in sorted(place.rglob("*")) if path.suffix in (".pt", ".pth", ".bin", ".safetensors")]
     return [file for file in files if file.name not in (*NO_NAMES, "sae_lens.safetensors", "sparsity.safetensors")]
 
 
@@ -40,7 +35,7 @@ def rewritten(file: Path, change: Any) -> None:
         save_file({name: t.contiguous() for name, t in change(load_file(file)).items()}, file)
         return
     state = torch.load(file, weights_only=True)
-    inside = next((name for name in ("state_dict", "ae") if name in state), None)
+    inside = next((name for name in ("state_dict", "ae", "model_state_dict") if name in state), None)
     torch.save(change(state) if inside is None else state | {inside: change(state[inside])}, file)
 
 
@@ -65,7 +60,7 @@ def test_a_tensor_more_is_another_sae(tmp_path, case):
 @pytest.mark.filterwarnings("ignore")
 def test_a_key_more_is_another_sae(tmp_path, case):
     place = copied(case, tmp_path)
-    configs = [place / name for name in ("cfg.json", "config.json") if (place / name).is_file()]
+    configs = [path for name in ("cfg.json", "config.json", "hyperparams.json") for path in place.rglob(name)]
     if not configs or case.parent.name in OPEN:
         pytest.skip("no config, or one of a whole training run")
     values = json.loads(configs[0].read_text())

@@ -179,7 +179,10 @@ def test_what_is_written_reads_back_to_the_same_code(tmp_path, normalizer):
         assert torch.equal(again.statistic(name), sae.statistic(name))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+OWN = [case for case in CASES if (case / "state_dict.pth").exists()]  # SAEmnesia's mixture is not written
+
+
+@pytest.mark.parametrize("case", OWN, ids=lambda case: case.name)
 def test_a_folder_written_again_holds_the_same(tmp_path, case):
     sae = load_sae(case)
     unbox.FORMAT.write(tmp_path, sae.config, sae.state_dict())
