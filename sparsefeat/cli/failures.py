@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import signal
 import threading
@@ -9,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 import typer
 from typer.models import OptionInfo
@@ -72,8 +73,10 @@ def in_options(sentence: str, options: Mapping[str, str]) -> str:
 def options_of(command: Callable[..., Any]) -> dict[str, str]:
     """The command's options, `--name`, by the names the library has for them."""
     options = {}
-    for name, hint in get_type_hints(command, include_extras=True).items():
-        info = next((m for m in getattr(hint, "__metadata__", ()) if isinstance(m, OptionInfo)), None)
+    # Not typing.get_type_hints: on Python 3.10 that hides an annotation behind Optional where the default is None.
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        metadata = getattr(parameter.annotation, "__metadata__", ())
+        info = next((m for m in metadata if isinstance(m, OptionInfo)), None)
         if info is not None:
             options[name] = next(iter(info.param_decls or ()), f"--{name.replace('_', '-')}")
     return options | {name: option for name, option in ELSEWHERE.items() if option in options.values()}
