@@ -67,6 +67,17 @@ def saes(results: dict[str, Any]) -> str:
     return table(head, rows) + "\n\n" + where(results)
 
 
+def before_after(row: dict[str, Any]) -> list[str]:
+    """What the judge saw before and after; nothing where that was not yet counted."""
+    n = row.get("before_after")
+    if n is None:
+        return []
+    return [
+        f"{n['seen_before']} → {n['seen_after']} of {n['n_targets']}",
+        f"{n['right_before']} → {n['right_after']} of {n['n_others']}",
+    ]
+
+
 def erasure(results: dict[str, Any]) -> str:
     rows = [
         [
@@ -78,12 +89,15 @@ def erasure(results: dict[str, Any]) -> str:
             percent(r["mean"]),
             percent(r["share_of_allowed"]),
             f"{r['frechet']:.2f}",
+            *before_after(r),
         ]
         for r in results["erasure"]
     ]
     counts = {r["target_kind"]: (r["n_targets"], r["n_images"]) for r in results["erasure"]}
     note = "; ".join(f"{n} {kind}s, {images} images a row" for kind, (n, images) in counts.items())
     head = ["erased", "method", "UA", "IRA", "CRA", "mean", "of what is possible", "Fréchet"]
+    if "before_after" in results["erasure"][0]:
+        head += ["target seen, before → after", "others right, before → after"]
     return f"{table(head, rows)}\n\n{note[0].upper()}{note[1:]}. {where(results)}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from torch import Tensor
 
@@ -25,6 +25,10 @@ class BeforeAfter:
     right_before: int
     right_after: int
     kept: int
+
+    def __add__(self, other: BeforeAfter) -> BeforeAfter:
+        """The counts of both, for images of several concepts."""
+        return BeforeAfter(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 def before_after(before: Tensor, after: Tensor, wanted: Tensor, is_target: Sequence[bool]) -> BeforeAfter:

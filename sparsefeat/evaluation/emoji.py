@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparsefeat.assets import emojicanvas
+from sparsefeat.evaluation.before_after import BeforeAfter, before_after
 from sparsefeat.evaluation.frechet import frechet_distance
 from sparsefeat.evaluation.generation import TEST, VALIDATION, Task, generate, task, whole_grid
 from sparsefeat.evaluation.judge import Judge, Verdicts, judge_images
@@ -243,8 +244,12 @@ class EmojiBenchmark:
         return max(candidates, key=lambda method: means[method.name]), means
 
     def row(self, name: str, kind: str, methods: dict[Target, Method | None], real: Tensor) -> dict[str, Any]:
-        """One row of the table: means over the targets of `kind`. A method of None is the unedited pipeline."""
+        """One row of the table: means over the targets of `kind`. A method of None is the unedited pipeline.
+
+        `before_after` counts the images of all targets together, beside the unedited pipeline's images of the same seeds.
+        """
         parts: list[Scores] = []
+        counts: list[BeforeAfter] = []
         kept: list[Tensor] = []
         n_images = 0
         chosen = [t for t in methods if t.kind == kind]
@@ -253,7 +258,12 @@ class EmojiBenchmark:
             method = methods[target]
             verdicts = self.unedited(tasks) if method is None else self.unit(method, target, tasks, "test")
             parts.append(scores(verdicts, target, tasks))
-            keeps = torch.tensor([not target.shows(t) for t in tasks])
+            shows = [target.shows(t) for t in tasks]
+            axis = "objects" if target.kind == OBJECT else "styles"
+            wanted = torch.tensor([t.object if target.kind == OBJECT else t.style for t in tasks])
+            before = self.unedited(tasks)
+            counts.append(before_after(getattr(before, axis), getattr(verdicts, axis), wanted, shows))
+            keeps = ~torch.tensor(shows)
             kept.append(verdicts.features[keeps])
             n_images += len(tasks)
         mean = {key: statistics.fmean(getattr(part, key) for part in parts) for key in ("ua", "ira", "cra")}
@@ -265,6 +275,7 @@ class EmojiBenchmark:
             "frechet": frechet_distance(torch.cat(kept), real),
             "n_targets": len(chosen),
             "n_images": n_images,
+            "before_after": asdict(sum(counts[1:], counts[0])),
             "by_target": {t.name: asdict(p) for t, p in zip(chosen, parts, strict=True)},
         }
 

@@ -17,6 +17,11 @@ def test_only_what_was_seen_before_counts_as_removed_and_only_what_was_right_as_
     )
 
 
+def test_counts_of_several_concepts_add_up() -> None:
+    one, two = BeforeAfter(1, 2, 3, 4, 5, 6, 7, 8), BeforeAfter(10, 20, 30, 40, 50, 60, 70, 80)
+    assert one + two == BeforeAfter(11, 22, 33, 44, 55, 66, 77, 88)
+
+
 def test_where_nothing_changed_nothing_is_removed_and_nothing_is_lost() -> None:
     said, wanted = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([3, 3, 4, 4, 5])
     counts = before_after(said, said, wanted, [True, True, False, False, False])

@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from sparsefeat.assets import emojicanvas
-from sparsefeat.evaluation.emoji import OBJECT, STYLE, Ledger, Target, all_targets, allowed_mean, scores, tasks_for
+from sparsefeat.evaluation.emoji import (
+    OBJECT,
+    STYLE,
+    EmojiBenchmark,
+    Ledger,
+    Method,
+    Target,
+    all_targets,
+    allowed_mean,
+    scores,
+    tasks_for,
+)
 from sparsefeat.evaluation.generation import (
     STATISTICS,
     TEST,
@@ -116,3 +127,33 @@ def test_an_image_does_not_depend_on_what_else_is_in_its_batch():
     apart = generate(pipe, tasks, n_steps=2, guidance=3.0, batch=1)
     assert torch.allclose(together, apart, atol=0.02)  # bfloat16, where the CPU has it
     assert not torch.allclose(together[0], together[1], atol=0.02)
+
+
+def test_a_row_says_what_was_seen_before_beside_what_is_seen_after():
+    """Unedited, the judge misses the first image of every unit; edited, it sees no target and one other less."""
+
+    class Canned(EmojiBenchmark):
+        def __init__(self):
+            self.progress = False
+
+        def verdicts(self, tasks, wrong):
+            right = torch.tensor([i not in wrong for i in range(len(tasks))])
+            objects, styles = (torch.tensor([getattr(t, name) for t in tasks]) for name in ("object", "style"))
+            objects = torch.where(right, objects, (objects + 1) % 50)
+            features = torch.randn(len(tasks), 160, generator=torch.Generator().manual_seed(1))
+            return Verdicts(objects, styles, features)
+
+        def unedited(self, tasks):
+            return self.verdicts(tasks, {0})
+
+        def unit(self, method, target, tasks, split):
+            return self.verdicts(tasks, {*range(20), 59})
+
+    targets = [Target(OBJECT, 0), Target(OBJECT, 2)]
+    real = torch.randn(300, 160, generator=torch.Generator().manual_seed(2))
+    counts = {"n_targets": 40, "seen_before": 38, "n_others": 80, "right_before": 80}
+    edited = Canned().row("edited", OBJECT, dict.fromkeys(targets, Method("edited")), real)
+    assert edited["before_after"] == counts | {"seen_after": 0, "removed": 38, "right_after": 78, "kept": 78}
+    assert edited["ua"] == 1.0
+    unedited = Canned().row("unedited", OBJECT, dict.fromkeys(targets), real)
+    assert unedited["before_after"] == counts | {"seen_after": 38, "removed": 0, "right_after": 80, "kept": 80}

@@ -97,6 +97,14 @@ def sample(n_features: int = 6, n_examples: int = 6, seed: int = 3) -> tuple[dic
     style_pairs = [pair(name, 3, name, 1, True) for name in ("house", "guitar", "fox")]
     style_pairs += [pair(name, style, name, style, False) for name, style in (("house", 0), ("guitar", 1), ("fox", 2))]
 
+    def counted(n: int, ua: float) -> dict[str, int]:
+        after = round(20 * n * (1 - ua))
+        return {"n_targets": 20 * n, "seen_before": 19 * n, "seen_after": after} | {
+            "n_others": 40 * n,
+            "right_before": 39 * n,
+            "right_after": 38 * n,
+        }
+
     results = {
         "version": "0.1.0",
         "date": "2026-11-22",
@@ -190,7 +198,7 @@ def sample(n_features: int = 6, n_examples: int = 6, seed: int = 3) -> tuple[dic
             ],
             "erasure": [
                 {"method": name, "target_kind": kind, "ua": ua, "ira": ira, "cra": cra, "frechet": frechet}
-                | {"n_targets": n, "n_images": n * 216}
+                | {"n_targets": n, "n_images": n * 216, "before_after": counted(n, ua)}
                 for kind, n in (("object", 50), ("style", 4))
                 for name, ua, ira, cra, frechet in (
                     ("no edit", 0.0341, 0.9641, 0.9917, 0.0),
