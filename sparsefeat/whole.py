@@ -33,7 +33,7 @@ def whole_folder(folder: str | os.PathLike[str], name: str = "folder", *, replac
         FileExistsError: something stands there that is not to be replaced.
         OSError: it cannot be made or written, with a remedy in the sentence.
     """
-    folder = Path(folder)
+    folder = as_path(folder, name)
     check_free(folder, name, replace=replace)
     with _beside(folder, name) as unfinished:
         yield unfinished
@@ -48,6 +48,15 @@ def whole_folder(folder: str | os.PathLike[str], name: str = "folder", *, replac
                 old.rename(folder)
             raise
         shutil.rmtree(old, ignore_errors=True)
+
+
+def as_path(given: str | os.PathLike[str], name: str = "folder", what: str = "a folder") -> Path:
+    """The path; TypeError for what is none, and ValueError for an empty one, which pathlib takes for the folder one is in."""
+    if not isinstance(given, (str, os.PathLike)):
+        raise TypeError(f"{name} is {type(given).__name__}, not a path; give {what} as text or a pathlib.Path")
+    if not os.fspath(given).strip():
+        raise ValueError(f"{name} is empty; name {what}")
+    return Path(given).expanduser()
 
 
 def check_free(folder: Path, name: str = "folder", *, replace: str | None = None) -> None:

@@ -58,6 +58,8 @@ class HeatMaps(Instrument):
     """
 
     def __init__(self, layers: str | Sequence[str] | None = None):
+        if layers is not None and not isinstance(layers, (str, Sequence)):
+            raise ValueError(f"layers={layers!r} must be a module path or a list of them, as in layers='up_blocks.1'.")
         self.layers = (layers,) if isinstance(layers, str) else None if layers is None else tuple(layers)
         self._tokenizers: dict[str, Any] = {}
         self._encoded: dict[

@@ -110,9 +110,9 @@ def token_indices(
 
     Example: "a fox and a fox" with CLIP's tokenizer, `word="fox"` -> (2, 5); `occurrence=1` -> (5,).
     """
-    parts = word.split()
+    parts = word.split() if isinstance(word, str) else []
     if not parts:
-        raise ValueError(f"word={word!r} is empty; name a word of the prompt: {', '.join(words_of(text))}.")
+        raise ValueError(f"word={word!r} is no word; name a word of the prompt: {', '.join(words_of(text))}.")
     start, stop = within or (0, len(text))
     spans = [match.span() for match in _pattern(parts).finditer(text, start, stop)]
     if not spans:

@@ -66,8 +66,14 @@ def reason(error: OSError | MemoryError) -> str:
 
 def in_options(sentence: str, options: Mapping[str, str]) -> str:
     """The sentence with the library's arguments, `name=`, as the command's options, `--name `, where it has them."""
-    pattern = r"(?<![\w.-])(\w+)=(True\b|(?!=))"
-    return re.sub(pattern, lambda m: f"{options[m[1]]}{'' if m[2] else ' '}" if m[1] in options else m[0], sentence)
+
+    def spelled(found: re.Match[str]) -> str:
+        name, flag, following = found.groups()
+        if name not in options:
+            return found.group()
+        return options[name] if flag or not following else f"{options[name]} "
+
+    return re.sub(r"(?<![\w.-])(\w+)=(?!=)(True\b)?(?=(\S?))", spelled, sentence)
 
 
 def options_of(command: Callable[..., Any]) -> dict[str, str]:
@@ -78,7 +84,7 @@ def options_of(command: Callable[..., Any]) -> dict[str, str]:
         metadata = getattr(parameter.annotation, "__metadata__", ())
         info = next((m for m in metadata if isinstance(m, OptionInfo)), None)
         if info is not None:
-            options[name] = next(iter(info.param_decls or ()), f"--{name.replace('_', '-')}")
+            options[name.rstrip("_")] = next(iter(info.param_decls or ()), f"--{name.replace('_', '-')}")
     return options | {name: option for name, option in ELSEWHERE.items() if option in options.values()}
 
 

@@ -24,12 +24,21 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 DEVICE = re.compile(r"(cpu|cuda|xpu|mps)(:\d+)?")
-HOOKPOINT = re.compile(r"\w+(\.\w+)*(:(output|input|diff))?(:(image|text))?")
+HOOKPOINT = re.compile(r"\w+(\.\w+)*(:(output|input|diff))?(:(image|text))?(:\d+-\d*)?")
 
 
 def check_device(device: str) -> None:
     if not DEVICE.fullmatch(device):
         raise ValueError(f"--device {device!r} is not one to run on; choose cpu, cuda, cuda:1, xpu or mps")
+
+
+def check_usable(device: str) -> None:
+    """Loads torch, which alone knows what this machine has."""
+    import torch
+
+    kind = device.partition(":")[0]
+    if kind != "cpu" and not getattr(torch, kind).is_available():
+        raise ValueError(f"--device {device} cannot be used: torch finds none on this machine; choose cpu")
 
 
 def check_hookpoint(at: str | None, option: str = "--at") -> None:
@@ -69,8 +78,11 @@ class PipelineChoice:
 
     def _check_steps(self, scheduler: Any) -> None:
         trained = scheduler.get("num_train_timesteps")
-        if isinstance(trained, int) and self.n_steps > trained:
-            raise ValueError(f"--steps {self.steps} is more than the {trained} that this pipeline's scheduler has")
+        flow = "FlowMatch" in str(scheduler.get("_class_name"))  # its time is continuous
+        if isinstance(trained, int) and self.n_steps > trained and not flow:
+            raise ValueError(
+                f"--steps {self.steps} is more than the {trained} of this pipeline's scheduler; take fewer"
+            )
 
     @property
     def n_steps(self) -> int:
@@ -78,23 +90,24 @@ class PipelineChoice:
 
     def open(self) -> Any:
         quiet_libraries()
-        import torch
-
-        kind = self.device.partition(":")[0]
-        if kind != "cpu" and not getattr(torch, kind).is_available():
-            raise ValueError(f"--device {self.device} cannot be used: torch finds none on this machine; choose cpu")
+        check_usable(self.device)
         if self.name is None:
             return load_pipeline().to(self.device)
+        import torch
         from diffusers import DiffusionPipeline
 
-        dtype = torch.float32 if kind == "cpu" else torch.float16
+        dtype = torch.float32 if self.device == "cpu" else torch.float16
+        local = Path(self.name).expanduser()
         try:
-            pipe = DiffusionPipeline.from_pretrained(self.name).to(self.device, dtype)
+            pipe = DiffusionPipeline.from_pretrained(local if local.exists() else self.name).to(self.device, dtype)
         except (OSError, ValueError) as error:
-            why = str(error).partition("\n")[0].partition(" Please check out the root cause in the stacktrace")[0]
-            raise ValueError(
-                f"--pipeline {self.name!r} cannot be opened ({why.rstrip('.')}); pass a diffusers folder, one with a "
-                "model_index.json, or a hub id that can be fetched"
+            why = str(error).partition("\n")[0].partition(". ")[0].partition(" Please check out")[0].rstrip(".")
+            if local.exists():
+                raise ValueError(
+                    f"--pipeline {self.name!r} cannot be opened ({why}); pass a whole diffusers folder"
+                ) from error
+            raise OSError(
+                f"--pipeline {self.name!r} could not be fetched from the hub ({why}); check its name and your connection"
             ) from error
         self._check_steps(getattr(getattr(pipe, "scheduler", None), "config", {}))
         if not sys.stderr.isatty():
@@ -120,12 +133,14 @@ class SAEChoice:
 
     names: without any the embedded ones: "all", that of the last "attention", or of the "text" encoder.
     pipeline: what they will be attached to; the embedded SAEs are of the embedded pipeline alone.
+    option: how the command's user names them, for the sentences.
     """
 
     names: list[str] | None
     subfolders: list[str] | None
     pipeline: str | None = None
     embedded: str = "all"
+    option: str = "--sae"
 
     def __post_init__(self) -> None:
         names, subfolders = self.names or [], self.subfolders or []
@@ -139,7 +154,7 @@ class SAEChoice:
             )
         for name in names:
             if not name.strip() or not (Path(name).expanduser().exists() or HUB_ID.fullmatch(name)):
-                raise ValueError(f"the SAE {name!r} does not exist; pass a folder, or a hub id OWNER/NAME")
+                raise ValueError(f"{self.option} {name!r} does not exist; pass a folder, or a hub id OWNER/NAME")
         if not names and self.pipeline is not None:
             raise ValueError("--pipeline is not the embedded one, so its SAE must be named: add --sae FOLDER")
 
@@ -155,6 +170,7 @@ class SAEChoice:
 
     def open(self, device: str = "cpu", **said: Any) -> list[SAE]:
         """The SAEs, with what `load_sae` is told of them: k, hookpoint, base_model."""
+        check_usable(device)
         from sparsefeat.sae import load_sae
 
         places = self.places()

@@ -110,9 +110,12 @@ class InterpretThenDeactivate(SavableInstrument):
 
         Memory: the SAE's weights, the kernel's scratch (64 MiB), and two numbers a latent; no dense code of a batch.
         """
+        hookpoint_of(sae, at)
         for name, prompts in (("erase", erase), ("remain", remain)):
             if isinstance(prompts, str):
                 raise ValueError(f"{name}={prompts!r} must be a list of prompts, as in {name}=[{prompts!r}].")
+            if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
+                raise ValueError(f"{name}={prompts!r:.80} must be a list of prompts, as in {name}=['a fox'].")
         if not erase or not all(prompt.strip() for prompt in erase):
             raise ValueError(
                 f"erase={list(erase)!r} must be prompts that show the concept, at least one, none of them blank."

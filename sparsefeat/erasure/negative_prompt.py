@@ -20,8 +20,8 @@ def negative_prompt(concept: str | Sequence[str], **call: Any) -> dict[str, Any]
     Raises:
         ValueError: guidance_scale is 1 or less, or the call has negative_prompt_embeds; the words would be ignored.
     """
-    words = [concept] if isinstance(concept, str) else list(concept)
-    if not words or not all(word.strip() for word in words):
+    words = list(concept) if isinstance(concept, Sequence) and not isinstance(concept, str) else [concept]
+    if not words or not all(isinstance(word, str) and word.strip() for word in words):
         raise ValueError(f"concept={concept!r} must be a word or a list of words.")
     scale = call.get("guidance_scale")
     if scale is not None and scale <= 1:

@@ -25,7 +25,7 @@ from torch import Tensor
 from sparsefeat.arguments import finite, number, whole
 from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
 from sparsefeat.features.scores import normalized_mean_difference, strictly_above_quantile
-from sparsefeat.features.statistics import OUTSIDE_SCHEDULE, Statistics, collect_statistics
+from sparsefeat.features.statistics import OUTSIDE_SCHEDULE, Statistics, check_prompts, collect_statistics
 from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint
 from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.sae import SAE
@@ -264,15 +264,17 @@ class Erase(SavableInstrument):
         The statistics can be kept and used for several targets: `collect_statistics`, then `Erase.from_statistics`.
         """
         # All that can be refused is refused before the minutes of drawing.
-        for one in (target,) if isinstance(target, str) else target:
-            if one not in prompts or len(prompts) < 2:
+        hookpoint_of(sae, at)
+        check_arguments(pipe, call, also=inspect.signature(cls.fit).parameters)
+        check_prompts(prompts)
+        for one in target if isinstance(target, (list, tuple)) and target else (target,):
+            if not isinstance(one, str) or one not in prompts or len(prompts) < 2:
                 raise ValueError(
                     f"target={one!r} must be a key of prompts={list(prompts)}, which need at least one other concept."
                 )
         _check_choice(sae, percentile, n_latents, gamma, magnitude)
         nothing = Selection(torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0))
         cls(sae, {0.0: nothing}, error=error, condition=condition, steps=steps, at=at)
-        check_arguments(pipe, call, also=inspect.signature(cls.fit).parameters)
         statistics = collect_statistics(pipe, sae, prompts, at=at, batch_size=batch_size, seed=seed, **call)
         return cls.from_statistics(
             sae,
@@ -324,6 +326,8 @@ class Erase(SavableInstrument):
 
     def union(self, later: Erase) -> Erase:
         """Both erasures in one, with this one's settings; where both edit a latent at a timestep, the later decides."""
+        if not isinstance(later, Erase):
+            raise TypeError(f"later is {type(later).__name__}, not an Erase; make one, Erase.fit(...).")
         if later.sae is not self.sae or later.at != self.at:
             raise ValueError("only erasures with one SAE at one hookpoint unite; attach the two side by side.")
         timesteps = sorted({*self.selections, *later.selections})

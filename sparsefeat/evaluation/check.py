@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsefeat.evaluation.sae_metrics import SAEMetrics, SAEQuality
 from sparsefeat.features.attached import hookpoint_of
 from sparsefeat.pipeline import Activations, Context, Hookpoint, Instrument, attach
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import check_arguments, check_values
 from sparsefeat.pipeline.hookpoints import resolve
 from sparsefeat.sae import SAE
 
@@ -81,6 +81,7 @@ def check(
     if sae.config.normalizer == "timestep":
         raise ValueError("the SAE depends on the timestep, which rows do not say: record it with attach, which knows the step")
     check_arguments(pipe, call, also=inspect.signature(check).parameters)
+    check_values(pipe, call)
     hookpoint = hookpoint_of(sae, at)
     _check_width(sae, pipe, hookpoint)
     seen = _seen(sae, pipe, hookpoint, prompts, rows, seed, call)

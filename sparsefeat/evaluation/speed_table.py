@@ -13,6 +13,10 @@ from typing import Any
 
 Record = Mapping[str, Any]
 OURS = "sparsefeat"
+OPS = (
+    "topk_encode", "sparse_decode", "forward", "training_step", "sparse_edit", "feature_stats", "weight_gradient",
+    "threshold_encode", "matching_pursuit", "attention_map", "attention_tap",
+)  # fmt: skip
 COMMITTED = Path(__file__).resolve().parents[1] / "assets" / "results"  # what the package carries
 HEADER = [
     "op", "shape", "sparsefeat", "fastest other", "times faster", "time / the bare part", "memory", "other's memory",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 
 from torch import Tensor
@@ -20,7 +21,10 @@ def hookpoint_of(sae: SAE, at: str | Hookpoint | None) -> Hookpoint:
     Refuses what is no SAE, such as the name of one, an SAE with NaN or infinity in its weights, and one whose codes would depend on what else is in the batch (BatchTopK in training mode).
     """
     if not isinstance(sae, SAE):
-        raise TypeError(f"sae is {sae!r}, not an SAE; open it first, sparsefeat.load_sae({str(sae)!r})."[:400])
+        name = sae if isinstance(sae, (str, os.PathLike)) else "folder or hub id"
+        raise TypeError(
+            f"sae is {type(sae).__name__}, not an SAE; open it first, sparsefeat.load_sae({os.fspath(name)!r})."
+        )
     if sae.training and sae.config.activation == "batch_topk":
         raise ValueError(
             "sae is in training mode, where BatchTopK shares its k among all rows of a batch; call sae.eval() first."
@@ -31,7 +35,7 @@ def hookpoint_of(sae: SAE, at: str | Hookpoint | None) -> Hookpoint:
         raise ValueError(
             'at=None, and the SAE does not know its hookpoint; name one, as in at="unet.mid_block.attentions.0".'
         )
-    return Hookpoint.parse(where) if isinstance(where, str) else where
+    return where if isinstance(where, Hookpoint) else Hookpoint.parse(where)
 
 
 def reconstructing(sae: SAE) -> SAE:

@@ -13,6 +13,7 @@ import torch
 from sparsefeat_kernels import SparseCode
 from torch import Tensor
 
+from sparsefeat.arguments import whole
 from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument
 from sparsefeat.sae import SAE
@@ -249,6 +250,7 @@ class Recording:
         score = mean over positions and steps, of one image or averaged over all: the score of sdxl-unbox (arXiv
         2410.22366), a sum over steps, divided by their number. With `step`, of that step alone. Latents that are active nowhere are left out.
         """
+        whole("n", n)
         images = self.images if image is None else (image,)
         score, maximum, count, rows = self._dense(images, self.steps if step is None else (step,))
         active = count.nonzero()[:, 0]

@@ -14,7 +14,7 @@ import torch
 from sparsefeat_kernels import SparseCode, feature_stats_
 from torch import Tensor
 
-from sparsefeat.arguments import finite, number
+from sparsefeat.arguments import finite, number, whole
 from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.features.folders import read_folder, write_folder
 from sparsefeat.features.progress import Progress
@@ -72,7 +72,7 @@ class Statistics:
         self.concepts = tuple(concepts)
         if isinstance(concepts, str) or not self.concepts or len(set(self.concepts)) != len(self.concepts):
             raise ValueError(f"concepts={concepts!r} must be one or more different names, as a list.")
-        self.n_latents = n_latents
+        self.n_latents = whole("n_latents", n_latents)
         self._blocks: dict[float, _Block] = {}
         self.reserve(timesteps)
 
@@ -349,10 +349,16 @@ def collect_statistics(
             before the first step and knows nothing of the others, one step is taken.
     """
     check_arguments(pipe, call, also=inspect.signature(collect_statistics).parameters)
+    for name, instead in (("prompt", "prompts"), ("generator", "seed")):
+        if name in call:
+            raise TypeError(f"{name}= is made here, from {instead}=; give that in its place.")
+    check_prompts(prompts)
+    hookpoint_of(sae, at)
+    whole("batch_size", batch_size)
+    if seed is not None:
+        whole("seed", seed, 0)
     concepts_of: dict[str, list[str]] = {}
     for concept, its_prompts in prompts.items():
-        if isinstance(its_prompts, str) or not its_prompts:
-            raise ValueError(f"prompts[{concept!r}]={its_prompts!r} must be a list of one or more prompts.")
         for prompt in dict.fromkeys(its_prompts):
             concepts_of.setdefault(prompt, []).append(concept)
     statistics = statistics if statistics is not None else Statistics(prompts, sae.n_latents)
@@ -368,6 +374,16 @@ def collect_statistics(
                 options["generator"] = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
             pipe(batch, **options)
     return statistics
+
+
+def check_prompts(prompts: Any) -> None:
+    """Refuse what does not map concepts to lists of prompts."""
+    if not isinstance(prompts, Mapping) or not prompts:
+        raise ValueError(f"prompts={prompts!r:.80} must map concepts to their prompts, {{'fox': ['a fox', …], …}}.")
+    for concept, its_prompts in prompts.items():
+        listed = isinstance(its_prompts, Iterable) and not isinstance(its_prompts, str)
+        if not listed or not its_prompts or not all(isinstance(prompt, str) for prompt in its_prompts):
+            raise ValueError(f"prompts[{concept!r}]={its_prompts!r:.80} must be a list of one or more prompts.")
 
 
 def _runs_before_the_steps(pipe: Any, at: Hookpoint) -> bool:

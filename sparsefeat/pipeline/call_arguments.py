@@ -1,4 +1,4 @@
-"""Keyword arguments that a pipeline's call does not have.
+"""What is no pipeline, and what the call of one does not take: refused by name, before anything runs.
 
 Many pipelines end their signature in `**kwargs`, for the sake of two arguments of old, and swallow a misspelt one: the
 call then runs with the default.
@@ -8,8 +8,23 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from torch import nn
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Raise TypeError if `pipe` is no pipeline object."""
+    if isinstance(pipe, nn.Module):
+        raise TypeError(
+            f"pipe is {type(pipe).__name__}, one of a pipeline's models; attach to the pipeline, whose calls tell the step "
+            "and the prompt"
+        )
+    if isinstance(pipe, type) or not callable(pipe) or not hasattr(pipe, "__dict__"):
+        what = f"the class {pipe.__name__}" if isinstance(pipe, type) else f"{type(pipe).__name__}"
+        raise TypeError(f"pipe is {what}, not a pipeline; open one, DiffusionPipeline.from_pretrained(folder)")
 
 
 def check_arguments(pipe: Any, names: Iterable[str], also: Iterable[str] = ()) -> None:
@@ -18,6 +33,7 @@ def check_arguments(pipe: Any, names: Iterable[str], also: Iterable[str] = ()) -
     Args:
         also: further names that would be right, the caller's own, to choose the nearest from.
     """
+    check_pipeline(pipe)
     call = type(pipe).__call__
     parameters = inspect.signature(call).parameters.values()
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)][1:]
@@ -30,3 +46,26 @@ def check_arguments(pipe: Any, names: Iterable[str], also: Iterable[str] = ()) -
             continue  # somebody's own class, which may hand its **kwargs on
         remedy = f"did you mean {near[0]}?" if near else f"it takes {', '.join(named)}"
         raise TypeError(f"{name}= is no argument of this {type(pipe).__name__}'s call; {remedy}")
+
+
+def check_values(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise for steps and prompts of which the pipeline would speak in its own parts' words, or not at all."""
+    steps = arguments.get("num_inference_steps")
+    if steps is not None and arguments.get("timesteps") is None and arguments.get("sigmas") is None:
+        try:
+            count = operator.index(steps)
+        except TypeError:
+            count = 0
+        if count < 1 or isinstance(steps, bool):
+            raise ValueError(f"num_inference_steps={steps!r} must be a whole number of at least 1")
+        scheduler = getattr(pipe, "scheduler", None)
+        trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+        if isinstance(trained, int) and count > trained and "FlowMatch" not in type(scheduler).__name__:
+            raise ValueError(
+                f"num_inference_steps={count} is more than the {trained} that this {type(scheduler).__name__} has; take fewer"
+            )
+    for name in ("prompt", "negative_prompt"):
+        given = arguments.get(name)
+        entries = given if isinstance(given, (list, tuple)) else [given]
+        if given is not None and (not entries or any(one is None or isinstance(one, (int, float)) for one in entries)):
+            raise ValueError(f"{name}={given!r:.80} must be a text, or a list of at least one")

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from sparsefeat.pipeline.call_arguments import check_pipeline
 from sparsefeat.pipeline.families.family import Family
 from sparsefeat.pipeline.families.registry import family_of
 from sparsefeat.pipeline.published import published_at
@@ -56,6 +57,8 @@ class Hookpoint:
 
         `Hookpoint.parse("transformer.transformer_blocks.18:output:text")`, or `":text"`, is a joint block's text stream.
         """
+        if not isinstance(text, str) or not text.partition(":")[0].strip():
+            raise ValueError(f"{text!r} is no hookpoint; name one, as in 'unet.mid_block.attentions.0:diff'")
         path, *said = text.split(":")
         stated = re.fullmatch(r"(\d+)-(\d*)", said[-1]) if said else None
         rows = None
@@ -122,6 +125,7 @@ def hookpoints(pipe: Any) -> list[HookpointInfo]:
 
     Any other module works too, by its path; these are the ones whose outputs are known to be a stream.
     """
+    check_pipeline(pipe)
     found = []
     for root_name, root in components(pipe).items():
         family = family_of(root)

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
-from torch import nn
-
 from sparsefeat.pipeline.base_models import difference
+from sparsefeat.pipeline.call_arguments import check_pipeline
 from sparsefeat.pipeline.compiled import refuse_compiled
 from sparsefeat.pipeline.context import Call
 from sparsefeat.pipeline.hookpoints import Hookpoint, Target, resolve
@@ -30,11 +29,7 @@ def attach(pipe: Any, *instruments: Instrument) -> Session:
     Instruments at one hookpoint run in the order given, each on what the one before left; those of an earlier session
     that is still open run before. Errors of names and widths are raised here, before anything is changed.
     """
-    if isinstance(pipe, nn.Module):
-        raise TypeError(
-            f"pipe is {type(pipe).__name__}, one of a pipeline's models; attach to the pipeline, whose calls tell the step "
-            "and the prompt"
-        )
+    check_pipeline(pipe)
     for position, instrument in enumerate(instruments):
         if not isinstance(instrument, Instrument):
             raise TypeError(

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from sparsefeat.pipeline.attention_seam import AttentionTap
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import check_arguments, check_values
 from sparsefeat.pipeline.compiled import hooks_guarded
 from sparsefeat.pipeline.conditions import Entries, denoiser_entries, outside_entries, spread, text_entries
 from sparsefeat.pipeline.context import Call, Context
@@ -234,6 +234,7 @@ class Wiring:
                 return original(self, *args, **kwargs)  # wrong arguments: the pipeline's own error names them
             bound.apply_defaults()
             arguments = dict(list(bound.arguments.items())[1:])
+            check_values(self, arguments)
             warn_of_words(self, arguments, stacklevel=3)
             with wiring.calling(Call.of(self, arguments)) as running:
                 running.result = original(self, *args, **kwargs)

@@ -16,6 +16,7 @@ from sparsefeat.sae.formats import FORMATS, SINGLE_FILES, detect
 from sparsefeat.sae.formats.format import Given
 from sparsefeat.sae.model_card import model_card
 from sparsefeat.sae.module import SAE
+from sparsefeat.whole import as_path
 
 
 def save(sae: SAE, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
@@ -43,8 +44,8 @@ def load_sae(
         trained on, and overcomplete's not their k. `sparsefeat.check(sae, pipe, prompts)` tells whether they fit.
     """
     _check_device(device)
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}: choose a floating dtype, such as torch.float16")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}: choose a floating dtype, such as torch.float16")
     place = _place(source, revision, subfolder)
     with reading(place):
         return _read(place, device, dtype, k, hookpoint, base_model)
@@ -115,7 +116,7 @@ def push_to_hub(
 
 
 def _place(source: str | Path, revision: str | None, subfolder: str | None) -> Path:
-    local = Path(source).expanduser()
+    local = as_path(source, "source", "a folder or a hub id 'owner/name'")
     if local.is_file() and subfolder is None:
         return local
     if local.is_dir():
@@ -166,10 +167,13 @@ def _hub_folders(repo_id: str, revision: str | None) -> list[str]:
 def _check_device(device: torch.device | str | None) -> None:
     """Before gigabytes are read."""
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"device is {str(device)!r}, which torch cannot use here ({reason}): pass another") from error
+        usable = torch.empty(0, device=device).device.type != "meta"  # which holds no numbers
+    except (RuntimeError, AssertionError, TypeError):
+        usable = False
+    if not usable:
+        raise ValueError(
+            f"device is {str(device)!r}, which torch cannot use here: pass 'cpu', or 'cuda' where there is one"
+        )
 
 
 def _check_biases(config: SAEConfig, tensors: dict[str, torch.Tensor], folder: Path) -> None:

@@ -113,6 +113,7 @@ class SAE(nn.Module):
         prepared once: a bf16 copy of the encoder (half the size of `W_enc`) is kept as long as the SAE lives, and made
         again when the weights have changed.
         """
+        _check_tensor(x)
         config = self.config
         if k is not None and (config.k is None or not 1 <= k <= config.n_latents):
             raise ValueError(f"k is {k} for a {config.activation!r} SAE of {config.n_latents} latents: leave it out")
@@ -151,6 +152,8 @@ class SAE(nn.Module):
 
         An SAE that normalises every row by its own scale needs `like`, to put it back, and so does one with a skip.
         """
+        if not isinstance(code, SparseCode):
+            raise TypeError(f"code is {type(code).__name__}, not a SparseCode: pass what encode(x) gives")
         if code.n_latents != self.n_latents:
             raise ValueError(f"the code has {code.n_latents} latents, this SAE {self.n_latents}: use its own")
         return self.denormalize(sparse_decode(code.values, code.indices, self.W_dec, self.b_out), like)
@@ -266,9 +269,15 @@ class SAE(nn.Module):
         return modulation(timestep, dict(self.named_parameters(recurse=False)))
 
     def _rows(self, x: Tensor) -> Tensor:
+        _check_tensor(x)
         if x.ndim < 1 or x.shape[-1] != self.d_model:
             raise ValueError(
                 f"x has shape {list(x.shape)}: its last dimension must be the SAE's d_model, {self.d_model}; "
                 "channels-first maps need movedim(1, -1)"
             )
         return x.reshape(-1, self.d_model).to(self.dtype)
+
+
+def _check_tensor(x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is {type(x).__name__}, not a tensor: pass torch.as_tensor(x)")

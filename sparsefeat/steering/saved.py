@@ -21,7 +21,7 @@ from torch import Tensor
 from sparsefeat.features.folders import read_folder, write_folder
 from sparsefeat.pipeline import Instrument
 from sparsefeat.sae import SAE, load_sae
-from sparsefeat.whole import whole_folder
+from sparsefeat.whole import as_path, whole_folder
 
 
 class SavableInstrument(Instrument):
@@ -71,7 +71,7 @@ def save_instrument(
 ) -> None:
     """Write an instrument of a registered kind, whole or not at all; called by its `save`."""
     kind = next(kind for kind, cls in _KINDS.items() if cls is type(instrument))
-    folder = Path(folder)
+    folder = as_path(folder)
     if (folder / "instrument.json").is_file() and not overwrite:
         raise FileExistsError(
             f"folder={str(folder)!r} holds an instrument already; save to another folder, or replace it by overwrite=True."
@@ -94,6 +94,7 @@ def load_instrument(folder: str | os.PathLike[str], sae: SAE | None = None) -> S
         FileNotFoundError: no instrument there, or it was saved without its SAE and none is given.
         ValueError: a kind that is not known, or another SAE than it was made with.
     """
+    folder = as_path(folder)
     description, tensors = read_folder(folder, "instrument")
     kind = str(description.get("kind"))
     if kind not in _KINDS and re.fullmatch(r"sparsefeat\.\w+:\w+", kind):

@@ -213,7 +213,7 @@ def _check_latents(name: str, edit: Mapping[int, Any] | None, n_latents: int) ->
         raise ValueError(f"{name}={edit!r} must map latents to amounts, as in {name}={{12: 8.0}}.")
     for latent in edit:
         if isinstance(latent, bool) or not hasattr(latent, "__index__") or not 0 <= latent < n_latents:
-            raise ValueError(f"{name} names latent {latent!r}; this SAE has latents 0 to {n_latents - 1}.")
+            raise ValueError(f"{name}= names latent {latent!r}; this SAE has latents 0 to {n_latents - 1}.")
 
 
 def _plain(edit: Mapping[int, Any] | None) -> dict[int, Any]:

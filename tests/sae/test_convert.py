@@ -57,8 +57,8 @@ def test_k_that_the_file_does_not_say_can_be_given(tmp_path):
 @pytest.mark.parametrize(
     ("format_", "said"),
     [
-        ("swish", "format 'swish' is not known: choose one of sparsefeat, sparsify"),
-        ("crosscoder", "format 'crosscoder' is only read, not written"),
+        ("swish", "--format 'swish' cannot be written; choose one of sparsefeat, sparsify"),
+        ("crosscoder", "--format 'crosscoder' cannot be written; choose one of sparsefeat, sparsify"),
         ("itda", "cannot express activation 'topk'"),
     ],
 )
@@ -68,6 +68,16 @@ def test_what_cannot_be_written_is_said_and_leaves_nothing(tmp_path, format_, sa
     assert result.exit_code == 2
     assert said in result.output.replace("\n", " ")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_the_library_says_which_formats_are_only_read(tmp_path):
+    for name, said in (
+        ("swish", "format 'swish' is not known"),
+        ("crosscoder", "'crosscoder' is only read, not written"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            convert(random_sae("topk"), tmp_path / "out", name)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("missing", ["decoder.weight", "encoder.weight"])

@@ -21,6 +21,12 @@ def demo(
     if not force:
         check_free(out, "--out")
     check_writable(out, "--out")
+    from sparsefeat.report import check_folder
+
+    try:
+        check_folder(out, force=force)
+    except FileExistsError as error:
+        raise FileExistsError(f"--out {error}") from None
     quiet_libraries()
     from sparsefeat.demo import findings, run_demo
 

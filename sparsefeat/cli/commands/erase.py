@@ -143,10 +143,13 @@ def read_concepts(concept: str, file: Path) -> dict[str, list[str]]:
     except ValueError as error:
         raise ValueError(f"--concepts {file} is not JSON ({error}); map each concept to its prompts") from None
     fits = isinstance(given, dict) and all(
-        isinstance(prompts, list) and prompts and all(isinstance(p, str) for p in prompts) for prompts in given.values()
+        isinstance(prompts, list) and prompts and all(isinstance(p, str) and p.strip() for p in prompts)
+        for prompts in given.values()
     )
     if not fits:
-        raise ValueError(f"--concepts {file} must map each concept to a list of at least one prompt")
+        raise ValueError(
+            f"--concepts {file} must map each concept to a list of at least one prompt, none of them blank"
+        )
     if concept not in given or len(given) < 2:
         raise ValueError(
             f"--concepts {file} must name {concept!r} and at least one other concept to compare it with; it has "

@@ -28,6 +28,8 @@ def heatmap(
 ) -> None:
     """Draw PROMPT and, for each word, where the image attended to it."""
     choice = PipelineChoice(pipeline, device, steps)
+    if not prompt.strip():
+        raise ValueError("PROMPT is empty; give one with the words to map")
     missing = [one for one in word or [] if not one.strip() or one.casefold() not in prompt.casefold()]
     if missing:
         raise ValueError(f"--word {missing[0]!r} is not in PROMPT {prompt!r}; name a word of it")

@@ -35,6 +35,9 @@ def steer(
     """Draw PROMPT without and with latents edited."""
     given = {"--add": add or [], "--scale": scale or [], "--set": set_ or []}
     edits: dict[str, Any] = {option.removeprefix("--"): parse_pairs(pairs, option) for option, pairs in given.items()}
+    both = edits["scale"].keys() & edits["set"].keys()
+    if both:
+        raise ValueError(f"latent {min(both)} is in --scale and in --set; give it one of them")
     if not any(edits.values()):
         raise ValueError("this steers nothing; give at least one latent, as in --add 12=8.0")
     fractions = parse_window(window)
@@ -69,8 +72,10 @@ def parse_pairs(given: list[str], option: str) -> dict[int, float]:
             key, number = int(latent), float(amount)
         except ValueError:
             raise ValueError(f"{option} {item!r} must be LATENT=NUMBER, as in {option} 12=8.0") from None
+        if key < 0:
+            raise ValueError(f"{option} {item!r} must name a latent, counted from 0")
         if not math.isfinite(number):
-            raise ValueError(f"{option} {item!r} must give a finite number")
+            raise ValueError(f"{option} {item!r} must give a finite number, as in {option} 12=8.0")
         if key in pairs:
             raise ValueError(f"{option} names latent {key} twice; give it once")
         pairs[key] = number

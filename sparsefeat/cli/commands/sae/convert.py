@@ -11,6 +11,9 @@ from sparsefeat.cli.opening import SAEChoice, check_hookpoint
 from sparsefeat.cli.options import BaseModel, Hookpoint, K, Subfolder, path
 from sparsefeat.whole import check_free, check_writable
 
+# `sparsefeat.sae.convert.writable()`, known without torch.
+FORMATS = ("sparsefeat", "sparsify", "sae_lens", "unbox", "openai", "dictionary_learning", "itda")
+
 
 def convert(
     source: Annotated[str, typer.Argument(help="An SAE folder, file or hub id, in any format that can be read.")],
@@ -18,14 +21,16 @@ def convert(
         Path,
         typer.Argument(parser=path, metavar="TARGET", help="The folder to write; it must not exist yet, or be empty."),
     ],
-    format_: Annotated[str, typer.Option("--format", help="Whose format. Default: sparsefeat's own.")] = "sparsefeat",
+    format_: Annotated[str, typer.Option("--format", help=f"Whose format: {', '.join(FORMATS)}.")] = "sparsefeat",
     subfolder: Subfolder = None,
     k: K = None,
     hookpoint: Hookpoint = None,
     base_model: BaseModel = None,
 ) -> None:
     """Read an SAE of any format and write it in another; docs/interop.md lists them."""
-    choice = SAEChoice([source], [subfolder] if subfolder else None)
+    if format_ not in FORMATS:
+        raise ValueError(f"--format {format_!r} cannot be written; choose one of {', '.join(FORMATS)}")
+    choice = SAEChoice([source], [subfolder] if subfolder else None, option="SOURCE")
     check_hookpoint(hookpoint, "--hookpoint")
     check_free(target, "TARGET")
     check_writable(target, "TARGET")

@@ -21,7 +21,7 @@ def info(
 ) -> None:
     """Print what an SAE is: where it lies, width, latents, activation, hookpoint, the model it was trained on."""
     check_hookpoint(hookpoint, "--hookpoint")
-    choice = SAEChoice(None if sae is None else [sae], [subfolder] if subfolder else None)
+    choice = SAEChoice(None if sae is None else [sae], [subfolder] if subfolder else None, option="SAE")
     told = []
     for place, one in zip(choice.places(), choice.open(k=k, hookpoint=hookpoint, base_model=base_model), strict=True):
         config = one.config

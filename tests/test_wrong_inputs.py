@@ -1,0 +1,422 @@
+"""What a user gets wrong, over the shell and over Python: each is one sentence that names the option or the argument and
+what to give, with one exit code, and nothing is lost. A row each; add yours."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import sparsefeat as sf
+from sparsefeat.cli import app
+from sparsefeat.cli.commands.sae.convert import FORMATS
+from sparsefeat.evaluation import ops_bench, speed_table
+from sparsefeat.features import Statistics, collect_statistics, search
+from sparsefeat.sae.convert import writable
+from tests.tiny import tiny_sd
+
+NAN = float("nan")
+
+# Arguments of the library as its sentences write them.
+OF_PYTHON = re.compile(
+    r"\b(n_latents|num_inference_steps|guidance_scale|local_files_only|steps|folder|concept|condition|subfolder|force|add"
+    r"|scale|set|at|k|mask|word|sae|pipe|device)="
+)
+
+# The shell ------------------------------------------------------------------------------------------------------------
+
+# (command, what is said). Found before torch is loaded.
+AT_ONCE = [
+    ("features", "Missing argument 'prompt'"),
+    ("features a b", "unexpected extra argument"),
+    ("features a --nonsense 3", "No such option: --nonsense"),
+    ("nothing", "No such command 'nothing'"),
+    ("features a --top 0", "'--top': Input should be greater than or equal to 1"),
+    ("features a --steps 0", "'--steps': Input should be greater than or equal to 1"),
+    ("features a --steps many", "'--steps': Input should be a valid integer"),
+    ("features a --steps 1001", "--steps 1001 is more than the 1000 of this pipeline's scheduler; take fewer"),
+    ("features a --seed -1", "'--seed': Input should be greater than or equal to 0"),
+    ("features a --seed 99999999999999999999", "'--seed': Input should be less than or equal to"),
+    ("features a --guidance nan", "'--guidance': nan is not a finite number"),
+    ("steer a --add 3=1 --guidance=-inf", "'--guidance': -inf is not a finite number"),
+    ("features a --device gpu", "--device 'gpu' is not one to run on; choose cpu, cuda"),
+    ("steer a --add 3=1 --device meta", "--device 'meta' is not one to run on; choose cpu, cuda"),
+    ("heatmap a --device ''", "--device '' is not one to run on; choose cpu, cuda"),
+    ("features a --at ''", "--at '' is no hookpoint; write path"),
+    ("features a --at 'unet mid'", "--at 'unet mid' is no hookpoint; write path"),
+    ("erase a --concept fox --at unet.mid_block:sideways", "--at 'unet.mid_block:sideways' is no hookpoint; write"),
+    ("sae info --hookpoint ''", "--hookpoint '' is no hookpoint; write path"),
+    ("features a --pipeline nothere", "--pipeline 'nothere' does not exist; pass a diffusers folder"),
+    ("hookpoints --pipeline ''", "--pipeline '' does not exist; pass a diffusers folder"),
+    ("heatmap a --pipeline empty", "--pipeline 'empty' has no model_index.json; pass the folder of"),
+    ("steer a --add 3=1 --pipeline file", "--pipeline 'file' has no model_index.json; pass the folder of"),
+    ("features a --pipeline some/model", "its SAE must be named: add --sae"),
+    ("features a --sae nothere", "--sae 'nothere' does not exist; pass a folder, or a hub id"),
+    ("sae check a --sae ''", "--sae '' does not exist; pass a folder, or a hub id"),
+    ("features a --subfolder x", "--subfolder 'x' is given without an SAE; name the folder"),
+    ("features a --sae a/b --subfolder c --subfolder d", "--subfolder is given 2 times for 1 --sae; give it once for"),
+    ("features a --out full", "--out full exists already; choose another folder"),
+    ("steer a --add 3=1 --out file", "--out file exists already; choose another folder"),
+    ("heatmap a --out file/deeper", "--out file/deeper cannot be made, file is a file; choose another place"),
+    ("features a --out ''", "'--out': it is empty; name a folder or file"),
+    ("steer a", "this steers nothing; give at least one latent, as in --add 12=8.0"),
+    ("steer a --add twelve=3", "--add 'twelve=3' must be LATENT=NUMBER, as in --add 12=8.0"),
+    ("steer a --set 3", "--set '3' must be LATENT=NUMBER, as in --set 12=8.0"),
+    ("steer a --scale 3=nan", "--scale '3=nan' must give a finite number, as in --scale 12=8.0"),
+    ("steer a --add=-1=3", "--add '-1=3' must name a latent, counted from 0"),
+    ("steer a --scale 391=2 --scale 391=3", "--scale names latent 391 twice; give it once"),
+    ("steer a --scale 391=2 --set 391=3", "latent 391 is in --scale and in --set; give it one of them"),
+    ("steer a --add 3=1 --window early", "--window 'early' must be START:STOP, as in --window 0:0.5"),
+    ("steer a --add 3=1 --window 1:0", "--window '1:0' must have 0 <= START < STOP <= 1"),
+    ("steer a --add 3=1 --window nan:1", "--window 'nan:1' must have 0 <= START < STOP <= 1"),
+    ("steer a --add 3=1 --window 0.1:0.2 --steps 2", "--window '0.1:0.2' holds none of the 2 steps; widen it"),
+    ("steer a --add 3=1 --condition maybe", "'--condition': Value error, 'maybe' is not one of 'cond'"),
+    ("steer a --add 3=1 --sae a/b --sae c/d", "--sae was given more than once; steer edits the latents of one SAE"),
+    ("erase a", "name what to erase with --concept, or an erasure fitted before with --fitted"),
+    (
+        "erase a --concept fox --fitted full",
+        "with --concept, or an erasure fitted before with --fitted; one of the two",
+    ),
+    (
+        "erase a --concept zebra",
+        "--concept 'zebra' is none of the embedded pipeline's objects and styles; choose one of",
+    ),
+    ("erase a --concept fox --latents 0", "'--latents': Input should be greater than or equal to 1"),
+    ("erase a --concept fox --gamma nan", "'--gamma': nan is not a finite number"),
+    ("erase a --concept fox --concepts nothere.json", "--concepts nothere.json cannot be read"),
+    ("erase a --concept fox --concepts broken.json", "--concepts broken.json is not JSON"),
+    ("erase a --concept fox --concepts list.json", "--concepts list.json must map each concept to a list of"),
+    ("erase a --concept fox --concepts numbers.json", "--concepts numbers.json must map each concept to a list of"),
+    ("erase a --concept fox --concepts blank.json", "--concepts blank.json must map each concept to a list of"),
+    ("erase a --concept fox --concepts one.json", "--concepts one.json must name 'fox' and at least one other concept"),
+    ("erase a --concept owl --concepts two.json", "--concepts two.json must name 'owl' and at least one other concept"),
+    ("erase a --fitted nothere", "--fitted nothere holds no fitted erasure; give the folder that --save wrote"),
+    ("erase a --fitted full", "--fitted full holds no fitted erasure; give the folder that --save wrote"),
+    ("erase a --fitted full --gamma 2", "--gamma changes nothing of an erasure that was fitted before; leave it"),
+    ("erase a --fitted full --latents 3", "--latents changes nothing of an erasure that was fitted before; leave it"),
+    ("erase a --fitted full --save new", "--save changes nothing of an erasure that was fitted before; leave it"),
+    ("erase a --concept fox --save full", "--save full exists already; choose another folder"),
+    ("erase a --concept fox --save erased/fit", "--save erased/fit and --out erased are one within the other; choose"),
+    ("erase a --concept fox --save ''", "'--save': it is empty; name a folder or file"),
+    ("heatmap ''", "PROMPT is empty; give one with the words to map"),
+    ("heatmap 'a fox' --word rocket", "--word 'rocket' is not in PROMPT 'a fox'; name a word of it"),
+    ("heatmap 'a fox' --word ''", "--word '' is not in PROMPT 'a fox'; name a word of it"),
+    ("evaluate imagenet", "'imagenet' is not one of 'emoji', 'overhead'"),
+    ("evaluate overhead --work x", "--work is of the emoji benchmark; overhead has no parts to keep, leave it out"),
+    ("evaluate overhead --out empty", "--out empty is a folder; name a file"),
+    ("bench --only topk", "--only 'topk' is no op; choose one of topk_encode"),
+    ("bench --device tpu", "--device 'tpu' cannot be measured; choose cpu"),
+    ("bench --seconds nan", "'--seconds': Input should be greater than or equal to 0"),
+    ("demo --out full", "--out full exists already; choose another folder"),
+    ("demo --out ''", "'--out': it is empty; name a folder or file"),
+    ("sae info nothere", "SAE 'nothere' does not exist; pass a folder, or a hub id"),
+    ("sae info --k 0", "'--k': Input should be greater than or equal to 1"),
+    ("sae check", "Missing argument 'prompts'"),
+    ("sae convert nothere out", "SOURCE 'nothere' does not exist; pass a folder, or a hub id"),
+    ("sae convert empty full", "TARGET full exists already; choose another folder"),
+    ("sae convert empty out --format swish", "--format 'swish' cannot be written; choose one of sparsefeat"),
+]
+
+# What only the SAE, the pipeline or the machine can tell.
+LATER = [
+    ("steer a --add 99999=3", "--add names latent 99999; this SAE has latents 0 to 511"),
+    ("erase a --concept fox --latents 100000", "--latents 100000 must be a whole number from 1 to 1,024"),
+    ("features a --at unet.mid_blok.attentions.0", "has no module 'unet.mid_blok.attentions.0'; the nearest are unet.mid_block"),
+    ("features a --sae empty", "empty holds no SAE"),
+    ("demo --out full --force", "--out full exists and holds no earlier report, so it is left alone; choose another folder"),
+    pytest.param(
+        "features a --device cuda",
+        "--device cuda cannot be used: torch finds none on this machine; choose cpu",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one on this machine"),
+    ),
+]  # fmt: skip
+
+
+def furnish(folder: Path) -> None:
+    """What the commands find: an empty folder, one with something precious, and files of concepts."""
+    (folder / "empty").mkdir()
+    (folder / "full").mkdir()
+    (folder / "full" / "thesis").write_text("years of work")
+    (folder / "file").write_text("a file")
+    fox, owl = ["a fox"], ["an owl"]
+    of_concepts = {"list": [1], "numbers": {"fox": [1], "owl": owl}, "blank": {"fox": [" "], "owl": owl},
+                   "one": {"fox": fox}, "two": {"fox": fox, "cat": ["a cat"]}}  # fmt: skip
+    for name, content in of_concepts.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "broken.json").write_text('{"fox')
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def plain(output: str) -> str:
+    """Typer's box as one line."""
+    return " ".join(line.strip("│╭╮╰╯─ ") for line in output.splitlines()).strip()
+
+
+@pytest.fixture
+def furnished(tmp_path, monkeypatch):
+    furnish(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("line", "said"), [*AT_ONCE, *LATER])
+def test_the_shell_refuses_it_in_one_sentence_with_exit_code_2_and_loses_nothing(line, said, furnished):
+    before = everything(furnished)
+    result = CliRunner().invoke(app, shlex.split(line))
+    assert result.exit_code == 2, result.output
+    assert said in plain(result.output)
+    assert "Traceback" not in result.output
+    if result.output.startswith("error: "):
+        assert len(result.output.splitlines()) == 1
+        assert not OF_PYTHON.search(result.output)  # whoever reads the shell is told options
+    assert everything(furnished) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("features a --sae some/model", "'some/model' is no local folder and could not be fetched from the hub"),
+        ("hookpoints --pipeline some/model", "--pipeline 'some/model' could not be fetched from the hub"),
+        ("features a --out /proc/features", "--out /proc/features cannot be made ("),
+        ("demo --out /proc/demo", "--out /proc/demo cannot be made ("),
+        ("evaluate overhead --out /proc/x/y.json", "--out /proc/x/y.json cannot be made ("),
+        ("erase a --concept fox --save /proc/fit", "--save /proc/fit cannot be made ("),
+        ("sae convert empty /proc/sae", "TARGET /proc/sae cannot be made ("),
+    ],
+)
+def test_what_the_machine_cannot_do_is_one_sentence_with_exit_code_1(line, said, furnished):
+    before = everything(furnished)
+    result = CliRunner().invoke(app, shlex.split(line))
+    assert result.exit_code == 1, result.output
+    assert result.output.startswith(f"error: {said}")
+    assert len(result.output.splitlines()) == 1
+    assert not OF_PYTHON.search(result.output)
+    assert everything(furnished) == before
+
+
+def test_a_mistake_is_told_before_torch_or_diffusers_are_loaded(tmp_path):
+    furnish(tmp_path)
+    code = (
+        "import json, shlex, sys; from typer.testing import CliRunner; from sparsefeat.cli import app\n"
+        "for line in json.load(sys.stdin):\n"
+        "    result = CliRunner().invoke(app, shlex.split(line))\n"
+        "    loaded = {'torch', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules)\n"
+        "    assert result.exit_code == 2 and not loaded, (line, result.output, loaded)\n"
+    )
+    lines = json.dumps([line for line, _ in AT_ONCE])
+    run = subprocess.run([sys.executable, "-c", code], input=lines, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_lists_that_are_known_without_torch_are_those_of_the_library():
+    assert writable() == FORMATS
+    assert ops_bench.available() == speed_table.OPS
+
+
+# Python ---------------------------------------------------------------------------------------------------------------
+
+D, N = 32, 40
+PROMPTS = {"fox": ["a fox"], "cat": ["a cat"]}
+
+
+@pytest.fixture(scope="module")
+def x(tmp_path_factory):
+    """A pipeline, an SAE of its U-Net and one of its text encoder, an erasure, and folders that hold them."""
+    pipe, folder = tiny_sd(), tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    config = {"d_model": D, "n_latents": N, "k": 4}
+    sae = sf.SAE(sf.SAEConfig(**config, hookpoint="unet.up_blocks.1.attentions.1")).eval()
+    text = sf.SAE(sf.SAEConfig(**config, hookpoint="text_encoder.encoder.layers.0")).eval()
+    wide = sf.SAE(sf.SAEConfig(d_model=48, n_latents=N, k=4, hookpoint="unet.up_blocks.1.attentions.1")).eval()
+    statistics = Statistics(["fox", "cat"], N)
+    for i in range(2):
+        statistics.add(sae.encode(torch.randn(20, D)), torch.full((20,), i), 1.0)
+    erase = sf.Erase.from_statistics(sae, statistics, "fox", n_latents=2)
+    sae.save(folder / "sae")
+    erase.save(folder / "erase")
+    (folder / "full").mkdir()
+    (folder / "full" / "thesis").write_text("years of work")
+    return SimpleNamespace(pipe=pipe, sae=sae, text=text, wide=wide, erase=erase, statistics=statistics, folder=folder)
+
+
+def run(x, *instruments, prompt="a fox", **call):
+    with sf.attach(x.pipe, *instruments) as session:
+        x.pipe(prompt, **{"num_inference_steps": 2, **call})
+    return session[instruments[0]]
+
+
+def fit(x, target="fox", prompts=PROMPTS, pipe=None, sae=None, **options):
+    options = {"n_latents": 3, "num_inference_steps": 1, **options}
+    return sf.Erase.fit(pipe or x.pipe, sae or x.sae, target, prompts, **options)
+
+
+def itd(x, erase=("a fox",), remain=(), **options):
+    return sf.InterpretThenDeactivate.fit(x.pipe, x.text, erase, remain, **{"top_m": 4, **options})
+
+
+def steer(x, **options):
+    return sf.Steer(x.sae, **{"add": {1: 1.0}, **options})
+
+
+def recording(x):
+    return run(x, sf.Record(x.sae))
+
+
+def maps(x):
+    return run(x, sf.HeatMaps())
+
+
+# (what is done, what is said)
+PYTHON = {
+    "attach(None)": (lambda x: sf.attach(None, sf.Record(x.sae)), "pipe is NoneType, not a pipeline; open one"),
+    "attach('pipe')": (lambda x: sf.attach("pipe", sf.Record(x.sae)), "pipe is str, not a pipeline; open one"),
+    "attach(the class)": (lambda x: sf.attach(type(x.pipe), sf.Record(x.sae)), "pipe is the class StableDiffusion.*; open"),
+    "attach(unet)": (lambda x: sf.attach(x.pipe.unet, sf.Record(x.sae)), "pipe is UNet2D.*; attach to the pipeline"),
+    "attach nothing": (lambda x: sf.attach(x.pipe), "was given no instrument; give at least one"),
+    "attach None to it": (lambda x: sf.attach(x.pipe, None), r"instruments\[0\] is NoneType, not an Instrument; attach takes"),
+    "attach an SAE": (lambda x: sf.attach(x.pipe, x.sae), r"instruments\[0\] is SAE, not an Instrument; attach takes"),
+    "attach a list": (lambda x: sf.attach(x.pipe, [sf.Record(x.sae)]), r"instruments\[0\] is list, not an Instrument"),
+    "attach of another width": (lambda x: sf.attach(x.pipe, sf.Record(x.wide)), "needs activations of width 48, but"),
+    "hookpoints(None)": (lambda x: sf.hookpoints(None), "pipe is NoneType, not a pipeline; open one"),
+    "Record(None)": (lambda x: sf.Record(None), "sae is NoneType, not an SAE; open it first"),
+    "Record of a name": (lambda x: sf.Record("my-sae"), r"sae is str, not an SAE; open it first, .*load_sae\('my-sae'\)"),
+    "Record of a pipeline": (lambda x: sf.Record(x.pipe), "sae is StableDiffusionPipeline, not an SAE; open it first"),
+    "Record at ''": (lambda x: sf.Record(x.sae, ""), "'' is no hookpoint; name one"),
+    "Record at 3": (lambda x: sf.Record(x.sae, 3), "3 is no hookpoint; name one"),
+    "Record at nothing": (
+        lambda x: sf.attach(x.pipe, sf.Record(x.sae, "unet.mid_blok")), "no module 'unet.mid_blok'; the nearest are unet.mid_block"
+    ),
+    "top(0)": (lambda x: recording(x).top(0), "n=0 must be a whole number of at least 1"),
+    "map(4000)": (lambda x: recording(x).map(4000), "latent=4000 is out of range; this SAE has 40 latents"),
+    "map of image 7": (lambda x: recording(x).map(1, image=7), r"image=7 was not recorded; there are \[0\]"),
+    "Steer nothing": (lambda x: sf.Steer(x.sae), "edits nothing; give at least one latent"),
+    "Steer add list": (lambda x: steer(x, add=[1]), r"add=\[1\] must map latents to amounts, as in"),
+    "Steer add name": (lambda x: steer(x, add={"a": 1.0}), "add= names latent 'a'; this SAE has latents 0 to 39"),
+    "Steer add 4000": (lambda x: steer(x, add={4000: 1.0}), "add= names latent 4000; this SAE has latents 0 to 39"),
+    "Steer add text": (lambda x: steer(x, add={1: "x"}), r"add\[1\]='x' must be a finite number"),
+    "Steer scale NaN": (lambda x: steer(x, scale={1: NAN}), r"scale\[1\]=nan must be a finite number"),
+    "Steer set and scale": (lambda x: steer(x, set={1: 1}, scale={1: 2}), "latent 1 is in set= and also in scale=.*; give it one"),
+    "Steer clamp backwards": (lambda x: steer(x, clamp={1: (2, 1)}), r"clamp\[1\]=\(2, 1\) must be \(low, high\) with low <= high"),
+    "Steer misspelt": (lambda x: steer(x, scal={1: 2}), "unexpected keyword argument 'scal'"),
+    "Steer condition": (lambda x: steer(x, condition="maybe"), "condition='maybe' is not known; use one of 'cond'"),
+    "Steer steps (1, 0)": (lambda x: steer(x, steps=(1, 0)), r"steps=\(1, 0\) must be \(start, stop\) with"),
+    "Steer steps 3": (lambda x: steer(x, steps=3), "steps=3 must be a list of step indices"),
+    "Steer steps []": (lambda x: steer(x, steps=[]), r"steps=\[\] must be a list of step indices"),
+    "Steer mask name": (lambda x: steer(x, mask="mask.png"), "mask is str 'mask.png', which is no map; give a tensor"),
+    "Steer mask path": (lambda x: steer(x, mask=Path("m.png")), "mask is PosixPath .*, which is no map; give a tensor"),
+    "Steer mask in colours": (lambda x: steer(x, mask=Image.new("RGB", (8, 8))), "mask is a PIL image of mode 'RGB'; give one in grey"),
+    "Steer mask HxWx3": (lambda x: steer(x, mask=np.zeros((8, 8, 3))), r"mask has shape \[8, 8, 3\], an image in colours; give one number"),
+    "Steer mask uint8": (lambda x: steer(x, mask=np.full((8, 8), 255, np.uint8)), "mask is uint8 with values up to 255; divide it by 255"),
+    "Steer mask 1-d": (lambda x: steer(x, mask=torch.ones(4)), r"mask has shape \[4\]; give \[height, width\]"),
+    "Steer mask NaN": (lambda x: steer(x, mask=torch.full((4, 4), NAN)), "mask holds NaN or infinity.*; give finite numbers"),
+    "Steer mask of 3 images": (lambda x: run(x, steer(x, mask=torch.ones(3, 4, 4))), r"mask has shape \[3, 4, 4\], maps for 3 images; this call makes 1"),
+    "Steer mask gives None": (lambda x: run(x, steer(x, mask=lambda context: None)), "that mask= returned is NoneType None, which is no map; give"),
+    "Steer mask of maps not attached": (lambda x: run(x, steer(x, mask=sf.HeatMaps().mask("fox"))), "HeatMaps that are not attached; attach them"),
+    "word missing": (lambda x: maps(x).word("rocket"), "word='rocket' is not in the prompt 'a fox'; its words are: a, fox"),
+    "word ''": (lambda x: maps(x).word(""), "word='' is no word; name a word of the prompt"),
+    "word 3": (lambda x: maps(x).word(3), "word=3 is no word; name a word of the prompt"),
+    "word of image 3": (lambda x: maps(x).word("fox", image=3), "image=3 is out of range; the call made 1"),
+    "layers nothere": (lambda x: run(x, sf.HeatMaps(layers="nope")), r"layers=\('nope',\) match no cross-attention module; there are"),
+    "layers 3": (lambda x: sf.HeatMaps(layers=3), "layers=3 must be a module path or a list of them"),
+    "fit prompts list": (lambda x: fit(x, prompts=["a fox", "a cat"]), r"prompts=\['a fox', 'a cat'\] must map concepts to their prompts"),
+    "fit prompts None": (lambda x: fit(x, prompts=None), "prompts=None must map concepts to their prompts"),
+    "fit prompts {}": (lambda x: fit(x, prompts={}), "prompts={} must map concepts to their prompts"),
+    "fit prompts text": (lambda x: fit(x, prompts={"fox": "a", "cat": "b"}), r"prompts\['fox'\]='a' must be a list of one or more prompts"),
+    "fit prompts []": (lambda x: fit(x, prompts={"fox": [], "cat": ["b"]}), r"prompts\['fox'\]=\[\] must be a list of one or more prompts"),
+    "fit prompts numbers": (lambda x: fit(x, prompts={"fox": [3], "cat": ["b"]}), r"prompts\['fox'\]=\[3\] must be a list of one or more"),
+    "fit one concept": (lambda x: fit(x, prompts={"fox": ["a"]}), r"target='fox' must be a key of prompts=\['fox'\], which need at least one other"),
+    "fit target not there": (lambda x: fit(x, "owl"), "target='owl' must be a key of prompts="),
+    "fit target None": (lambda x: fit(x, None), "target=None must be a key of prompts="),
+    "fit target []": (lambda x: fit(x, []), r"target=\[\] must be a key of prompts="),
+    "fit pipe": (lambda x: fit(x, pipe="pipe"), "pipe is str, not a pipeline; open one"),
+    "fit sae": (lambda x: fit(x, sae="sae"), "sae is str, not an SAE; open it first"),
+    "fit batch_size 0": (lambda x: fit(x, batch_size=0), "batch_size=0 must be a whole number of at least 1"),
+    "fit batch_size 1.5": (lambda x: fit(x, batch_size=1.5), "batch_size=1.5 must be a whole number of at least 1"),
+    "fit seed": (lambda x: fit(x, seed="x"), "seed='x' must be a whole number of at least 0"),
+    "fit steps 0": (lambda x: fit(x, num_inference_steps=0), "num_inference_steps=0 must be a whole number of at least 1"),
+    "fit steps text": (lambda x: fit(x, num_inference_steps="4"), "num_inference_steps='4' must be a whole number of at least 1"),
+    "fit steps 1001": (lambda x: fit(x, num_inference_steps=1001), "num_inference_steps=1001 is more than the 1000 .*; take fewer"),
+    "fit gamma": (lambda x: fit(x, gamma=NAN), "gamma=nan must be a finite number"),
+    "fit n_latents 0": (lambda x: fit(x, n_latents=0), "n_latents=0 must be a whole number from 1 to 40"),
+    "fit n_latents 1000000": (lambda x: fit(x, n_latents=10**6), "n_latents=1000000 must be a whole number from 1 to 40"),
+    "fit magnitude": (lambda x: fit(x, magnitude="x"), 'magnitude=\'x\' is not known; use "mean"'),
+    "fit error": (lambda x: fit(x, error="x"), 'error=\'x\' is not known; use "keep"'),
+    "fit misspelt": (lambda x: fit(x, num_infrence_steps=2), r"num_infrence_steps= is no argument .*; did you mean num_inference_steps\?"),
+    "fit generator": (lambda x: fit(x, generator=torch.Generator()), "generator= is made here, from seed=; give that"),
+    "union": (lambda x: x.erase.union(3), "later is int, not an Erase; make one"),
+    "ItD erase text": (lambda x: itd(x, "a fox"), "erase='a fox' must be a list of prompts, as in"),
+    "ItD erase None": (lambda x: itd(x, None), "erase=None must be a list of prompts, as in"),
+    "ItD erase []": (lambda x: itd(x, []), r"erase=\[\] must be prompts that show the concept, at least one"),
+    "ItD remain numbers": (lambda x: itd(x, remain=[3]), r"remain=\[3\] must be a list of prompts, as in"),
+    "ItD top_m": (lambda x: itd(x, top_m=0), "top_m=0 must be a whole number from 1 to 40"),
+    "ItD gate_reduce": (lambda x: itd(x, gate_reduce="x"), 'gate_reduce=\'x\' is not known; use "mean"'),
+    "encode numpy": (lambda x: x.sae.encode(np.zeros((3, D))), r"x is ndarray, not a tensor: pass torch.as_tensor\(x\)"),
+    "encode a list": (lambda x: x.sae.encode([[0.0] * D]), r"x is list, not a tensor: pass torch.as_tensor\(x\)"),
+    "encode another width": (lambda x: x.sae.encode(torch.zeros(3, D + 1)), r"x has shape \[3, 33\]: its last dimension must be .* 32"),
+    "decode a tensor": (lambda x: x.sae.decode(torch.zeros(3, N)), r"code is Tensor, not a SparseCode: pass what encode\(x\) gives"),
+    "load_sae(None)": (lambda x: sf.load_sae(None), "source is NoneType, not a path; give a folder or a hub id"),
+    "load_sae('')": (lambda x: sf.load_sae(""), "source is empty; name a folder or a hub id"),
+    "load_sae(nothere)": (lambda x: sf.load_sae("nothere"), "nothere does not exist: pass a folder, or a hub id"),
+    "load_sae dtype text": (lambda x: sf.load_sae(x.folder / "sae", dtype="float16"), "dtype is 'float16': choose a floating dtype"),
+    "load_sae device gpu": (lambda x: sf.load_sae(x.folder / "sae", device="gpu"), "device is 'gpu', which torch cannot use here: pass 'cpu'"),
+    "load_sae device meta": (lambda x: sf.load_sae(x.folder / "sae", device="meta"), "device is 'meta', which torch cannot use here: pass 'cpu'"),
+    "load_sae k 0": (lambda x: sf.load_sae(x.folder / "sae", k=0), "k is 0: pass a whole number of at least 1"),
+    "load_instrument(None)": (lambda x: sf.load_instrument(None), "folder is NoneType, not a path; give a folder"),
+    "load_instrument(nothere)": (lambda x: sf.load_instrument("nothere"), "folder='nothere' holds no instrument.json; give the folder"),
+    "load_instrument of another SAE": (lambda x: sf.load_instrument(x.folder / "erase", sae=x.wide), "sae= is not the SAE that .*Pass the same SAE"),
+    "save over an instrument": (lambda x: x.erase.save(x.folder / "erase"), "holds an instrument already; save to another folder, or replace it by overwrite=True"),
+    "save another kind over it": (lambda x: steer(x).save(x.folder / "erase"), "holds an instrument already; save to another folder"),
+    "save over somebody's work": (lambda x: x.erase.save(x.folder / "full", overwrite=True), "full exists already; choose another folder"),
+    "save an SAE over it": (lambda x: x.wide.save(x.folder / "sae"), "holds an SAE of another config: choose a new folder"),
+    "save statistics over others": (
+        lambda x: (x.statistics.save(x.folder / "s"), Statistics(["a", "b"], N, [1.0]).save(x.folder / "s")), "holds statistics of other concepts or another SAE; save to another folder"
+    ),
+    "save(None)": (lambda x: x.erase.save(None), "folder is NoneType, not a path; give a folder"),
+    "save('')": (lambda x: x.erase.save(""), "folder is empty; name a folder"),
+    "save below a file": (lambda x: x.erase.save(x.folder / "full" / "thesis" / "y"), "cannot be made, .*thesis is a file; choose another place"),
+    "save where nothing can be": (lambda x: x.erase.save("/proc/erase"), r"folder /proc/erase cannot be made \(.*\); choose another place"),
+    "check prompts text": (lambda x: sf.check(x.sae, x.pipe, "a fox"), "prompts is 'a fox': pass a list with at least one prompt"),
+    "check steps 0": (lambda x: sf.check(x.sae, x.pipe, ["a"], num_inference_steps=0), "num_inference_steps=0 must be a whole number"),
+    "check pipe None": (lambda x: sf.check(x.sae, None, ["a"]), "pipe is NoneType, not a pipeline; open one"),
+    "statistics of no latents": (lambda x: Statistics(["a"], 0), "n_latents=0 must be a whole number of at least 1"),
+    "statistics of one word": (lambda x: Statistics("fox", N), "concepts='fox' must be one or more different names, as a list"),
+    "collect_statistics of a list": (lambda x: collect_statistics(x.pipe, x.sae, ["a"]), r"prompts=\['a'\] must map concepts to their prompts"),
+    "search for another": (lambda x: search(x.statistics, "owl", 1), "concept='owl' is not in these statistics, which have fox, cat"),
+    "negative_prompt(None)": (lambda x: sf.negative_prompt(None), "concept=None must be a word or a list of words"),
+    "a call's misspelt argument": (lambda x: run(x, sf.Record(x.sae), guidence_scale=3), r"guidence_scale= is no argument .*; did you mean guidance_scale\?"),
+    "a call's NaN": (lambda x: run(x, sf.Record(x.sae), guidance_scale=NAN), "guidance_scale=nan must be a finite number"),
+    "a call's prompt 3": (lambda x: run(x, sf.Record(x.sae), prompt=3), "prompt=3 must be a text, or a list of at least one"),
+    "SAEConfig k": (lambda x: sf.SAEConfig(d_model=4, n_latents=4, k=9), "k is 9 but n_latents is 4: choose k no larger"),
+    "a name that is not there": (lambda x: sf.Recrod, "no attribute 'Recrod'; it offers .*Record"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_python_refuses_it_in_one_sentence_and_loses_nothing(name, x, recwarn):
+    do, said = PYTHON[name]
+    before = everything(x.folder)
+    with pytest.raises((ValueError, TypeError, OSError, AttributeError), match=said) as refused:
+        do(x)
+    assert "\n" not in str(refused.value)
+    assert not re.search(r"--\w", str(refused.value))  # whoever reads Python is told arguments
+    kept = everything(x.folder)
+    assert {file: kept[file] for file in before} == before
+    assert "_sparsefeat_wiring" not in vars(type(x.pipe))  # and the pipeline is as it was
+
+
+def test_the_table_is_long_enough():
+    assert len(AT_ONCE) + len(LATER) + len(PYTHON) >= 80
