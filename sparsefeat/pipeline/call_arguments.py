@@ -22,7 +22,8 @@ def check_pipeline(pipe: Any) -> None:
             f"pipe is {type(pipe).__name__}, one of a pipeline's models; attach to the pipeline, whose calls tell the step "
             "and the prompt"
         )
-    if isinstance(pipe, type) or not callable(pipe) or not hasattr(pipe, "__dict__"):
+    holds = callable(pipe) or any(isinstance(part, nn.Module) for part in getattr(pipe, "__dict__", {}).values())
+    if isinstance(pipe, type) or not hasattr(pipe, "__dict__") or not holds:
         what = f"the class {pipe.__name__}" if isinstance(pipe, type) else f"{type(pipe).__name__}"
         raise TypeError(f"pipe is {what}, not a pipeline; open one, DiffusionPipeline.from_pretrained(folder)")
 
