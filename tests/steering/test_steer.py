@@ -359,7 +359,7 @@ def test_a_saved_steer_does_the_same(pipe, sae, tmp_path):
     [
         ({}, "edits nothing; give at least one latent"),
         ({"add": {}}, "edits nothing"),
-        ({"add": {128: 1.0}}, "add names latent 128; this SAE has latents 0 to 127"),
+        ({"add": {128: 1.0}}, "add= names latent 128; this SAE has latents 0 to 127"),
         ({"scale": {-1: 1.0}}, "scale names latent -1"),
         ({"set": {1.5: 1.0}}, r"set names latent 1\.5"),
         ({"add": [1, 2]}, r"add=\[1, 2\] must map latents to amounts"),
