@@ -21,10 +21,9 @@ def hookpoint_of(sae: SAE, at: str | Hookpoint | None) -> Hookpoint:
     Refuses what is no SAE, such as the name of one, an SAE with NaN or infinity in its weights, and one whose codes would depend on what else is in the batch (BatchTopK in training mode).
     """
     if not isinstance(sae, SAE):
-        name = sae if isinstance(sae, (str, os.PathLike)) else "folder or hub id"
-        raise TypeError(
-            f"sae is {type(sae).__name__}, not an SAE; open it first, sparsefeat.load_sae({os.fspath(name)!r})."
-        )
+        name = os.fspath(sae) if isinstance(sae, (str, os.PathLike)) else None
+        what, opened = (type(sae).__name__, "folder or hub id") if name is None else (repr(name), name)
+        raise TypeError(f"sae is {what}, not an SAE; open it first, sparsefeat.load_sae({opened!r}).")
     if sae.training and sae.config.activation == "batch_topk":
         raise ValueError(
             "sae is in training mode, where BatchTopK shares its k among all rows of a batch; call sae.eval() first."

@@ -81,7 +81,7 @@ def test_a_word_is_not_found_inside_another_and_the_error_lists_the_words():
 def test_errors_name_the_mistake():
     text = "a cat"
     tokens = tokens_of(tiny_tokenizer(), text)
-    with pytest.raises(ValueError, match="is empty"):
+    with pytest.raises(ValueError, match="word='  ' is no word; name a word of the prompt: a, cat"):
         token_indices(tokens, text, "  ")
     with pytest.raises(ValueError, match=r"occurrence=1 of word='cat' does not exist; it occurs 1 time"):
         token_indices(tokens, text, "cat", 1)
