@@ -144,7 +144,8 @@ def token_indices(
 
 def count(text: str, word: str) -> int:
     """How often a word or phrase occurs in a text."""
-    return len(_pattern(word.split()).findall(text)) if word.split() else 0
+    parts = word.split() if isinstance(word, str) else []
+    return len(_pattern(parts).findall(text)) if parts else 0
 
 
 def _pattern(parts: list[str]) -> re.Pattern[str]:
