@@ -235,7 +235,9 @@ def conditions(run: Run, spots: list[Spot], heard: list[list[torch.Tensor]]) -> 
             assert context.prompt_index == tuple(range(run.n_images)) * len(chunks), spot.place
             assert context.batch == run.n_images * len(chunks)
     for context, texts in zip(spots[0].contexts, heard, strict=True):
-        assert len(texts) == context.batch, f"{len(texts)} texts for {context.batch} batch entries"
+        frames = len(texts) // context.batch  # where a video's frames are folded into the batch, its text is too
+        assert len(texts) == frames * context.batch, f"{len(texts)} texts for {context.batch} batch entries"
+        texts = texts[::frames]
         for text, condition, image in zip(texts, context.condition, context.prompt_index, strict=True):
             is_prompt = _same(text, run.prompts_heard[run.main][0][image])
             assert is_prompt == (condition in ("cond", "perturbed")), (condition, image)

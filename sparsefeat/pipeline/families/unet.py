@@ -34,7 +34,7 @@ _KINDS = (
 
 _TEXT = r"(.*\.attn2\.(to_[kv]|norm_k|add_[kv]_proj|norm_cross)|encoder_hid_proj)(\..*)?"
 # Transformers over time, of which a row is a frame; but the modules themselves take and give feature maps.
-_TEMPORAL = r"\.(motion_modules|temp_attentions)\.\d+\.transformer_blocks\.|transformer_in\.transformer_blocks\.|\.temporal_transformer_blocks\."
+_TEMPORAL = r"\.(motion_modules|temp_attentions)\.\d+\.transformer_blocks\.|transformer_in\.transformer_blocks\.|\.temporal_transformer_blocks\.\d+\."
 # The UNets of videos; the last has its sample's frames before its channels.
 _VIDEO = "Motion|3D|I2VGen|SpatioTemporal|SparseControlNet"
 
