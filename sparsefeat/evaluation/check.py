@@ -79,7 +79,9 @@ def check(
     if rows < 2:
         raise ValueError(f"rows is {rows}: an FVU needs at least 2")
     if sae.config.normalizer == "timestep":
-        raise ValueError("the SAE depends on the timestep, which rows do not say: record it with attach, which knows the step")
+        raise ValueError(
+            "the SAE depends on the timestep, which rows do not say: record it with attach, which knows the step"
+        )
     check_arguments(pipe, call, also=inspect.signature(check).parameters)
     check_values(pipe, call)
     hookpoint = hookpoint_of(sae, at)

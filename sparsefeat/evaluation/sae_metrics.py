@@ -116,7 +116,9 @@ class Moments:
 def measure_sae(sae: SAE, rows: Tensor | Iterable[Tensor], batch_size: int = 8192) -> SAEQuality:
     """Quality on `rows`: a tensor `[..., d_model]`, or batches of rows such as a store gives."""
     if sae.config.normalizer == "timestep":
-        raise ValueError("the SAE depends on the timestep, which rows do not say: record it with attach, which knows the step")
+        raise ValueError(
+            "the SAE depends on the timestep, which rows do not say: record it with attach, which knows the step"
+        )
     metrics = SAEMetrics(sae.d_model, sae.n_latents, sae.device)
     training = sae.training
     sae.eval()  # batch_topk encodes as it will be used

@@ -416,6 +416,7 @@ class Wiring:
         else:
             grid = target.family.image_grid(root, arguments)
         run = Run(root, arguments, grid)
+        target.family.check_whole(pipe, call.arguments, run)
         running.roots[target.path] = RootRun(target, run, entries, running.schedule.done, earlier)
         context = replace(self._moment(running), condition=entries[0], prompt_index=entries[1], batch=batch)
         for session in running.sessions:

@@ -186,6 +186,9 @@ class Family:
         """
         return None
 
+    def check_whole(self, pipe: Any, call: Mapping[str, Any], run: Run) -> None:
+        """Raise where the model runs on a part of the image that the call's arguments ask for."""
+
     def grid(self, run: Run, shape: Sequence[int]) -> tuple[int, ...] | None:
         """The grid of the positions of an image tensor of this shape: a feature map [B, C, *grid] carries it. None
         where positions have no grid.
