@@ -11,6 +11,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from torch import Tensor
 def number(name: str, given: Any, low: float = -math.inf, high: float = math.inf, *, above: bool = False) -> float:
     """A finite number from `low` to `high`; `above`: larger than `low`."""
     try:
-        value = float(given)
+        value = math.nan if isinstance(given, (str, bytes, bool)) else float(given)
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
         value = math.nan
     if not math.isfinite(value) or not low <= value <= high or (above and value == low):
@@ -63,11 +64,13 @@ def finite(name: str, given: Tensor) -> Tensor:
 
 
 def finite_in(name: str, given: Any) -> None:
-    """Refuse a number that is NaN or infinite, a tensor that holds one, and a list or dict of such; anything else passes."""
+    """Refuse a number that is NaN or infinite, a tensor or array that holds one, and a list or dict of such."""
     if isinstance(given, float):
         number(name, given)
     elif isinstance(given, Tensor):
         finite(name, given)
+    elif isinstance(given, np.ndarray) and given.dtype.kind == "f":
+        finite(name, torch.from_numpy(np.ascontiguousarray(given)))
     elif isinstance(given, (list, tuple)):
         for i, entry in enumerate(given):
             finite_in(f"{name}[{i}]", entry)

@@ -72,7 +72,10 @@ class InterpretThenDeactivate(SavableInstrument):
         if gate_reduce not in ("mean", "max_token"):
             raise ValueError(f'gate_reduce={gate_reduce!r} is not known; use "mean" or "max_token".')
         self.sae = reconstructing(sae)
-        self.latents = torch.as_tensor(latents, dtype=torch.int64).unique()
+        given = torch.as_tensor(latents)
+        if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
+            raise ValueError(f"latents={latents!r:.80} must be the latents' numbers, as in latents=[12, 40].")
+        self.latents = given.to(torch.int64).unique()
         sae.directions(self.latents)  # names a latent that does not exist
         self.strength, self.gate_reduce = number("strength", strength), gate_reduce
         self.tau = None if tau is None else number("tau", tau)

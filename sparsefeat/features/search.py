@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsefeat.arguments import whole
 from sparsefeat.features.attached import hookpoint_of
 from sparsefeat.features.chance import LATENTS_AT_ONCE, Naming, best_of_latents, name_of
 from sparsefeat.features.record import Record, Recording
@@ -61,9 +62,7 @@ class Examples:
     """
 
     def __init__(self, n_latents: int, top: int = 9, latents: Sequence[int] | None = None):
-        if top < 1:
-            raise ValueError(f"top={top} must be at least 1.")
-        self.n_latents, self.top = n_latents, top
+        self.n_latents, self.top = whole("n_latents", n_latents), whole("top", top)
         self.allowed = torch.ones(n_latents, dtype=torch.bool)
         if latents is not None:
             self.allowed[:] = False
@@ -229,6 +228,7 @@ def search(
         others: concepts to compare with; default all others, pooled.
         examples: images with this concept and without, for the area under the curve and what chance gives.
     """
+    whole("n", n)
     against = statistics.others(concept) if others is None else tuple(others)
     if not against:
         raise ValueError(f"concept={concept!r} is the only one in the statistics; collect prompts without it too.")
