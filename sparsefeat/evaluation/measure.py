@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sparsefeat_kernels.tuning import table as tuning_table
 
 from sparsefeat.evaluation.machine import device_name
 
@@ -156,6 +157,14 @@ def source_digest() -> str:
     return digest.hexdigest()[:12]
 
 
+def tuning_digest() -> str:
+    """Twelve digits of the tuning tables that the kernels choose by; "none" without one."""
+    own = os.environ.get(tuning_table.VARIABLE)
+    paths = sorted(tuning_table.FOLDER.glob("*.json")) if own is None else [Path(own)] if own else []
+    content = b"".join(path.read_bytes() for path in paths)
+    return hashlib.sha256(content).hexdigest()[:12] if paths else "none"
+
+
 def versions() -> dict[str, str]:
     import sparsefeat
 
@@ -170,6 +179,8 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    if torch.cuda.is_available():  # a measured table changes what runs: a user without it has other times
+        found["tuning"] = tuning_digest()
     return found
 
 

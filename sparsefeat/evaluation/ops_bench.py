@@ -38,8 +38,9 @@ LATENT_TILE = 1 << 15  # fp64 copies of encoder rows, a tile at a time: 200 MiB 
 
 # What an answer may differ from the fp64 reference by. Pre-activations: as a share of the row's largest (fp32: some
 # hundred times the rounding of a sum of 4096; half: one rounding of the output and of x - b_pre each). Outputs: relative.
-PREACTIVATION = {"float32": 2**-16, "bfloat16": 2**-6, "float16": 2**-9}
-OUTPUT = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
+PREACTIVATION = {"float64": 2**-40, "float32": 2**-16, "bfloat16": 2**-6, "float16": 2**-9}
+OUTPUT = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
+HALF = ("bfloat16", "float16")
 # Gradients of a step, relative, fp32: a latent that changes places with its tie is one term of rows * k.
 GRADIENT = 1e-2
 # In half precision every second row has such a tie: direction and length are compared instead.
@@ -135,10 +136,11 @@ def sae_case(
     W_enc = unit_rows()
     W_enc[dead] *= dead_norm
     small = [(0.1 * normal(size)).to(torch_dtype(dtype)) for size in (n_latents, d_model)]
+    values = normal(rows, k).abs_().add_(0.1).to(torch.float64 if dtype == "float64" else torch.float32)
     return SAECase(
         normal(rows, d_model).to(torch_dtype(dtype)), W_enc.to(torch_dtype(dtype)), small[0],
         unit_rows().to(torch_dtype(dtype)), small[1], k,
-        normal(rows, k).abs_().add_(0.1), indices.int(), dead, dtype,
+        values, indices.int(), dead, dtype,
     )  # fmt: skip
 
 
@@ -210,7 +212,7 @@ def training_fault(case: SAECase, answer: Mapping[str, Any]) -> str:
         "W_enc": (answer["W_enc"][live], reference["W_enc"][live]),
         "b_enc": (answer["b_enc"][live], reference["b_enc"][live]),
     }
-    half = case.dtype != "float32"
+    half = case.dtype in HALF
     if abs(float(answer["loss"]) / float(reference["loss"]) - 1) > (0.02 if half else 1e-3):
         return f"the loss is {float(answer['loss']):.5f}, not {float(reference['loss']):.5f}"
     for name, (got, wanted) in pairs.items():
@@ -485,7 +487,7 @@ def _threshold(case: SAECase) -> float:
     return float(case.preactivations.topk(case.k).values[:, -1].mean())
 
 
-def _threshold_inputs(case: SAECase) -> tuple[SAECase, Tensor]:
+def threshold_inputs(case: SAECase) -> tuple[SAECase, Tensor]:
     return case, torch.tensor(_threshold(case), device=case.x.device, dtype=case.x.dtype)
 
 
@@ -509,7 +511,7 @@ def _threshold_dense_rows(state: tuple[SAECase, Tensor], answer: tuple[Tensor, T
 
 
 def threshold_fault(case: SAECase, answer: Tensor) -> str:
-    a, threshold = case.preactivations, float(_threshold_inputs(case)[1])
+    a, threshold = case.preactivations, float(threshold_inputs(case)[1])
     tolerance = PREACTIVATION[case.dtype] * a.abs().amax(1, keepdim=True)
     wanted = torch.where(a > threshold, a, 0)
     undecided = (a - threshold).abs() <= tolerance
@@ -521,9 +523,9 @@ def threshold_fault(case: SAECase, answer: Tensor) -> str:
 
 def _threshold_providers() -> list[Provider]:
     return [
-        Provider(OURS, _our_threshold, _threshold_inputs, _threshold_dense_rows),
+        Provider(OURS, _our_threshold, threshold_inputs, _threshold_dense_rows),
         PRODUCT,
-        Provider(DENSE, _dense_threshold, _threshold_inputs, lambda state, z: z[state[0].rows]),
+        Provider(DENSE, _dense_threshold, threshold_inputs, lambda state, z: z[state[0].rows]),
     ]
 
 

@@ -1,0 +1,366 @@
+"""What is wrong with an op's answer, against fp64: "" if nothing is. By Triton, or by plain torch, on whatever device there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import sparsefeat_kernels as kernels
+import torch
+from sparsefeat_kernels.attention.map import reference as map_reference
+from sparsefeat_kernels.attention.rows import reference as rows_reference
+from sparsefeat_kernels.attention.rows import reference_column_sums
+from sparsefeat_kernels.attention.tap import reference as tap_reference
+from sparsefeat_kernels.decode.auxk_decode import reference as auxk_reference
+from sparsefeat_kernels.decode.sparse_edit import reference as edit_reference
+from sparsefeat_kernels.encode.gpu.candidates import default_blocks, topk_candidates_triton
+from sparsefeat_kernels.gradient.weight_gradient import reference as gradient_reference
+from torch import Tensor
+
+from bench import prototypes
+from sparsefeat.evaluation import ops_bench
+from sparsefeat.evaluation.measure import OURS
+from sparsefeat.evaluation.ops_bench import HALF, SAECase, code_fault, output_fault, sae_case
+
+Shape = Mapping[str, int]
+UNPROVED = 0.02  # of a prototype's rows, or one, which it does not compute again
+WIDE = {"float64": torch.float64}  # of sums and values; float32 for all others
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def by_triton(run: Callable[[], Any], wanted: bool = True) -> Any:
+    """`run` with the op's Triton kernels, or by plain torch, whatever is the default on this device."""
+    with kernels.force_triton(wanted):
+        return run()
+
+
+def figure_fault(op: str, shape: Shape, dtype: str, triton: bool) -> str:
+    """What is wrong with our answer of one figure."""
+    figure = ops_bench.build(op, shape, dtype, device())
+    provider = next(p for p in figure.providers if p.name == OURS)
+    with torch.set_grad_enabled(figure.gradients):
+        inputs = figure.inputs(0)
+        state = provider.prepare(inputs)
+        answer = by_triton(lambda: provider.canonical(state, provider.run(state)), triton)
+        return (provider.check or figure.check)(inputs, answer)
+
+
+def case_of(shape: Shape, dtype: str, seed: int = 1) -> SAECase:
+    return sae_case(**shape, dtype=dtype, device=device(), seed=seed)
+
+
+def double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def worst(answers: Any, references: Any, dtype: str) -> str:
+    answers = (answers,) if isinstance(answers, Tensor) else answers
+    references = (references,) if isinstance(references, Tensor) else references
+    for place, (answer, reference) in enumerate(zip(answers, references, strict=True)):
+        if fault := output_fault(answer, reference, dtype):
+            return f"output {place}: {fault}"
+    return ""
+
+
+def candidates(case: SAECase, kept: int | None = None) -> tuple[Tensor, Tensor]:
+    """topk_encode by design B, whatever a tuning table says. kept = 1: a third of the rows at SAeUron's shape then have no
+    certificate and are computed again."""
+    blocks = default_blocks(len(case.W_enc), case.k, case.x.dtype)
+    if blocks is None:
+        raise ValueError(f"design B does not run at {tuple(case.W_enc.shape)}, k = {case.k}; take another shape")
+    blocks = blocks if kept is None else replace(blocks, KEPT=kept)
+    return topk_candidates_triton(case.x, case.W_enc, case.b_enc, case.b, case.k, "relu", blocks)
+
+
+def design(sizes: Shape, dtype: str, kept: int | None = None) -> str:
+    case = case_of(sizes, dtype)
+    return code_fault(case, candidates(case, kept))
+
+
+def prefiltered(case: SAECase) -> tuple[Tensor, Tensor]:
+    """topk_encode of float32 through the bf16 product, of prepared weights; every third row is infinite, cannot be proved
+    and is computed plainly."""
+    x = case.x.clone()
+    x[::3, 0] = torch.inf
+    prepared = kernels.prepare_encoder(case.W_enc, case.b_enc)
+    return kernels.topk_encode(x, case.W_enc, case.b_enc, case.b, case.k, prepared=prepared)
+
+
+def prefilter_fault(sizes: Shape) -> str:
+    case = case_of(sizes, "float32")
+    values, indices = by_triton(lambda: prefiltered(case))
+    unproved = torch.arange(len(case.x), device=case.x.device) % 3 == 0
+    if values[unproved].isfinite().all(1).any():
+        return "a row with an infinity has finite values"
+    case.__dict__["rows"] = case.rows[~unproved[case.rows]]
+    return code_fault(case, (values, indices))
+
+
+def selection(sizes: Shape, dtype: str, how: str, triton: bool) -> str:
+    case = case_of(sizes, dtype)
+    weights = (case.W_enc, case.b_enc, case.b, case.k, how)
+    values, indices = by_triton(lambda: kernels.topk_encode(case.x, *weights), triton)
+    values, indices, a = values[case.rows].double(), indices[case.rows].long(), case.preactivations
+    tolerance = ops_bench.PREACTIVATION[dtype] * a.abs().amax(1, keepdim=True)
+    chosen, score = a.gather(1, indices), a.abs() if how == "signed" else a
+    if ((chosen - values).abs() > tolerance).any():
+        return "a value is wrong"
+    left_out = score.scatter(1, indices, -torch.inf).amax(1, keepdim=True)
+    wrong = left_out - score.gather(1, indices).amin(1, keepdim=True) > tolerance
+    return "a latent was missed" if wrong.any() else ""
+
+
+def not_finite(sizes: Shape, dtype: str, triton: bool) -> str:
+    """A row with NaN is NaN and has the indices 0 to k - 1; no other row is touched by it."""
+    case = case_of(sizes, dtype)
+    weights = (case.W_enc, case.b_enc, case.b, case.k)
+    clean = by_triton(lambda: kernels.topk_encode(case.x, *weights), triton)
+    x = case.x.clone()
+    x[len(x) // 2, 1] = torch.nan
+    values, indices = by_triton(lambda: kernels.topk_encode(x, *weights), triton)
+    broken = torch.arange(len(x), device=x.device) == len(x) // 2
+    if not values[broken].isnan().all() or indices[broken].flatten().tolist() != list(range(case.k)):
+        return "a row with NaN is not NaN in all k values"
+    same = torch.equal(values[~broken], clean[0][~broken]) and torch.equal(indices[~broken], clean[1][~broken])
+    return "" if same else "NaN in one row changed another"
+
+
+def threshold_csr(sizes: Shape, dtype: str, triton: bool) -> str:
+    """The code, and the gradients of what threshold_encode and threshold_encode_csr have in common."""
+    case = case_of(sizes, dtype)
+    threshold = ops_bench.threshold_inputs(case)[1]
+    n, most = len(case.W_enc), min(8 * case.k, len(case.W_enc))
+    row = torch.arange(len(case.x), device=case.x.device)
+
+    def dense(values: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+        return values.new_zeros(len(case.x), n).index_put((rows, indices.long()), values, accumulate=True)
+
+    def padded(x: Tensor, W_enc: Tensor, b_enc: Tensor, b: Tensor) -> Tensor:
+        values, indices, _ = kernels.threshold_encode(x, W_enc, b_enc, b, threshold, most)
+        return dense(values.flatten(), indices.flatten(), row.repeat_interleave(most))
+
+    def listed(x: Tensor, W_enc: Tensor, b_enc: Tensor, b: Tensor) -> Tensor:
+        values, indices, offsets = kernels.threshold_encode_csr(x, W_enc, b_enc, b, threshold)
+        return dense(values, indices, row.repeat_interleave(offsets.diff()))
+
+    def exact(x: Tensor, W_enc: Tensor, b_enc: Tensor, b: Tensor) -> Tensor:
+        a = (x - b) @ W_enc.T + b_enc
+        return torch.where(a > threshold.double().clamp_min(0), a, 0)
+
+    def of(encode: Callable[..., Tensor], wide: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        tensors = [double(t) if wide else t for t in (case.x, case.W_enc, case.b_enc, case.b)]
+        learned = [t.detach().requires_grad_() for t in tensors]
+        z = encode(*learned)
+        return z.detach(), torch.autograd.grad((z * z.detach()).sum(), learned)
+
+    with torch.enable_grad():
+        wanted = of(exact, wide=True)[1]
+        for name, encode in (("threshold_encode", padded), ("threshold_encode_csr", listed)):
+            z, found = by_triton(partial(of, encode, wide=False), triton)
+            if fault := ops_bench.threshold_fault(case, z[case.rows]) or far_gradients(found, wanted, dtype):
+                return f"{name}: {fault}"
+    return ""
+
+
+def auxk(sizes: Shape, dtype: str, triton: bool) -> str:
+    case = case_of(sizes, dtype)
+    k_aux = max(1, len(case.dead) // 3)
+    weights = (case.W_enc, case.b_enc, case.b, case.k, case.dead, k_aux)
+    *code, aux_values, aux_indices = by_triton(lambda: kernels.auxk_encode(case.x, *weights), triton)
+    if fault := code_fault(case, tuple(code)):
+        return fault
+    place = torch.searchsorted(case.dead, aux_indices.long())
+    if not torch.equal(case.dead[place.clamp(max=len(case.dead) - 1)], aux_indices.long()):
+        return "a latent of the auxiliary code is not dead"
+    among = replace(case, W_enc=case.W_enc[case.dead], b_enc=case.b_enc[case.dead], k=k_aux)
+    return code_fault(among, (aux_values, place))
+
+
+def aux_code(case: SAECase) -> tuple[Tensor, Tensor]:
+    """Of as many dead latents as a training step has, a row."""
+    g = torch.Generator(case.x.device).manual_seed(3)
+    k_aux = max(1, len(case.dead) // 4)
+    chosen = torch.rand(len(case.x), len(case.dead), generator=g, device=case.x.device).argsort(1)[:, :k_aux]
+    values = torch.rand(chosen.shape, generator=g, device=case.x.device, dtype=case.values.dtype)
+    return values, case.dead[chosen].int()
+
+
+def aux_decode(sizes: Shape, dtype: str, triton: bool) -> str:
+    case = case_of(sizes, dtype)
+    inputs = (case.values, case.indices, *aux_code(case), case.dead, case.W_dec, case.b)
+    answer = by_triton(lambda: kernels.auxk_decode(*inputs), triton)
+    return worst(answer, auxk_reference(*map(double, inputs)), dtype)
+
+
+def aux_gradient(sizes: Shape, dtype: str, triton: bool) -> str:
+    case, n = case_of(sizes, dtype), sizes["n_latents"]
+    aux_values, aux_indices = aux_code(case)
+    inputs = (case.values, case.indices, case.x, aux_values, aux_indices, None, case.dead, case.b, n)
+    weight, bias = by_triton(lambda: kernels.auxk_weight_gradient(*inputs), triton)
+    x, b = case.x.double(), case.b.double()
+    parts = [
+        gradient_reference(v.double(), i, x, b, n) for v, i in ((case.values, case.indices), (aux_values, aux_indices))
+    ]
+    return worst((weight, bias), tuple(sum(pair) for pair in zip(*parts, strict=True)), dtype)
+
+
+def gradients(sizes: Shape, dtype: str, triton: bool) -> str:
+    """Of encode and decode, by every tensor that learns, against autograd of the dense computation in fp64."""
+    case = case_of(sizes, dtype)
+    towards = torch.randn(case.x.shape, generator=torch.Generator(case.x.device).manual_seed(5), device=case.x.device)
+
+    def of(encode: Any, decode: Any, wide: bool) -> tuple[Tensor, ...]:
+        tensors = [t.double() if wide else t for t in (case.x, case.W_enc, case.b_enc, case.b, case.W_dec)]
+        x, W_enc, b_enc, b, W_dec = (t.detach().requires_grad_() for t in tensors)
+        y = decode(*encode(x, W_enc, b_enc, b, case.k), W_dec, b)
+        return torch.autograd.grad((y * towards.to(y.dtype)).sum(), (x, W_enc, b_enc, b, W_dec))
+
+    with torch.enable_grad():
+        wanted = of(dense_code, dense_decode, wide=True)
+        found = by_triton(lambda: of(kernels.topk_encode, kernels.sparse_decode, wide=False), triton)
+    return far_gradients(found, wanted, dtype)
+
+
+def far_gradients(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], dtype: str) -> str:
+    """By direction: a latent that changes places with its tie is a whole term."""
+    least = ops_bench.COSINE if dtype in HALF else 1 - 1e-4
+    for place, (got, exact) in enumerate(zip(found, wanted, strict=True)):
+        cosine = float(torch.nn.functional.cosine_similarity(got.double().flatten(), exact.flatten(), dim=0))
+        if not cosine >= least:
+            return f"gradient {place} has cosine {cosine:.5f}"
+    return ""
+
+
+def dense_code(x: Tensor, W_enc: Tensor, b_enc: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, indices = ((x - b) @ W_enc.T + b_enc).topk(k)
+    return values.relu(), indices
+
+
+def dense_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b: Tensor) -> Tensor:
+    return values.new_zeros(len(values), len(W_dec)).scatter(1, indices, values) @ W_dec + b
+
+
+def edit_rules(case: SAECase) -> tuple[Tensor, ...]:
+    """Eight latents of the first row: gains, offsets, bounds and gates that bind on some rows and not on others."""
+    latents = case.indices[0, :8].long().repeat(3)[:8]
+    at = torch.arange(8, device=case.x.device, dtype=torch.float32)
+    rule = (at - 3, 0.1 * at, torch.full_like(at, -1.0), torch.full_like(at, 2.0), 0.3 * at - 0.5)
+    weight = torch.linspace(0, 1, len(case.x), device=case.x.device)
+    return latents, case.W_dec[latents], *rule, weight
+
+
+def edit(sizes: Shape, dtype: str, triton: bool) -> str:
+    """The edit, and the gradients of values and directions."""
+    case = case_of(sizes, dtype)
+    rules = edit_rules(case)
+
+    def of(call: Any, wide: bool) -> tuple[Tensor, ...]:
+        values, indices, *rest = (double(t) if wide else t for t in (case.values, case.indices, *rules))
+        values, rest[1] = values.detach().requires_grad_(), rest[1].detach().requires_grad_()
+        delta = call(values, indices, *rest)
+        return (delta.detach(), *torch.autograd.grad(delta.square().sum(), (values, rest[1])))
+
+    with torch.enable_grad():
+        return worst(by_triton(lambda: of(kernels.sparse_edit_delta, False), triton), of(edit_reference, True), dtype)
+
+
+def by_latent(sizes: Shape, _: str, triton: bool) -> str:
+    """The order by latent against torch's stable sort; every seventh entry is padding."""
+    case, n = case_of(sizes, "float32"), sizes["n_latents"]
+    values = case.values.clone()
+    values.view(-1)[::7] = 0
+    row_ids, order, offsets = by_triton(lambda: kernels.latent_major(case.indices, values, n), triton)
+    keys = torch.where(values != 0, case.indices.long(), n).flatten()
+    wanted = keys.sort(stable=True)
+    counts = torch.bincount(keys, minlength=n + 1)[:n].cumsum(0)
+    owned = int(counts[-1])
+    right = torch.equal(offsets[1:], counts) and torch.equal(order[:owned], wanted.indices[:owned])
+    right = right and torch.equal(row_ids[:owned], wanted.indices[:owned] // values.shape[1])
+    return "" if right else "entries are not in the order of their latents, then rows"
+
+
+def heads_of(shape: tuple[int, ...], dtype: str) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, key_heads, n, t, d = shape
+    g = torch.Generator(device()).manual_seed(2)
+
+    def normal(length: int, of: int) -> Tensor:
+        made = torch.randn(batch, length, of, d, generator=g, device=device())
+        return made.to(getattr(torch, dtype)).transpose(1, 2)  # as modules have it: heads side by side
+
+    return normal(n, heads), normal(t, key_heads), normal(t, key_heads)
+
+
+def map_options(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A mask that leaves every row a key, weights of heads, groups of which one is passed over, and tokens."""
+    batch, heads, _, _, t, _ = shape
+    mask = torch.rand(batch, t, generator=torch.Generator().manual_seed(4)) < 0.8
+    mask[:, 0] = True
+    group = torch.arange(batch)
+    group[-1] = -1
+    made = mask, torch.linspace(0.1, 1, heads), group, torch.tensor([0, t - 1, t // 2])
+    mask, weight, group, tokens = (tensor.to(device()) for tensor in made)
+    return mask, weight, group, tokens
+
+
+def maps(shape: tuple[int, ...], dtype: str, triton: bool) -> str:
+    query, key, value = heads_of(shape, dtype)
+    mask, weight, group, tokens = map_options(shape)
+    started = torch.ones(shape[0], shape[3], len(tokens), device=device(), dtype=WIDE.get(dtype, torch.float32))
+    alone, fused = started.clone(), started.clone()
+    options = (None, mask, weight, group, tokens)
+    by_triton(lambda: kernels.attention_map_(alone, query, key, *options), triton)
+    out = by_triton(lambda: kernels.attention_with_map_(fused, query, key, value, *options), triton)
+    scale = shape[-1] ** -0.5
+    q, k, v = (t.double() for t in (query, key, value))
+    wanted, wanted_out = map_reference(started.double(), q, k, v, scale, mask, weight.double(), group, tokens)
+    return worst((alone, fused, out), (wanted, wanted, wanted_out), dtype)
+
+
+def rows(shape: tuple[int, ...], dtype: str, triton: bool) -> str:
+    """attention_rows, and with its log-sum-exp attention_tap_ and attention_column_sums_."""
+    query, key, _ = heads_of(shape, dtype)
+    mask, weight, group, _ = map_options(shape)
+    marked = torch.arange(shape[4], device=device()) < 3
+    scale, wide = shape[-1] ** -0.5, WIDE.get(dtype, torch.float32)
+    answer = by_triton(lambda: kernels.attention_rows(query, key, None, mask, marked), triton)
+    wanted = rows_reference(query.double(), key.double(), scale, mask, marked)
+    if fault := worst(answer, wanted, dtype):
+        return f"attention_rows: {fault}"
+    lse = wanted[0].to(wide)
+    tapped = torch.zeros(shape[0], shape[3], shape[4], device=device(), dtype=wide)
+    sums = torch.zeros(shape[0], shape[4], device=device(), dtype=wide)
+    by_triton(lambda: kernels.attention_tap_(tapped, query, key, lse, None, mask, weight, group), triton)
+    by_triton(lambda: kernels.attention_column_sums_(sums, query, key, lse, None, mask, weight, group), triton)
+    common = (query.double(), key.double(), lse.double(), scale, mask, weight.double(), group)
+    tap = tap_reference(torch.zeros_like(tapped).double(), *common)
+    columns = reference_column_sums(torch.zeros_like(sums).double(), *common)
+    return worst((tapped, sums), (tap, columns), dtype)
+
+
+def proved_fault(case: SAECase, answer: tuple[Tensor, Tensor, Tensor]) -> str:
+    """Of the rows that are proved, of which there must be nearly all."""
+    values, indices, proved = answer
+    if (unproved := int((~proved).sum())) > max(1, UNPROVED * len(proved)):
+        return f"{unproved} of {len(proved)} rows are not proved"
+    among = replace(case)
+    among.__dict__["rows"] = case.rows[proved[case.rows]]
+    return code_fault(among, (values, indices))
+
+
+def prototype(sizes: Shape, dtype: str, tile: prototypes.Tile) -> str:
+    case = case_of(sizes, dtype)
+    bias = case.b_enc.float() - case.W_enc.float() @ case.b.float()
+    values, indices, proved = prototypes.candidates_encode(case.x, case.W_enc, bias, case.k, tile)
+    return proved_fault(case, (values, indices, proved))
+
+
+def in_parts(sizes: Shape) -> str:
+    case = case_of(sizes, "float32")
+    bias = case.b_enc - case.W_enc @ case.b
+    answer = prototypes.product_in_parts(case.x, case.W_enc, bias, "bf16x6" if device() == "cuda" else "ieee")
+    return ops_bench.product_fault(case, answer)

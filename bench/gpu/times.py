@@ -1,0 +1,163 @@
+"""What the ops take on a GPU, beside cuBLAS, torch.topk and whatever other library is installed.
+
+`times(op)` has a step a shape: every program checked against fp64, then timed in turns by CUDA events, then ours also as
+replays of a CUDA graph, which leave out what the host does.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import sparsefeat_kernels as kernels
+import torch
+from sparsefeat_kernels.encode.gpu.scratch import topk_encode_triton
+from torch import Tensor
+
+from bench import prototypes
+from bench.gpu.checks import SMALLEST, TINY, TINY_ATTENTION
+from bench.gpu.children import Step
+from bench.gpu.faults import by_triton, candidates, device, proved_fault
+from bench.measure import OURS, Ceilings, Figure, build, measure, measure_ceilings
+from bench.peers import compiled
+from bench.shapes import CROSS, sae_shape
+from sparsefeat.evaluation.measure import DENSE, Provider
+from sparsefeat.evaluation.ops_bench import SAECase, product_fault
+
+SHAPES = ("SAeUron", "768 wide", "FLUX")
+ATTENTION_SHAPES = ("SD 1.5, 64 x 64", "SDXL, 32 x 32", "SD 1.5, 16 x 16")
+ROWS = 4096
+ROUNDS_S = 0.25
+REPLAYS = 20
+PLAIN = f"{OURS}, plain torch"
+
+
+def by(figure: Figure, name: str, triton: bool) -> Provider:
+    """Our provider, by Triton's kernels or by plain torch."""
+    ours = next(p for p in figure.providers if p.name == OURS)
+    return replace(ours, name=name, run=lambda state: by_triton(lambda: ours.run(state), triton))
+
+
+def weights(case: SAECase) -> tuple[Tensor, Tensor, Tensor]:
+    return case.W_enc, case.b_enc, case.b
+
+
+def with_bias(case: SAECase) -> tuple[SAECase, Tensor]:
+    """The bias is of the weights alone, and so is not timed."""
+    return case, case.b_enc.float() - case.W_enc.float() @ case.b.float()
+
+
+def prototype(tile: prototypes.Tile) -> Provider:
+    return Provider(
+        f"{OURS}, prototype {tile.BLOCK_LATENTS} wide",
+        lambda state: prototypes.candidates_encode(state[0].x, state[0].W_enc, state[1], state[0].k, tile),
+        with_bias,
+        check=proved_fault,
+        note="not in the package; at most 2 % of rows are not proved, and these are not computed again",
+    )
+
+
+def in_parts() -> Provider:
+    precision = "bf16x6" if device() == "cuda" else "ieee"  # the interpreter knows no other
+    return Provider(
+        f"{OURS}, prototype product in parts",
+        lambda state: prototypes.product_in_parts(state[0].x, state[0].W_enc, state[1], precision),
+        with_bias,
+        check=product_fault,
+        note="not in the package; the product alone, in three bf16 parts a factor",
+    )
+
+
+def encode_providers(figure: Figure) -> list[Provider]:
+    ours = [
+        Provider(f"{OURS}, design A", lambda c: topk_encode_triton(c.x, *weights(c), c.k, "relu")),
+        Provider(f"{OURS}, design B", candidates),
+        by(figure, PLAIN, triton=False),
+    ]
+    if figure.dtype == "float32" and device() == "cuda":
+        return [*ours[:2], in_parts(), ours[2]]
+    return [*ours[:2], prototype(prototypes.LARGE), prototype(prototypes.SMALL), ours[2]]
+
+
+def op_providers(figure: Figure) -> list[Provider]:
+    return [by(figure, f"{OURS}, Triton", triton=True), by(figure, PLAIN, triton=False)]
+
+
+# Every op that is timed, the most wanted first.
+OPS: Mapping[str, Callable[[Figure], list[Provider]]] = {
+    "topk_encode": encode_providers,
+    "attention_map": op_providers,
+    "threshold_encode": op_providers,
+    "sparse_decode": op_providers,
+    "training_step": op_providers,
+}
+
+
+def graph_ms(figure: Figure, provider: Provider) -> float:
+    """Milliseconds of a replay of one captured call. Raises where it cannot be captured."""
+    state = provider.prepare(figure.inputs(0))
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        provider.run(state)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        provider.run(state)
+    times = []
+    for _ in range(REPLAYS):
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        graph.replay()
+        last.record()
+        last.synchronize()
+        times.append(first.elapsed_time(last))
+    return statistics.median(times)
+
+
+def timed(op: str, shape: Mapping[str, int], dtype: str) -> dict[str, Any]:
+    """Records of every program; `fault` names ours that are not right."""
+    figure = build(op, shape, dtype, device())
+    others = [p for p in figure.providers if not p.name.startswith(OURS) and p.name not in (compiled.NAME, DENSE)]
+    if op in ("attention_map", "threshold_encode"):  # whose only other is dense PyTorch
+        others = [p for p in figure.providers if not p.name.startswith(OURS)]
+    figure = replace(figure, providers=(*OPS[op](figure), *others))
+    cuda = device() == "cuda"
+    ceilings: Ceilings = measure_ceilings("cuda") if cuda else measure_ceilings("cpu", 64, 1 << 20)
+    records = measure(figure, ceilings, ROUNDS_S if cuda else 0.0, min_rounds=3 if cuda else 1, peaks=cuda)
+    for record, provider in zip(records, figure.providers, strict=True):
+        if cuda and record["checked"] and provider.name.startswith(OURS) and not figure.gradients:
+            try:
+                record["graph_ms"] = graph_ms(figure, provider)
+            except (
+                Exception
+            ) as error:  # what waits for the device cannot be captured: that is said, and the rest goes on
+                record["graph_ms"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    wrong = [f"{r['provider']}: {r['fault']}" for r in records if not r["checked"] and r["provider"].startswith(OURS)]
+    return {"fault": "; ".join(wrong), "records": records}
+
+
+def wanted(op: str, rehearse: bool) -> Mapping[str, tuple[Mapping[str, int], str]]:
+    """Shape and dtype of every step."""
+    if rehearse:
+        shape = {"attention_map": TINY_ATTENTION, "training_step": SMALLEST}.get(op, TINY)
+        return {"tiny, float32": (shape, "float32")}
+    if op == "attention_map":
+        return {f"{name}, bfloat16": (CROSS[name], "bfloat16") for name in ATTENTION_SHAPES}
+    found: dict[str, tuple[Mapping[str, int], str]] = {
+        f"{name}, bfloat16": (sae_shape(name, ROWS), "bfloat16") for name in SHAPES
+    }
+    if op == "topk_encode":
+        found["SAeUron, float32"] = (sae_shape("SAeUron", ROWS), "float32")
+        found["SAeUron, 256 rows, bfloat16"] = (sae_shape("SAeUron", 256), "bfloat16")
+    return found
+
+
+def times(op: str, rehearse: bool = False) -> list[Step]:
+    def step(name: str, shape: Mapping[str, int], dtype: str) -> Step:
+        return Step(name, lambda: timed(op, shape, dtype))
+
+    kernels.release_gradient_memory()
+    return [step(name, *what) for name, what in wanted(op, rehearse).items()]

@@ -1,0 +1,150 @@
+"""`bench.gpu smoke`, rehearsed: whatever one op does, every other one is reported, by name."""
+
+import json
+import re
+import time
+
+import pytest
+import torch
+from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
+
+from bench.gpu import checks, children, smoke, times
+from bench.gpu.__main__ import main
+from bench.gpu.children import Job, Step
+from tests.bench.broken_op import BROKEN
+
+pytestmark = pytest.mark.skipif(not TRITON_AVAILABLE, reason="Triton is not installed")
+GOOD = ("auxk_decode",)
+# Ops that the checks of another one run.
+WITHIN = {
+    "attention_column_sums": "attention_rows",
+    "attention_with_map": "attention_map",
+    "auxk_decode_grad_values": "gradients",
+    "sparse_decode_grad_values": "gradients",
+    "sparse_edit_grad_directions": "sparse_edit_delta",
+    "sparse_edit_grad_values": "sparse_edit_delta",
+    "threshold_encode_csr_grad_weights": "threshold_encode_csr",
+    "threshold_encode_csr_grad_x": "threshold_encode_csr",
+    "topk_encode_prefiltered": "topk_encode, prefiltered",
+}
+
+
+def kept(folder):
+    return json.loads((folder / "smoke.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """What a rehearsal leaves in which one op answers wrongly, one raises, one hangs and one aborts; and what it printed."""
+    folder = tmp_path_factory.mktemp("smoke")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(smoke, "CHECK_S", 12.0)  # a step of a good op takes some seconds on a busy machine
+    patch.setattr(smoke.checks, "CHECKS", {name: checks.CHECKS[name] for name in (*BROKEN, *GOOD)})
+    patch.setattr(smoke.times, "OPS", {})
+    passed = smoke.smoke(folder, 300.0, rehearse=True, tables=smoke.Tables("tests.bench.broken_op:checks"))
+    patch.undo()
+    return folder, passed
+
+
+def test_each_way_to_fail_is_named_and_the_good_op_passes(broken):
+    folder, passed = broken
+    assert not passed
+    summary = kept(folder)["summary"]
+    assert set(summary) == {*BROKEN, *GOOD}
+    assert summary["auxk_decode"] == "passed"
+    assert re.match(r"failed at tiny, float32: the answer is [0-9.]+ tolerances off$", summary["feature_stats"])
+    assert "RuntimeError: an illegal memory access" in summary["latent_major"]
+    assert "hung: nothing after 12 s" in summary["sparse_edit"]
+    assert "ended by SIGABRT" in summary["sparse_decode"]
+
+
+def test_the_steps_after_the_one_that_ended_the_process_are_run_in_another(broken):
+    folder, _ = broken
+    found = kept(folder)["checks"]
+    for name in (*BROKEN, *GOOD):
+        assert list(found[name]) == [step.name for step in checks.checks(name, True)]
+    for name in BROKEN:
+        assert [bool(step["fault"]) for step in found[name].values()] == [True, *[False] * (len(found[name]) - 1)]
+
+
+def test_what_a_process_said_last_is_on_the_log(broken):
+    folder, _ = broken
+    log = (folder / "smoke.log").read_text()
+    assert "in hangs" in log
+    assert "######## latent_major" in log
+
+
+def test_the_file_is_whole_after_every_step(tmp_path, monkeypatch):
+    seen = []
+
+    def run_job(job, deadline, told, child=None):
+        for step in job.steps:
+            told(job.name, step, {"fault": "", "seconds": 0.1})
+            content = kept(tmp_path)
+            seen.append((job.name, step in content["checks"][job.name], content["summary"][job.name]))
+
+    monkeypatch.setattr(smoke, "run_job", run_job)
+    monkeypatch.setattr(smoke, "in_turn", lambda *_: None)
+    monkeypatch.setattr(smoke.checks, "CHECKS", {"sparse_decode": checks.CHECKS["sparse_decode"]})
+    assert smoke.smoke(tmp_path, 100.0, ["sparse_decode"], rehearse=True)
+    assert all(there for _, there, _ in seen)
+    assert seen[0][2] == "3 of 4 steps not reached"
+    assert seen[-1][2] == "passed"
+
+
+def test_an_op_that_was_not_reached_has_not_passed():
+    assert (
+        smoke.verdict({"a": {"fault": ""}, "b": {"fault": "not reached: no time was left"}})
+        == "1 of 2 steps not reached"
+    )
+    assert smoke.verdict({"a": {"fault": ""}}) == "passed"
+    assert smoke.verdict({"a": {"fault": "x"}, "b": {"fault": "y"}}) == "failed at a: x (and 1 more)"
+
+
+def test_every_op_of_the_package_is_checked_by_both_ways_at_published_and_odd_shapes():
+    for op in torch.ops.sparsefeat:
+        name = op.removesuffix("_")
+        assert WITHIN.get(name, name) in checks.CHECKS, op
+    for name, make in checks.CHECKS.items():
+        steps = [label for label, _ in make(name, False)]
+        assert len(steps) == len(set(steps)), name
+        if name.startswith("topk_encode, "):
+            continue
+        assert any("plain torch" in label for label in steps), name
+        assert any("odd" in label for label in steps), name
+
+
+def test_times_are_of_ours_both_ways_beside_the_product_and_topk():
+    figure = times.build("topk_encode", times.TINY, "float32", "cpu")
+    ours = [provider.name for provider in times.encode_providers(figure)]
+    assert [name.removeprefix("sparsefeat, ") for name in ours] == [
+        "design A", "design B", "prototype 256 wide", "prototype 128 wide", "plain torch",
+    ]  # fmt: skip
+    shapes = times.wanted("topk_encode", False)
+    assert {"SAeUron, bfloat16", "768 wide, bfloat16", "FLUX, bfloat16"} <= set(shapes)
+
+
+def test_a_step_that_answers_well_after_one_that_raised(tmp_path):
+    told = {}
+    job = Job("job", "tests.bench.test_smoke:steps", ("raises", "answers"), 20.0, {}, {}, str(tmp_path / "log"))
+    children.run_job(job, time.monotonic() + 60, lambda op, step, result: told.setdefault(step, result["fault"]))
+    assert told == {"raises": "raised ValueError: no", "answers": ""}
+
+
+def steps(name):
+    def raises():
+        raise ValueError("no")
+
+    return [Step("raises", raises), Step("answers", lambda: {"fault": ""})]
+
+
+def test_where_no_folder_is_given_the_variable_says_it(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(smoke, "smoke", lambda out, *rest: asked.append((out, rest)) or True)
+    monkeypatch.setenv("OUT", str(tmp_path / "here"))
+    main(["smoke"])
+    assert asked[0][0] == tmp_path / "here"
+    assert asked[0][1][-1] is (not torch.cuda.is_available())
+    monkeypatch.delenv("OUT")
+    with pytest.raises(SystemExit):
+        main(["smoke"])
