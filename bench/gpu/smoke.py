@@ -137,7 +137,7 @@ def smoke(
     kept = Kept(record, checked)
     end = time.monotonic() + record.left
     deadline = min(end, time.monotonic() + CHECKS_S / BUDGET_S * budget) if timed else end
-    workers = max(1, min(WORKERS, (os.cpu_count() or 2) - 2))
+    workers = max(2, min(WORKERS, (os.cpu_count() or 2) - 2))
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(lambda job: run_job(job, deadline, kept.told("checks")), checked))
         record.keep("checks took", round(budget - record.left, 1))

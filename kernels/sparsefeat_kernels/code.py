@@ -104,7 +104,8 @@ class SparseCode:
 
 def selected_values(values: Tensor, indices: Tensor, row_ids: Tensor, rows: int, latents: Tensor) -> Tensor:
     """[rows, F] values of `latents` in a code given by its entries. A latent asked for twice is answered twice."""
-    wanted, slot_of_request = torch.unique(latents.long(), return_inverse=True)
+    # A latent asked for twice has two slots, of which the first is filled: how many differ, nobody has to wait for.
+    wanted = latents.long().sort().values
     table = values.new_zeros(rows, wanted.shape[0])
     if table.numel() and values.numel():
         columns = indices.reshape(-1).long()
@@ -112,7 +113,7 @@ def selected_values(values: Tensor, indices: Tensor, row_ids: Tensor, rows: int,
         found = torch.where(wanted[slots] == columns, values.reshape(-1), 0)
         # Entries that are not asked for add 0 to some slot; at most one entry of a row adds more to any slot.
         table.index_put_((row_ids.reshape(-1), slots), found, accumulate=True)
-    return table[:, slot_of_request]
+    return table[:, torch.searchsorted(wanted, latents.long())]
 
 
 def _flatten(code: SparseCode) -> tuple[list[Any], int]:

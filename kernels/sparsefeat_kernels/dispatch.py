@@ -1,8 +1,9 @@
 """What the ops are called, which implementation of one runs, and the one place where Triton is imported.
 
-Triton is optional: without it, or for tensors that are not on a GPU, every op runs its torch implementation, called
-the CPU path because it is written for a CPU's caches. It is made of plain torch calls, so it is also what a GPU gets
-for float64, which has no kernel.
+Triton is optional: without it, or for tensors that are not on a GPU, every op runs its torch implementation, called the
+CPU path because it is written for a CPU's caches. It is made of plain torch calls in chunks of rows, so it is also what a
+GPU gets: for float64, which has no kernel, and of every op whose kernel has not been found right and faster on such a card
+(PROVEN), unless kernels are asked for (`force_triton`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -24,8 +25,10 @@ except ImportError:  # no Triton on this platform: the kernels below are never l
 
 __all__ = [
     "NAMESPACE",
+    "PROVEN",
     "TRITON_AVAILABLE",
     "backend",
+    "block_bytes",
     "force_triton",
     "implementation",
     "jit",
@@ -43,24 +46,40 @@ ops = getattr(torch.ops, NAMESPACE)
 TRITON_AVAILABLE = triton is not None
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_forced = os.environ.get("SPARSEFEAT_FORCE_TRITON", "0") not in ("", "0")
+# What no card has run is not the default on one. By backend and op: the record in bench/results with which
+# `python -m bench.gpu smoke` found the op's kernels right and faster than plain torch.
+PROVEN: Mapping[str, Mapping[str, str]] = {"cuda": {}, "hip": {}}
+# The largest block of a GPU's plain path: a CPU's caches are no reason there, and every block is some launches.
+GPU_BLOCK_BYTES = 8 << 20
+
+_asked: bool | None = True if os.environ.get("SPARSEFEAT_FORCE_TRITON", "0") not in ("", "0") else None
+_interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+# Numbers that change from call to call: a kernel that were made for their being 1, or divisible by 16, would be compiled
+# again in the middle of somebody's run.
+_UNSPECIALISED = ("batch", "groups", "k", "n_rules", "n_selected", "n_tokens", "rows", "segment_length", "tokens")
 
 
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit`, or the plain function where Triton is not installed."""
-    return triton.jit(function) if TRITON_AVAILABLE else function
+    return triton.jit(function, do_not_specialize=_UNSPECIALISED) if TRITON_AVAILABLE else function
 
 
-def implementation(x: torch.Tensor) -> Literal["cpu", "triton"]:
-    """The implementation that runs for inputs like `x`.
+def implementation(op: str, x: torch.Tensor) -> Literal["torch", "triton"]:
+    """The implementation of `op` ("topk_encode") that runs for inputs like `x`.
 
-    "triton" for float32, bfloat16 and float16 tensors on a CUDA or ROCm device; "cpu" for everything else. Under
-    `force_triton()`, or with SPARSEFEAT_FORCE_TRITON=1 in the environment at import, tensors on the CPU take the
-    Triton launchers too, which works when TRITON_INTERPRET=1 was set before triton was first imported.
+    "torch" for tensors on a CPU and for float64. On a CUDA or ROCm device "triton" where `PROVEN` has the op for it or
+    kernels were asked for, by `force_triton()` or with SPARSEFEAT_FORCE_TRITON=1 in the environment at import. With
+    TRITON_INTERPRET=1, asked for, also tensors on a CPU take the Triton launchers.
     """
-    if not TRITON_AVAILABLE or x.dtype not in KERNEL_DTYPES:
-        return "cpu"
-    return "triton" if x.is_cuda or _forced else "cpu"
+    if not TRITON_AVAILABLE or x.dtype not in KERNEL_DTYPES or not (x.is_cuda or _interpreted):
+        return "torch"
+    by_triton = (x.is_cuda and op in PROVEN[backend()]) if _asked is None else _asked
+    return "triton" if by_triton else "torch"
+
+
+def block_bytes(x: torch.Tensor, of_cpu: int) -> int:
+    """Bytes of what the torch implementation makes at a time: `of_cpu`, made for its caches, or GPU_BLOCK_BYTES."""
+    return of_cpu if x.device.type == "cpu" else max(of_cpu, GPU_BLOCK_BYTES)
 
 
 def register(
@@ -95,13 +114,14 @@ def backend() -> Literal["cuda", "hip"]:
 
 @contextlib.contextmanager
 def force_triton(enabled: bool = True) -> Iterator[None]:
-    """Inside the block, every op takes its Triton launcher whatever the device. For tests; not thread-safe."""
-    global _forced
-    before, _forced = _forced, enabled
+    """Inside the block, every op on a GPU runs its Triton kernels, or with `enabled` False plain torch, whatever the
+    default there. It holds for the whole process: gradients are computed in threads of torch's own."""
+    global _asked
+    before, _asked = _asked, enabled
     try:
         yield
     finally:
-        _forced = before
+        _asked = before
 
 
 def next_power_of_2(n: int) -> int:

@@ -102,7 +102,10 @@ def _feature_stats_cpu(
     # By latent, rows in order: whatever order index_add_ takes, each statistic is one contiguous run of one thread.
     keys, order = keys[counted].sort(stable=True)
     v = values.reshape(-1)[counted[order]]
-    sum.view(-1).index_add_(0, keys, v)
+    if sum.device.type == "cpu":
+        sum.view(-1).index_add_(0, keys, v)
+    else:  # where index_add_ adds in any order: this one sorts, and adds in order
+        sum.view(-1).index_put_((keys,), v, accumulate=True)
     count.view(-1).index_add_(0, keys, torch.ones_like(keys, dtype=torch.int32))
     maximum.view(-1).scatter_reduce_(0, keys, v, "amax")
 
@@ -235,7 +238,7 @@ def _feature_stats(sum: Tensor, count: Tensor, maximum: Tensor, values: Tensor, 
     _check(sum, count, maximum, values, indices, group)
     if values.numel() == 0 or sum.numel() == 0:
         return
-    run = _feature_stats_triton if implementation(sum) == "triton" else _feature_stats_cpu
+    run = _feature_stats_triton if implementation("feature_stats", sum) == "triton" else _feature_stats_cpu
     run(sum, count, maximum, values, indices, group)
 
 

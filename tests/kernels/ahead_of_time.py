@@ -4,7 +4,11 @@ since the interpreter and the compiler cannot share one.
 The launchers themselves run, on meta tensors; each kernel call is caught where Triton would launch it, and compiled with
 the specialisation Triton would have given it (divisibility by 16, ones as constants).
 
-    python ahead_of_time.py FOLDER ARCHITECTURE...    prints a JSON line a kernel: what it is and what it costs
+    python ahead_of_time.py FOLDER ARCHITECTURE    prints a JSON line a kernel: what it is and what it costs
+    python ahead_of_time.py again                  prints the kernels that are compiled again because the rows are others
+
+What is compiled: every kernel at the first shape; at the others what runs there without a tuning table; in fp32, where
+spills are asserted, what differs from bf16 by more than the width of its loads.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from sparsefeat_kernels.tuning import measure as tuning  # noqa: E402
 from sparsefeat_kernels.tuning import table as tuning_table  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -56,26 +61,29 @@ ATTENTION = (
     (2, 20, 1024, 112, 20, 300),
     (1, 24, 4096, 128, 24, 512),
 )
+# In fp32, where a head of 40, one of 160 and 512 keys are the extremes.
+WIDE_ATTENTION = (ATTENTION[0], ATTENTION[1], ATTENTION[-1])
 # The one head of a VAE: what a program keeps of a head must still fit. Compiled where shared memory is smallest.
 ONE_WIDE_HEAD = (1, 1, 4096, 512, 1, 300)
-# Every kernel at the first shape; at the others those whose configuration depends on the shape.
+# Of the other shapes: what depends on them, and runs there without a tuning table.
 SHAPED = (
+    "_threshold_encode_place_kernel",
+    "_threshold_encode_product_kernel",
+    "_topk_encode_product_kernel",
+    "_topk_encode_select_kernel",
+)
+# In fp32: products, whose tiles are others.
+PRODUCTS = (
     "_attention_column_kernel",
     "_attention_flash_kernel",
     "_attention_map_kernel",
     "_attention_rows_kernel",
     "_attention_tap_kernel",
-    "_threshold_encode_place_kernel",
     "_threshold_encode_product_kernel",
     "_topk_candidates_again_kernel",
-    "_topk_candidates_finish_kernel",
     "_topk_candidates_product_kernel",
-    "_topk_candidates_select_kernel",
     "_topk_encode_product_kernel",
-    "_topk_encode_select_kernel",
 )
-# Programs that do not depend on the dtype: compiled for bfloat16 only.
-SELECTIONS = ("_topk_candidates_finish_kernel", "_topk_candidates_select_kernel", "_topk_encode_select_kernel")
 # Where spills are asserted, also the configuration of fp32 (the kernels that only read wider values are left out).
 FULL = ("sm_80", "sm_90")
 ROWS = 128  # one chunk at every shape
@@ -112,7 +120,9 @@ def tuned_launches(architecture: str) -> Iterator[tuple[str, str, Any, dict[str,
             yield from ((f"{entry.d}/{entry.n_latents}/{entry.k}", entry.dtype, *call) for call in calls)
 
 
-def launches(shape: str, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]:
+def launches(
+    shape: str, dtype: torch.dtype, rows: int = ROWS, attention: tuple[tuple[int, ...], ...] = ATTENTION
+) -> list[tuple[Any, dict[str, Any]]]:
     """(kernel, arguments) of every call that the launchers make at this shape."""
     names = (
         "encode.gpu.scratch",
@@ -128,12 +138,12 @@ def launches(shape: str, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]
     )
     d, n, k = SHAPES[shape]
     with torch.device("meta"):
-        x, W = torch.empty(ROWS, d, dtype=dtype), torch.empty(n, d, dtype=dtype)
+        x, W = torch.empty(rows, d, dtype=dtype), torch.empty(n, d, dtype=dtype)
         b, c = torch.empty(n, dtype=dtype), torch.empty(d, dtype=dtype)
-        values, indices = torch.empty(ROWS, k), torch.empty(ROWS, k, dtype=torch.int32)
-        latents, rule, weight = torch.empty(8, dtype=torch.int64), (torch.empty(8),) * 5, torch.empty(ROWS)
+        values, indices = torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int32)
+        latents, rule, weight = torch.empty(8, dtype=torch.int64), (torch.empty(8),) * 5, torch.empty(rows)
         tables = torch.empty(4, n), torch.empty(4, n, dtype=torch.int32), torch.empty(4, n)
-        group = torch.empty(ROWS, dtype=torch.int32)
+        group = torch.empty(rows, dtype=torch.int32)
         with recorded() as calls:
             encode.topk_encode_triton(x, W, b, c, k, "relu")
             blocks = candidates.default_blocks(n, k, dtype)
@@ -144,7 +154,7 @@ def launches(shape: str, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]
             gradient._weight_gradient_triton(values, indices, x, c, n)
             edit._edit_triton(x, values, indices, latents, W[:8], rule, weight)
             stats._feature_stats_triton(*tables, values, indices, group)
-            attention_launches(dtype)
+            attention_launches(dtype, attention)
     return calls
 
 
@@ -160,7 +170,7 @@ def prefilter_launches(shape: str) -> list[tuple[Any, dict[str, Any]]]:
     return calls
 
 
-def attention_launches(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = ATTENTION) -> None:
+def attention_launches(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...]) -> None:
     """Every attention op at its shapes, as modules call them: heads side by side in memory."""
     maps_of, tap, rows = (
         importlib.import_module(f"sparsefeat_kernels.attention.{name}") for name in ("map", "tap", "rows")
@@ -192,7 +202,10 @@ def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[ASTSource, dict
     signature, constants, attributes = {}, {}, {}
     for position, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        if isinstance(value, TensorDescriptor):
+            inner = f"{TYPES[value.base.dtype][1:]}{list(value.block_shape)}"
+            signature[parameter.name] = f"tensordesc<{inner}>"
+        elif parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
             signature[parameter.name] = "constexpr"
             constants[(position,)] = value
         elif isinstance(value, torch.Tensor):
@@ -200,7 +213,7 @@ def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[ASTSource, dict
             attributes[(position,)] = [["tt.divisibility", 16]]  # torch's allocations are aligned
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(position,)] = [["tt.divisibility", 16]]
     options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), options
@@ -224,64 +237,78 @@ def evidence(compiled: Any, architecture: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-def main(folder: Path, architectures: list[str]) -> None:
-    for architecture in architectures:
-        dispatch_backend = "hip" if architecture == "gfx942" else "cuda"
-        for name in ("encode.product", "attention.map"):
-            importlib.import_module(f"sparsefeat_kernels.{name}").backend = lambda name=dispatch_backend: name
-        seen = set()
-        for shape in SHAPES if architecture in FULL else list(SHAPES)[:1]:
-            first = shape == next(iter(SHAPES))
-            for dtype in (torch.bfloat16, torch.float32) if first and architecture in FULL else (torch.bfloat16,):
-                for kernel, arguments in launches(shape, dtype):
-                    name = kernel.fn.__name__
-                    if name not in SHAPED and not (first and dtype == torch.bfloat16):
-                        continue
-                    if dtype == torch.float32 and name in SELECTIONS:
-                        continue
-                    source, options = specialised(kernel, arguments)
-                    key = f"{name} {source.signature} {source.constants} {source.attrs} {options}"
-                    if key in seen:
-                        continue
-                    seen.add(key)
-                    compiled = triton.compile(source, target=TARGETS[architecture], options=options)
-                    row = {"architecture": architecture, "kernel": name, "shape": shape, "dtype": str(dtype)[6:]}
-                    print(json.dumps(row | evidence(compiled, architecture, folder)), flush=True)
-            for kernel, arguments in prefilter_launches(shape):
-                source, options = specialised(kernel, arguments)
-                key = f"{kernel.fn.__name__} {source.signature} {source.constants} {source.attrs} {options}"
-                if key not in seen:
-                    seen.add(key)
-                    compiled = triton.compile(source, target=TARGETS[architecture], options=options)
-                    # The bf16 product is told from the plain one, of the rows without a proof.
-                    full = kernel.fn.__name__ != "_topk_encode_product_kernel" or arguments["LISTED"]
-                    dtype_name = "float32" if full else "bfloat16"
-                    row = {"architecture": architecture, "kernel": kernel.fn.__name__, "shape": shape}
-                    row |= {"dtype": dtype_name} | evidence(compiled, architecture, folder)
-                    print(json.dumps(row), flush=True)
-        if architecture == "sm_80":
-            with torch.device("meta"), recorded() as calls:
-                attention_launches(torch.bfloat16, (ONE_WIDE_HEAD,))
-            for kernel, arguments in calls:
-                source, options = specialised(kernel, arguments)
-                compiled = triton.compile(source, target=TARGETS[architecture], options=options)
-                row = {
-                    "architecture": architecture,
-                    "kernel": kernel.fn.__name__,
-                    "shape": "d 512",
-                    "dtype": "bfloat16",
-                }
-                print(json.dumps(row | evidence(compiled, architecture, folder)), flush=True)
-        for shape, dtype_name, kernel, arguments in tuned_launches(architecture):
-            source, options = specialised(kernel, arguments)
-            key = f"{kernel.fn.__name__} {source.signature} {source.constants} {source.attrs} {options}"
-            if key not in seen:
-                seen.add(key)
-                compiled = triton.compile(source, target=TARGETS[architecture], options=options)
-                row = {"architecture": architecture, "kernel": kernel.fn.__name__, "shape": shape, "dtype": dtype_name}
-                print(json.dumps(row | {"tuned": True} | evidence(compiled, architecture, folder)), flush=True)
+Launch = tuple[str, str, Any, dict[str, Any]]  # shape, dtype, kernel, arguments
+
+
+def all_launches(architecture: str) -> Iterator[Launch]:
+    """Of the ops, with the blocks they take without a tuning table. See the top of the file for what is left out."""
+    first, *others = SHAPES
+    yield from ((first, "bfloat16", *call) for call in launches(first, torch.bfloat16))
+    for kernel, arguments in prefilter_launches(first):
+        # The bf16 product is told from the plain one, of the rows without a proof.
+        full = kernel.fn.__name__ != "_topk_encode_product_kernel" or arguments["LISTED"]
+        yield first, "float32" if full else "bfloat16", kernel, arguments
+    if architecture in FULL:
+        wide = launches(first, torch.float32, attention=WIDE_ATTENTION)
+        yield from ((first, "float32", *call) for call in wide if call[0].fn.__name__ in PRODUCTS)
+        for shape in others:
+            calls = launches(shape, torch.bfloat16, attention=())
+            yield from ((shape, "bfloat16", *call) for call in calls if call[0].fn.__name__ in SHAPED)
+    if architecture == "sm_80":
+        with torch.device("meta"), recorded() as calls:
+            attention_launches(torch.bfloat16, (ONE_WIDE_HEAD,))
+        yield from (("d 512", "bfloat16", *call) for call in calls)
+    if architecture == "sm_90":
+        yield from ((first, "bfloat16", *call) for call in prototype_launches(first))
+
+
+def prototype_launches(shape: str) -> list[tuple[Any, dict[str, Any]]]:
+    """Of what is timed beside the package's kernels and is not in it; it needs the copy engine of sm_90."""
+    prototypes = importlib.import_module("bench.prototypes")
+    d, n, k = SHAPES[shape]
+    with torch.device("meta"), recorded() as calls:
+        x, W = torch.empty(ROWS, d, dtype=torch.bfloat16), torch.empty(n, d, dtype=torch.bfloat16)
+        for tile in (prototypes.LARGE, prototypes.SMALL):
+            prototypes.candidates_encode(x, W, torch.empty(n), k, tile)
+        prototypes.product_in_parts(x.float(), W.float(), torch.empty(n))
+    return calls
+
+
+def main(folder: Path, architecture: str) -> None:
+    for name in ("encode.product", "attention.map"):
+        importlib.import_module(f"sparsefeat_kernels.{name}").backend = lambda: TARGETS[architecture].backend
+    seen = set()
+    tuned = ((launch, {"tuned": True}) for launch in tuned_launches(architecture))
+    for (shape, dtype, kernel, arguments), more in (*((launch, {}) for launch in all_launches(architecture)), *tuned):
+        source, options = specialised(kernel, arguments)
+        if (key := key_of(kernel, source, options)) in seen:
+            continue
+        seen.add(key)
+        compiled = triton.compile(source, target=TARGETS[architecture], options=options)
+        row = {"architecture": architecture, "kernel": kernel.fn.__name__, "shape": shape, "dtype": dtype}
+        print(json.dumps(row | more | evidence(compiled, architecture, folder)), flush=True)
+
+
+def key_of(kernel: Any, source: ASTSource, options: dict[str, Any]) -> str:
+    """Two calls with this in common are one program."""
+    return f"{kernel.fn.__name__} {source.signature} {source.constants} {source.attrs} {options}"
+
+
+def compiled_again() -> list[str]:
+    """Names of kernels that are another program for one row, an odd number of rows, or a number that 16 divides."""
+    programs: dict[str, set[frozenset[str]]] = {}
+    for rows in (1, 48, 77, 300):
+        found: dict[str, set[str]] = {}
+        for kernel, arguments in launches(next(iter(SHAPES)), torch.bfloat16, rows, attention=()):
+            found.setdefault(kernel.fn.__name__, set()).add(key_of(kernel, *specialised(kernel, arguments)))
+        for name, keys in found.items():
+            programs.setdefault(name, set()).add(frozenset(keys))
+    return sorted(name for name, sets in programs.items() if len(sets) > 1)
 
 
 if __name__ == "__main__":
     assert dispatch.TRITON_AVAILABLE
-    main(Path(sys.argv[1]), sys.argv[2:])
+    if sys.argv[1] == "again":
+        print(json.dumps(compiled_again()))
+    else:
+        main(Path(sys.argv[1]), sys.argv[2])

@@ -1,14 +1,18 @@
 """Every kernel, compiled without a GPU at published shapes with the launcher's own configuration and specialisation."""
 
+import hashlib
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sparsefeat_kernels
+import torch
 from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
 
 pytestmark = pytest.mark.skipif(not TRITON_AVAILABLE, reason="Triton is not installed")
@@ -44,6 +48,8 @@ KERNELS = {
     "_weight_gradient_partial_kernel",
     "_weight_gradient_segment_kernel",
 }
+# Of bench/prototypes.py: they take all the shared memory that an H100 has.
+PROTOTYPES = {"_prototype_parts_kernel", "_prototype_product_kernel", "_prototype_select_kernel"}
 # Design B's two: of the tiles, and of the rows that are computed again.
 CANDIDATES = {"_topk_candidates_again_kernel", "_topk_candidates_product_kernel"}
 ATTENTION = {name for name in KERNELS if name.startswith("_attention") and "join" not in name}
@@ -53,32 +59,61 @@ SHARED_LIMIT = {"sm_80": 99 << 10, "sm_90": 99 << 10, "sm_100": 99 << 10, "gfx94
 TUNED_SHARED_LIMIT = SHARED_LIMIT | {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 
 
+SCRIPT = Path(__file__).with_name("ahead_of_time.py")
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = Path(sparsefeat_kernels.__file__).parents[1]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    found = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    paths = os.pathsep.join([str(PACKAGES), str(ROOT)])
+    return found | {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+
+
+def digest(architecture: str) -> str:
+    """Of all that a compiler's answer depends on."""
+    of = hashlib.sha256(f"{architecture} {importlib.metadata.version('triton')} {torch.__version__}".encode())
+    for path in (
+        SCRIPT,
+        ROOT / "bench" / "prototypes.py",
+        *sorted(Path(sparsefeat_kernels.__file__).parent.rglob("*.*")),
+    ):
+        if path.suffix in (".py", ".json"):
+            of.update(path.read_bytes())
+    return of.hexdigest()[:16]
+
+
+def compiled_for(architecture: str, folder: Path) -> list[dict[str, Any]]:
+    """What the compiler made of the kernels, in a process of its own; kept in build/ for as long as nothing changes."""
+    kept = ROOT / "build" / "ahead_of_time" / f"{architecture}-{digest(architecture)}.jsonl"
+    if not kept.is_file():
+        command = [sys.executable, str(SCRIPT), str(folder), architecture]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(folder))
+        assert done.returncode == 0, done.stderr
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(done.stdout)
+        for older in kept.parent.glob(f"{architecture}-*.jsonl"):
+            older.unlink(missing_ok=True)
+        temporary.replace(kept)
+    return [json.loads(line) for line in kept.read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What each architecture's compiler made of the kernels. One process an architecture, side by side."""
-    processes = {}
-    for architecture in ARCHITECTURES:
-        folder = tmp_path_factory.mktemp(architecture)
-        packages = str(Path(sparsefeat_kernels.__file__).parents[1])
-        environment = os.environ | {"PYTHONPATH": packages, "TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
-        environment.pop("TRITON_INTERPRET", None)
-        command = [sys.executable, str(Path(__file__).with_name("ahead_of_time.py")), str(folder), architecture]
-        with (folder / "output").open("w") as output, (folder / "errors").open("w") as errors:
-            process = subprocess.Popen(command, stdout=output, stderr=errors, env=environment)
-        processes[architecture] = process, folder
-    found = {}
-    for architecture, (process, folder) in processes.items():
-        assert process.wait() == 0, (folder / "errors").read_text()
-        found[architecture] = [json.loads(line) for line in (folder / "output").read_text().splitlines()]
-    return found
+    """What each architecture's compiler made of the kernels, as many at once as there are cores."""
+    folders = [tmp_path_factory.mktemp(architecture) for architecture in ARCHITECTURES]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return dict(zip(ARCHITECTURES, pool.map(compiled_for, ARCHITECTURES, folders), strict=True))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles_and_fits(compiled: dict[str, list[dict[str, Any]]], architecture: str):
     rows = compiled[architecture]
-    assert {row["kernel"] for row in rows} == KERNELS
+    assert {row["kernel"] for row in rows} == KERNELS | (PROTOTYPES if architecture == "sm_90" else set())
     for row in rows:
-        assert row["shared"] <= (TUNED_SHARED_LIMIT if row.get("tuned") else SHARED_LIMIT)[architecture], row
+        for_one_device = row.get("tuned") or row["kernel"] in PROTOTYPES
+        assert row["shared"] <= (TUNED_SHARED_LIMIT if for_one_device else SHARED_LIMIT)[architecture], row
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
@@ -92,7 +127,8 @@ def test_half_precision_products_run_on_matrix_units(compiled: dict[str, list[di
     products = [
         row
         for row in compiled[architecture]
-        if row["kernel"].endswith("_encode_product_kernel") or row["kernel"] in ATTENTION | CANDIDATES
+        if row["kernel"].endswith("_encode_product_kernel")
+        or row["kernel"] in ATTENTION | CANDIDATES | {"_prototype_product_kernel"}
     ]
     assert all(row["matrix_unit"] for row in products if row["dtype"] == "bfloat16")
 
@@ -108,3 +144,11 @@ def test_loads_of_the_large_tensors_are_128_bits_wide(compiled: dict[str, list[d
     }
     for row in compiled[architecture]:
         assert row["kernel"] not in large or row["wide_loads"] > 0, row
+
+
+def test_no_kernel_is_compiled_again_because_the_number_of_rows_is_another(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "again"], capture_output=True, text=True, env=environment(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []

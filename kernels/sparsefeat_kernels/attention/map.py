@@ -12,6 +12,7 @@ from ..dispatch import backend, implementation, jit, next_power_of_2, ops, regis
 from .flash import flash
 from .scores import (
     LOG2_E,
+    add_to_group,
     additive,
     aligned,
     arguments,
@@ -160,7 +161,7 @@ def _check(
     group: Tensor,
     tokens: Tensor | None,
 ) -> None:
-    check_query_and_key(query, key, mask)
+    check_query_and_key("attention_map", query, key, mask)
     if tokens is not None:
         if tokens.dim() != 1:
             raise ValueError(f"tokens must have one dimension, got shape {tuple(tokens.shape)}")
@@ -223,7 +224,7 @@ def _attention_cpu(
                 summed = torch.mv(probabilities.view(scores.shape[0], -1).T, weight[block]).view(scores.shape[1:])
                 if places is not None and owned is not None:
                     summed = summed[:, places].masked_fill_(~owned, 0)
-                maps[groups[b], rows] += summed
+                add_to_group(maps[:, rows], groups[b], summed)
 
 
 # ------------------------------------------------------------------------------------------------------------ Triton
@@ -442,7 +443,7 @@ def _attention_map(
     _check(maps, query, key, mask, head_weight, group, tokens)
     if maps.numel() == 0 or query.numel() == 0 or key.shape[2] == 0:
         return
-    run = _attention_triton if implementation(query) == "triton" else _attention_cpu
+    run = _attention_triton if implementation("attention_map", query) == "triton" else _attention_cpu
     run(maps, query, key, None, scale, mask, head_weight, group, tokens, None)
 
 
@@ -480,7 +481,7 @@ def _attention_with_map(
     out = _empty_output(query, value)
     if out.numel() == 0 or key.shape[2] == 0:
         return out.zero_()
-    run = _attention_triton if implementation(query) == "triton" else _attention_cpu
+    run = _attention_triton if implementation("attention_map", query) == "triton" else _attention_cpu
     run(maps, query, key, value, scale, mask, head_weight, group, tokens, out)
     return out
 

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..dispatch import implementation, jit, next_power_of_2, ops, register, sum_dtype, tl
 from .scores import (
     LOG2_E,
+    add_to_group,
     additive,
     aligned,
     arguments,
@@ -143,7 +144,7 @@ def reference_column_sums(
 
 
 def _check_rows(query: Tensor, key: Tensor, mask: Tensor | None, marked: Tensor | None) -> None:
-    check_query_and_key(query, key, mask)
+    check_query_and_key("attention_rows", query, key, mask)
     if marked is None:
         return
     if marked.dtype != torch.bool:
@@ -163,7 +164,7 @@ def _check_column_sums(
     head_weight: Tensor | None,
     group: Tensor,
 ) -> None:
-    check_query_and_key(query, key, mask)
+    check_query_and_key("attention_column_sums", query, key, mask)
     check_lse(lse, query)
     check_accumulator("sums", sums, (key.shape[2],), query, head_weight, group)
 
@@ -208,11 +209,11 @@ def _attention_column_sums_cpu(
     bias, weight = additive(mask, query, key), head_weights(head_weight, query)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # exp(score - inf) is 0
     for b, g in counted_rows(group, sums.shape[0]):
-        received = torch.zeros_like(sums[g], memory_format=torch.contiguous_format)
+        received = sums.new_zeros(sums.shape[1:])
         for block, rows, scores in score_blocks(query[b], key[b], scale, None if bias is None else bias[b]):
             p = scores.sub_(lse[b, block, rows, None]).exp_()
             received += weight[block] @ p.sum(1)
-        sums[g] += received
+        add_to_group(sums, g, received)
 
 
 # ------------------------------------------------------------------------------------------------------------ Triton
@@ -449,7 +450,7 @@ def _attention_rows(
     if query.numel() == 0 or key.shape[2] == 0:
         lse, entropy, mass = (query.new_zeros(query.shape[:3], dtype=sum_dtype(query)) for _ in range(3))
         return lse.fill_(-torch.inf), entropy, mass
-    if implementation(query) == "triton":
+    if implementation("attention_rows", query) == "triton":
         return _attention_rows_triton(query, key, scale, mask, marked)
     lse, entropy, mass = _attention_rows_cpu(query, key, scale, mask, marked)
     return lse, entropy, mass
@@ -476,7 +477,11 @@ def _attention_column_sums(
     _check_column_sums(sums, query, key, lse, mask, head_weight, group)
     if sums.numel() == 0 or query.numel() == 0:
         return
-    run = _attention_column_sums_triton if implementation(query) == "triton" else _attention_column_sums_cpu
+    run = (
+        _attention_column_sums_triton
+        if implementation("attention_column_sums", query) == "triton"
+        else _attention_column_sums_cpu
+    )
     run(sums, query, key, lse, scale, mask, head_weight, group)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..dispatch import implementation, jit, sum_dtype, tl
+from ..dispatch import block_bytes, implementation, jit, sum_dtype, tl
 
 __all__ = ["arguments", "score_blocks"]
 
@@ -25,13 +25,13 @@ LARGEST_GRID = 65535
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
-def check_query_and_key(query: Tensor, key: Tensor, mask: Tensor | None) -> None:
+def check_query_and_key(op: str, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
     if query.dim() != 4 or query.shape[3] == 0:
         raise ValueError(f"query must be [batch, heads, n, d] with d > 0, got shape {tuple(query.shape)}")
     if query.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise TypeError(f"query must be float32, float64, bfloat16 or float16, got {query.dtype}")
     batch, heads, n, d = query.shape
-    if max(batch, heads) > LARGEST_GRID and implementation(query) == "triton":
+    if max(batch, heads) > LARGEST_GRID and implementation(op, query) == "triton":
         raise ValueError(
             f"query must have at most {LARGEST_GRID} batch rows and heads on a GPU, got shape {tuple(query.shape)}; "
             f"split the batch"
@@ -131,7 +131,7 @@ def dense_probabilities(query: Tensor, key: Tensor, scale: float, mask: Tensor |
 
 
 def score_blocks(
-    query: Tensor, key: Tensor, scale: float, mask: Tensor | None, block_bytes: int = BLOCK_BYTES
+    query: Tensor, key: Tensor, scale: float, mask: Tensor | None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """The scores of one batch row, block by block, in a buffer that every block reuses.
 
@@ -139,7 +139,8 @@ def score_blocks(
     [heads of the block, rows of the block, t]); a block is `block_bytes` or, if that is more, one row of one head.
     """
     (heads, n, _), tokens, dtype = query.shape, key.shape[1], sum_dtype(query)
-    room = max(1, block_bytes // (dtype.itemsize * max(tokens, 1)))  # rows of one head in a block
+    most = block_bytes(query, BLOCK_BYTES)
+    room = max(1, most // (dtype.itemsize * max(tokens, 1)))  # rows of one head in a block
     row_step = min(n, room, max(64, room // heads))  # below 64 rows a product runs at half speed: fewer heads instead
     head_step = min(heads, max(1, room // row_step)) if n else heads
     shared = heads // key.shape[0]
@@ -164,9 +165,22 @@ def head_weights(head_weight: Tensor | None, query: Tensor) -> Tensor:
     return query.new_ones(query.shape[1], dtype=dtype) if head_weight is None else head_weight.to(dtype)
 
 
-def counted_rows(group: Tensor, groups: int) -> list[tuple[int, int]]:
-    """(batch row, its group) of the rows that are accumulated, in order."""
-    return [(row, g) for row, g in enumerate(group.tolist()) if 0 <= g < groups]
+def counted_rows(group: Tensor, groups: int) -> list[tuple[int, Tensor]]:
+    """(batch row, its group) of the rows that are accumulated, in order; on a GPU, where the host would have to wait for
+    the answer, of all rows."""
+    if group.device.type != "cpu":
+        return list(enumerate(group.unbind())) if groups else []
+    return [(row, g) for row, g in enumerate(group.unbind()) if 0 <= int(g) < groups]
+
+
+def add_to_group(sums: Tensor, group: Tensor, more: Tensor) -> None:
+    """sums[group] += more, in place; nothing for a group that is none of them."""
+    if group.device.type == "cpu":
+        sums[int(group)] += more
+        return
+    counted = (group >= 0) & (group < len(sums))
+    at = torch.where(counted, group, 0).long().view(1)
+    sums.index_add_(0, at, torch.where(counted, more, 0).to(sums.dtype)[None])
 
 
 # ------------------------------------------------------------------------------------------------------------ Triton
@@ -198,7 +212,7 @@ def mask_arguments(mask: Tensor | None, query: Tensor) -> tuple[Tensor, tuple[in
 @jit
 def load_heads(ptr, row, rows, column, stride_row, stride_d, D: tl.constexpr, ALIGN: tl.constexpr):
     """[rows of the tile, columns of the tile] of one head; zeros outside [rows, D]."""
-    ptrs = ptr + row[:, None] * (stride_row * ALIGN) + column[None, :] * stride_d
+    ptrs = ptr + row[:, None] * (stride_row * ALIGN) + column.to(tl.int64)[None, :] * stride_d
     return tl.load(ptrs, mask=(row < rows)[:, None] & (column < D)[None, :], other=0.0)
 
 

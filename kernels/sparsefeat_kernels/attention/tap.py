@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..dispatch import implementation, jit, next_power_of_2, ops, register, tl
 from .scores import (
     LOG2_E,
+    add_to_group,
     additive,
     aligned,
     arguments,
@@ -124,7 +125,7 @@ def _check(
     head_weight: Tensor | None,
     group: Tensor,
 ) -> None:
-    check_query_and_key(query, key, mask)
+    check_query_and_key("attention_tap", query, key, mask)
     check_lse(lse, query)
     check_accumulator("maps", maps, (query.shape[2], key.shape[2]), query, head_weight, group)
 
@@ -145,7 +146,7 @@ def _attention_tap_cpu(
         for block, rows, scores in score_blocks(query[b], key[b], scale, None if bias is None else bias[b]):
             probabilities = scores.sub_(lse[b, block, rows, None]).exp_()
             summed = torch.mv(probabilities.view(scores.shape[0], -1).T, weight[block])
-            maps[g, rows] += summed.view(scores.shape[1:])
+            add_to_group(maps[:, rows], g, summed.view(scores.shape[1:]))
 
 
 # ------------------------------------------------------------------------------------------------------------ Triton
@@ -279,7 +280,7 @@ def _attention_tap(
     _check(maps, query, key, lse, mask, head_weight, group)
     if maps.numel() == 0 or query.numel() == 0:
         return
-    run = attention_tap_triton if implementation(query) == "triton" else _attention_tap_cpu
+    run = attention_tap_triton if implementation("attention_tap", query) == "triton" else _attention_tap_cpu
     run(maps, query, key, lse, scale, mask, head_weight, group)
 
 

@@ -109,7 +109,7 @@ def auxk_weight_gradient(
 
 def dense_in(W: Tensor, dead: Tensor, k_aux: int) -> bool:
     """Whether a code of k_aux entries a row among the latents `dead` is best multiplied as a dense one."""
-    plain = W.dtype in (torch.float32, torch.float64) and implementation(W) == "cpu"
+    plain = W.dtype in (torch.float32, torch.float64) and implementation("sparse_decode", W) == "torch"
     return plain and 0 < dead.shape[0] <= DENSE * k_aux
 
 
@@ -117,8 +117,8 @@ def _columns(values: Tensor, indices: Tensor, dead: Tensor, n_latents: int) -> t
     """The code as entries of the columns of `dead`: values, 0 where there is no entry, and int64 columns. None if an entry
     is of no latent of `dead`."""
     owned = (values != 0) & (indices >= 0) & (indices < n_latents)
-    column_of = torch.full((n_latents,), -1)
-    column_of[dead] = torch.arange(len(dead))
+    column_of = indices.new_full((n_latents,), -1, dtype=torch.int64)
+    column_of[dead] = torch.arange(len(dead), device=dead.device)
     columns = column_of[torch.where(owned, indices, dead[0])]
     return None if bool((columns < 0).any()) else (torch.where(owned, values, 0), columns)
 
@@ -222,7 +222,7 @@ def _auxk_decode(
 ) -> tuple[Tensor, Tensor]:
     _check_aux(values, indices, aux_values, aux_indices, dead, W_dec, b_out)
     y = ops.sparse_decode(values, indices, W_dec, b_out)
-    if implementation(W_dec) == "cpu":
+    if implementation("sparse_decode", W_dec) == "torch":
         return y, _decode_cpu(aux_values, aux_indices, dead, W_dec)
     return y, ops.sparse_decode(aux_values, aux_indices, W_dec, torch.zeros_like(b_out))
 
@@ -236,7 +236,7 @@ def _auxk_decode_fake(
 
 
 def _grad_aux_values(grad: Tensor, values: Tensor, indices: Tensor, dead: Tensor, W_dec: Tensor) -> Tensor:
-    if implementation(W_dec) == "cpu":
+    if implementation("sparse_decode", W_dec) == "torch":
         return _grad_aux_values_cpu(grad, values, indices, dead, W_dec)
     return ops.sparse_decode_grad_values(grad, values, indices, W_dec)
 
@@ -256,7 +256,7 @@ def _auxk_weight_gradient(
     shift: Tensor,
     n_latents: int,
 ) -> tuple[Tensor, Tensor]:
-    if implementation(x) == "cpu":
+    if implementation("weight_gradient", x) == "torch":
         found = _auxk_weight_gradient_cpu(
             coefficients, indices, x, aux_coefficients, aux_indices, aux_x, dead, shift, n_latents
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import implementation, jit, next_power_of_2, ops, register, row_chunks, sum_dtype, tl
+from ..dispatch import block_bytes, implementation, jit, next_power_of_2, ops, register, row_chunks, sum_dtype, tl
 from ..gradient.weight_gradient import weight_gradient
 from ..products import pair_products
 from ..tuning.table import tuned
@@ -58,8 +58,13 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Tensor,
     return ops.sparse_decode(values, indices, W_dec, b_out)
 
 
+def _in_range(indices: Tensor, n_latents: int) -> bool:
+    smallest, largest = indices.aminmax()
+    return 0 <= int(smallest) <= int(largest) < n_latents
+
+
 def check_indices(indices: Tensor, n_latents: int) -> None:
-    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= n_latents):
+    if indices.numel() and not _in_range(indices, n_latents):
         raise IndexError(
             f"indices must lie in 0 .. {n_latents - 1}, got values from {int(indices.min())} to {int(indices.max())}"
         )
@@ -115,13 +120,13 @@ def sparse_decode_cpu(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Ten
     y = W_dec.new_empty(rows, d)
     if values.numel() == 0 or W_dec.numel() == 0:
         return y.copy_(b_out.expand(rows, d))
-    smallest, largest = indices.aminmax()
-    if W_dec.dtype == values.dtype == dtype and bool(values.all()) and 0 <= int(smallest) <= int(largest) < n_latents:
+    bags = W_dec.dtype == dtype and W_dec.device.type == "cpu"  # on a GPU the host would wait to learn what is padding
+    if bags and values.dtype == dtype and bool(values.all()) and _in_range(indices, n_latents):
         y = torch.nn.functional.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum")
         return y.add_(b_out)
     values, indices = _owned_entries(values, indices, n_latents, dtype)
     used = values != 0
-    if W_dec.dtype == dtype:  # bags without the padding
+    if bags:  # without the padding
         offsets = torch.zeros(rows + 1, dtype=indices.dtype, device=indices.device)
         offsets[1:] = used.sum(1).cumsum(0)
         if int(offsets[-1]) == 0:
@@ -131,7 +136,7 @@ def sparse_decode_cpu(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Ten
         )
         return y.add_(b_out)
     # embedding_bag would round the values to half precision: gather a few rows at a time and widen them.
-    for block in row_chunks(rows, k * d * dtype.itemsize, GATHER_BYTES):
+    for block in row_chunks(rows, k * d * dtype.itemsize, block_bytes(W_dec, GATHER_BYTES)):
         gathered = W_dec[indices[block]].to(dtype)  # [step, k, d]
         gathered.masked_fill_(~used[block, :, None], 0)
         y[block] = (values[block, None] @ gathered)[:, 0] + b_out.to(dtype)
@@ -144,12 +149,12 @@ def grad_values_cpu(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor
     out = torch.zeros_like(values, memory_format=torch.contiguous_format)
     if values.numel() == 0 or W_dec.numel() == 0:
         return out
-    if W_dec.dtype == dtype and W_dec.is_contiguous():
+    if W_dec.dtype == dtype and W_dec.is_contiguous() and W_dec.device.type == "cpu":
         used = clean != 0
         offsets = torch.nn.functional.pad(used.sum(1).cumsum(0), (1, 0))
         out[used] = pair_products(grad.to(dtype), W_dec, offsets, at[used].long()).to(out.dtype)
         return out
-    for block in row_chunks(rows, k * W_dec.shape[1] * dtype.itemsize, GATHER_BYTES):
+    for block in row_chunks(rows, k * W_dec.shape[1] * dtype.itemsize, block_bytes(W_dec, GATHER_BYTES)):
         dots = (W_dec[at[block]].to(dtype) @ grad[block, :, None].to(dtype))[:, :, 0]  # [step, k]
         out[block] = torch.where(clean[block] != 0, dots, 0).to(out.dtype)
     return out
@@ -219,8 +224,9 @@ def _sparse_decode_grad_values_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One row and BLOCK_K of its entries: dot products of the row's gradient with decoder rows."""
-    row = tl.program_id(0).to(tl.int64)
-    entry = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    blocks = tl.cdiv(k, BLOCK_K)  # in the grid's first dimension, which alone may be longer than 65,535
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    entry = ((tl.program_id(0) % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
     value = tl.load(values_ptr + row * stride_values_row + entry * stride_values_k, mask=entry < k, other=0.0)
     index = tl.load(indices_ptr + row * stride_indices_row + entry * stride_indices_k, mask=entry < k, other=0)
     owned = (value != 0.0) & (index >= 0) & (index < n_latents)
@@ -259,7 +265,7 @@ def _grad_values_triton(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Te
         return out
     block_k, block_d = 8, min(next_power_of_2(max(d, 16)), 256)
     with torch.cuda.device_of(W_dec):
-        _sparse_decode_grad_values_kernel[(rows, -(-k // block_k))](
+        _sparse_decode_grad_values_kernel[(rows * -(-k // block_k),)](
             grad, values, indices, W_dec, out, n_latents, k, d, *grad.stride(), *values.stride(), *indices.stride(),
             *W_dec.stride(), BLOCK_K=block_k, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
@@ -271,7 +277,7 @@ def _grad_values_triton(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Te
 
 def _sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Tensor) -> Tensor:
     check_decode(values, indices, W_dec, b_out)
-    if implementation(W_dec) == "triton":
+    if implementation("sparse_decode", W_dec) == "triton":
         entry = tuned("sparse_decode", W_dec, *values.shape)
         return sparse_decode_triton(values, indices, W_dec, b_out, None if entry is None else entry.blocks)
     return sparse_decode_cpu(values, indices, W_dec, b_out)
@@ -283,7 +289,7 @@ def _sparse_decode_fake(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: T
 
 
 def _grad_values(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-    if implementation(W_dec) == "triton":
+    if implementation("sparse_decode", W_dec) == "triton":
         return _grad_values_triton(grad, values, indices, W_dec)
     return grad_values_cpu(grad, values, indices, W_dec)
 

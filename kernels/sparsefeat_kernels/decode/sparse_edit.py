@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..code import selected_values
-from ..dispatch import implementation, jit, next_power_of_2, ops, register, row_chunks, sum_dtype, tl
+from ..dispatch import block_bytes, implementation, jit, next_power_of_2, ops, register, row_chunks, sum_dtype, tl
 from .sparse_decode import check_code
 
 __all__ = ["sparse_edit", "sparse_edit_delta"]
@@ -168,7 +168,7 @@ def _change(z: Tensor, rule: tuple[Tensor, ...]) -> Tensor:
 
 
 def _blocks(values: Tensor, directions: Tensor) -> list[slice]:
-    return row_chunks(len(values), 8 * (values.shape[1] + sum(directions.shape)), BLOCK_BYTES)
+    return row_chunks(len(values), 8 * (values.shape[1] + sum(directions.shape)), block_bytes(values, BLOCK_BYTES))
 
 
 def _edit_cpu(
@@ -209,7 +209,10 @@ def _edit_grad_values(
     if values.numel() == 0 or latents.numel() == 0:
         return out
     wide = directions.to(dtype)
-    wanted, slot_of_rule = torch.unique(latents.long(), return_inverse=True)
+    wanted = latents.long().sort().values  # of equal ones the first slot is the latent's
+    edits = (
+        torch.searchsorted(wanted, latents.long())[:, None] == torch.arange(len(wanted), device=latents.device)
+    ).to(dtype)
     gain, offset, low, high, gate = (tensor.to(dtype) for tensor in (gain, offset, low, high, gate))
     for block in _blocks(values, directions):
         z = _selected(values[block], indices[block], latents, dtype)
@@ -218,7 +221,7 @@ def _edit_grad_values(
         slope = torch.where(z > gate, slope, 0) * row_weight[block, None].to(dtype)
         of_rule = slope * (grad[block].to(dtype) @ wide.T)
         # Rules on one latent add up in the order given: a product with the 0/1 matrix of who edits what.
-        table = of_rule @ torch.nn.functional.one_hot(slot_of_rule, wanted.shape[0]).to(dtype)
+        table = of_rule @ edits
         columns = indices[block].long()
         slots = torch.searchsorted(wanted, columns).clamp_(max=wanted.shape[0] - 1)
         mine = (wanted[slots] == columns) & (values[block] != 0)
@@ -284,7 +287,7 @@ def _sparse_edit_row_kernel(
 ):
     """One row and one block of columns: every rule finds its latent in the row's code and adds its direction."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    column = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     total = tl.zeros([BLOCK_RULES, BLOCK_D], tl.float32)
     for first in range(0, n_rules, BLOCK_RULES):
         rule = first + tl.arange(0, BLOCK_RULES)
@@ -292,7 +295,7 @@ def _sparse_edit_row_kernel(
         latent = tl.load(latents_ptr + rule, mask=inside, other=-1)
         z = tl.zeros([BLOCK_RULES], tl.float32)
         for start in range(0, k, BLOCK_K):
-            entry = start + tl.arange(0, BLOCK_K)
+            entry = start + tl.arange(0, BLOCK_K).to(tl.int64)
             value = tl.load(values_ptr + row * stride_values_row + entry * stride_values_k, mask=entry < k, other=0.0)
             index = tl.load(indices_ptr + row * stride_indices_row + entry * stride_indices_k, mask=entry < k, other=-1)
             mine = latent[:, None] == index[None, :]  # [BLOCK_RULES, BLOCK_K]
@@ -365,7 +368,7 @@ def _sparse_edit_delta(
 ) -> Tensor:
     rule = (gain, offset, low, high, gate)
     _check(values, indices, latents, directions, rule, row_weight)
-    run = _edit_triton if implementation(directions) == "triton" else _edit_cpu
+    run = _edit_triton if implementation("sparse_edit", directions) == "triton" else _edit_cpu
     return run(None, values, indices, latents, directions, rule, row_weight)
 
 
@@ -401,7 +404,7 @@ def _sparse_edit(
     rule = (gain, offset, low, high, gate)
     _check(values, indices, latents, directions, rule, row_weight)
     _check_x(x, values, directions)
-    kernel = implementation(x) == implementation(directions) == "triton"
+    kernel = implementation("sparse_edit", x) == implementation("sparse_edit", directions) == "triton"
     return (_edit_triton if kernel else _edit_cpu)(x, values, indices, latents, directions, rule, row_weight)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..decode.auxk_decode import auxk_weight_gradient
-from ..dispatch import implementation, ops, register, row_chunks, sum_dtype
+from ..dispatch import block_bytes, implementation, ops, register, row_chunks, sum_dtype
 from ..products import product
 from .cpu import PREACTIVATION_BYTES, select, topk_encode_cpu
 from .gpu.scratch import topk_encode_triton
@@ -20,8 +20,7 @@ from .topk import reference as topk_reference
 
 __all__ = ["auxk_encode"]
 
-# int64 keys of the rows whose dead latents are sorted together: a core's L2 on a CPU, the L2 cache of a GPU.
-SELECTION_BYTES = {"cpu": 1 << 20, "cuda": 16 << 20}
+SELECTION_BYTES = 1 << 20  # int64 keys of the rows whose dead latents are sorted together: a core's L2
 
 
 def auxk_encode(
@@ -111,7 +110,7 @@ def _auxk_encode(
     aux_values = x.new_empty(x.shape[0], k_aux, dtype=sum_dtype(x))
     aux_indices = x.new_empty(x.shape[0], k_aux, dtype=torch.int32)
     n_dead = dead.shape[0]
-    selection_bytes = SELECTION_BYTES.get(x.device.type, SELECTION_BYTES["cuda"])
+    selection_bytes = block_bytes(x, SELECTION_BYTES)
 
     def among_the_dead(a: Tensor, first_row: int) -> None:
         for block in row_chunks(a.shape[0], 8 * n_dead, selection_bytes):
@@ -132,7 +131,7 @@ def _auxk_encode(
                 a[:, tile] = product(centred, W_enc[dead[tile]], b_enc[dead[tile]])
             among_the_dead(a, chunk.start)
         return values, indices, aux_values, aux_indices
-    launch = topk_encode_triton if implementation(x) == "triton" else topk_encode_cpu
+    launch = topk_encode_triton if implementation("topk_encode", x) == "triton" else topk_encode_cpu
     values, indices = launch(x, W_enc, b_enc, b_pre, k, selection, among_the_dead)
     return values, indices, aux_values, aux_indices
 

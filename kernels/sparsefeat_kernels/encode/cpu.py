@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..dispatch import next_power_of_2, row_chunks, sum_dtype
+from ..dispatch import block_bytes, next_power_of_2, row_chunks, sum_dtype
 from .keys import largest, relu_in_order
 from .product import preactivations
 
@@ -50,7 +50,7 @@ def topk_encode_cpu(
     scratch = x.new_empty(chunks[0].stop if chunks else 0, padded, dtype=dtype)
     # Padding never wins: it has the lowest value there is and the highest indices.
     scratch[:, n_latents:] = 0 if selection == "signed" else -torch.inf
-    select_rows = max(1, SELECTION_BYTES // (8 * max(k * group, padded // group)))
+    select_rows = max(1, block_bytes(x, SELECTION_BYTES) // (8 * max(k * group, padded // group)))
     for part in chunks:
         a = scratch[: part.stop - part.start]
         preactivations(x[part], W_enc, b_enc, b_pre, a[:, :n_latents])

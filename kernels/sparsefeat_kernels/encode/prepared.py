@@ -70,7 +70,7 @@ def prepare_encoder(W_enc: Tensor, b_enc: Tensor, into: PreparedEncoder | None =
         if tensor.is_inference():
             raise RuntimeError(f"{name} was made in inference mode, where changes go unnoticed; prepare a clone of it")
     weights, versions = (weakref.ref(W_enc), weakref.ref(b_enc)), (W_enc._version, b_enc._version)
-    if implementation(W_enc) == "triton":
+    if W_enc.device.type != "cpu" or implementation("topk_encode_prefiltered", W_enc) == "triton":
         return PreparedEncoder(*gpu_weights(W_enc, b_enc), weights, versions)
     width = rounded_width(W_enc.shape[1])
     if into is not None and into.low.shape == (len(W_enc), width):
@@ -92,7 +92,7 @@ def prefilter_pays(W_enc: Tensor, rows: int, k: int) -> bool:
     """
     if W_enc.dtype != torch.float32:
         return False
-    if implementation(W_enc) == "triton":
+    if implementation("topk_encode_prefiltered", W_enc) == "triton":
         plain, prefiltered = (tuned(op, W_enc, rows, k) for op in ("topk_encode", "topk_encode_prefiltered"))
         return plain is not None and prefiltered is not None and prefiltered.median_ms < plain.median_ms
     return W_enc.device.type == "cpu" and rows >= PREFILTERED_ROWS and bf16_products()

@@ -87,7 +87,8 @@ def tile_product(
 ):
     """[BLOCK_ROWS, BLOCK_LATENTS] dot products in fp32. x_ptrs [BLOCK_ROWS, 1] and W_ptrs [BLOCK_LATENTS, 1] are the
     beginnings of rows. Every product of the encoders is this one, so that an entry has the same bits in each."""
-    column = tl.arange(0, BLOCK_D)
+    column = tl.arange(0, BLOCK_D).to(tl.int64)  # columns of a transposed tensor may be 2^31 elements apart
+    step = tl.full([], BLOCK_D, tl.int64)
     x_ptrs = x_ptrs + column[None, :] * stride_x_d
     W_ptrs = W_ptrs + column[None, :] * stride_W_d
     total = tl.zeros([BLOCK_ROWS, BLOCK_LATENTS], tl.float32)
@@ -96,8 +97,8 @@ def tile_product(
         x = tl.load(x_ptrs, mask=row_inside[:, None] & (column < left)[None, :], other=0.0)  # [BLOCK_ROWS, BLOCK_D]
         w = tl.load(W_ptrs, mask=latent_inside[:, None] & (column < left)[None, :], other=0.0)
         total = tl.dot(x, tl.trans(w), total, input_precision="ieee")  # [BLOCK_ROWS, BLOCK_LATENTS]
-        x_ptrs += BLOCK_D * stride_x_d
-        W_ptrs += BLOCK_D * stride_W_d
+        x_ptrs += step * stride_x_d
+        W_ptrs += step * stride_W_d
     return total
 
 

@@ -65,7 +65,7 @@ def bf16_products() -> bool:
 
 def can_prefilter(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
     """Whether rows like these go through a prefilter on the CPU."""
-    on_cpu = x.dtype in dtypes and x.device.type == "cpu" and implementation(x) == "cpu"
+    on_cpu = x.dtype in dtypes and x.device.type == "cpu" and implementation("topk_encode", x) == "torch"
     return on_cpu and bf16_products() and getattr(torch.backends.mkldnn, "enabled", True)
 
 

@@ -352,7 +352,7 @@ def _threshold_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor, max_active: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, W_enc, b_enc, b_pre, threshold, max_active)
-    run = threshold_encode_triton if implementation(x) == "triton" else _threshold_encode_cpu
+    run = threshold_encode_triton if implementation("threshold_encode", x) == "triton" else _threshold_encode_cpu
     return run(x, W_enc, b_enc, b_pre, threshold, max_active)
 
 
@@ -372,7 +372,9 @@ def _threshold_encode_csr(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, W_enc, b_enc, b_pre, threshold)
-    run = threshold_encode_csr_triton if implementation(x) == "triton" else _threshold_encode_csr_cpu
+    run = (
+        threshold_encode_csr_triton if implementation("threshold_encode", x) == "triton" else _threshold_encode_csr_cpu
+    )
     return run(x, W_enc, b_enc, b_pre, threshold)
 
 

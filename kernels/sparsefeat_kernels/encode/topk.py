@@ -105,7 +105,7 @@ def _topk_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int, selection: str
 ) -> tuple[Tensor, Tensor]:
     check_encoder(x, W_enc, b_enc, b_pre, k, selection)
-    if implementation(x) != "triton":
+    if implementation("topk_encode", x) != "triton":
         if pays_to_round(x, W_enc):
             return topk_prefiltered_cpu(x, W_enc, b_enc, b_pre, None, None, k, selection)
         return topk_encode_cpu(x, W_enc, b_enc, b_pre, k, selection)
@@ -167,8 +167,9 @@ def _topk_encode_prefiltered(
 ) -> tuple[Tensor, Tensor]:
     check_encoder(x, W_enc, b_enc, b_pre, k, selection)
     n_latents, d = W_enc.shape
-    if implementation(x) == "triton" and low.shape == W_enc.shape and bounds.shape == (4, n_latents):
-        sizes = PrefilterSizes.of(n_latents, k) if x.dtype == torch.float32 else None
+    if low.shape == W_enc.shape and bounds.shape == (4, n_latents):  # made on a GPU
+        prefilters = x.dtype == torch.float32 and implementation("topk_encode_prefiltered", x) == "triton"
+        sizes = PrefilterSizes.of(n_latents, k) if prefilters else None
         if sizes is None:
             return _topk_encode(x, W_enc, b_enc, b_pre, k, selection)
         entry = tuned("topk_encode_prefiltered", W_enc, x.shape[0], k)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import implementation, jit, next_power_of_2, ops, register, sum_dtype, tl
+from ..dispatch import block_bytes, implementation, jit, next_power_of_2, ops, register, sum_dtype, tl
 from .csr import latent_major
 from .gradient_memory import empty_gradient
 
@@ -84,7 +84,7 @@ def weight_gradient_cpu(
         columns = slice(start, start + width)
         centred = x[:, columns].to(dtype)
         centred = (centred - shift[columns].to(dtype) if shifted else centred).contiguous()
-        step = max(1, RESULT_BYTES // (centred.shape[1] * dtype.itemsize))
+        step = max(1, block_bytes(x, RESULT_BYTES) // (centred.shape[1] * dtype.itemsize))
         firsts = [*offsets[::step].tolist(), owned]  # of every block of `step` latents, and the end
         for block, first in enumerate(range(0, n_latents, step)):
             entries, bags = slice(firsts[block], firsts[block + 1]), offsets[first : first + step + 1]
@@ -142,7 +142,7 @@ def _weight_gradient_segment_kernel(
     first = tl.load(latent_offsets_ptr + latent) + (number - first_segment) * segment_length
     last = tl.minimum(first + segment_length, tl.load(latent_offsets_ptr + latent + 1))
     last = tl.where(exists, last, first)
-    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    column = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     shift = tl.load(shift_ptr + column * stride_shift_d, mask=column < d, other=0.0).to(tl.float32)  # [BLOCK_D]
     total = tl.zeros([BLOCK_ENTRIES, BLOCK_D], tl.float32)
     bias = tl.zeros([BLOCK_ENTRIES], tl.float32)
@@ -233,7 +233,7 @@ def _weight_gradient_triton(
 def _weight_gradient(
     coefficients: Tensor, indices: Tensor, x: Tensor, shift: Tensor, n_latents: int
 ) -> tuple[Tensor, Tensor]:
-    if implementation(x) == "triton":
+    if implementation("weight_gradient", x) == "triton":
         return _weight_gradient_triton(coefficients, indices, x, shift, n_latents)
     return weight_gradient_cpu(coefficients, indices, x, shift, n_latents)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from sparsefeat_kernels import attention_map_, attention_rows, attention_with_map_
-from sparsefeat_kernels.attention import map as map_module
+from sparsefeat_kernels.attention import scores
 from sparsefeat_kernels.attention.map import reference
 from torch import Tensor
 from torch.nn import functional as F
@@ -242,8 +242,7 @@ def test_nothing_to_attend_to_or_from(path: str):
 @pytest.mark.parametrize("block_bytes", [1, 300, 5000])
 def test_results_do_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch, block_bytes: int):
     tensors = problem((2, 3, 1, 70, 9, 4, 4), torch.float64, "cpu")
-    blocks = map_module.score_blocks
-    monkeypatch.setattr(map_module, "score_blocks", lambda *a: blocks(*a, block_bytes=block_bytes))
+    monkeypatch.setattr(scores, "BLOCK_BYTES", block_bytes)
     for ours, theirs in zip(both(*tensors), expected(*tensors), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 

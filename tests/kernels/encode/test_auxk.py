@@ -39,7 +39,7 @@ def test_the_first_code_is_that_of_topk_encode_bit_for_bit(path):
 
 def test_any_number_of_rows_in_small_chunks(monkeypatch):
     monkeypatch.setattr(cpu, "PREACTIVATION_BYTES", 4000)
-    monkeypatch.setitem(auxk.SELECTION_BYTES, "cpu", 500)
+    monkeypatch.setattr(auxk, "SELECTION_BYTES", 500)
     for rows in (0, 1, 101):
         x, W, b, c, dead = case("cpu", rows=rows)
         found = auxk_encode(x, W, b, c, 4, dead, 5)
