@@ -241,6 +241,7 @@ def show_steering(demo: Demo, surveyed: Survey) -> None:
                 "usual": usual,
                 "prompt": subject.prompt,
                 "strip": strip,
+                "curves": {"peaks": surveyed.examples[last].peaks(found.latent).tolist()},
                 "code": f"""\
 import sparsefeat as sf
 import torch

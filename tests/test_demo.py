@@ -111,6 +111,16 @@ def test_a_name_on_the_page_follows_from_the_activations_and_beats_chance(result
 
 
 @pytest.mark.embedded
+def test_the_latents_that_steer_tell_their_concept_as_well_as_the_page_says(results):
+    concepts = results["features"]["curves"]["concepts"]
+    for entry in results["steering"]:
+        has = np.array([entry["concept"].replace(" ", "-") in of_image for of_image in concepts])
+        peaks = np.array(entry["curves"]["peaks"])
+        pairs = list(itertools.product(peaks[has], peaks[~has]))
+        assert entry["auc"] == pytest.approx(sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs))
+
+
+@pytest.mark.embedded
 def test_the_judge_stands_there_with_what_it_does_on_vendors_it_never_saw(page, results):
     text = re.sub(r"<[^>]*>", "", (page / "index.html").read_text())
     for name, seen in results["judge"]["unseen_vendor"].items():

@@ -245,12 +245,11 @@ def bars(values: list[float], marked: list[bool] | None = None) -> Markup:
     return Markup(svg).format(shapes)
 
 
-def ranked(feature: Mapping[str, Any], concepts: list[list[str]]) -> Markup:
-    """A latent's largest activation in every image, largest first; where it has a name, the images of that are marked."""
-    peaks = feature["curves"]["peaks"]
+def ranked(peaks: list[float], concepts: list[list[str]], word: str | None) -> Markup:
+    """A latent's largest activation in every image, largest first; the images of the word, if there is one, are marked."""
     order = sorted(range(len(peaks)), key=lambda i: -peaks[i])
-    name = str(feature.get("name") or "").replace(" ", "-")
-    return bars([peaks[i] for i in order], [name in concepts[i] for i in order])
+    concept = str(word or "").replace(" ", "-")
+    return bars([peaks[i] for i in order], [concept in concepts[i] for i in order])
 
 
 def project_facts() -> dict[str, Any]:

@@ -132,6 +132,7 @@ def sample(n_features: int = 6, n_examples: int = 6, seed: int = 3) -> tuple[dic
                 "p": 0.0123,
                 "n_latents": 20480,
                 "usual": 1.4619,
+                "curves": {"peaks": (9 * rng.random(12)).tolist()},
                 "prompt": prompt("fox"),
                 "strip": strip("fox", (-12.5, -8.0, -4.0, 0.0, 4.0, 8.0, 12.5)),
             },
