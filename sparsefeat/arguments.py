@@ -46,19 +46,21 @@ def _wanted(what: str, low: float, high: float, above: bool = False) -> str:
     return what
 
 
-def finite(name: str, given: Tensor) -> Tensor:
-    """The tensor itself, if no entry is NaN or infinite. Integers are; one without data (meta) cannot be looked at."""
+def finite(name: str, given: Tensor, *, unbounded: bool = False) -> Tensor:
+    """The tensor itself, if no entry is NaN or infinite (`unbounded`: if none is NaN, as an infinite bound is no bound).
+
+    Integers are; one without data (meta) cannot be looked at.
+    """
     if not given.is_floating_point() or given.is_meta or not given.numel():
         return given
     # One pass, no tensor of booleans; a sum of finite numbers can overflow, which a second look tells apart.
     if given.detach().sum(dtype=torch.promote_types(given.dtype, torch.float32)).isfinite():
         return given
-    bad = ~given.detach().isfinite()
+    bad = given.detach().isnan() if unbounded else ~given.detach().isfinite()
     if bad.any():
-        first = bad.nonzero()[0].tolist()
+        what, first = "NaN" if unbounded else "NaN or infinity", bad.nonzero()[0].tolist()
         raise ValueError(
-            f"{name} holds NaN or infinity, {int(bad.sum())} of {given.numel()} entries, the first at {first}; give "
-            "finite numbers."
+            f"{name} holds {what}, {int(bad.sum())} of {given.numel()} entries, the first at {first}; give finite numbers."
         )
     return given
 

@@ -425,11 +425,21 @@ def test_weights_that_become_nan_after_the_instrument_was_made_are_refused_in_th
             pipe("a fox", num_inference_steps=1, output_type="latent")
 
 
+def test_a_threshold_may_be_infinite_and_not_nan() -> None:
+    sae = make_sae(activation="jumprelu", k=None)
+    assert sae.threshold is not None
+    sae.threshold[3] = math.inf  # a latent that is never active
+    sf.Record(sae)
+    sae.threshold[5] = math.nan
+    with pytest.raises(ValueError, match=r"sae\.threshold holds NaN, 1 of 96 entries, the first at \[5\]"):
+        sf.Record(sae)
+
+
 def test_weights_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsefeat.features import attached
 
     looked: list[str] = []
-    monkeypatch.setattr(attached, "finite", lambda name, given: looked.append(name))
+    monkeypatch.setattr(attached, "finite", lambda name, given, **how: looked.append(name))
     sae = make_sae()
     for _ in range(3):
         sf.Record(sae)

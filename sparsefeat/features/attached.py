@@ -69,10 +69,13 @@ def beside(sae: SAE, activations: Activations, context: Context) -> SAE:
 def check_weights(sae: SAE) -> None:
     """Refuse NaN and infinity in the weights: looked at once (two passes over the memory), and again when they changed."""
     weights = dict(sae.named_parameters(recurse=False))
+    weights |= {n: b for n, b in sae.named_buffers(recurse=False) if not n.startswith("statistic_")}
     seen = [_state(weight) for weight in weights.values()]
     if _FINITE.get(sae) != seen:
         for name, weight in weights.items():
-            finite(f"sae.{name}", weight)
+            finite(
+                f"sae.{name}", weight, unbounded=name == "threshold"
+            )  # infinite where a latent is never to be active
         _FINITE[sae] = seen
 
 

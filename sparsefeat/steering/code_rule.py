@@ -33,7 +33,7 @@ class CodeRule:
             for name in ("gain", "offset"):
                 finite(name, getattr(self, name))
             for name in ("low", "high", "gate"):  # infinite where there is no bound
-                finite(name, getattr(self, name).nan_to_num(nan=torch.nan, posinf=0.0, neginf=0.0))
+                finite(name, getattr(self, name), unbounded=True)
 
     @classmethod
     def build(cls, rules: dict[int, dict[str, float]]) -> CodeRule:

@@ -24,6 +24,8 @@ class Elsewhere:
     def named_parameters(self, recurse):
         return iter(())
 
+    named_buffers = named_parameters
+
 
 def test_an_sae_on_another_device_is_moved_once():
     activations, sae = Activations(torch.zeros(1, 2, 3)), Elsewhere("meta")
