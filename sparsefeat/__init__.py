@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.pipeline import attach as attach
     from sparsefeat.pipeline import hookpoints as hookpoints
     from sparsefeat.sae import SAE as SAE
+    from sparsefeat.sae import Names as Names
     from sparsefeat.sae import SAEConfig as SAEConfig
     from sparsefeat.sae import load_sae as load_sae
     from sparsefeat.steering import PromptVector as PromptVector
@@ -62,6 +63,7 @@ _HOME = {
     "Hookpoint": "sparsefeat.pipeline",
     "Instrument": "sparsefeat.pipeline",
     "InterpretThenDeactivate": "sparsefeat.erasure",
+    "Names": "sparsefeat.sae",
     "PromptVector": "sparsefeat.steering",
     "Record": "sparsefeat.features",
     "Replace": "sparsefeat.pipeline",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,11 +12,20 @@ import pytest
 
 from sparsefeat.assets import emojicanvas
 from sparsefeat.evaluation.judge import judge_images, load_judge
+from tests.families import families
+from tests.features.test_language_models import N, gemma_scope
 from tests.tiny import tiny_sd
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITTEN_BY_SPARSIFY = ROOT / "tests" / "sae" / "formats" / "fixtures" / "sparsify" / "readme"
-PAGES = ("README.md", "docs/embedded.md", "docs/features.md", "docs/instruments.md", "docs/presets.md")
+PAGES = (
+    "README.md",
+    "docs/embedded.md",
+    "docs/features.md",
+    "docs/instruments.md",
+    "docs/interop.md",
+    "docs/presets.md",
+)
 
 
 def python_blocks(page: str) -> list[str]:
@@ -29,6 +39,12 @@ def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch, capsys):
     if page == "README.md":
         tiny_sd().save_pretrained("my-pipeline")
         shutil.copytree(WRITTEN_BY_SPARSIFY, "my-run/unet.up_blocks.1.attentions.1")
+    if page == "docs/interop.md":
+        families()["lumina2"].build().save_pretrained("my-lumina-2")
+        gemma_scope(tmp_path)
+        labels = [{"index": str(i), "description": f"what {i:02d} is about"} for i in range(1, N)]
+        labels.append({"index": "0", "description": "falling snow, winter"})
+        Path("labels.jsonl").write_text("\n".join(map(json.dumps, labels)))
     names: dict = {"__name__": "page"}
     for block in python_blocks(page):
         exec(compile(block, page, "exec"), names)
@@ -41,6 +57,9 @@ def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch, capsys):
         assert [emojicanvas.OBJECTS[i] == "fox" for i in objects] == [True, False]
         printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("TopLatent(latent=")]
         assert len(printed) == 10
+    if page == "docs/interop.md":
+        assert all(str(latent.latent) in latent.name for latent in names["run"][names["rec"]].top(3))
+        assert names["image"].size == (16, 16)
     if page == "docs/features.md":
         assert names["naming"].word == "mono"  # the latent that a search for it finds
         assert len(names["examples"]) == 64

@@ -73,6 +73,44 @@ refused in one sentence.
 
 Cases that follow a description although there is a package, because no release of it writes them: {described}.
 
+## SAEs of a pipeline's language model
+
+Many pipelines carry a language model as text encoder, and SAEs of these are published with labels of their latents.
+`sf.load_sae` reads them; the place (`model.layers.12`) is found in whichever text encoder has it:
+
+```python
+import sparsefeat as sf
+from diffusers import Lumina2Pipeline
+
+pipe = Lumina2Pipeline.from_pretrained("my-lumina-2")
+sae = sf.load_sae("gemma-scope-2b-pt-res/layer_0/width_16k/average_l0_9")  # or by name: "gemma-scope-2b/12"
+sae.names = sf.Names.read("labels.jsonl")
+with sf.attach(pipe, rec := sf.Record(sae), sf.Steer(sae, scale={{"falling snow": 0}})) as run:
+    image = pipe("a fox in the snow", num_inference_steps=2).images[0]
+print(run[rec].top(3))
+```
+
+| pipeline | text encoder | SAEs, by name |
+|---|---|---|
+| Lumina 2, Sana | gemma-2-2b, gemma-2-2b-it | `gemma-scope-2b/0` to `/25` |
+| HiDream | Llama-3.1-8B-Instruct | `goodfire/19`, `andyrdt-llama/3` to `/27`; `llama-scope/0` to `/31` are of the base model |
+| FLUX.2 klein, Z-Image | Qwen3-4B, Qwen3-8B | `mwhanna-4b/0` to `/35`, `mwhanna-8b/0` to `/35` (transcoders); `qwen-scope-8b/0` to `/35` are of the base model |
+
+* An SAE of a base model may not fit an instruct model. `sf.check(sae, pipe, prompts)` measures whether it does. It also
+  tries an edit, and warns if nothing changes: some pipelines do not read the last layers.
+* Names come from a file of yours (JSON, CSV), from a Neuronpedia export (`.jsonl.gz`), or, a few at a time, from its API:
+  `sf.Names.of_neuronpedia("gemma-2-2b/12-gemmascope-res-16k", [3, 7], cache="labels")`. A name may be a part of a label, if
+  only one label has it. `sparsefeat sae names FOLDER FILE` keeps them with an SAE of yours.
+* A transcoder is recorded at the MLP's input. Its code cannot be edited in place: add a latent's direction to the MLP's
+  output, `sf.Steer(sae, add={{"falling snow": 8.0}}, at="model.layers.9.mlp")`.
+* `sparsefeat sae list` prints the table. `sparsefeat sae verify NAME "a prompt" --pipeline …` measures an SAE beside what is
+  published of it. The table is tested on stand-ins; no weights were downloaded to write it.
+
+## SAEs that are in memory
+
+`sf.SAE.of(module)` takes an SAE of SAELens, sparsify or dictionary_learning that your script already has, and gives the
+same one here. Its codes are compared on 64 rows before you get it.
+
 Measured with Python {python} and torch {torch} by `make interop`, which makes every fixture of `tests/sae/formats/fixtures`
 again with the published packages (the scripts are `tools/interop/NAME.py`), compares, and writes `docs/interop.json` and
 this page. The tests read the committed fixtures and need none of the packages.

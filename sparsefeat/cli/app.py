@@ -17,11 +17,14 @@ from sparsefeat.cli.commands.hookpoints import hookpoints
 from sparsefeat.cli.commands.sae.check import check
 from sparsefeat.cli.commands.sae.convert import convert
 from sparsefeat.cli.commands.sae.info import info
+from sparsefeat.cli.commands.sae.list import list as list_saes
+from sparsefeat.cli.commands.sae.names import names
+from sparsefeat.cli.commands.sae.verify import verify
 from sparsefeat.cli.commands.steer import steer
 from sparsefeat.cli.failures import plain_errors
 
 COMMANDS = (demo, features, steer, erase, heatmap, hookpoints, evaluate, bench)
-SAE_COMMANDS = (info, check, convert)
+SAE_COMMANDS = (info, list_saes, check, verify, names, convert)
 
 app = typer.Typer(
     no_args_is_help=True,

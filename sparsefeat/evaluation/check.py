@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -11,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparsefeat.evaluation.sae_metrics import SAEMetrics, SAEQuality
 from sparsefeat.features.attached import hookpoint_of
-from sparsefeat.pipeline import Activations, Context, Hookpoint, Instrument, attach
+from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint, Instrument, attach
 from sparsefeat.pipeline.call_arguments import check_arguments, check_values
 from sparsefeat.pipeline.hookpoints import resolve
 from sparsefeat.sae import SAE
@@ -90,12 +92,60 @@ def check(
     readings = dict(_readings(sae, hookpoint, seen))
     first = next(iter(readings))
     quality = readings.pop(first)()
+    unread = _unread(sae, pipe, hookpoint, prompts[0], seed, call)
+    if unread is not None:
+        warnings.warn(unread, CheckWarning, stacklevel=3)
+        return Check(hookpoint, quality, problem=unread)
     if quality.fvu <= DOUBTFUL:
         return Check(hookpoint, quality)
     alternatives = {name: measured().fvu for name, measured in readings.items()}
     problem = _problem(hookpoint, quality.fvu, alternatives)
     warnings.warn(problem, CheckWarning, stacklevel=3)  # 2 is torch.no_grad's
     return Check(hookpoint, quality, alternatives, problem)
+
+
+def _unread(sae: SAE, pipe: Any, hookpoint: Hookpoint, prompt: str, seed: int, call: dict[str, Any]) -> str | None:
+    """Of a text encoder: the sentence that an edit does nothing, if what the pipeline reads lies before the hookpoint.
+
+    Found out by an edit that nothing could hide, in one denoising step with and without it.
+    """
+    if resolve(pipe, hookpoint.path).family.runs_in_steps:
+        return None
+    call = {"output_type": "latent", **call, "num_inference_steps": 1}
+    if "output_type" not in inspect.signature(type(pipe).__call__).parameters:
+        del call["output_type"]
+    given = []
+    for push in (None, _Push(hookpoint, seed)):
+        with attach(pipe, push) if push is not None else contextlib.nullcontext():
+            given.append(pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), **call)[0])
+    if not _equal(*given):
+        return None
+    return (
+        f"an edit at {hookpoint} changes nothing: {type(pipe).__name__} reads hidden states of its text encoder that come "
+        "before it, so use an SAE of an earlier layer"
+    )
+
+
+class _Push(Instrument):
+    """Adds noise as large as the activations, everywhere."""
+
+    def __init__(self, hookpoint: Hookpoint, seed: int):
+        self.hookpoint, self.seed = hookpoint, seed
+
+    def hookpoints(self) -> tuple[Hookpoint, ...]:
+        return (self.hookpoint,)
+
+    def at_hookpoint(self, activations: Activations, context: Context) -> Delta:
+        rows = activations.rows
+        noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(self.seed))
+        return Delta(noise.to(rows.device) * rows.float().square().mean().sqrt())
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Of what pipelines give: tensors, arrays, images, lists of these."""
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return bool((torch.as_tensor(np.asarray(one)) == torch.as_tensor(np.asarray(other))).all())
 
 
 def _check_width(sae: SAE, pipe: Any, hookpoint: Hookpoint) -> None:
@@ -223,5 +273,5 @@ def _seen(
     sample = _Sample(places, max(1, math.ceil(rows / runs)), seed)
     with attach(pipe, sample):
         for number, prompt in enumerate(prompts):
-            pipe(prompt, generator=torch.Generator().manual_seed(seed + number), **call)
+            pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed + number), **call)
     return {place: torch.cat(kept).to(sae.device) for place, kept in sample.kept.items()}

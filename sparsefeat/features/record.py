@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -32,12 +32,18 @@ class TopLatent(NamedTuple):
     score: its mean activation over the image's positions, the steps and the images: comparable between runs of different
         length.
     maximum: its largest activation. frequency: share of the positions and steps in which it is active.
+    name: where the SAE's latents have names (`sae.names`), else None.
     """
 
     latent: int
     score: float
     maximum: float
     frequency: float
+    name: str | None = None
+
+    def __repr__(self) -> str:
+        said = [f"{field}={value!r}" for field, value in self._asdict().items() if value is not None]
+        return f"TopLatent({', '.join(said)})"
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,7 @@ class Record(Instrument):
     def begin_call(self, call: Call) -> None:
         self._close()  # of a call that was interrupted
         self._recording = Recording(self.sae.n_latents, call.images_per_prompt, call.prompts, self.positions)
+        self._recording.names = self.sae.names
 
     def at_hookpoint(self, activations: Activations, context: Context) -> None:
         recording = self._recording
@@ -181,6 +188,7 @@ class Recording:
             encoder, where a prompt runs once for all its images and counts for the first.
         grid: (height, width) of the positions, or None where they are not on a grid (text).
         timesteps: step -> timestep.
+        names: latent -> name, of the SAE, as far as it has any.
     """
 
     def __init__(
@@ -191,6 +199,7 @@ class Recording:
         self.images: tuple[int, ...] = ()
         self.grid: tuple[int, ...] | None = None
         self.timesteps: dict[int | None, float | None] = {}
+        self.names: Mapping[int, str] = {}
         self.nbytes = 0
         self._codes: dict[tuple[int | None, int], SparseCode] = {}
         self._pooled: dict[tuple[int | None, int], Pooled] = {}
@@ -255,7 +264,10 @@ class Recording:
         score, maximum, count, rows = self._dense(images, self.steps if step is None else (step,))
         active = count.nonzero()[:, 0]
         order = active[score[active].argsort(descending=True, stable=True)[:n]]
-        return [TopLatent(i, float(score[i]), float(maximum[i]), float(count[i]) / rows) for i in order.tolist()]
+        return [
+            TopLatent(i, float(score[i]), float(maximum[i]), float(count[i]) / rows, self.names.get(i))
+            for i in order.tolist()
+        ]
 
     def _dense(self, images: Sequence[int], steps: Sequence[int | None]) -> tuple[Tensor, Tensor, Tensor, int]:
         """Score, maximum and count of every latent, and the number of positions, over images and steps."""

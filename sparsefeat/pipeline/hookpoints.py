@@ -153,7 +153,8 @@ def resolve(pipe: Any, path: str) -> Target:
     """The module meant by `path`, in this pipeline and these library versions.
 
     The component may be left out ("mid_block.attentions.0" is looked for in the denoiser), names of other library
-    versions are understood, and what wrappers put into names ("_orig_mod", "base_layer") makes no difference.
+    versions are understood, places of a language model ("model.layers.12") are looked for in the text encoders, and what
+    wrappers put into names ("_orig_mod", "base_layer") makes no difference.
     """
     plain = _plain(path)
     parts = components(pipe)
@@ -171,6 +172,7 @@ def resolve(pipe: Any, path: str) -> Target:
             if module is not None:
                 found.append(Target(f"{root_name}.{name}".rstrip("."), module, root_name, root, family))
                 break
+    found = found or _in_language_models(parts, plain)
     if len(found) > 1:
         raise UnknownHookpointError(
             f"hookpoint {path!r} is in {' and in '.join(t.root_name for t in found)} of {type(pipe).__name__}: name "
@@ -179,6 +181,28 @@ def resolve(pipe: Any, path: str) -> Target:
     if not found:
         raise UnknownHookpointError(_unknown(pipe, path, parts))
     return found[0]
+
+
+# What stands before a language model's `layers.N` in the classes that pipelines carry: LlamaModel, LlamaForCausalLM,
+# Qwen2_5_VLForConditionalGeneration, and so on.
+_LANGUAGE_MODELS = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
+
+
+def _in_language_models(parts: Mapping[str, nn.Module], path: str) -> list[Target]:
+    """Where a place of a language model, `model.layers.N` as SAEs of these are published, is in the text encoders."""
+    before = max((prefix for prefix in _LANGUAGE_MODELS if path.startswith(prefix)), key=len)
+    inner = path.removeprefix(before)
+    found = []
+    for root_name, root in parts.items():
+        family = family_of(root)
+        if family.runs_in_steps or not inner.startswith(("layers.", "norm", "embed_tokens")):
+            continue
+        for name in (prefix + inner for prefix in _LANGUAGE_MODELS):
+            module = _module(root, name)
+            if module is not None:
+                found.append(Target(f"{root_name}.{name}", module, root_name, root, family))
+                break
+    return found
 
 
 def _plain(path: str) -> str:

@@ -15,7 +15,9 @@ from sparsefeat.sae.files import reading
 from sparsefeat.sae.formats import FORMATS, SINGLE_FILES, detect
 from sparsefeat.sae.formats.format import Given
 from sparsefeat.sae.model_card import model_card
-from sparsefeat.sae.module import SAE
+from sparsefeat.sae.module import NAMES, SAE
+from sparsefeat.sae.names import Names
+from sparsefeat.sae.published import published
 from sparsefeat.whole import as_path
 
 
@@ -37,8 +39,9 @@ def load_sae(
 ) -> SAE:
     """Open a trained SAE of any format in `docs/interop.md`, in evaluation mode.
 
-    source: a local folder, or a single file where the format is one, which win, or a hub id `owner/name`; `subfolder` is
-        a folder (or file) within either, `revision` a branch, tag or commit of the hub.
+    source: a local folder, or a single file where the format is one, which win, a name of the table of published SAEs
+        (`sparsefeat sae list`, such as "sdxl-unbox/up.0.1"), or a hub id `owner/name`; `subfolder` is a folder (or file)
+        within either, `revision` a branch, tag or commit of the hub.
     dtype: None gives float32 (float64 if stored so), whatever the file holds.
     k, hookpoint, base_model: in the place of what the files say; most foreign formats do not know the pipeline they were
         trained on, and overcomplete's not their k. `sparsefeat.check(sae, pipe, prompts)` tells whether they fit.
@@ -46,6 +49,10 @@ def load_sae(
     _check_device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype is {dtype!r}: choose a floating dtype, such as torch.float16")
+    entry = published(source) if isinstance(source, str) and not Path(source).expanduser().exists() else None
+    if entry is not None:
+        source, subfolder = entry.repository, subfolder or entry.subfolder
+        hookpoint, base_model = hookpoint or entry.hookpoint, base_model or entry.base_model
     place = _place(source, revision, subfolder)
     with reading(place):
         return _read(place, device, dtype, k, hookpoint, base_model)
@@ -75,6 +82,8 @@ def _read(
     # tensor at a time, each let go of when it is copied: of a large SAE no two whole copies are held.
     state = {name: _cast(place, name, tensors.pop(name), device, dtype) for name in list(tensors)}
     sae.load_state_dict(state, assign=True)
+    if place.is_dir() and (place / NAMES).exists():
+        sae.names = Names.read(place / NAMES)
     return sae.eval()
 
 
@@ -129,8 +138,10 @@ def _place(source: str | Path, revision: str | None, subfolder: str | None) -> P
     from huggingface_hub import snapshot_download
 
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    wanted = [prefix + name for known in FORMATS for name in known.files + known.optional]
+    wanted = [prefix + name for known in FORMATS for name in known.files + known.optional] + [prefix + NAMES]
     if prefix and Path(prefix).suffix in SINGLE_FILES:
+        beside = prefix.rstrip("/").rpartition("/")[0]
+        wanted = [f"{beside}/{name}".lstrip("/") for known in FORMATS if not known.files for name in known.optional]
         wanted.append(prefix.rstrip("/"))
     try:
         root = Path(snapshot_download(source, revision=revision, allow_patterns=wanted))

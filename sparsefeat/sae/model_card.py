@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 def model_card(sae: SAE, repo_id: str, subfolder: str | None, metrics: Mapping[str, float]) -> str:
     """Markdown with a YAML head, as the hub reads it. Metrics are printed as given."""
     config = sae.config
-    head = ["library_name: sparsefeat", "tags:", "- sparse-autoencoder", "- diffusers", "- interpretability"]
+    head = ["library_name: sparsefeat", "tags:", "- sparse-autoencoder", "- sae", "- diffusers"]
+    head += ["- interpretability", "- mechanistic-interpretability"]
     if config.base_model and config.base_model.count("/") == 1:  # the hub takes nothing but its own ids here
         head.append(f"base_model: {config.base_model}")
     rows = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from sparsefeat_kernels import PreparedEncoder, SparseCode, prefilter_pays, prepare_encoder, sparse_decode, topk_encode
@@ -19,6 +20,7 @@ from sparsefeat.sae.activations import (
 )
 from sparsefeat.sae.config import FITTED, PURSUITS, SAEConfig
 from sparsefeat.sae.formats import native
+from sparsefeat.sae.names import Names
 from sparsefeat.sae.normalizers import PCA, ROW_SCALED, denormalize, modulation, normalize, row_scale
 
 # What the `timestep` normaliser has of its own.
@@ -27,6 +29,9 @@ TIME = tuple(f"{layer}_{part}" for layer in ("time_in", "time_out", "modulation"
 # The prefilter's weights of SAEs that encoded where it pays. Kept beside the modules, not in them: a copied or pickled
 # SAE makes its own.
 _PREPARED: weakref.WeakKeyDictionary[SAE, PreparedEncoder] = weakref.WeakKeyDictionary()
+
+
+NAMES = "names.json"  # beside the SAE, if its latents have names
 
 
 class SAE(nn.Module):
@@ -51,6 +56,8 @@ class SAE(nn.Module):
     b_out: nn.Parameter
     W_skip: nn.Parameter
     threshold: Tensor | None
+    names: Names = Names()
+    """Of latents, as far as they have any: `sae.names = sf.Names.read(path)`; saved with the SAE."""
     timestep: float | Tensor | None = None
     """Of an SAE with normalizer "timestep": what `encode` encodes at; see `at_timestep`."""
     pca_basis: Tensor | None
@@ -213,6 +220,17 @@ class SAE(nn.Module):
         scale = self.row_scale(like)
         return decoded if scale is None else decoded * scale
 
+    @classmethod
+    def of(cls, module: nn.Module, **options: Any) -> SAE:
+        """The SAE that a module of SAELens, sparsify or dictionary_learning is; see `sparsefeat.sae.in_memory.of`."""
+        from sparsefeat.sae.in_memory import of
+
+        return of(module, **options)
+
+    def latent(self, named: int | str) -> int:
+        """The number of a latent that is called so, or that this number is."""
+        return self.names.find(named) if isinstance(named, str) else named
+
     def statistic(self, name: str) -> Tensor:
         """Numbers kept for every latent, `[n_latents]`: one of `config.statistics`."""
         if name not in self.config.statistics:
@@ -233,7 +251,10 @@ class SAE(nn.Module):
 
     def save(self, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
         """Write `config.json` and `sae.safetensors` into `folder`; see `sparsefeat.sae.formats.native.write`."""
-        return native.write(Path(folder), self.config, self.state_dict(), dtype=dtype, overwrite=overwrite)
+        written = native.write(Path(folder), self.config, self.state_dict(), dtype=dtype, overwrite=overwrite)
+        if self.names:
+            self.names.write(written / NAMES)
+        return written
 
     def push_to_hub(
         self,

@@ -37,6 +37,8 @@ class Steer(SavableInstrument):
         x' = x + w sum over latents of (add + add_map at the row's position) W_dec[latent]
                + w sum over latents of (z' - z) W_dec[latent],   z' from z by scale, set and clamp.
 
+    A latent is given by its number, or by its name where the SAE has names (`sae.names`).
+
     Args:
         sae: whose latents. A standardising SAE's edits are multiplied by the row's scale (`SAE.row_scale`).
         add: latent -> amount, added whether the latent is active or not; never encodes.
@@ -58,18 +60,19 @@ class Steer(SavableInstrument):
         self,
         sae: SAE,
         *,
-        add: Mapping[int, float] | None = None,
-        add_map: Mapping[int, Any] | None = None,
-        scale: Mapping[int, float] | None = None,
-        set: Mapping[int, float] | None = None,
-        clamp: Mapping[int, tuple[float | None, float | None]] | None = None,
+        add: Mapping[Any, float] | None = None,
+        add_map: Mapping[Any, Any] | None = None,
+        scale: Mapping[Any, float] | None = None,
+        set: Mapping[Any, float] | None = None,
+        clamp: Mapping[Any, tuple[float | None, float | None]] | None = None,
         steps: Steps = None,
         mask: Mask = None,
         condition: str = "cond",
         at: str | Hookpoint | None = None,
     ):
         self.at = hookpoint_of(sae, at)
-        edits = {"add": add, "add_map": add_map, "scale": scale, "set": set, "clamp": clamp}
+        edits: dict[str, Any] = {"add": add, "add_map": add_map, "scale": scale, "set": set, "clamp": clamp}
+        edits = {name: _by_number(name, edit, sae) for name, edit in edits.items()}
         for name, edit in edits.items():
             _check_latents(name, edit, sae.n_latents)
         add, add_map, scale, set, clamp = (_plain(edit) for edit in edits.values())
@@ -204,6 +207,16 @@ def _rule(
             raise ValueError(f"clamp[{latent}]={bounds!r} must be (low, high) with low <= high, None for no bound.")
         fields.setdefault(latent, {}).update(low=float(low), high=float(high))
     return CodeRule.build(fields)
+
+
+def _by_number(name: str, edit: Any, sae: SAE) -> Any:
+    """The edit with its latents' numbers in the place of names."""
+    if not isinstance(edit, Mapping) or not any(isinstance(latent, str) for latent in edit):
+        return edit
+    numbered = {sae.latent(latent): amount for latent, amount in edit.items()}
+    if len(numbered) != len(edit):
+        raise ValueError(f"{name}={edit!r} names a latent twice: give each once.")
+    return numbered
 
 
 def _check_latents(name: str, edit: Mapping[int, Any] | None, n_latents: int) -> None:
