@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -62,6 +63,27 @@ def wheel(tmp_path_factory) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return next(folder.glob("sparsefeat-*.whl"))
+
+
+def test_the_source_distribution_holds_what_its_tests_need_and_runs_them(tmp_path):
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    unpacked = next(path for path in tmp_path.iterdir() if path.is_dir())
+    for part in ("bench", "docs", "kernels", "sparsefeat", "tests", "tools"):
+        for path in (ROOT / part).rglob("*"):
+            if path.is_file() and not {"__pycache__", ".hypothesis"} & set(path.parts):
+                assert (unpacked / path.relative_to(ROOT)).is_file(), path
+    # In a process of its own, in the unpacked folder: its tests, its package.
+    (unpacked / "tests" / "test_where_it_is.py").write_text(
+        "import sparsefeat, sparsefeat_kernels, tests.tiny\n"
+        "def test_it_is_the_unpacked_one():\n"
+        f"    assert {str(unpacked)!r} in sparsefeat.__file__ and {str(unpacked)!r} in sparsefeat_kernels.__file__\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_where_it_is.py", "tests/steering/test_where.py"]
+    run = subprocess.run(command, cwd=unpacked, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
 
 
 def test_the_wheel_holds_both_packages_their_types_and_every_asset(wheel):

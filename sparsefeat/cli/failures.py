@@ -124,10 +124,10 @@ def signals_raise() -> Iterator[None]:
 
 
 @contextmanager
-def keeping(sentence: str) -> Iterator[None]:
-    """Says, if the work in here is interrupted, what of it was kept."""
+def keeping(sentence: Callable[[], str]) -> Iterator[None]:
+    """Says, if the work in here is interrupted, what of it was kept: `sentence()`, which looks."""
     try:
         yield
     except KeyboardInterrupt as error:
-        error.kept = sentence  # type: ignore[attr-defined]
+        error.kept = sentence()  # type: ignore[attr-defined]
         raise

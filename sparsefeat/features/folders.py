@@ -12,22 +12,28 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from sparsefeat.whole import as_path, check_writable, written_plainly
 
 
 def write_folder(folder: str | os.PathLike[str], name: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write `<name>.json` and its tensors into `folder`, in place of what stood there under this name."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = as_path(folder)
+    if not folder.exists():
+        check_writable(folder)
+        folder.mkdir(parents=True)
     tensor_file = f"{name}-{uuid.uuid4().hex[:12]}.safetensors"
     unfinished = folder / f".{tensor_file}.tmp"
     try:
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, unfinished)
-        os.replace(unfinished, folder / tensor_file)
-        unfinished = folder / f".{name}.json.tmp"
-        unfinished.write_text(json.dumps({**config, "tensors": tensor_file}, indent=1, allow_nan=False) + "\n")
-        os.replace(unfinished, folder / f"{name}.json")
+        with written_plainly(folder):
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, unfinished)
+            os.replace(unfinished, folder / tensor_file)
+            unfinished = folder / f".{name}.json.tmp"
+            unfinished.write_text(json.dumps({**config, "tensors": tensor_file}, indent=1, allow_nan=False) + "\n")
+            os.replace(unfinished, folder / f"{name}.json")
     finally:
         unfinished.unlink(missing_ok=True)
     for old in folder.glob(f"{name}-*.safetensors"):
@@ -40,15 +46,21 @@ def read_folder(folder: str | os.PathLike[str], name: str) -> tuple[dict[str, An
 
     Raises:
         FileNotFoundError: there is no `<name>.json`.
-        ValueError: it is not a JSON object of this kind, or names a file outside the folder.
+        ValueError: it is not a JSON object of this kind, is damaged, or names a file outside the folder.
     """
-    path = Path(folder) / f"{name}.json"
+    path = as_path(folder) / f"{name}.json"
     if not path.is_file():
         raise FileNotFoundError(f"folder={str(folder)!r} holds no {name}.json; give the folder that save() wrote.")
-    config = json.loads(path.read_text())
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:  # also of text that is not UTF-8
+        raise ValueError(f"{path} is damaged ({error}); save it again, or give another folder.") from None
     if not isinstance(config, dict) or not isinstance(config.get("tensors"), str):
         raise ValueError(f"{path} is not a {name} saved by sparsefeat; give the folder that save() wrote.")
     tensor_file = config.pop("tensors")
     if Path(tensor_file).name != tensor_file:
         raise ValueError(f"{path} names tensors outside its folder ({tensor_file!r}); it is refused.")
-    return config, load_file(path.parent / tensor_file)
+    try:
+        return config, load_file(path.parent / tensor_file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path.parent / tensor_file} is missing or damaged ({error}); save it again.") from None

@@ -106,12 +106,17 @@ def load_instrument(folder: str | os.PathLike[str], sae: SAE | None = None) -> S
         if not (Path(folder) / "sae").is_dir():
             raise FileNotFoundError(f"{folder} was saved without its SAE; pass it: load_instrument(folder, sae=sae).")
         sae = load_sae(Path(folder) / "sae")
-    if fingerprint(sae) != description["sae"]:
+    if fingerprint(sae) != description.get("sae"):
         raise ValueError(
-            f"sae= is not the SAE that {folder} was made with ({description['sae']}, given: {fingerprint(sae)}); "
+            f"sae= is not the SAE that {folder} was made with ({description.get('sae')}, given: {fingerprint(sae)}); "
             "latents would mean other things. Pass the same SAE."
         )
-    return _KINDS[kind].from_saved(sae, description["settings"], tensors)
+    try:
+        return _KINDS[kind].from_saved(sae, description["settings"], tensors)
+    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder} holds a damaged instrument ({type(error).__name__}: {error}); save it again, or give another folder."
+        ) from error
 
 
 def fingerprint(sae: SAE) -> str:

@@ -297,6 +297,29 @@ def test_a_text_encoder_is_steered(pipe):
         assert (pixels(pipe) != before).any()
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("instrument.json", "{", "instrument.json is damaged"),
+        ("instrument.json", "[1]", "is not a instrument saved by sparsefeat"),
+        ("tensors", "", r"instrument-.*\.safetensors is missing or damaged"),
+        ("settings", "", r"holds a damaged instrument \(KeyError"),
+    ],
+)
+def test_a_damaged_instrument_is_one_sentence(sae, tmp_path, file, content, said):
+    Steer(sae, add={5: 2.0}).save(tmp_path / "it")
+    path = tmp_path / "it" / "instrument.json"
+    if file == "tensors":
+        next((tmp_path / "it").glob("*.safetensors")).unlink()
+    elif file == "settings":
+        path.write_text(path.read_text().replace('"add"', '"sub"'))
+    else:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=said) as refused:
+        load_instrument(tmp_path / "it")
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("steps", [[99], (0.1, 0.2)])
 def test_a_window_that_holds_no_step_is_told(pipe, sae, steps):
     steer = Steer(sae, add={5: 2.0}, steps=steps)

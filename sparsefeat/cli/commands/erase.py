@@ -64,19 +64,23 @@ def erase(
         saes = SAEChoice(sae, subfolder, pipeline, "text")
         if save_to is not None:
             check_apart(save_to, out)
-    with whole_folder(out, "--out") as folder:
+
+    def kept_of_it() -> str:
+        saved = save_to is not None and save_to.is_dir() and any(save_to.iterdir())
+        return f"the fitted erasure is kept in {save_to}" if saved else "nothing was written"
+
+    with keeping(kept_of_it), whole_folder(out, "--out") as folder:
         if fitted is not None:
             from sparsefeat.steering import load_instrument
 
-            pipe = choice.open()
             instruments: list[Any] = [load_instrument(one) for one in folders]
+            pipe = choice.open()
         else:
             assert concept is not None
             how: dict[str, Any] = {
                 "n_latents": 32 if latents is None else latents,
                 "gamma": -0.5 if gamma is None else gamma,
             }
-            instruments, pipe = [], None
             with nullcontext() if save_to is None else whole_folder(save_to, "--save") as kept:
                 from sparsefeat.erasure import Erase
 
@@ -93,10 +97,9 @@ def erase(
         from sparsefeat.pipeline import attach
         from sparsefeat.report import enlarge
 
-        with keeping("nothing was drawn" if save_to is None else f"the fitted erasure is kept in {save_to}"):
-            enlarge(pipe(prompt, **choice.call_options(guidance, seed)).images[0]).save(folder / "before.png")
-            with attach(pipe, *instruments):
-                enlarge(pipe(prompt, **choice.call_options(guidance, seed)).images[0]).save(folder / "after.png")
+        enlarge(pipe(prompt, **choice.call_options(guidance, seed)).images[0]).save(folder / "before.png")
+        with attach(pipe, *instruments):
+            enlarge(pipe(prompt, **choice.call_options(guidance, seed)).images[0]).save(folder / "after.png")
     typer.echo(f"{out / 'before.png'}\n{out / 'after.png'}")
 
 

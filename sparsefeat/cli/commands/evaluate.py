@@ -53,6 +53,6 @@ def evaluate(
     if benchmark is Benchmark.overhead:
         write_json(out, measure_sd_sized())
     else:
-        with keeping(f"finished parts are in {work}, and the same command goes on from them"):
+        with keeping(lambda: f"finished parts are in {work}, and the same command goes on from them"):
             evaluate_emoji(load_pipeline(), SAEChoice(None, None).open(), load_judge(), out, work)
     typer.echo(f"wrote {out}")

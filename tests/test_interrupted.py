@@ -1,0 +1,76 @@
+"""Commands that are interrupted or ended from outside say what is true, keep what they say, and do not block the next."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sparsefeat.assets import cross_attention_sae_folders
+
+COMMAND = [sys.executable, "-m", "sparsefeat.cli"]
+
+
+def start(line: list[str], folder: Path) -> subprocess.Popen:
+    # A process group of its own, as a shell gives it; the bar speaks at once.
+    return subprocess.Popen([*COMMAND, *line], cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
+def end(process: subprocess.Popen, number: signal.Signals) -> str:
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number
+    return said.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_command_that_is_ended_leaves_nothing_and_says_so(number, tmp_path):
+    process = start(["features", "a noto emoji of a fox", "--steps", "1000", "--out", "a/b"], tmp_path)
+    wait_for(lambda: list(tmp_path.glob("a/.b.*.unfinished")), process)
+    time.sleep(1)  # into its imports, or its drawing
+    assert end(process, number) == "interrupted; nothing was written"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.embedded
+def test_an_erasure_that_was_fitted_is_kept_when_the_drawing_is_interrupted(tmp_path):
+    (tmp_path / "concepts.json").write_text(json.dumps({"fox": ["a fox"], "owl": ["an owl"]}))
+    sae = str(cross_attention_sae_folders()[-1])
+    options = ["--concept", "fox", "--concepts", "concepts.json", "--sae", sae, "--save", "fit", "--latents", "2"]
+    process = start(["erase", "a noto emoji of a fox", *options, "--steps", "100", "--out", "out"], tmp_path)
+    wait_for((tmp_path / "fit").exists, process)
+    assert end(process, signal.SIGTERM) == "interrupted; the fitted erasure is kept in fit"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["concepts.json", "fit"]
+    again = subprocess.run(
+        [*COMMAND, "erase", "a fox", "--fitted", "fit", "--steps", "1", "--out", "out"],
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "out" / "after.png").is_file()
+
+
+def test_what_was_killed_outright_does_not_block_the_next_run(tmp_path):
+    line = ["features", "a noto emoji of a fox", "--steps", "1000", "--out", "out"]
+    process = start(line, tmp_path)
+    wait_for(lambda: list(tmp_path.glob(".out.*.unfinished")), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "out").exists()
+    process = start(line, tmp_path)
+    wait_for(lambda: len(list(tmp_path.glob(".out.*.unfinished"))) == 2, process)  # it was let in
+    end(process, signal.SIGTERM)
