@@ -13,7 +13,7 @@ import warnings
 import torch
 from torch import Tensor
 
-__all__ = ["pair_products", "product"]
+__all__ = ["pair_products", "product", "quiet_about_csr"]
 
 
 def product(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -41,15 +41,16 @@ def pair_products(x: Tensor, W: Tensor, offsets: Tensor, columns: Tensor) -> Ten
     if len(columns) > len(x) * len(W):  # a pattern with entries twice is none that torch takes; all pairs are fewer
         rows = torch.repeat_interleave(torch.arange(len(x)), offsets.diff())
         return (x @ W.T)[rows, columns]
-    _quiet()
+    quiet_about_csr()
     zeros = x.new_zeros(len(columns))
     pattern = torch.sparse_csr_tensor(offsets, columns, zeros, size=(len(x), len(W)), check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, x.contiguous(), W.T, beta=0.0).values()
 
 
 @functools.cache
-def _quiet() -> None:
-    """Torch says once that its CSR tensors are in beta: not of interest to whoever encodes."""
+def quiet_about_csr() -> None:
+    """Torch says once that its CSR tensors are in beta: not of interest to whoever encodes. (Before threads begin:
+    filters of warnings are not theirs.)"""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0))

@@ -25,3 +25,12 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip("Triton is not installed")
     with force_triton():
         yield DEVICE
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The profiler sees the memory of the thread that it was started in: here that is all of it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..dispatch import implementation, ops, register, row_chunks
 from ..gradient.weight_gradient import weight_gradient, weight_gradient_cpu
 from ..products import product
+from ..threads import conducted, each, pieces, threads, together
 from .sparse_decode import check_decode, grad_values_cpu, sparse_decode_cpu
 from .sparse_decode import reference as decode_reference
 
@@ -133,6 +134,7 @@ def _finite(x: Tensor) -> bool:
     return bool(x.sum().isfinite())
 
 
+@conducted
 def _decode_cpu(values: Tensor, indices: Tensor, dead: Tensor, W_dec: Tensor) -> Tensor:
     rows, d = values.shape[0], W_dec.shape[1]
     code = _columns(values, indices, dead, len(W_dec)) if dense_in(W_dec, dead, values.shape[1]) else None
@@ -140,13 +142,21 @@ def _decode_cpu(values: Tensor, indices: Tensor, dead: Tensor, W_dec: Tensor) ->
         out, n_dead = W_dec.new_zeros(rows, d), len(dead)
         for part in row_chunks(rows, n_dead * W_dec.itemsize, CODE_BYTES):
             z = _dense(code[0][part].to(W_dec.dtype), code[1][part], n_dead)
-            for tile in row_chunks(len(dead), d * W_dec.itemsize, TILE_BYTES):
-                out[part] += product(z[:, tile], W_dec[dead[tile]].T)
+
+            def some(columns: slice, z: Tensor = z, part: slice = part) -> None:
+                W = W_dec[:, columns]
+                for tile in row_chunks(
+                    n_dead, (columns.stop - columns.start) * W_dec.itemsize, TILE_BYTES // threads()
+                ):
+                    out[part, columns] += product(z[:, tile], W[dead[tile]].T)
+
+            together(each(some, pieces(d)))
         if _finite(out):
             return out
     return sparse_decode_cpu(values, indices, W_dec, W_dec.new_zeros(d))
 
 
+@conducted
 def _grad_aux_values_cpu(grad: Tensor, values: Tensor, indices: Tensor, dead: Tensor, W_dec: Tensor) -> Tensor:
     """The dot products of every row's gradient with all the dead latents' decoder rows; the code's are picked out."""
     code = _columns(values, indices, dead, len(W_dec)) if dense_in(W_dec, dead, values.shape[1]) else None
@@ -155,12 +165,16 @@ def _grad_aux_values_cpu(grad: Tensor, values: Tensor, indices: Tensor, dead: Te
     out = torch.empty_like(values, memory_format=torch.contiguous_format)
     for part in row_chunks(len(grad), len(dead) * grad.itemsize, CODE_BYTES):
         dots = grad.new_empty(part.stop - part.start, len(dead))
-        for tile in row_chunks(len(dead), grad.shape[1] * grad.itemsize, TILE_BYTES):
+
+        def some(tile: slice, dots: Tensor = dots, part: slice = part) -> None:
             dots[:, tile] = product(grad[part], W_dec[dead[tile]])
+
+        together(each(some, row_chunks(len(dead), grad.shape[1] * grad.itemsize, TILE_BYTES // threads())))
         out[part] = torch.where(code[0][part] != 0, dots.gather(1, code[1][part]), 0)
     return out
 
 
+@conducted
 def _auxk_weight_gradient_cpu(
     coefficients: Tensor,
     indices: Tensor,
@@ -182,11 +196,16 @@ def _auxk_weight_gradient_cpu(
     for part in row_chunks(len(x), n_dead * x.itemsize, CODE_BYTES):
         z = _dense(code[0][part].to(x.dtype), code[1][part], n_dead)
         centred = aux_x[part] - shift
-        for tile in row_chunks(len(dead), x.shape[1] * x.itemsize, TILE_BYTES):
+        finite: list[bool] = []
+
+        def some(tile: slice, z: Tensor = z, centred: Tensor = centred, finite: list[bool] = finite) -> None:
             added = product(z[:, tile].T, centred.T)
-            if not _finite(added):
-                return None
+            finite.append(_finite(added))
             weight.index_add_(0, dead[tile], added)
+
+        together(each(some, row_chunks(n_dead, x.shape[1] * x.itemsize, TILE_BYTES // threads())))
+        if not all(finite):
+            return None
         bias.index_add_(0, dead, z.sum(0))
     return weight, bias
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..dispatch import block_bytes, implementation, jit, next_power_of_2, ops, register, row_chunks, sum_dtype, tl
 from ..gradient.weight_gradient import weight_gradient
-from ..products import pair_products
+from ..products import pair_products, quiet_about_csr
+from ..threads import conducted, each, pieces, threads, together
 from ..tuning.table import tuned
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
 
 # A bound on the decoder rows gathered at a time on the CPU path: they stay in a core's L2.
 GATHER_BYTES = 1 << 20
+RESULT_BYTES = 1 << 18  # and of the result, where several threads share it
 
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Tensor, validate: bool = False) -> Tensor:
@@ -114,6 +116,7 @@ def _owned_entries(values: Tensor, indices: Tensor, n_latents: int, dtype: torch
     return torch.where(owned, values, 0).to(dtype), torch.where(owned, indices, 0)
 
 
+@conducted
 def sparse_decode_cpu(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Tensor) -> Tensor:
     rows, k = values.shape
     (n_latents, d), dtype = W_dec.shape, sum_dtype(W_dec)
@@ -121,28 +124,42 @@ def sparse_decode_cpu(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Ten
     if values.numel() == 0 or W_dec.numel() == 0:
         return y.copy_(b_out.expand(rows, d))
     bags = W_dec.dtype == dtype and W_dec.device.type == "cpu"  # on a GPU the host would wait to learn what is padding
-    if bags and values.dtype == dtype and bool(values.all()) and _in_range(indices, n_latents):
-        y = torch.nn.functional.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum")
-        return y.add_(b_out)
-    values, indices = _owned_entries(values, indices, n_latents, dtype)
-    used = values != 0
-    if bags:  # without the padding
-        offsets = torch.zeros(rows + 1, dtype=indices.dtype, device=indices.device)
-        offsets[1:] = used.sum(1).cumsum(0)
-        if int(offsets[-1]) == 0:
-            return y.copy_(b_out.expand(rows, d))
-        y = torch.nn.functional.embedding_bag(
-            indices[used], W_dec, offsets, per_sample_weights=values[used], mode="sum", include_last_offset=True
-        )
-        return y.add_(b_out)
-    # embedding_bag would round the values to half precision: gather a few rows at a time and widen them.
-    for block in row_chunks(rows, k * d * dtype.itemsize, block_bytes(W_dec, GATHER_BYTES)):
-        gathered = W_dec[indices[block]].to(dtype)  # [step, k, d]
-        gathered.masked_fill_(~used[block, :, None], 0)
-        y[block] = (values[block, None] @ gathered)[:, 0] + b_out.to(dtype)
+    clean, used = values, None
+    if not (bags and values.dtype == dtype and bool(values.all()) and _in_range(indices, n_latents)):
+        clean, indices = _owned_entries(values, indices, n_latents, dtype)
+        used = clean != 0
+    wide_b_out = b_out.to(dtype)
+
+    def some(block: slice) -> None:
+        of_block, at = clean[block], indices[block]
+        if used is None:
+            out = torch.nn.functional.embedding_bag(at, W_dec, per_sample_weights=of_block, mode="sum")
+        elif bags:  # without the padding
+            kept = used[block]
+            offsets = torch.zeros(len(kept) + 1, dtype=at.dtype, device=at.device)
+            offsets[1:] = kept.sum(1).cumsum(0)
+            if int(offsets[-1]) == 0:
+                y[block] = b_out
+                return
+            out = torch.nn.functional.embedding_bag(
+                at[kept], W_dec, offsets, per_sample_weights=of_block[kept], mode="sum", include_last_offset=True
+            )
+        else:  # embedding_bag would round the values to half precision: gather a few rows at a time and widen them
+            gathered = W_dec[at].to(dtype)  # [block, k, d]
+            gathered.masked_fill_(~used[block, :, None], 0)
+            out = (of_block[:, None] @ gathered)[:, 0]
+        torch.add(out, wide_b_out, out=y[block])
+
+    if not bags:
+        together(each(some, row_chunks(rows, k * d * dtype.itemsize, block_bytes(W_dec, GATHER_BYTES))))
+    elif threads() > 1:
+        together(each(some, row_chunks(rows, d * dtype.itemsize, RESULT_BYTES)))
+    else:
+        some(slice(0, rows))
     return y
 
 
+@conducted
 def grad_values_cpu(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     (rows, k), dtype = values.shape, sum_dtype(W_dec)
     clean, at = _owned_entries(values, indices, W_dec.shape[0], dtype)
@@ -150,13 +167,22 @@ def grad_values_cpu(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor
     if values.numel() == 0 or W_dec.numel() == 0:
         return out
     if W_dec.dtype == dtype and W_dec.is_contiguous() and W_dec.device.type == "cpu":
-        used = clean != 0
-        offsets = torch.nn.functional.pad(used.sum(1).cumsum(0), (1, 0))
-        out[used] = pair_products(grad.to(dtype), W_dec, offsets, at[used].long()).to(out.dtype)
+        quiet_about_csr()
+
+        def some(block: slice) -> None:
+            used = clean[block] != 0
+            offsets = torch.nn.functional.pad(used.sum(1).cumsum(0), (1, 0))
+            dots = pair_products(grad[block].to(dtype), W_dec, offsets, at[block][used].long())
+            out[block] = out[block].masked_scatter(used, dots.to(out.dtype))
+
+        together(each(some, pieces(rows)))
         return out
-    for block in row_chunks(rows, k * W_dec.shape[1] * dtype.itemsize, block_bytes(W_dec, GATHER_BYTES)):
-        dots = (W_dec[at[block]].to(dtype) @ grad[block, :, None].to(dtype))[:, :, 0]  # [step, k]
+
+    def few(block: slice) -> None:
+        dots = (W_dec[at[block]].to(dtype) @ grad[block, :, None].to(dtype))[:, :, 0]  # [block, k]
         out[block] = torch.where(clean[block] != 0, dots, 0).to(out.dtype)
+
+    together(each(few, row_chunks(rows, k * W_dec.shape[1] * dtype.itemsize, block_bytes(W_dec, GATHER_BYTES))))
     return out
 
 

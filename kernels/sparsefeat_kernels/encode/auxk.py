@@ -10,6 +10,7 @@ from torch import Tensor
 from ..decode.auxk_decode import auxk_weight_gradient
 from ..dispatch import block_bytes, implementation, ops, register, row_chunks, sum_dtype
 from ..products import product
+from ..threads import conducted, each, pieces, threads, together
 from .cpu import PREACTIVATION_BYTES, select, topk_encode_cpu
 from .gpu.scratch import topk_encode_triton
 from .prepared import PreparedEncoder
@@ -107,28 +108,50 @@ def _auxk_encode(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_encoder(x, W_enc, b_enc, b_pre, k, selection)
     _check_dead(W_enc, dead, k_aux)
+    if bounds is not None and bounds.shape[0] != 3:  # made for a GPU
+        low = bounds = None
+    return _both_codes(x, W_enc, b_enc, b_pre, k, dead, k_aux, selection, low, bounds)
+
+
+@conducted
+def _both_codes(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_pre: Tensor,
+    k: int,
+    dead: Tensor,
+    k_aux: int,
+    selection: str,
+    low: Tensor | None,
+    bounds: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     aux_values = x.new_empty(x.shape[0], k_aux, dtype=sum_dtype(x))
     aux_indices = x.new_empty(x.shape[0], k_aux, dtype=torch.int32)
     n_dead = dead.shape[0]
     selection_bytes = block_bytes(x, SELECTION_BYTES)
 
     def among_the_dead(a: Tensor, first_row: int) -> None:
-        for block in row_chunks(a.shape[0], 8 * n_dead, selection_bytes):
+        def some(block: slice) -> None:
             part = a[block] if a.shape[1] == n_dead else a[block].index_select(1, dead)  # [block, n_dead]
             out = slice(first_row + block.start, first_row + block.stop)
             aux_values[out], place = select(part, k_aux, 1, "relu")
             aux_indices[out] = dead[place].to(torch.int32)
 
-    if bounds is not None and bounds.shape[0] != 3:  # made for a GPU
-        low = bounds = None
+        together(each(some, row_chunks(a.shape[0], 8 * n_dead, selection_bytes)))
+
     rounded = can_prefilter(x) and (low is not None or pays_to_round(x, W_enc))
     if rounded and 2 * n_dead <= W_enc.shape[0]:
         values, indices = topk_prefiltered_cpu(x, W_enc, b_enc, b_pre, low, bounds, k, selection)
+        tile_bytes = WEIGHT_TILE_BYTES // threads()  # every thread has one
         for chunk in row_chunks(x.shape[0], 4 * n_dead, PREACTIVATION_BYTES):
             centred = x[chunk] - b_pre
             a = x.new_empty(centred.shape[0], n_dead)
-            for tile in row_chunks(n_dead, 4 * x.shape[1], WEIGHT_TILE_BYTES):
+
+            def multiply(tile: slice, a: Tensor = a, centred: Tensor = centred) -> None:
                 a[:, tile] = product(centred, W_enc[dead[tile]], b_enc[dead[tile]])
+
+            together(each(multiply, pieces(n_dead, least=-(-4 * n_dead * x.shape[1] // tile_bytes))))
             among_the_dead(a, chunk.start)
         return values, indices, aux_values, aux_indices
     launch = topk_encode_triton if implementation("topk_encode", x) == "triton" else topk_encode_cpu

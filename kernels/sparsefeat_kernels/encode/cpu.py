@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import block_bytes, next_power_of_2, row_chunks, sum_dtype
+from ..threads import conducted, each, together
 from .keys import largest, relu_in_order
 from .product import preactivations
 
@@ -30,6 +31,7 @@ def group_size(n_latents: int, k: int) -> int:
     return size if size >= 4 else 1
 
 
+@conducted
 def topk_encode_cpu(
     x: Tensor,
     W_enc: Tensor,
@@ -50,14 +52,17 @@ def topk_encode_cpu(
     scratch = x.new_empty(chunks[0].stop if chunks else 0, padded, dtype=dtype)
     # Padding never wins: it has the lowest value there is and the highest indices.
     scratch[:, n_latents:] = 0 if selection == "signed" else -torch.inf
-    select_rows = max(1, block_bytes(x, SELECTION_BYTES) // (8 * max(k * group, padded // group)))
+    select_bytes = 8 * max(k * group, padded // group)
     for part in chunks:
         a = scratch[: part.stop - part.start]
         preactivations(x[part], W_enc, b_enc, b_pre, a[:, :n_latents])
-        for first in range(0, a.shape[0], select_rows):
-            block = slice(first, min(first + select_rows, a.shape[0]))
-            out = slice(part.start + block.start, part.start + block.stop)
+        start = part.start
+
+        def choose(block: slice, a: Tensor = a, start: int = start) -> None:
+            out = slice(start + block.start, start + block.stop)
             values[out], indices[out] = select(a[block], k, group, selection)
+
+        together(each(choose, row_chunks(len(a), select_bytes, block_bytes(x, SELECTION_BYTES))))
         if also is not None:
             also(a[:, :n_latents], part.start)
     return values, indices

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..dispatch import implementation
+from ..threads import conducted, together
 from ..tuning.table import tuned
 from .gpu.prefilter import gpu_weights
-from .rounded import bf16_products, bias_columns, encoder_bounds, round_into, rounded_width
+from .rounded import bf16_products, bias_columns, encoder_bounds, rounded_width, rounding_of_weights
 
 __all__ = ["PreparedEncoder", "prefilter_pays", "prepare_encoder"]
 
@@ -77,11 +78,15 @@ def prepare_encoder(W_enc: Tensor, b_enc: Tensor, into: PreparedEncoder | None =
         low, bounds = into.low, into.bounds
     else:
         low, bounds = torch.zeros(len(W_enc), width, dtype=torch.bfloat16), torch.empty(3, len(W_enc))
-    bias = b_enc.detach().double()
-    columns, rest = bias_columns(bias)
-    round_into(low, W_enc.detach(), columns)
-    encoder_bounds(W_enc.detach(), bias, rest, width, bounds)
+    _fill(W_enc.detach(), b_enc.detach(), low, bounds)
     return PreparedEncoder(low, bounds, weights, versions)
+
+
+@conducted
+def _fill(W_enc: Tensor, b_enc: Tensor, low: Tensor, bounds: Tensor) -> None:
+    bias = b_enc.double()
+    columns, rest = bias_columns(bias)
+    together([*rounding_of_weights(low, W_enc, columns), *encoder_bounds(W_enc, bias, rest, low.shape[1], bounds)])
 
 
 def prefilter_pays(W_enc: Tensor, rows: int, k: int) -> bool:

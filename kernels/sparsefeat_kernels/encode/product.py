@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import backend, jit, row_chunks, tl
+from ..dispatch import backend, jit, tl
+from ..threads import each, pieces, threads, together
 
 __all__ = [
     "PRODUCT_TILE",
@@ -45,12 +46,16 @@ def check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int
 
 def preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, out: Tensor) -> None:
     """(x - b_pre) W_enc^T + b_enc into `out`, in out's dtype; half-precision weights are widened a tile at a time."""
-    centred = x.to(out.dtype) - b_pre.to(out.dtype)
-    if W_enc.dtype == out.dtype:
-        torch.addmm(b_enc, centred, W_enc.T, out=out)
-        return
-    for latents in row_chunks(W_enc.shape[0], out.dtype.itemsize * W_enc.shape[1], WEIGHT_TILE_BYTES):
-        torch.addmm(b_enc[latents].to(out.dtype), centred, W_enc[latents].to(out.dtype).T, out=out[:, latents])
+    dtype = out.dtype
+    centred = x.to(dtype) - b_pre.to(dtype)
+    same = W_enc.dtype == dtype
+    bytes_of_tiles = WEIGHT_TILE_BYTES // threads()  # every thread has one
+    tiles = pieces(len(W_enc), least=1 if same else -(-dtype.itemsize * W_enc.numel() // bytes_of_tiles))
+
+    def some(tile: slice) -> None:
+        torch.addmm(b_enc[tile].to(dtype), centred, W_enc[tile].to(dtype).T, out=out[:, tile])
+
+    together(each(some, tiles))
 
 
 # ------------------------------------------------------------------------------------------------------------ Triton

@@ -17,6 +17,7 @@ sum can have lost: (d + 8) u of it, and 2^-63 sqrt(d) where squares underflow.
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor
 
 from ..dispatch import implementation
-from ..products import pair_products
+from ..products import pair_products, quiet_about_csr
+from ..threads import Task, each, pieces, shares, threads, together
 
 __all__ = [
     "RoundedEncoder",
@@ -36,9 +38,9 @@ __all__ = [
     "norm_rounded_up",
     "pays_to_round",
     "round_encoder",
-    "round_into",
     "rounded_up",
     "rounded_width",
+    "rounding_of_weights",
 ]
 
 BIAS_COLUMNS = 3
@@ -97,18 +99,30 @@ def round_into(low: Tensor, W_enc: Tensor, columns: Tensor) -> None:
     low[:, d : d + BIAS_COLUMNS] = columns
 
 
-def encoder_bounds(W_enc: Tensor, bias: Tensor, rest: Tensor, width: int, out: Tensor, measured: bool = True) -> Tensor:
-    """fp32 [3, n_latents] into `out`: p is within |x' - x'~| out[0] + |x'~| out[1] + out[2] + 2^-8 |p|.
+def rounding_of_weights(low: Tensor, W_enc: Tensor, columns: Tensor) -> list[Task]:
+    """`round_into`, as tasks."""
+    return each(lambda some: round_into(low[some], W_enc[some], columns[some]), shares(len(W_enc), threads()))
+
+
+def encoder_bounds(
+    W_enc: Tensor, bias: Tensor, rest: Tensor, width: int, out: Tensor, measured: bool = True
+) -> list[Task]:
+    """fp32 [3, n_latents] into `out`: p is within |x' - x'~| out[0] + |x'~| out[1] + out[2] + 2^-8 |p|. As tasks.
 
     measured: what the weights lost is found, in twice the time, not bounded.
     """
     root, accumulation, denormal = W_enc.shape[1] ** 0.5, (width + 8) * 2.0**-24, 2.0**-126
-    norm, lost = norms_and_losses(W_enc, measured)
-    kept = norm + lost
-    out[0] = rounded_up(norm)
-    out[1] = rounded_up(lost + accumulation * kept + denormal * root)
-    out[2] = rounded_up(rest.abs() + accumulation * 1.01 * bias.abs() + denormal * (root * kept + 2 * width + 1))
-    return out
+
+    def some(latents: slice) -> None:
+        norm, lost = norms_and_losses(W_enc[latents], measured)
+        kept = norm + lost
+        out[0, latents] = rounded_up(norm)
+        out[1, latents] = rounded_up(lost + accumulation * kept + denormal * root)
+        out[2, latents] = rounded_up(
+            rest[latents].abs() + accumulation * 1.01 * bias[latents].abs() + denormal * (root * kept + 2 * width + 1)
+        )
+
+    return each(some, shares(len(W_enc), threads()))
 
 
 def rounded_up(x: Tensor) -> Tensor:
@@ -165,66 +179,106 @@ class RoundedRows(NamedTuple):
     lost: Tensor  # [rows]: |x' - x'~|
     provable: Tensor  # [rows] bool: no sum of the product can overflow, and no NaN is in it
 
+    def part(self, some: slice) -> RoundedRows:
+        return RoundedRows(*(tensor[some] for tensor in self))
+
 
 @dataclass(frozen=True, eq=False)
 class RoundedEncoder:
-    """W_enc and a bias in bf16: kept whole, or rounded again, a tile of latents at a time, for every product."""
+    """W_enc and a bias in bf16: kept whole, or rounded again, a tile of latents at a time, for every product. Work is
+    given as tasks for `together`, and comes out the same however many threads share it."""
 
     W_enc: Tensor  # [n_latents, d]: fp32, bf16 or fp16
     columns: Tensor | None  # of `bias_columns`; None where low is whole
-    low: Tensor  # bf16 [n_latents, width], or room for one tile
+    low: Tensor | None  # bf16 [n_latents, width]; None where it is rounded again
     bounds: Tensor  # of `encoder_bounds`
     largest: tuple[float, float]  # the largest |w| and |bias|
     bias: Tensor | None = (
         None  # bf16 [n_latents], where both W_enc and the bias are bf16: then W_enc is multiplied itself
     )
 
-    def rows(self, x: Tensor, b_pre: Tensor) -> RoundedRows:
-        centred = x.float() - b_pre.float()
-        d = centred.shape[1]
-        low = torch.zeros(len(x), self.low.shape[1], dtype=torch.bfloat16)
-        low[:, :d], low[:, d : d + BIAS_COLUMNS] = centred, 1
-        kept = low[:, :d].float()
-        size, lost = norm_rounded_up(kept), norm_rounded_up(kept.sub_(centred))
-        # Not so for NaN, and not for weights that are infinite in bf16: their norm is infinite in fp32.
-        provable = size * self.largest[0] + self.largest[1] < LARGEST
-        return RoundedRows(centred, low, size, lost, provable)
+    @property
+    def width(self) -> int:
+        return rounded_width(self.W_enc.shape[1])
 
-    def product(self, rows: RoundedRows, out: Tensor) -> Tensor:
+    def room_for(self, rows: int, centred: Tensor | None = None) -> RoundedRows:
+        """What `rounding` fills; centred: where that goes."""
+        low = torch.zeros(rows, self.width, dtype=torch.bfloat16)
+        centred = torch.empty(rows, self.W_enc.shape[1]) if centred is None else centred
+        return RoundedRows(centred, low, torch.empty(rows), torch.empty(rows), torch.empty(rows, dtype=torch.bool))
+
+    def rounding(self, x: Tensor, b_pre: Tensor, out: RoundedRows) -> list[Task]:
+        d = x.shape[1]
+
+        def some(rows: slice) -> None:
+            centred, low, size, lost, provable = out.part(rows)
+            torch.sub(x[rows].float(), b_pre.float(), out=centred)
+            low[:, :d], low[:, d : d + BIAS_COLUMNS] = centred, 1
+            kept = low[:, :d].float()
+            size.copy_(norm_rounded_up(kept))
+            lost.copy_(norm_rounded_up(kept.sub_(centred)))
+            # Not so for NaN, and not for weights that are infinite in bf16: their norm is infinite in fp32.
+            torch.lt(size * self.largest[0] + self.largest[1], LARGEST, out=provable)
+
+        return each(some, shares(len(x), threads()))
+
+    def product(self, rows: RoundedRows, out: Tensor) -> list[Task]:
         """x' W_enc^T + bias as bf16 stores it, into out [rows, n_latents]."""
-        n_latents, tile = self.W_enc.shape[0], self.low.shape[0]
-        if self.bias is not None:
-            return torch.addmm(self.bias, rows.low[:, : self.W_enc.shape[1]], self.W_enc.T, out=out)
-        if self.columns is None:
-            return torch.mm(rows.low, self.low.T, out=out)
-        tiles = -(-n_latents // tile)
-        for i in range(tiles):  # of equal size: SMALLEST_PRODUCT
-            part = slice(n_latents * i // tiles, n_latents * (i + 1) // tiles)
-            low = self.low[: part.stop - part.start]
-            round_into(low, self.W_enc[part], self.columns[part])
-            torch.mm(rows.low, low.T, out=out[:, part])
-        return out
+        n_latents, d = self.W_enc.shape
+        rounds = self.bias is None and self.low is None
+        # Of equal size, and not below SMALLEST_PRODUCT.
+        smallest = -(-SMALLEST_PRODUCT // (len(rows.low) * d))
+        tile_bytes = ROUNDED_TILE_BYTES * min(1.0, 2 / threads())  # every thread has one
+        least = -(-2 * n_latents * self.width // int(tile_bytes)) if rounds else 1
+        tiles = pieces(n_latents, smallest, least)
+        longest = max(tile.stop - tile.start for tile in tiles)
+        buffers: deque[Tensor] = deque()
 
-    def exact(self, centred: Tensor, row: Tensor, latent: Tensor) -> Tensor:
-        """x'[row] . W_enc[latent] of every pair in fp32.
+        def some(tile: slice) -> None:
+            to, W = out[:, tile], self.W_enc[tile]
+            if self.bias is not None:
+                torch.addmm(self.bias[tile], rows.low[:, :d], W.T, out=to)
+                return
+            if self.low is not None:
+                torch.mm(rows.low, self.low[tile].T, out=to)
+                return
+            try:
+                buffer = buffers.pop()
+            except IndexError:
+                buffer = torch.zeros(longest, self.width, dtype=torch.bfloat16)
+            low = buffer[: len(W)]
+            assert self.columns is not None
+            round_into(low, W, self.columns[tile])
+            torch.mm(rows.low, low.T, out=to)
+            buffers.append(buffer)
+
+        return each(some, tiles)
+
+    def rescoring(self, centred: Tensor, row: Tensor, latent: Tensor, out: Tensor) -> list[Task]:
+        """x'[row] . W_enc[latent] of every pair in fp32, into out [pairs].
 
         Latent by latent: a row of W_enc then comes from memory once, and those of x' stay in the cache (28 ms instead
         of 98 for 201 of 16,384 latents of width 3,072 in each of 256 rows).
         """
-        n_latents = len(self.W_enc)
+        n_latents, d = self.W_enc.shape
+        full = self.W_enc.dtype == torch.float32
+        tiles = pieces(n_latents, least=1 if full else -(-4 * n_latents * d // WIDENED_TILE_BYTES))
+        quiet_about_csr()
+        # The pairs of each tile, and within it latent by latent.
         order = latent.argsort(stable=True)
-        rows = row[order]
-        offsets = torch.zeros(n_latents + 1, dtype=torch.int64)
-        torch.cumsum(torch.bincount(latent, minlength=n_latents), 0, out=offsets[1:])
-        a = torch.empty(len(row))
-        if self.W_enc.dtype == torch.float32:
-            a[order] = pair_products(self.W_enc, centred, offsets, rows)
-            return a
-        for start, W in widened_tiles(self.W_enc):
-            of_tile = offsets[start : start + len(W) + 1]
-            some = slice(int(of_tile[0]), int(of_tile[-1]))
-            a[order[some]] = pair_products(W, centred, of_tile - some.start, rows[some])
-        return a
+        counts = torch.bincount(latent, minlength=n_latents).cumsum(0)
+        ends = [int(counts[tile.stop - 1]) for tile in tiles[:-1]]
+
+        def some(piece: tuple[slice, Tensor]) -> None:
+            tile, pairs = piece
+            if not len(pairs):
+                return
+            offsets = torch.zeros(tile.stop - tile.start + 1, dtype=torch.int64)
+            counts = torch.bincount(latent[pairs] - tile.start, minlength=tile.stop - tile.start)
+            torch.cumsum(counts, 0, out=offsets[1:])
+            out[pairs] = pair_products(self.W_enc[tile].float(), centred, offsets, row[pairs])
+
+        return each(some, zip(tiles, order.tensor_split(ends), strict=True))
 
 
 def round_encoder(W_enc: Tensor, bias: Tensor, rows: int, keep_bytes: int = 0) -> RoundedEncoder:
@@ -234,15 +288,14 @@ def round_encoder(W_enc: Tensor, bias: Tensor, rows: int, keep_bytes: int = 0) -
     whole = bias.bfloat16() if W_enc.dtype == torch.bfloat16 else None
     if whole is not None and not torch.equal(whole.double(), bias.double()):
         whole = None
-    tile = 1 if whole is not None else n_latents
-    if whole is None and 2 * n_latents * width > keep_bytes:
-        tile = -(-n_latents // -(-2 * n_latents * width // ROUNDED_TILE_BYTES))  # as many tiles, of equal size
-    low = torch.zeros(tile, width, dtype=torch.bfloat16)
     bias = bias.double()
     columns: Tensor | None
     columns, rest = bias_columns(bias)
-    bounds = encoder_bounds(W_enc, bias, rest, width, torch.empty(3, n_latents), rows >= MEASURED_ROWS)
-    if tile == n_latents:
-        round_into(low, W_enc, columns)
+    bounds = torch.empty(3, n_latents)
+    together(encoder_bounds(W_enc, bias, rest, width, bounds, rows >= MEASURED_ROWS))
+    low = None
+    if whole is None and 2 * n_latents * width <= keep_bytes:
+        low = torch.zeros(n_latents, width, dtype=torch.bfloat16)
+        together(rounding_of_weights(low, W_enc, columns))
         columns = None
     return RoundedEncoder(W_enc, columns, low, bounds, (float(bounds[0].max()), float(bias.abs().max())), whole)

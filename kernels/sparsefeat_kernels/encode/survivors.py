@@ -7,13 +7,16 @@ in fp32. The weights in bf16 are prepared once, or rounded a tile of latents at 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
 from ..dispatch import row_chunks
+from ..threads import Task, conducted, each, shares, threads, together
 from .cpu import PREACTIVATION_BYTES, topk_encode_cpu
 from .keys import entry_keys, relu_in_order
-from .rounded import SMALLEST_PRODUCT, RoundedEncoder, round_encoder, rounded_width
+from .rounded import SMALLEST_PRODUCT, RoundedEncoder, RoundedRows, round_encoder, rounded_width
 
 __all__ = [
     "CANDIDATES",
@@ -33,6 +36,7 @@ GROUPS = (16, 8, 4)  # latents a group, of which one maximum is looked at first
 SURVIVING_GROUPS = (8, 128)
 COARSER = 4  # groups of which the best lower bound counts, where that leaves enough: a quarter to search, hardly lower
 CANDIDATES = 1 << 19  # entries of surviving groups looked at together: 20 MiB of scratch at worst
+CENTRED_BYTES = 6 << 20  # fp32 rows whose survivors are rescored together: 1,200 of width 1,280
 PAIRS = 1 << 17  # survivors rescored together, 60 bytes each
 
 
@@ -48,6 +52,7 @@ def _most_groups(n_groups: int, k: int) -> int:
     return min(n_groups, max(a_k * k, min(few, n_groups // 4)))
 
 
+@conducted
 def topk_prefiltered_cpu(
     x: Tensor,
     W_enc: Tensor,
@@ -71,69 +76,112 @@ def topk_prefiltered_cpu(
     return topk_of_rounded(x, encoder, b_enc, b_pre, k, selection, group)
 
 
+@dataclass
+class _Found:
+    """The survivors of some rows of a call, once they are found: pairs of a row, counted from rows.start, and a latent."""
+
+    rows: slice
+    row: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    latent: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """What the phases of one call share, and what they leave."""
+
+    encoder: RoundedEncoder
+    bias: Tensor  # fp32 [n_latents]
+    k: int
+    selection: str
+    group: int
+    values: Tensor  # [rows, k]
+    indices: Tensor  # [rows, k]
+    proved: Tensor  # [rows] bool
+
+    def survivors(self, chunk: slice, part: RoundedRows, p: Tensor) -> tuple[list[_Found], list[Task]]:
+        """Of the rows of a chunk: they are there when the tasks are done."""
+        # Groups are strided: latents that are trained together (the first of a Matryoshka dictionary) fall into
+        # different ones, and the maximum over a group is an elementwise one of long vectors.
+        bounds = bounds_by_group(self.encoder, self.group)
+        most = _most_groups(p.shape[1] // self.group, self.k) * self.group
+        block = max(1, CANDIDATES // threads() // most)
+        found = [
+            _Found(slice(chunk.start + first, chunk.start + min(first + block, share.stop)))
+            for share in shares(len(p), threads())
+            for first in range(share.start, share.stop, block)
+        ]
+
+        def search(one: _Found) -> None:
+            some = slice(one.rows.start - chunk.start, one.rows.stop - chunk.start)
+            signed = self.selection == "signed"
+            one.row, one.latent, proved = _survivors(p[some], part.part(some), *bounds, self.k, signed)
+            self.proved[one.rows] = proved
+
+        return found, each(search, found)
+
+    def rescore(self, found: list[_Found], centred: Tensor, first_row: int) -> None:
+        """The codes of the rows of `found`, whose pairs are computed in fp32. centred [rows, d]: from first_row on."""
+        row = torch.cat([one.row + (one.rows.start - first_row) for one in found])
+        latent = torch.cat([one.latent for one in found])
+        a = torch.empty(len(row))
+        together(self.encoder.rescoring(centred, row, latent, a))
+        parts = a.add_(self.bias[latent]).split([len(one.row) for one in found])
+
+        def finish(piece: tuple[_Found, Tensor]) -> None:
+            one, of_one = piece
+            count = one.rows.stop - one.rows.start
+            code = _largest_of_each_row(of_one, one.row, one.latent, count, self.k, self.selection)
+            self.values[one.rows], self.indices[one.rows] = code
+
+        together(each(finish, zip(found, parts, strict=True)))
+
+
+@conducted
 def topk_of_rounded(
     x: Tensor, encoder: RoundedEncoder, b_enc: Tensor, b_pre: Tensor, k: int, selection: str, group: int
 ) -> tuple[Tensor, Tensor]:
-    """topk_encode through an encoder of W_enc and b_enc; `group` of `rounded_group`."""
+    """topk_encode through an encoder of W_enc and b_enc; `group` of `rounded_group`.
+
+    A chunk of rows is two phases of the threads: the product, by latents; its survivors, by rows. Several chunks are
+    rounded together before, and the survivors of all of them are rescored together, by latents: W_enc is read once.
+    """
     rows, d = x.shape
-    n_latents, width = len(encoder.W_enc), encoder.low.shape[1]
-    n_groups = n_latents // group
-    # Groups are strided: latents that are trained together (the first of a Matryoshka dictionary) fall into different
-    # ones, and the maximum over a group is an elementwise one of long vectors.
-    group_bounds, entry_bounds = bounds_by_group(encoder, group)
-    bias = b_enc.float()
     values = torch.empty(rows, k)
     indices = torch.empty(rows, k, dtype=torch.int32)
-    chunks = row_chunks(rows, 2 * (n_latents + width) + 12 * d, PREACTIVATION_BYTES)
-    product = torch.empty(chunks[0].stop if chunks else 0, n_latents, dtype=torch.bfloat16)
-    block = max(1, CANDIDATES // (_most_groups(n_groups, k) * group))
-    unproved = [torch.empty(0, dtype=torch.int64)]
-    for chunk in chunks:
-        start, count = chunk.start, chunk.stop - chunk.start
-        part = encoder.rows(x[chunk], b_pre)
-        p = encoder.product(part, product[:count])
-        found: list[tuple[slice, Tensor, Tensor]] = []
-        for first in range(0, count, block):
-            some = slice(first, min(first + block, count))
-            row, latent, proved = _survivors(
-                p[some],
-                part.size[some],
-                part.lost[some],
-                part.provable[some],
-                group_bounds,
-                entry_bounds,
-                k,
-                selection == "signed",
-            )
-            found.append((some, row, latent))
-            unproved.append((~proved).nonzero()[:, 0] + (start + first))
-            if sum(len(row) for _, row, _ in found) < PAIRS and some.stop < count:
-                continue
-            pairs = torch.cat([row + some.start for some, row, _ in found]), torch.cat([latent for *_, latent in found])
-            values_of_all = encoder.exact(part.centred, *pairs) + bias[pairs[1]]
-            for some, row, latent in found:
-                a, values_of_all = values_of_all.tensor_split([len(row)])
-                out = slice(start + some.start, start + some.stop)
-                values[out], indices[out] = _largest_of_each_row(a, row, latent, some.stop - some.start, k, selection)
-            found = []
-        if 2 * sum(len(left) for left in unproved) > start + count:  # such rows as cannot be proved: no more of this
-            unproved.append(torch.arange(start + count, rows))
+    proved = torch.zeros(rows, dtype=torch.bool)
+    search = _Search(encoder, b_enc.float(), k, selection, group, values, indices, proved)
+    n_latents = len(encoder.W_enc)
+    room = torch.empty(0)
+    for batch in row_chunks(rows, 4 * d, CENTRED_BYTES):
+        part = encoder.room_for(batch.stop - batch.start)
+        together(encoder.rounding(x[batch], b_pre, part))
+        chunks = row_chunks(batch.stop - batch.start, 2 * n_latents, PREACTIVATION_BYTES)
+        if not len(room):
+            room = torch.empty(chunks[0].stop, n_latents, dtype=torch.bfloat16)
+        found: list[_Found] = []
+        for chunk in chunks:
+            here, p = part.part(chunk), room[: chunk.stop - chunk.start]
+            together(encoder.product(here, p))
+            more, tasks = search.survivors(slice(batch.start + chunk.start, batch.start + chunk.stop), here, p)
+            together(tasks)
+            found += more
+            seen = batch.start + chunk.stop
+            hopeless = 2 * int(proved[:seen].sum()) < seen  # such rows as cannot be proved: no more of this
+            if hopeless or chunk is chunks[-1] or sum(len(one.row) for one in found) >= PAIRS:
+                search.rescore(found, part.centred, batch.start)
+                found = []
+            if hopeless:
+                break
+        if hopeless:
             break
-    left = torch.cat(unproved)
+    left = (~proved).nonzero()[:, 0]
     if len(left):
         values[left], indices[left] = topk_encode_cpu(x[left], encoder.W_enc, b_enc, b_pre, k, selection)
     return values, indices
 
 
 def _survivors(
-    p: Tensor,
-    size: Tensor,
-    lost: Tensor,
-    provable: Tensor,
-    group_bounds: Tensor,
-    entry_bounds: Tensor,
-    k: int,
-    signed: bool,
+    p: Tensor, rows: RoundedRows, group_bounds: Tensor, entry_bounds: Tensor, k: int, signed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(row, latent) of every entry that may be among its row's k largest, rows ascending; and [rows] whether that could
     be told. Of the other rows nothing is returned.
@@ -146,15 +194,15 @@ def _survivors(
     top = grouped.amax(1).float()  # [rows, n_groups]
     if signed:
         top = torch.maximum(top, -grouped.amin(1).float())
-    margin = group_margins(top, size, lost, group_bounds)
+    margin = group_margins(top, rows.size, rows.lost, group_bounds)
     lower = top - margin
     if n_groups % COARSER == 0 and n_groups >= COARSER * GROUPS_A_K * k:
         lower = lower.view(len(p), COARSER, -1).amax(1)
     threshold = lower.topk(k, dim=1, sorted=False).values.amin(1)
     alive = (top + margin) >= threshold[:, None]
-    proved = provable & (alive.sum(1) <= _most_groups(n_groups, k))
+    proved = rows.provable & (alive.sum(1) <= _most_groups(n_groups, k))
     alive &= proved[:, None]
-    return *entries_that_reach(threshold, p, alive, size, lost, entry_bounds, signed), proved
+    return *entries_that_reach(threshold, p, alive, rows.size, rows.lost, entry_bounds, signed), proved
 
 
 def bounds_by_group(encoder: RoundedEncoder, group: int) -> tuple[Tensor, Tensor]:

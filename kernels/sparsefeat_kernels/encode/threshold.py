@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..dispatch import implementation, ops, register, row_chunks, sum_dtype
 from ..gradient.weight_gradient import weight_gradient
+from ..threads import conducted, each, shares, threads, together
 from .gpu.threshold import threshold_encode_csr_triton, threshold_encode_triton
 from .product import check_encoder, preactivations
-from .rounded import pays_to_round, round_encoder
+from .rounded import RoundedRows, pays_to_round, round_encoder
 from .survivors import CANDIDATES, GROUPS, PAIRS, bounds_by_group, entries_that_reach, group_margins
 
 __all__ = ["threshold_encode", "threshold_encode_csr"]
@@ -178,39 +179,55 @@ def _entries_of_rounded(
     group_bounds, entry_bounds = bounds_by_group(encoder, group)
     bias, zeros = b_enc.float(), torch.zeros(rows)
     most_groups = max(1, int(GROUPS_ALIVE * n_groups))
-    chunks = row_chunks(rows, 2 * (n_latents + encoder.low.shape[1]) + 12 * d, PREACTIVATION_BYTES)
+    chunks = row_chunks(rows, 2 * (n_latents + encoder.width) + 12 * d, PREACTIVATION_BYTES)
     product = torch.empty(chunks[0].stop if chunks else 0, n_latents, dtype=torch.bfloat16)
-    block = max(1, CANDIDATES // (most_groups * group))
+    block = max(1, CANDIDATES // threads() // (most_groups * group))
     for chunk in chunks:
         start, count = chunk.start, chunk.stop - chunk.start
-        part = encoder.rows(x[chunk], b_pre)
-        p = encoder.product(part, product[:count])
-        blocks = [slice(first, min(first + block, count)) for first in range(0, count, block)]
+        part, p = encoder.room_for(count), product[:count]
+        together(encoder.rounding(x[chunk], b_pre, part))
+        together(encoder.product(part, p))
+        blocks = [
+            slice(first, min(first + block, share.stop))
+            for share in shares(count, threads())
+            for first in range(share.start, share.stop, block)
+        ]
         alive = torch.empty(count, n_groups, dtype=torch.bool)
-        for some in blocks:
+
+        def look(some: slice, p: Tensor = p, part: RoundedRows = part, alive: Tensor = alive) -> None:
             top = p[some].view(-1, group, n_groups).amax(1).float()  # [block, n_groups]
             alive[some] = top + group_margins(top, part.size[some], part.lost[some], group_bounds) >= 0
+
+        together(each(look, blocks))
         proved = part.provable & (alive.sum(1) <= most_groups)
         if 2 * int(proved.sum()) < count:  # such rows as are dense, or cannot be proved: no more of this
             for e in _entries_plainly(x[start:], W_enc, b_enc, b_pre, threshold):
                 yield e._replace(rows=slice(start + e.rows.start, start + e.rows.stop))
             return
         alive &= proved[:, None]
-        found: list[tuple[Tensor, Tensor]] = []
-        done = 0
-        for some in blocks:
+        found: dict[int, tuple[Tensor, Tensor]] = {}  # by first row
+
+        def search(some: slice, p: Tensor = p, part: RoundedRows = part, alive: Tensor = alive) -> None:
             row, latent = entries_that_reach(
                 zeros, p[some], alive[some], part.size[some], part.lost[some], entry_bounds, signed=False
             )
-            found.append((row + some.start, latent))
-            if sum(len(row) for row, _ in found) < PAIRS and some.stop < count:
+            found[some.start] = row + some.start, latent  # noqa: B023
+
+        done = 0
+        for first in range(0, len(blocks), threads()):
+            several = blocks[first : first + threads()]
+            together(each(search, several))
+            if sum(len(row) for row, _ in found.values()) < PAIRS and several[-1].stop < count:
                 continue
-            row, latent = (torch.cat(parts) for parts in zip(*found, strict=True))
-            value = encoder.exact(part.centred, row, latent) + bias[latent]
+            stop = several[-1].stop
+            row, latent = (torch.cat(parts) for parts in zip(*(found[at] for at in sorted(found)), strict=True))
+            value = torch.empty(len(row))
+            together(encoder.rescoring(part.centred, row, latent, value))
+            value += bias[latent]
             active = value > floor[latent]
             row, latent, value = row[active], latent[active], value[active]
-            broken = torch.zeros(some.stop - done, dtype=torch.bool)
-            left = (~proved[done : some.stop]).nonzero()[:, 0] + done
+            broken = torch.zeros(stop - done, dtype=torch.bool)
+            left = (~proved[done:stop]).nonzero()[:, 0] + done
             if len(left):
                 entries = [(row, latent, value)]
                 for e in _entries_plainly(x[chunk][left], W_enc, b_enc, b_pre, threshold):
@@ -219,9 +236,9 @@ def _entries_of_rounded(
                 row, latent, value = (torch.cat(parts) for parts in zip(*entries, strict=True))
             row, order = (row * n_latents + latent).sort()
             row = row // n_latents - done
-            counts = torch.bincount(row, minlength=some.stop - done)
-            yield _Entries(slice(start + done, start + some.stop), row, latent[order], value[order], counts, broken)
-            found, done = [], some.stop
+            counts = torch.bincount(row, minlength=stop - done)
+            yield _Entries(slice(start + done, start + stop), row, latent[order], value[order], counts, broken)
+            found, done = {}, stop
 
 
 def _entries_plainly(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor) -> Iterator[_Entries]:
@@ -230,12 +247,13 @@ def _entries_plainly(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, thr
     floor = threshold.to(dtype).clamp_min(0)  # NaN stays: nothing is above it
     chunks = row_chunks(rows, (n_latents + d) * dtype.itemsize, PREACTIVATION_BYTES)
     scratch = x.new_empty(chunks[0].stop if chunks else 0, n_latents, dtype=dtype)
-    step = max(1, COMPACTED_ENTRIES // n_latents)
     for chunk in chunks:
-        part = x[chunk]
-        preactivations(part, W_enc, b_enc, b_pre, scratch[: part.shape[0]])
-        for first in range(0, part.shape[0], step):
-            a = scratch[first : min(first + step, part.shape[0])]  # [step, n_latents]
+        preactivations(x[chunk], W_enc, b_enc, b_pre, scratch[: chunk.stop - chunk.start])
+        steps = row_chunks(chunk.stop - chunk.start, n_latents, COMPACTED_ENTRIES)
+        done: dict[int, _Entries] = {}  # by first row
+
+        def compact(some: slice, start: int = chunk.start, done: dict[int, _Entries] = done) -> None:
+            a = scratch[some]  # [step, n_latents]
             active = a > floor
             broken = a.amax(dim=1).isnan()
             if bool(broken.any()):
@@ -243,10 +261,16 @@ def _entries_plainly(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, thr
                 active[broken, 0] = True
                 a[broken, 0] = torch.nan
             row, latent = active.nonzero().unbind(1)
-            out = slice(chunk.start + first, chunk.start + first + a.shape[0])
-            yield _Entries(out, row, latent, a[row, latent], active.sum(1), broken)
+            out = slice(start + some.start, start + some.stop)
+            done[some.start] = _Entries(out, row, latent, a[row, latent], active.sum(1), broken)
+
+        for first in range(0, len(steps), threads()):
+            several = steps[first : first + threads()]
+            together(each(compact, several))
+            yield from (done.pop(some.start) for some in several)
 
 
+@conducted
 def _threshold_encode_cpu(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor, max_active: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,6 +291,7 @@ def _threshold_encode_cpu(
     return values, indices, counts
 
 
+@conducted
 def _threshold_encode_csr_cpu(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import block_bytes, implementation, jit, next_power_of_2, ops, register, sum_dtype, tl
+from ..dispatch import block_bytes, implementation, jit, next_power_of_2, ops, register, row_chunks, sum_dtype, tl
+from ..threads import conducted, each, together
 from .csr import latent_major
 from .gradient_memory import empty_gradient
 
@@ -58,6 +59,7 @@ def weight_gradient(
     return weight, bias
 
 
+@conducted
 def weight_gradient_cpu(
     coefficients: Tensor, indices: Tensor, x: Tensor, shift: Tensor, n_latents: int
 ) -> tuple[Tensor, Tensor]:
@@ -84,11 +86,16 @@ def weight_gradient_cpu(
         columns = slice(start, start + width)
         centred = x[:, columns].to(dtype)
         centred = (centred - shift[columns].to(dtype) if shifted else centred).contiguous()
-        step = max(1, block_bytes(x, RESULT_BYTES) // (centred.shape[1] * dtype.itemsize))
-        firsts = [*offsets[::step].tolist(), owned]  # of every block of `step` latents, and the end
-        for block, first in enumerate(range(0, n_latents, step)):
-            entries, bags = slice(firsts[block], firsts[block + 1]), offsets[first : first + step + 1]
-            weight[first : first + step, columns] = summed(centred, row_ids, entries, bags - bags[0])
+        blocks = row_chunks(n_latents, centred.shape[1] * dtype.itemsize, block_bytes(x, RESULT_BYTES))
+        ends = offsets[[block.stop for block in blocks]].tolist()
+
+        def some(block_and_entries: tuple[slice, slice], centred: Tensor = centred, columns: slice = columns) -> None:
+            block, entries = block_and_entries
+            bags = offsets[block.start : block.stop + 1] - entries.start
+            weight[block, columns] = summed(centred, row_ids, entries, bags)
+
+        entries = [slice(first, last) for first, last in zip([0, *ends], ends, strict=False)]
+        together(each(some, zip(blocks, entries, strict=True)))
     return weight, bias
 
 

@@ -278,7 +278,7 @@ def test_a_bf16_product_chooses_the_same_atoms(method: str, nonnegative: bool, k
 
 
 @pytest.mark.skipif(not bf16_products(), reason="this processor has no bf16 matrix instructions")
-def test_the_scratch_does_not_grow_with_rows():
+def test_the_scratch_does_not_grow_with_rows(one_thread):
     """Of all that is held at a time, with the atoms in bf16 among it."""
     rows, d, n = 3000, 256, 32768
     x, D = problem(rows, d, n, torch.float32, "cpu")

@@ -4,7 +4,8 @@ import pytest
 import sparsefeat_kernels as kernels
 import torch
 from sparsefeat_kernels.encode import rounded as rounded_encoder
-from sparsefeat_kernels.encode.rounded import round_encoder, rounded_width
+from sparsefeat_kernels.encode.rounded import RoundedEncoder, RoundedRows, round_encoder, rounded_width
+from sparsefeat_kernels.threads import together
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not kernels.bf16_products(), reason="this processor has no bf16 matrix instructions")
@@ -13,11 +14,23 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROWS, D, N = 24, 64, 96
 
 
+def rounded(encoder: RoundedEncoder, x: Tensor, b_pre: Tensor) -> RoundedRows:
+    rows = encoder.room_for(len(x))
+    together(encoder.rounding(x, b_pre, rows))
+    return rows
+
+
+def product(encoder: RoundedEncoder, rows: RoundedRows) -> Tensor:
+    out = torch.full((len(rows.low), len(encoder.W_enc)), torch.nan, dtype=torch.bfloat16)
+    together(encoder.product(rows, out))
+    return out
+
+
 def share_of_bound(x: Tensor, W: Tensor, b: Tensor, b_pre: Tensor, rows: int = 1 << 20) -> Tensor:
     """The error of every product against fp64, as a share of what the bound allows."""
     encoder = round_encoder(W, b, rows)
-    part = encoder.rows(x, b_pre)
-    p = encoder.product(part, torch.empty(len(x), len(W), dtype=torch.bfloat16)).double()
+    part = rounded(encoder, x, b_pre)
+    p = product(encoder, part).double()
     bounds = encoder.bounds.double()
     bound = part.lost[:, None] * bounds[0] + part.size[:, None] * bounds[1] + bounds[2] + p.abs() * 2.0**-8
     exact = (x.float() - b_pre.float()).double() @ W.double().T + b.double()
@@ -106,13 +119,13 @@ def test_what_may_overflow_is_not_provable(broken: float):
     g = torch.Generator().manual_seed(0)
     x, W, b = (torch.randn(s, generator=g) for s in ((4, D), (N, D), (N,)))
     origin = torch.zeros(D)
-    assert round_encoder(W, b, 4).rows(x, origin).provable.all()
+    assert rounded(round_encoder(W, b, 4), x, origin).provable.all()
     x[1, 2] = broken
-    assert round_encoder(W, b, 4).rows(x, origin).provable.tolist() == [True, False, True, True]
+    assert rounded(round_encoder(W, b, 4), x, origin).provable.tolist() == [True, False, True, True]
     W[5, 1] = broken
-    assert not round_encoder(W, b, 4).rows(x, origin).provable.any()
+    assert not rounded(round_encoder(W, b, 4), x, origin).provable.any()
     W[5, 1], b[7] = 0, broken
-    assert not round_encoder(W, b, 4).rows(x, origin).provable.any()
+    assert not rounded(round_encoder(W, b, 4), x, origin).provable.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -123,8 +136,10 @@ def test_exact_products_are_those_of_the_pairs_asked_for(dtype: torch.dtype, mon
     encoder = round_encoder(W, torch.zeros(N), ROWS)
     row, latent = torch.randint(0, ROWS, (500,), generator=g), torch.randint(0, N, (500,), generator=g)
     expected = (centred.double() @ W.double().T)[row, latent]
-    torch.testing.assert_close(encoder.exact(centred, row, latent).double(), expected, atol=1e-5, rtol=0)
-    assert len(encoder.exact(centred, row[:0], latent[:0])) == 0
+    for count in (500, 0):
+        out = torch.empty(count)
+        together(encoder.rescoring(centred, row[:count], latent[:count], out))
+        torch.testing.assert_close(out.double(), expected[:count], atol=1e-5, rtol=0)
 
 
 def test_weights_kept_and_weights_rounded_again_give_the_same_products(monkeypatch):
@@ -132,6 +147,7 @@ def test_weights_kept_and_weights_rounded_again_give_the_same_products(monkeypat
     g = torch.Generator().manual_seed(2)
     x, W, b = (torch.randn(s, generator=g) for s in ((ROWS, D), (N, D), (N,)))
     kept, again = round_encoder(W, b, 1, 2 * N * rounded_width(D)), round_encoder(W, b, 1)
-    assert len(kept.low) == N > 2 * len(again.low)
-    out = [e.product(e.rows(x, torch.zeros(D)), torch.empty(ROWS, N, dtype=torch.bfloat16)) for e in (kept, again)]
+    assert len(kept.low) == N
+    assert again.low is None
+    out = [product(e, rounded(e, x, torch.zeros(D))) for e in (kept, again)]
     assert torch.equal(*out)

@@ -189,7 +189,7 @@ def test_after_a_chunk_that_could_not_be_proved_the_rest_goes_plainly(small_prod
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_scratch_does_not_grow_with_rows(dtype):
+def test_the_scratch_does_not_grow_with_rows(one_thread, dtype):
     """Of all that is held at a time, not of the largest piece alone."""
     g = torch.Generator().manual_seed(0)
     rows, d, n = 3000, 128, 8192  # 49 MB of products in bf16, 98 MB of fp32
@@ -232,14 +232,14 @@ def test_the_search_is_narrow_on_ordinary_rows(monkeypatch):
     b, c = torch.zeros(4096), torch.zeros(256)
     seen = []
 
-    def spy(encoder, centred, row, latent, inner=RoundedEncoder.exact):
+    def spy(encoder, centred, row, latent, out, inner=RoundedEncoder.rescoring):
         seen.append(len(row))
-        return inner(encoder, centred, row, latent)
+        return inner(encoder, centred, row, latent, out)
 
     def never(*_):
         raise AssertionError("a row was not proved")
 
-    monkeypatch.setattr(RoundedEncoder, "exact", spy)
+    monkeypatch.setattr(RoundedEncoder, "rescoring", spy)
     monkeypatch.setattr(survivors, "topk_encode_cpu", never)
     topk_encode(x, w, b, c, 8, prepared=prepare_encoder(w, b))
     assert 40 * 8 <= sum(seen) < 40 * 60

@@ -242,7 +242,7 @@ def test_the_same_bits_every_time(path: str):
         assert torch.equal(first, second)
 
 
-def test_the_scratch_does_not_grow_with_rows_even_where_all_is_active():
+def test_the_scratch_does_not_grow_with_rows_even_where_all_is_active(one_thread):
     x, W, b, p, _ = problem(0, 2, 4000, torch.float32, "cpu")
     x = torch.zeros(3000, 2)  # 48 MB of pre-activations at once
     with torch.profiler.profile(profile_memory=True) as profile:
@@ -373,15 +373,15 @@ def test_the_contract_holds_through_a_bf16_product(name: str, dtype: torch.dtype
 @needs_bf16
 def test_few_latents_are_computed_in_fp32(small_products, monkeypatch):
     seen = []
-    inner = rounded_encoder.RoundedEncoder.exact
-    monkeypatch.setattr(rounded_encoder.RoundedEncoder, "exact", lambda *a: seen.append(len(a[2])) or inner(*a))
+    inner = rounded_encoder.RoundedEncoder.rescoring
+    monkeypatch.setattr(rounded_encoder.RoundedEncoder, "rescoring", lambda *a: seen.append(len(a[2])) or inner(*a))
     inputs = hard("plain", torch.float32, 0)
     entries = len(threshold_encode_csr(*inputs)[0])
     assert 50 < entries <= sum(seen) < 3 * entries
 
 
 @needs_bf16
-def test_the_scratch_does_not_grow_with_rows_through_a_bf16_product():
+def test_the_scratch_does_not_grow_with_rows_through_a_bf16_product(one_thread):
     """Of all that is held at a time."""
     g = torch.Generator().manual_seed(0)
     rows, d, n = 3000, 128, 8192  # 49 MB of products in bf16, 98 MB of fp32
@@ -397,7 +397,7 @@ def test_the_scratch_does_not_grow_with_rows_through_a_bf16_product():
     assert 20 << 20 < most < (64 << 20) + rows * 64 * 8
 
 
-def test_a_csr_code_is_held_little_more_than_once(monkeypatch):
+def test_a_csr_code_is_held_little_more_than_once(one_thread, monkeypatch):
     monkeypatch.setitem(threshold_encode.__globals__, "PIECE_ENTRIES", 1 << 18)
     rows, n = 1500, 2048
     inputs = (torch.zeros(rows, 2), torch.randn(n, 2), torch.ones(n), torch.zeros(2), torch.tensor(0.0))

@@ -191,7 +191,7 @@ def test_the_same_bits_every_time(path: str):
     assert torch.equal(first[1], second[1])
 
 
-def test_the_scratch_does_not_grow_with_rows():
+def test_the_scratch_does_not_grow_with_rows(one_thread):
     x, W, b, p = problem(3000, 2, 4000, torch.float32, "cpu")  # 48 MB of pre-activations at once
     with torch.profiler.profile(profile_memory=True) as profile:
         topk_encode(x, W, b, p, 2)

@@ -1,0 +1,160 @@
+"""A few large pieces of work for a CPU's threads, instead of a parallel region in every op.
+
+Torch splits every op over its threads and waits for the last of them. Beside other programs one of the threads is often put
+aside by the system, for milliseconds, and a call of hundreds of small ops waits hundreds of times. Here a whole call is
+`conducted` by one thread, whose ops run on it alone, and which hands out large pieces of work `together`: what is waited
+for is the end of a handful of phases.
+
+The number of threads that torch's ops take is kept by each thread. `torch.set_num_threads` sets it for the thread that
+calls and for those that have not asked for it yet. So each of these threads is told once that it has but its share, and the
+caller's number is put back for whoever begins next.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = ["Task", "conducted", "each", "pieces", "shares", "threads", "together"]
+
+Task = Callable[[], None]
+Item = TypeVar("Item")
+Run = TypeVar("Run", bound=Callable[..., Any])
+
+MOST_THREADS = 8  # more of them share Python's lock badly: beyond, each has several of torch's threads
+PIECES_A_THREAD = 4  # whoever is put aside by the system leaves the others its pieces
+
+_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+_lock = threading.Lock()
+_conducting = threading.local()  # pool: of the call that this thread conducts
+
+
+def _forget() -> None:
+    """After a fork there are no threads, and another thread may have held the lock."""
+    global _lock
+    _lock = threading.Lock()
+    _pools.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _pool(workers: int, share: int) -> ThreadPoolExecutor:
+    """`workers` threads whose ops take `share` of torch's threads."""
+    with _lock:
+        found = _pools.get((workers, share))
+        if found is None:
+            found = ThreadPoolExecutor(workers, thread_name_prefix="sparsefeat")
+            of_caller, begun = torch.get_num_threads(), threading.Barrier(workers + 1)
+
+            def begin() -> None:
+                torch.get_num_threads()  # the first question is answered with the process's number, which is kept
+                torch.set_num_threads(share)
+                begun.wait()
+
+            for _ in range(workers):
+                found.submit(begin)
+            begun.wait()
+            torch.set_num_threads(of_caller)
+            _pools[workers, share] = found
+        return found
+
+
+def conducted(run: Run) -> Run:
+    """`run`, of tensors on a CPU, on a thread that hands out its work by `together`, where torch may use several threads.
+    Not of gradients: no graph is recorded."""
+
+    @functools.wraps(run)
+    def call(*args: Any, **options: Any) -> Any:
+        of_torch = torch.get_num_threads()
+        if of_torch == 1 or any(isinstance(one, torch.Tensor) and one.device.type != "cpu" for one in args):
+            return run(*args, **options)
+        workers, inference = min(of_torch, MOST_THREADS), torch.is_inference_mode_enabled()
+        pool = _pool(workers, of_torch // workers)
+
+        def conduct() -> Any:
+            _conducting.pool = pool, workers
+            try:
+                with torch.inference_mode(inference), torch.no_grad():
+                    return run(*args, **options)
+            finally:
+                del _conducting.pool
+
+        running = pool.submit(conduct)
+        try:
+            return running.result()
+        except BaseException:  # an interrupt of the caller's too: nothing may write on after it
+            if not running.cancel():
+                running.exception()
+            raise
+
+    return call  # type: ignore[return-value]
+
+
+def threads() -> int:
+    """How many pieces of work run at a time."""
+    return getattr(_conducting, "pool", (None, 1))[1]
+
+
+def together(tasks: Sequence[Task]) -> None:
+    """Every task once, on several threads in a `conducted` call; returns when all are done. Tasks write to places of their
+    own. The first exception ends the others' turn and is raised."""
+    pool, workers = getattr(_conducting, "pool", (None, 1))
+    if pool is None or len(tasks) < 2:
+        for task in tasks:
+            task()
+        return
+    left: Iterator[Task] = iter(tasks)
+    taking, inference = threading.Lock(), torch.is_inference_mode_enabled()
+
+    def work() -> None:
+        with torch.inference_mode(inference), torch.no_grad():
+            while True:
+                with taking:
+                    task = next(left, None)
+                if task is None:
+                    return
+                try:
+                    task()
+                except BaseException:
+                    with taking:
+                        for _ in left:
+                            pass
+                    raise
+
+    others = [pool.submit(work) for _ in range(min(workers, len(tasks)) - 1)]
+    try:
+        work()
+    finally:
+        # Threads that conduct other calls have not begun, and nothing is left for them.
+        begun = [one for one in others if not one.cancel()]
+        faults = [one.exception() for one in begun]
+    for fault in faults:
+        if fault is not None:
+            raise fault
+
+
+def shares(length: int, count: int, smallest: int = 1) -> list[slice]:
+    """`length` things in so many pieces of nearly equal size, fewer where they would be smaller than `smallest`."""
+    count = max(1, min(count, length // max(smallest, 1)))
+    cuts = [length * i // count for i in range(count + 1)]
+    return [slice(first, last) for first, last in itertools.pairwise(cuts)]
+
+
+def pieces(length: int, smallest: int = 1, least: int = 1) -> list[slice]:
+    """`shares` for the threads that there are: one alone takes `least`, several PIECES_A_THREAD each."""
+    count = PIECES_A_THREAD * threads() if threads() > 1 else 1
+    return shares(length, max(count, least), smallest)
+
+
+def each(work: Callable[[Item], None], items: Iterable[Item]) -> list[Task]:
+    """One task for every item."""
+    return [functools.partial(work, item) for item in items]

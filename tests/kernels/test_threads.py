@@ -1,0 +1,219 @@
+"""Whole pieces of work for a thread: all are done, on threads with their share of torch's, and answers do not depend on how
+many threads there are."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import sparsefeat_kernels
+import torch
+from sparsefeat_kernels import auxk_encode, bf16_products, prepare_encoder, threshold_encode, topk_encode
+from sparsefeat_kernels.threads import conducted, each, shares
+from sparsefeat_kernels.threads import together as together_inside
+
+together = conducted(together_inside)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def torch_threads(request: pytest.FixtureRequest):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("length", "pieces", "smallest"), [(0, 3, 1), (1, 4, 1), (10, 3, 1), (10, 4, 4), (7, 7, 2)])
+def test_shares_cover_everything_once_in_nearly_equal_pieces(length: int, pieces: int, smallest: int):
+    found = shares(length, pieces, smallest)
+    assert [i for part in found for i in range(part.start, part.stop)] == list(range(length))
+    sizes = [part.stop - part.start for part in found]
+    assert len(found) <= pieces
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) >= min(smallest, length)
+
+
+def test_every_task_runs_once_with_its_share_of_torchs_threads(torch_threads: int):
+    done, inside = [], set()
+
+    def work(i: int) -> None:
+        inside.add((torch.get_num_threads(), torch.is_grad_enabled() and torch_threads > 1))
+        done.append(i)
+
+    together(each(work, range(50)))
+    together([])
+    assert sorted(done) == list(range(50))
+    assert inside == {(1, False)}
+    assert torch.get_num_threads() == torch_threads
+    seen = []
+    fresh = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    fresh.start()
+    fresh.join()
+    assert seen == [torch_threads]
+
+
+def test_an_exception_is_raised_when_nobody_works_any_more(torch_threads: int):
+    working, begun = [0], []
+
+    def work(i: int) -> None:
+        begun.append(i)
+        working[0] += 1
+        try:
+            if i == 2:
+                raise ValueError("the third")
+            time.sleep(0.01)
+        finally:
+            working[0] -= 1
+
+    with pytest.raises(ValueError, match="the third"):
+        together(each(work, range(100)))
+    assert working == [0]
+    assert len(begun) < 10
+    together(each(begun.append, range(3)))  # and the threads go on
+
+
+def test_calls_from_several_threads_and_from_inside_a_task(torch_threads: int):
+    counts = [0] * 4
+
+    def caller(i: int) -> None:
+        def outer(_: int) -> None:
+            together(each(lambda _: counts.__setitem__(i, counts[i] + 1), range(5)))
+
+        for _ in range(3):
+            together([lambda: outer(0)])
+
+    callers = [threading.Thread(target=caller, args=(i,)) for i in range(4)]
+    for one in callers:
+        one.start()
+    for one in callers:
+        one.join(30)
+    assert counts == [15] * 4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together(each(lambda _: None, range(4)))
+        child = os.fork()
+        if child == 0:
+            done: list[int] = []
+            together(each(done.append, range(4)))
+            os._exit(0 if sorted(done) == [0, 1, 2, 3] else 1)
+        for _ in range(600):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                break
+            time.sleep(0.05)
+        else:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            pytest.fail("the forked process waits for threads that it has not")
+        assert status == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------------------- of the ops
+
+ROWS, D, N, K = 400, 160, 4096, 8
+
+
+def problem() -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(7)
+    W = torch.randn(N, D, generator=g) / D**0.5
+    return torch.randn(ROWS, D, generator=g), W, 0.1 * torch.randn(N, generator=g), 0.1 * torch.randn(D, generator=g)
+
+
+@pytest.mark.skipif(not bf16_products(), reason="this processor has no bf16 matrix instructions")
+@pytest.mark.parametrize("op", ["prepared", "plain", "threshold", "auxk"])
+def test_codes_do_not_depend_on_the_number_of_threads(op: str):
+    x, W, b, c = problem()
+    calls = {
+        "prepared": lambda: topk_encode(x, W, b, c, K, prepared=prepare_encoder(W, b)),
+        "plain": lambda: topk_encode(x, W, b, c, K),
+        "threshold": lambda: threshold_encode(x, W, b, c, torch.tensor(2.0), 300),
+        "auxk": lambda: auxk_encode(x, W, b, c, K, torch.arange(0, N, 3), 20),
+    }
+    before, answers = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            answers.append(calls[op]())
+    finally:
+        torch.set_num_threads(before)
+    for other in answers[1:]:
+        assert torch.equal(answers[0][1], other[1])
+        torch.testing.assert_close(answers[0][0], other[0], rtol=1e-6, atol=1e-6)
+    assert torch.equal(answers[1][0], answers[3][0])
+
+
+@pytest.mark.skipif(not bf16_products(), reason="this processor has no bf16 matrix instructions")
+def test_a_call_waits_for_its_threads_a_few_times_and_the_caller_runs_few_ops(monkeypatch: pytest.MonkeyPatch):
+    """Beside other programs every wait may cost milliseconds, and every op on torch's threads is one. One batch of two
+    chunks: rounding, twice product and survivors, rescoring, the codes."""
+    from sparsefeat_kernels.encode import survivors
+
+    x, W, b, c = problem()
+    prepared = prepare_encoder(W, b)
+    monkeypatch.setattr(survivors, "PREACTIVATION_BYTES", 2 * N * ROWS // 2)
+    phases = []
+    inner = survivors.together
+    monkeypatch.setattr(survivors, "together", lambda tasks: phases.append(len(tasks)) or inner(tasks))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        topk_encode(x, W, b, c, K, prepared=prepared)
+        phases.clear()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:  # of this thread
+            topk_encode(x, W, b, c, K, prepared=prepared)
+    finally:
+        torch.set_num_threads(before)
+    assert len(phases) == 7
+    assert max(phases) <= 16
+    outside = sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
+    # Slices and views are most of them.
+    large = sum(
+        event.count
+        for event in profile.key_averages()
+        if event.key
+        in ("aten::mm", "aten::addmm", "aten::amax", "aten::topk", "aten::index", "aten::copy_", "aten::sub")
+    )
+    assert outside < 250
+    assert large < 12
+
+
+SCRATCH = """
+import resource, sys, torch
+import sparsefeat_kernels as kernels
+torch.set_num_threads(2)
+g = torch.Generator().manual_seed(0)
+x, W = torch.randn(3000, 128, generator=g), torch.randn(8192, 128, generator=g)
+b, c = torch.zeros(8192), torch.zeros(128)
+def call(rows):
+    kernels.topk_encode(x[:rows], W, b, c, 16)
+    kernels.threshold_encode(x[:rows], W, b, c, torch.tensor(35.0), 64)
+call(32)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+call(3000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kilobytes of ru_maxrss")
+def test_the_scratch_of_all_threads_together_is_bounded():
+    """98 MB of pre-activations in fp32, 49 MB of products in bf16. What malloc keeps for each thread comes on top."""
+    paths = os.pathsep.join([str(Path(sparsefeat_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    child = subprocess.run(
+        [sys.executable, "-c", SCRATCH],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(child.stdout) < (64 + 16) << 10
