@@ -3,6 +3,7 @@ what to give, with one exit code, and nothing is lost. A row each; add yours."""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shlex
@@ -116,6 +117,7 @@ AT_ONCE = [
     ("evaluate overhead --out empty", "--out empty is a folder; name a file"),
     ("bench --only topk", "--only 'topk' is no op; choose one of topk_encode"),
     ("bench --device tpu", "--device 'tpu' cannot be measured; choose cpu"),
+    ("bench --seconds inf", "'--seconds': inf is not a finite number"),
     ("bench --seconds nan", "'--seconds': Input should be greater than or equal to 0"),
     ("demo --out full", "--out full exists already; choose another folder"),
     ("demo --out ''", "'--out': it is empty; name a folder or file"),
@@ -268,6 +270,13 @@ def itd(x, erase=("a fox",), remain=(), **options):
     return sf.InterpretThenDeactivate.fit(x.pipe, x.text, erase, remain, **{"top_m": 4, **options})
 
 
+def spoilt(sae):
+    """The SAE, in memory, with one weight that is NaN."""
+    sae = copy.deepcopy(sae)
+    sae.W_dec.data[3, 4] = NAN
+    return sae
+
+
 def steer(x, **options):
     return sf.Steer(x.sae, **{"add": {1: 1.0}, **options})
 
@@ -399,6 +408,24 @@ PYTHON = {
     "negative_prompt(None)": (lambda x: sf.negative_prompt(None), "concept=None must be a word or a list of words"),
     "a call's misspelt argument": (lambda x: run(x, sf.Record(x.sae), guidence_scale=3), r"guidence_scale= is no argument .*; did you mean guidance_scale\?"),
     "a call's NaN": (lambda x: run(x, sf.Record(x.sae), guidance_scale=NAN), "guidance_scale=nan must be a finite number"),
+    "a call's latents": (
+        lambda x: run(x, sf.Record(x.sae), latents=torch.full((1, 4, 16, 16), NAN)), r"latents holds NaN or infinity, 1024 of 1024"
+    ),
+    "Steer add of digits": (lambda x: steer(x, add={1: "8"}), r"add\[1\]='8' must be a finite number"),
+    "Steer add inf": (lambda x: steer(x, add={1: np.inf}), r"add\[1\]=inf must be a finite number"),
+    "Steer clamp NaN": (lambda x: steer(x, clamp={1: (0, NAN)}), r"clamp\[1\]=\(0, nan\) must be \(low, high\)"),
+    "Steer add_map NaN": (lambda x: steer(x, add_map={1: [[NAN]]}), r"add_map\[1\] holds NaN or infinity, 1 of 1 entries"),
+    "an SAE with a NaN": (lambda x: sf.Record(spoilt(x.sae)), r"sae\.W_dec holds NaN or infinity, 1 of 1280 entries, the first at \[3, 4\]"),
+    "an SAE with a NaN steers": (lambda x: sf.Steer(spoilt(x.sae), scale={1: 0}), r"sae\.W_dec holds NaN or infinity"),
+    "ItD strength": (lambda x: itd(x, strength=NAN), "strength=nan must be a finite number"),
+    "ItD tau": (lambda x: sf.InterpretThenDeactivate(x.sae, [1], tau=NAN), "tau=nan must be a finite number"),
+    "ItD latents": (lambda x: sf.InterpretThenDeactivate(x.sae, [1.5]), r"latents=\[1.5\] must be the latents' numbers"),
+    "PromptVector strength": (lambda x: sf.PromptVector(x.sae, "a fox", NAN), "strength=nan must be a finite number"),
+    "TrainConfig lr": (lambda x: sf.TrainConfig(steps=3, lr=NAN), "lr=nan must be a finite number above 0"),
+    "TrainConfig steps": (lambda x: sf.TrainConfig(steps=2.5), "steps=2.5 must be a whole number of at least 1"),
+    "statistics at NaN": (lambda x: Statistics(["a"], N, [NAN]), "timestep=nan must be a finite number"),
+    "search for none": (lambda x: search(x.statistics, "fox", 0), "n=0 must be a whole number of at least 1"),
+    "Examples of none": (lambda x: sf.Examples(N, top=0), "top=0 must be a whole number of at least 1"),
     "a call's prompt 3": (lambda x: run(x, sf.Record(x.sae), prompt=3), "prompt=3 must be a text, or a list of at least one"),
     "a call's guidance in text": (lambda x: run(x, sf.Record(x.sae), guidance_scale="3"), "guidance_scale='3' must be a number"),
     "a call's generator 3": (lambda x: run(x, sf.Record(x.sae), generator=3), "generator=3 must be a torch.Generator, as in"),
