@@ -13,6 +13,22 @@ from tests.families.text import tiny_qwen_vl, tiny_words
 WIDTH = 16
 
 
+def tiny_qwen_vae(seed: int = 2) -> Any:
+    """Shrinks by 4."""
+    import diffusers
+
+    torch.manual_seed(seed)
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+
+
 def build(pipeline: str = "QwenImagePipeline", **options: Any) -> Any:
     import diffusers
 
@@ -27,20 +43,11 @@ def build(pipeline: str = "QwenImagePipeline", **options: Any) -> Any:
         joint_attention_dim=32,
         axes_dims_rope=(2, 2, 4),
     ).eval()
-    vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    ).eval()
     return quiet(
         getattr(diffusers, pipeline)(
             transformer=transformer,
             scheduler=tiny_flow(use_dynamic_shifting=True),
-            vae=vae,
+            vae=tiny_qwen_vae(),
             text_encoder=tiny_qwen_vl(32, seed=1),
             tokenizer=tiny_words(eos=False),
             **options,

@@ -119,3 +119,33 @@ def tiny_qwen_vl(hidden: int = 32, layers: int = 2, seed: int = 0) -> Any:
         if not hasattr(config, name):
             setattr(config, name, value)
     return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def tiny_qwen3_vl(hidden: int = 32, layers: int = 2, seed: int = 0) -> Any:
+    """Qwen 3 VL: the language model of Krea 2, with a vision tower that text alone does not run."""
+    torch.manual_seed(seed)
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 1024,
+        "rope_scaling": {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "rope_type": "default"},
+        "pad_token_id": 0,
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": hidden,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    }
+    tokens = {"vision_start_token_id": 4, "vision_end_token_id": 5, "image_token_id": 6, "video_token_id": 7}
+    return transformers.Qwen3VLModel(
+        transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
+    ).eval()

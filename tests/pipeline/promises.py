@@ -239,7 +239,7 @@ def conditions(run: Run, spots: list[Spot], heard: list[list[torch.Tensor]]) -> 
         assert len(texts) == frames * context.batch, f"{len(texts)} texts for {context.batch} batch entries"
         texts = texts[::frames]
         for text, condition, image in zip(texts, context.condition, context.prompt_index, strict=True):
-            is_prompt = _same(text, run.prompts_heard[run.main][0][image])
+            is_prompt = _same(text, run.prompts_heard[run.main][0][::frames][image])
             assert is_prompt == (condition in ("cond", "perturbed")), (condition, image)
 
 

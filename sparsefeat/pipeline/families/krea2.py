@@ -38,5 +38,10 @@ class Krea2(Flux):
     def text_tokens(self, run: Run) -> int | None:
         return run.arguments["encoder_hidden_states"].shape[1]  # [B, tokens, layers, width]
 
+    def width(self, module: nn.Module, io: str) -> int | None:
+        if hasattr(module, "gate") and hasattr(module, "down"):  # feed-forward
+            return module.down.out_features if io == "output" else module.gate.in_features
+        return getattr(getattr(getattr(module, "attn", module), "to_q", None), "in_features", None)
+
     def default_grid(self, pipe: Any, root: nn.Module, path: str) -> tuple[int, ...] | None:
         return None  # neither the config nor the pipeline has a size

@@ -22,6 +22,7 @@ LAST = {
     "flux2": "transformer.single_transformer_blocks.1",
     "hidream": "transformer.single_stream_blocks.1",
     "hunyuan_dit": "transformer.blocks.3",
+    "krea2": "transformer.transformer_blocks.1",
     "lumina": "transformer.layers.1",
     "lumina2": "transformer.layers.1",
     "ovis": "transformer.single_transformer_blocks.1",
@@ -140,8 +141,10 @@ def test_listed_grids_are_those_of_the_default_size(pipes, name):
     family, pipe = FAMILIES[name], pipes[name]
     listed = {info.hookpoint.path: info.grid for info in hookpoints(pipe) if info.stream == "image"}
     # By hand: the pixels of `__call__` behind the VAE's 4, or the latent's side in a config, over the patch; FLUX's
-    # kind has 128 latents packed by two. Z-Image says its size nowhere but in its code.
-    side = {"sana": 1024 // 4, "aura_flow": 1024 // 4 // 2, "z_image": None, "hidream": 8 // 2}.get(name, 64)
+    # kind has 128 latents packed by two. Z-Image and Krea 2 say their size nowhere but in their code.
+    side = {"sana": 1024 // 4, "aura_flow": 1024 // 4 // 2, "krea2": None, "z_image": None, "hidream": 8 // 2}.get(
+        name, 64
+    )
     if name in ("cogview3", "cogview4", "hunyuan_dit", "lumina", "lumina2", "pixart", "sd3"):
         side = pipe.transformer.config.sample_size // pipe.transformer.config.patch_size
     expected = None if side is None else (side, side)
