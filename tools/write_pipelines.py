@@ -2,6 +2,7 @@
 
     python tools/write_pipelines.py                                # the page from docs/pipelines.json
     python tools/write_pipelines.py --take newest build/matrix.json   # first put a run's results into that file
+    python tools/write_pipelines.py --take newest FILE --families krea2 mochi     # of some families alone
     python tools/write_pipelines.py --check                        # exit code 1 if the page is not what the file says
 
 `make matrix` and `make floor` do the second for the two environments. A test runs the check.
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "pipelines.json"
 PAGE = ROOT / "docs" / "pipelines.md"
 ENVIRONMENTS = {"newest": "the newest versions", "floor": "the oldest versions"}
+CELLS = {"full": "the whole product", "pairwise": "a covering array of all pairs"}
 PACKAGES = ("python", "torch", "triton", "diffusers", "transformers", "numpy", "accelerate", "peft")
 
 INTRO = """# Pipelines
@@ -46,7 +48,15 @@ What is good to know:
 
 * In joint blocks (SD3, FLUX, Qwen-Image, CogVideoX, HunyuanVideo and others) a hookpoint means the image;
   `path:text`, or `Hookpoint(path, stream="text")`, means the text.
-* A video's grid is (frames, height, width). Kandinsky 5 with sparse attention reorders its positions: no grid there.
+* A tensor counts as image or as text only where its rows are known: reference images and padding are neither. A model
+  that is not in this list, or a part of one that gives no rows, is refused; if you know the rows, say them:
+  `Hookpoint(path, rows=(77, 4173))`, or `path:77-4173`.
+* CogView 4 runs its feed-forward on the image and then on the text: each hookpoint sees its own run.
+* LTX-2 makes a video and its sound: `path:audio` is the sound. Stable Audio and ACE-Step have nothing else.
+* A video's grid is (frames, height, width), also where its frames are folded into the batch (AnimateDiff, Stable Video
+  Diffusion, Latte). Kandinsky 5 with sparse attention and transformers over time order their positions otherwise: no
+  grid there.
+* Stable Diffusion in tiles (panoramas, a VAE's tiling) is refused: a tile has no place in the image's grid.
 * Wan 2.2 has two models; `transformer.blocks.5` and `transformer_2.blocks.5` are different hookpoints, and each sees
   its own part of the schedule.
 * CogVideoX, AnimateDiff and a few others make one video a prompt whatever `num_videos_per_prompt` says; so does
@@ -134,7 +144,14 @@ def page(results: dict[str, Any]) -> str:
         if name not in results:
             continue
         environment = results[name]
-        how = "the whole product" if environment["cells"] == "full" else "a covering array of all pairs"
+        how = CELLS[environment["cells"]]
+        others = [
+            family["title"]
+            for _, family in by_title(environment)
+            if family["available"] and family.get("cells", environment["cells"]) != environment["cells"]
+        ]
+        if others:  # taken by a run of some families alone
+            how += f" (for {', '.join(others)}: {CELLS['pairwise']})"
         command = "make floor" if name == "floor" else "make matrix"
         parts += [
             f"## With {title}",
@@ -149,6 +166,7 @@ def page(results: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--take", nargs=2, metavar=("ENVIRONMENT", "FILE"))
+    parser.add_argument("--families", nargs="+", metavar="NAME", help="take these families of the run, keep the others")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -156,7 +174,14 @@ def main() -> int:
         environment, file = arguments.take
         if environment not in ENVIRONMENTS:
             parser.error(f"--take {environment}: it is one of {', '.join(ENVIRONMENTS)}")
-        results[environment] = json.loads(Path(file).read_text())
+        taken = json.loads(Path(file).read_text())
+        if arguments.families:
+            known = results[environment]
+            if taken["versions"] != known["versions"]:
+                parser.error(f"{file} is of other versions than the {environment} results; take all families")
+            some = {name: {**taken["families"][name], "cells": taken["cells"]} for name in arguments.families}
+            taken = {**known, "families": {**known["families"], **some}}
+        results[environment] = taken
         RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     written = page(results)
     if arguments.check:

@@ -88,6 +88,7 @@ class HookpointInfo:
     width: int | None
     """d_model of the output; None if only a run would tell."""
     stream: str
+    """"image", "text" or "audio"; "unknown" where a hookpoint has to state its rows."""
     kind: str
     grid: tuple[int, ...] | None = None
     """The positions' grid at the pipeline's default size; None for text, or if only a run would tell."""

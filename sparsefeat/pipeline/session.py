@@ -61,7 +61,7 @@ def attach(pipe: Any, *instruments: Instrument) -> Session:
         for path in instrument.attentions(pipe)
     )
     listened = tuple(
-        Tap(instrument, _checked(resolve(pipe, name)))
+        Tap(instrument, resolve(pipe, name))  # one that was compiled is not heard, and need not be
         for instrument in instruments
         for name in instrument.components(pipe)
     )

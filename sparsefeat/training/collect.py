@@ -176,7 +176,8 @@ class CollectActivations(Instrument):
 
     def _place(self, hookpoint: Hookpoint) -> Path:
         assert self.folder is not None
-        return self.folder / f"{hookpoint.path}-{hookpoint.io}-{hookpoint.stream}"
+        rows = "" if hookpoint.rows is None else "-" + str(hookpoint).rpartition(":")[2]
+        return self.folder / f"{hookpoint.path}-{hookpoint.io}-{hookpoint.stream}{rows}"
 
     def _open(self, hookpoint: Hookpoint, d_model: int) -> ShardWriter:
         number = Field(torch.int64)

@@ -99,6 +99,46 @@ def flux_like(latent: torch.Tensor, text: torch.Tensor, **more: Any) -> dict[str
 
 MODELS = [
     Model(
+        "FluxTransformer2DModel",  # with a reference of 2 x 2 before the image and one behind it
+        {**FLUX, "pooled_projection_dim": 16},
+        lambda latent, text: flux_like(
+            latent, text, img_ids=ids((1, 2, 2), (0, 3, 4), (2, 1, 2)), pooled_projections=text[:, 0]
+        ),
+        (1, 18, 8),
+        (1, 5, 16),
+        "transformer_blocks.0",
+        "single_transformer_blocks.1",
+        (3, 4),
+        lambda output: output[0, 4:16],
+    ),
+    Model(
+        "QwenImageTransformer2DModel",  # as Qwen-Image-Layered: two images that are made, then the one that was given
+        {
+            "patch_size": 2,
+            "in_channels": 8,
+            "out_channels": 2,
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 16,
+            "axes_dims_rope": (2, 2, 4),
+            "use_layer3d_rope": True,
+        },
+        lambda latent, text: {
+            "hidden_states": latent,
+            "encoder_hidden_states": text,
+            "encoder_hidden_states_mask": torch.ones(1, 5).long(),
+            "timestep": T,
+            "img_shapes": [[(1, 3, 4), (1, 3, 4), (1, 2, 2)]],
+        },
+        (1, 28, 8),
+        (1, 5, 16),
+        "transformer_blocks.0",
+        "transformer_blocks.1",
+        (2, 3, 4),
+        lambda output: output[0, :24],
+    ),
+    Model(
         "LongCatImageTransformer2DModel",
         {**FLUX, "pooled_projection_dim": 16},
         lambda latent, text: flux_like(latent, text, img_ids=ids((1, 3, 4), (2, 2, 2))),
