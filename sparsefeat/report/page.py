@@ -80,7 +80,11 @@ def write_page(
     pictures: dict[str, Picture] = {}
     _resolve(plain, "results", images, pictures)
 
-    html = _environment().get_template(TEMPLATE).render(results=plain, pictures=pictures, project=project_facts())
+    html = (
+        _environment()
+        .get_template(TEMPLATE)
+        .render(results=plain, pictures=pictures, project=project_facts(), by_chance=by_chance)
+    )
     files = {
         "index.html": html.encode(),
         "results.json": (json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(),
@@ -243,6 +247,11 @@ def bars(values: list[float], marked: list[bool] | None = None) -> Markup:
     )
     svg = '<svg class="bars" viewBox="0 0 100 30" preserveAspectRatio="none" aria-hidden="true">{}</svg>'
     return Markup(svg).format(shapes)
+
+
+def by_chance(entry: Mapping[str, Any]) -> bool:
+    """Whether the best of all latents on shuffled images does as well more often than one time in twenty."""
+    return _is_number(entry.get("p")) and entry["p"] > 0.05
 
 
 def ranked(peaks: list[float], concepts: list[list[str]], word: str | None) -> Markup:

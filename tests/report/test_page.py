@@ -152,6 +152,17 @@ def test_a_value_is_shown_in_its_unit(value: Any, shown_as: str, text: str) -> N
     assert re.sub(r"<[^>]*>", "", str(_FILTERS[shown_as](value))) == text
 
 
+def test_a_latent_that_chance_explains_is_not_said_to_stand_for_its_concept(page: Path) -> None:
+    source = re.sub(r"<[^>]*>", "", Page(page).source)
+    chances = {entry["concept"]: entry["p"] for entry in sample()[0]["steering"]}
+    assert chances["frog"] < 0.05 < chances["noto"]
+    assert "The latent most specific to the object “frog”\n" in source.replace("</h3>", "\n")
+    assert "The latent most specific to the style “noto”, no more than chance gives" in source
+    no_name = [feature["latent"] for feature in sample()[0]["features"]["top"] if feature["name"] is None]
+    for latent in no_name:
+        assert re.search(rf"Latent {latent}\s+No name\.", re.sub(r"\s*\n\s*", " ", source))
+
+
 def test_results_json_is_what_was_given_with_paths_for_image_keys(tmp_path: Path) -> None:
     results, images = sample(n_features=2, n_examples=2)
     given = copy.deepcopy(results)
