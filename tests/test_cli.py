@@ -10,6 +10,8 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+import sparsefeat
+from sparsefeat.assets import block_sae_folder
 from sparsefeat.cli import app
 from sparsefeat.cli.commands.steer import parse_pairs
 from sparsefeat.sae import SAE, SAEConfig, load_sae
@@ -94,6 +96,34 @@ def test_an_existing_output_folder_is_left_alone(tmp_path):
         assert result.exit_code == 2
         assert "exists already" in result.output
     assert (kept / "precious.txt").read_text() == "precious"
+
+
+def test_the_version_and_short_help():
+    assert runner.invoke(app, ["--version"]).output == f"sparsefeat {sparsefeat.__version__}\n"
+    for command in ([], ["features"], ["sae", "info"]):
+        assert "Usage" in runner.invoke(app, [*command, "-h"]).output
+
+
+@pytest.mark.embedded
+def test_json_is_one_document_with_the_numbers_of_the_text(tmp_path):
+    line = ["features", "a noto emoji of a fox", "--steps", "2", "--top", "3"]
+    told = json.loads(runner.invoke(app, [*line, "--out", str(tmp_path / "a"), "--json"]).stdout)
+    text = runner.invoke(app, [*line, "--out", str(tmp_path / "b")]).stdout.splitlines()[2:]
+    assert [int(row.split()[0]) for row in text] == [found["latent"] for found in told["features"]]
+    assert [row.split()[1] for row in text] == [f"{found['score']:.4f}" for found in told["features"]]
+    assert all(Path(found["map"]).is_file() for found in told["features"])
+    assert Path(told["image"]).is_file()
+    points = json.loads(runner.invoke(app, ["hookpoints", "--json"]).stdout)
+    assert {"hookpoint": "unet.mid_block.attentions.0", "width": 128, "grid": [8, 8]}.items() <= next(
+        point for point in points if point["hookpoint"] == "unet.mid_block.attentions.0"
+    ).items()
+    saes = json.loads(runner.invoke(app, ["sae", "info", "--json"]).stdout)
+    assert all(load_sae(one["folder"]).n_latents == one["n_latents"] for one in saes)
+    assert len(saes) > 1
+    check = ["sae", "check", "a noto emoji of a fox", "--steps", "1", "--sae", str(block_sae_folder()), "--json"]
+    (fits,) = json.loads(runner.invoke(app, check).stdout)
+    assert fits["fits"] is True
+    assert 0 < fits["fvu"] < 0.6
 
 
 def test_parse_pairs():
@@ -217,8 +247,6 @@ def test_hookpoints_lists_the_blocks_with_width_stream_and_grid():
 
 @pytest.mark.embedded
 def test_sae_check_takes_the_folder_of_each_sae():
-    from sparsefeat.assets import block_sae_folder
-
     folder = block_sae_folder()
     command = ["sae", "check", "a noto emoji of a fox", "--sae", str(folder.parent), "--subfolder", folder.name]
     result = runner.invoke(app, [*command, "--steps", "1"])
@@ -228,8 +256,6 @@ def test_sae_check_takes_the_folder_of_each_sae():
 
 @pytest.mark.embedded
 def test_sae_check_passes_an_sae_in_its_place_and_fails_one_elsewhere():
-    from sparsefeat.assets import block_sae_folder
-
     command = ["sae", "check", "a noto emoji of a fox", "a twemoji emoji of an owl", "--sae", str(block_sae_folder())]
     # The embedded pipeline stands for any: its SAEs are named here as a user's would be.
     fits = runner.invoke(app, command)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import typer
 
 from sparsefeat.assets import emojicanvas
+from sparsefeat.cli import app
 from sparsefeat.evaluation.judge import judge_images, load_judge
 from tests.families import families
 from tests.features.test_language_models import N, gemma_scope
@@ -64,6 +68,42 @@ def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch, capsys):
         assert names["naming"].word == "mono"  # the latent that a search for it finds
         assert len(names["examples"]) == 64
         assert names["found"].p is not None
+
+
+SHELL_LINES = [
+    (page, line)
+    for page in (*PAGES, "docs/command_line.md")
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    for line in block.splitlines()
+    if not language and line.startswith("sparsefeat ")
+]
+
+
+@pytest.mark.parametrize(("page", "line"), SHELL_LINES)
+def test_the_shell_lines_of_a_page_are_understood(page, line):
+    """Commands, arguments and options are those there are, and have values that are read; nothing is run."""
+    understood = []
+
+    def not_run(command: Any) -> None:
+        for below in getattr(command, "commands", {}).values():
+            below.callback = lambda **given: understood.append(given)
+            not_run(below)
+
+    command = typer.main.get_command(app)
+    not_run(command)
+    command.main(args=shlex.split(line, comments=True)[1:], prog_name="sparsefeat", standalone_mode=False)
+    assert understood
+
+
+def test_there_are_shell_lines_on_both_pages():
+    assert {page for page, _ in SHELL_LINES} >= {"README.md", "docs/command_line.md"}
+
+
+def test_every_command_is_in_the_guide():
+    text = (ROOT / "docs" / "command_line.md").read_text()
+    command = typer.main.get_command(app)
+    for name in (*command.commands, *(f"sae {name}" for name in command.commands["sae"].commands)):
+        assert f"`sparsefeat {name}" in text or f"`{name.removeprefix('sae ')}`" in text, name
 
 
 def test_opening_anybodys_sae_takes_fewer_than_ten_lines():

@@ -27,7 +27,7 @@ def convert(
     hookpoint: Hookpoint = None,
     base_model: BaseModel = None,
 ) -> None:
-    """Read an SAE of any format and write it in another; docs/interop.md lists them."""
+    """Read an SAE of any format that is known and write it in another."""
     if format_ not in FORMATS:
         raise ValueError(f"--format {format_!r} cannot be written; choose one of {', '.join(FORMATS)}")
     choice = SAEChoice([source], [subfolder] if subfolder else None, option="SOURCE")
