@@ -32,6 +32,7 @@ __all__ = [
     "force_triton",
     "implementation",
     "jit",
+    "jit_over_rows",
     "next_power_of_2",
     "ops",
     "register",
@@ -54,13 +55,18 @@ GPU_BLOCK_BYTES = 8 << 20
 
 _asked: bool | None = True if os.environ.get("SPARSEFEAT_FORCE_TRITON", "0") not in ("", "0") else None
 _interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-# Numbers that change from call to call: a kernel that were made for their being 1, or divisible by 16, would be compiled
-# again in the middle of somebody's run.
-_UNSPECIALISED = ("batch", "groups", "k", "n_rules", "n_selected", "n_tokens", "rows", "segment_length", "tokens")
+# Of a batch of codes, from call to call. A kernel made for their being 1, or divisible by 16, would be compiled again in
+# the middle of somebody's run. (Attention's sizes change with the resolution only, and its kernels spill without this.)
+_UNSPECIALISED = ("k", "n_rules", "rows", "segment_length")
 
 
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit`, or the plain function where Triton is not installed."""
+    return triton.jit(function) if TRITON_AVAILABLE else function
+
+
+def jit_over_rows(function: Callable[..., Any]) -> Any:
+    """`jit` of a kernel over rows of a code: one program, however many there are."""
     return triton.jit(function, do_not_specialize=_UNSPECIALISED) if TRITON_AVAILABLE else function
 
 

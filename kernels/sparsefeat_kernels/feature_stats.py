@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .decode.sparse_decode import check_code
-from .dispatch import implementation, jit, ops, register, tl
+from .dispatch import implementation, jit, jit_over_rows, ops, register, tl
 
 __all__ = ["feature_stats_"]
 
@@ -136,7 +136,7 @@ def _add_to_tables(sum_ptr, count_ptr, maximum_ptr, key, total, number, highest,
     tl.store(maximum_ptr + key, tl.maximum(before, highest, propagate_nan=tl.PropagateNan.ALL), mask=mask)
 
 
-@jit
+@jit_over_rows
 def _feature_stats_scan_kernel(
     keys_ptr,
     order_ptr,
@@ -175,7 +175,7 @@ def _feature_stats_scan_kernel(
     tl.store(open_key_ptr + block, tl.max(tl.where(is_open, key, -1), axis=0))
 
 
-@jit
+@jit_over_rows
 def _feature_stats_join_kernel(
     keys_ptr,
     sum_ptr,

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import block_bytes, implementation, jit, next_power_of_2, ops, register, row_chunks, sum_dtype, tl
+from ..dispatch import (
+    block_bytes,
+    implementation,
+    jit_over_rows,
+    next_power_of_2,
+    ops,
+    register,
+    row_chunks,
+    sum_dtype,
+    tl,
+)
 from ..gradient.weight_gradient import weight_gradient
 from ..products import pair_products, quiet_about_csr
 from ..threads import conducted, each, pieces, threads, together
@@ -191,7 +201,7 @@ def grad_values_cpu(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor
 DEFAULT_BLOCKS = {"BLOCK_K": 4, "BLOCK_D": 512, "num_warps": 4}  # without a tuning table: 128 threads times 4 columns
 
 
-@jit
+@jit_over_rows
 def _sparse_decode_sum_kernel(
     values_ptr,
     indices_ptr,
@@ -228,7 +238,7 @@ def _sparse_decode_sum_kernel(
     tl.store(y_ptr + row * d + column, tl.sum(total, axis=0) + bias, mask=column < d)
 
 
-@jit
+@jit_over_rows
 def _sparse_decode_grad_values_kernel(
     grad_ptr,
     values_ptr,

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from ..code import selected_values
-from ..dispatch import block_bytes, implementation, jit, next_power_of_2, ops, register, row_chunks, sum_dtype, tl
+from ..dispatch import (
+    block_bytes,
+    implementation,
+    jit_over_rows,
+    next_power_of_2,
+    ops,
+    register,
+    row_chunks,
+    sum_dtype,
+    tl,
+)
 from .sparse_decode import check_code
 
 __all__ = ["sparse_edit", "sparse_edit_delta"]
@@ -254,7 +264,7 @@ def _edit_grad_directions(
 # ------------------------------------------------------------------------------------------------------------ Triton
 
 
-@jit
+@jit_over_rows
 def _sparse_edit_row_kernel(
     x_ptr,
     values_ptr,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import backend, jit, tl
+from ..dispatch import backend, jit, jit_over_rows, tl
 from ..threads import each, pieces, threads, together
 
 __all__ = [
@@ -107,7 +107,7 @@ def tile_product(
     return total
 
 
-@jit
+@jit_over_rows
 def _encoder_bias_kernel(
     W_ptr,
     b_enc_ptr,

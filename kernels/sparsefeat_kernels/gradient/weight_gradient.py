@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import block_bytes, implementation, jit, next_power_of_2, ops, register, row_chunks, sum_dtype, tl
+from ..dispatch import (
+    block_bytes,
+    implementation,
+    jit_over_rows,
+    next_power_of_2,
+    ops,
+    register,
+    row_chunks,
+    sum_dtype,
+    tl,
+)
 from ..threads import conducted, each, together
 from .csr import latent_major
 from .gradient_memory import empty_gradient
@@ -111,7 +121,7 @@ SEGMENT = 512  # entries: 128 steps of 4
 PARTIAL_BYTES = 16 << 20  # a bound on the partial sums; beyond it segments are longer
 
 
-@jit
+@jit_over_rows
 def _weight_gradient_segment_kernel(
     coefficients_ptr,
     x_ptr,
@@ -174,7 +184,7 @@ def _weight_gradient_segment_kernel(
     tl.store(partial_bias_ptr + place, bias_of_segment, mask=shared & of_bias)
 
 
-@jit
+@jit_over_rows
 def _weight_gradient_partial_kernel(
     latents_ptr,
     segment_offsets_ptr,

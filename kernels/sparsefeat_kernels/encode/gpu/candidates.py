@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...dispatch import jit, next_power_of_2, row_chunks, tl
+from ...dispatch import jit, jit_over_rows, next_power_of_2, row_chunks, tl
 from ..keys import entry_key, index_of, largest_keys, ordered, store_broken, store_code
 from ..product import TRITON_SCRATCH_BYTES, default_product, tile_product, triton_bias
 from .scratch import MAX_KEYS
@@ -110,7 +110,7 @@ def _latent_of(group, place, n_tiles, TILE_GROUPS: tl.constexpr):
     return (place * TILE_GROUPS + group % TILE_GROUPS) * n_tiles + group // TILE_GROUPS
 
 
-@jit
+@jit_over_rows
 def _topk_candidates_product_kernel(
     x_ptr,
     W_ptr,
@@ -185,7 +185,7 @@ def _topk_candidates_product_kernel(
     tl.store(scores_ptr + out, best, mask=(row < rows)[:, None])
 
 
-@jit
+@jit_over_rows
 def _topk_candidates_select_kernel(
     scores_ptr,
     places_ptr,
@@ -250,7 +250,7 @@ def _topk_candidates_select_kernel(
             tl.store(kept_ptr + row * BLOCK_K + slot, largest_keys(candidates, BLOCK_K, LOG_K, KEPT_HALVINGS))
 
 
-@jit
+@jit_over_rows
 def _topk_candidates_again_kernel(
     x_ptr,
     W_ptr,
@@ -305,7 +305,7 @@ def _topk_candidates_again_kernel(
             tl.store(a_ptr + place, a, mask=first[:, None] & inside[None, :])
 
 
-@jit
+@jit_over_rows
 def _topk_candidates_finish_kernel(
     a_ptr,
     groups_ptr,

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...dispatch import jit, next_power_of_2, row_chunks, tl
+from ...dispatch import jit_over_rows, next_power_of_2, row_chunks, tl
 from ..keys import entry_key, largest_keys, ordered, store_code
 from ..product import TRITON_SCRATCH_BYTES, default_product
 from ..rounded import LARGEST, norm_rounded_up, rounded_up
@@ -105,7 +105,7 @@ class PrefilterSizes:
         return None
 
 
-@jit
+@jit_over_rows
 def _prefilter_rows_kernel(
     x_ptr,
     b_pre_ptr,
@@ -139,7 +139,7 @@ def _prefilter_rows_kernel(
     tl.store(norms_ptr + 2 * row + 1, tl.sqrt(tl.sum(lost_squares, axis=0)) * above + least)
 
 
-@jit
+@jit_over_rows
 def _prefilter_groups_kernel(
     maxima_ptr,
     norms_ptr,
@@ -185,7 +185,7 @@ def _prefilter_groups_kernel(
         tl.store(list_ptr + tl.atomic_add(count_ptr, 1), row.to(tl.int32))
 
 
-@jit
+@jit_over_rows
 def _prefilter_entries_kernel(
     scratch_ptr,
     norms_ptr,
@@ -230,7 +230,7 @@ def _prefilter_entries_kernel(
     tl.store(n_entries_ptr + row, count)
 
 
-@jit
+@jit_over_rows
 def _prefilter_rescore_kernel(
     centred_ptr,
     W_ptr,
@@ -266,7 +266,7 @@ def _prefilter_rescore_kernel(
         tl.store(a_ptr + row * MOST_ENTRIES + slot, tl.sum(total, axis=1) + b, mask=inside)
 
 
-@jit
+@jit_over_rows
 def _prefilter_finish_kernel(
     a_ptr,
     entries_ptr,

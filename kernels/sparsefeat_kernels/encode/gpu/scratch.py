@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...dispatch import jit, next_power_of_2, row_chunks, tl
+from ...dispatch import jit_over_rows, next_power_of_2, row_chunks, tl
 from ..cpu import group_size, select
 from ..keys import entry_key, index_of, largest_keys, ordered, store_broken, store_code
 from ..product import TRITON_SCRATCH_BYTES, default_product, tile_product, triton_bias
@@ -24,7 +24,7 @@ TRITON_GROUPS = (4, 128)  # smallest and largest group: the largest is BLOCK_LAT
 MAX_KEYS = 8192  # keys of one program of the selection, which sorts through 64 KiB of shared memory
 
 
-@jit
+@jit_over_rows
 def _topk_encode_product_kernel(
     x_ptr,
     W_ptr,
@@ -89,7 +89,7 @@ def _topk_encode_product_kernel(
     tl.store(maxima_ptr + row[:, None] * n_groups + group[None, :], maxima, mask=inside)
 
 
-@jit
+@jit_over_rows
 def _topk_encode_select_kernel(
     scratch_ptr,
     maxima_ptr,

@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...dispatch import jit, next_power_of_2, row_chunks, tl
+from ...dispatch import jit_over_rows, next_power_of_2, row_chunks, tl
 from ..product import PRODUCT_TILE, TRITON_SCRATCH_BYTES, default_product, tile_product, triton_bias
 
 __all__ = ["threshold_encode_csr_triton", "threshold_encode_triton"]
 
 
-@jit
+@jit_over_rows
 def _threshold_encode_product_kernel(
     x_ptr,
     W_ptr,
@@ -76,7 +76,7 @@ def _threshold_encode_product_kernel(
     tl.store(scratch_ptr + row[:, None] * stride_scratch_row + latent[None, :], z, mask=stored)
 
 
-@jit
+@jit_over_rows
 def _threshold_encode_place_kernel(
     tile_counts_ptr, tile_places_ptr, counts_ptr, broken_ptr, n_tiles, BLOCK_TILES: tl.constexpr
 ):
@@ -95,7 +95,7 @@ def _threshold_encode_place_kernel(
     tl.store(broken_ptr + row, broken)
 
 
-@jit
+@jit_over_rows
 def _threshold_encode_compact_kernel(
     scratch_ptr,
     tile_counts_ptr,
