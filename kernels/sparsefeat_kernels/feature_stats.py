@@ -96,16 +96,35 @@ def _statistic_keys(values: Tensor, indices: Tensor, group: Tensor, groups: int,
 def _feature_stats_cpu(
     sum: Tensor, count: Tensor, maximum: Tensor, values: Tensor, indices: Tensor, group: Tensor
 ) -> None:
+    """Scatters along an only dimension go through the entries in their order."""
+    groups, n_latents = sum.shape
+    keys = (group[:, None].long() * n_latents + indices).view(-1)
+    v = values.reshape(-1)
+    if not (bool(v.all()) and _within(indices, n_latents) and _within(group, groups)):
+        keys = _statistic_keys(values, indices, group, groups, n_latents).view(-1)
+        counted = keys < groups * n_latents
+        keys, v = keys[counted], v[counted]
+    sum.view(-1).scatter_add_(0, keys, v)
+    count.view(-1).scatter_add_(0, keys, torch.ones(len(keys), dtype=torch.int32))
+    maximum.view(-1).scatter_reduce_(0, keys, v, "amax")
+
+
+def _within(index: Tensor, size: int) -> bool:
+    if index.numel() == 0:
+        return True
+    smallest, largest = index.aminmax()
+    return 0 <= int(smallest) <= int(largest) < size
+
+
+def _feature_stats_plainly_on_gpu(
+    sum: Tensor, count: Tensor, maximum: Tensor, values: Tensor, indices: Tensor, group: Tensor
+) -> None:
+    """There scatters add in any order. index_put_ sorts, and adds in order."""
     groups, n_latents = sum.shape
     keys = _statistic_keys(values, indices, group, groups, n_latents).view(-1)
     counted = (keys < groups * n_latents).nonzero()[:, 0]
-    # By latent, rows in order: whatever order index_add_ takes, each statistic is one contiguous run of one thread.
-    keys, order = keys[counted].sort(stable=True)
-    v = values.reshape(-1)[counted[order]]
-    if sum.device.type == "cpu":
-        sum.view(-1).index_add_(0, keys, v)
-    else:  # where index_add_ adds in any order: this one sorts, and adds in order
-        sum.view(-1).index_put_((keys,), v, accumulate=True)
+    keys, v = keys[counted], values.reshape(-1)[counted]
+    sum.view(-1).index_put_((keys,), v, accumulate=True)
     count.view(-1).index_add_(0, keys, torch.ones_like(keys, dtype=torch.int32))
     maximum.view(-1).scatter_reduce_(0, keys, v, "amax")
 
@@ -238,7 +257,8 @@ def _feature_stats(sum: Tensor, count: Tensor, maximum: Tensor, values: Tensor, 
     _check(sum, count, maximum, values, indices, group)
     if values.numel() == 0 or sum.numel() == 0:
         return
-    run = _feature_stats_triton if implementation("feature_stats", sum) == "triton" else _feature_stats_cpu
+    plainly = _feature_stats_cpu if sum.device.type == "cpu" else _feature_stats_plainly_on_gpu
+    run = _feature_stats_triton if implementation("feature_stats", sum) == "triton" else plainly
     run(sum, count, maximum, values, indices, group)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import backend, implementation, jit, next_power_of_2, ops, register, tl
+from ..threads import conducted, each, pieces, together
 from .flash import flash
 from .scores import (
     LOG2_E,
@@ -185,6 +186,9 @@ def _check_value(value: Tensor, query: Tensor, key: Tensor) -> None:
 # the maps is one [rows of the block, t].
 
 
+FEWEST_POSITIONS = 64  # of a thread: below, a product runs at half speed
+
+
 def _softmax(scores: Tensor, out: Tensor) -> Tensor:
     """Probabilities in `out`; zeros in rows of -inf."""
     torch.softmax(scores, -1, out=out)
@@ -193,6 +197,7 @@ def _softmax(scores: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+@conducted
 def _attention_cpu(
     maps: Tensor,
     query: Tensor,
@@ -210,21 +215,32 @@ def _attention_cpu(
     groups, heads, n_tokens = dict(counted_rows(group, maps.shape[0])), query.shape[1], key.shape[2]
     owned = None if tokens is None else (tokens >= 0) & (tokens < n_tokens)
     places = None if owned is None or tokens is None else torch.where(owned, tokens, 0)
-    buffer: Tensor | None = None
-    for b in groups if out is None else range(query.shape[0]):
-        for block, rows, scores in score_blocks(query[b], key[b], scale, None if bias is None else bias[b]):
-            if buffer is None:  # the first block is the largest
-                buffer = torch.empty_like(scores)
-            probabilities = _softmax(scores, buffer.view(-1)[: scores.numel()].view(scores.shape))
-            if out is not None and value is not None:
-                shared = heads // value.shape[1]
-                v = value[b, block] if shared == 1 else value[b, [h // shared for h in range(block.start, block.stop)]]
-                out[b, block, rows] = torch.bmm(probabilities, v.to(scores.dtype)).to(out.dtype)
-            if b in groups:
-                summed = torch.mv(probabilities.view(scores.shape[0], -1).T, weight[block]).view(scores.shape[1:])
-                if places is not None and owned is not None:
-                    summed = summed[:, places].masked_fill_(~owned, 0)
-                add_to_group(maps[:, rows], groups[b], summed)
+
+    def some(positions: slice) -> None:
+        """All batch rows and heads, in order: nobody else writes to these positions."""
+        buffer: Tensor | None = None
+        for b in groups if out is None else range(query.shape[0]):
+            of_row = None if bias is None else bias[b][:, positions]
+            for block, rows, scores in score_blocks(query[b][:, positions], key[b], scale, of_row):
+                if buffer is None:  # the first block is the largest
+                    buffer = torch.empty_like(scores)
+                at = slice(positions.start + rows.start, positions.start + rows.stop)
+                probabilities = _softmax(scores, buffer.view(-1)[: scores.numel()].view(scores.shape))
+                if out is not None and value is not None:
+                    shared = heads // value.shape[1]
+                    v = (
+                        value[b, block]
+                        if shared == 1
+                        else value[b, [h // shared for h in range(block.start, block.stop)]]
+                    )
+                    out[b, block, at] = torch.bmm(probabilities, v.to(scores.dtype)).to(out.dtype)
+                if b in groups:
+                    summed = torch.mv(probabilities.view(scores.shape[0], -1).T, weight[block]).view(scores.shape[1:])
+                    if places is not None and owned is not None:
+                        summed = summed[:, places].masked_fill_(~owned, 0)
+                    add_to_group(maps[:, at], groups[b], summed)
+
+    together(each(some, pieces(query.shape[2], FEWEST_POSITIONS)))
 
 
 # ------------------------------------------------------------------------------------------------------------ Triton

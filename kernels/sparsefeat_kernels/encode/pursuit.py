@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import ops, register, row_chunks
+from ..threads import conducted
 from .rounded import pays_to_round, round_encoder
 from .survivors import rounded_group, topk_of_rounded
 
@@ -178,6 +179,7 @@ def _pursue(
     return z, atoms
 
 
+@conducted
 def _matching_pursuit(x: Tensor, D: Tensor, k: int, method: str, nonnegative: bool) -> tuple[Tensor, Tensor]:
     _check(x, D, k, method)
     values = x.new_empty(x.shape[0], k)
