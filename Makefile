@@ -77,6 +77,7 @@ $(FLOOR)/.installed: constraints-floor.txt
 
 bench: $(VENV)/.tests-installed
 	$(MEASURE) -m bench.run
+	$(MEASURE) -m bench.busy
 
 peers: $(PEERS)/.installed
 
