@@ -76,6 +76,16 @@ def check_writable(place: str | os.PathLike[str], name: str = "folder") -> None:
         pass
 
 
+class NotWrittenError(OSError):
+    """`what` could not be written, for the reason `why`."""
+
+    def __init__(self, what: str, why: str):
+        super().__init__(
+            f"{what} could not be written ({why}), and nothing of it was kept; make room, or choose another disk"
+        )
+        self.why = why
+
+
 @contextmanager
 def written_plainly(place: str | os.PathLike[str], name: str = "folder") -> Iterator[None]:
     """A full disk, and what else keeps `place` from being written, is told in one sentence, whoever noticed it."""
@@ -85,9 +95,7 @@ def written_plainly(place: str | os.PathLike[str], name: str = "folder") -> Iter
         why = _why_unwritten(error)
         if why is None:
             raise
-        raise OSError(
-            f"{name} {place} could not be written ({why}), and nothing of it was kept; make room, or choose another disk"
-        ) from error
+        raise NotWrittenError(f"{name} {place}", why) from error
 
 
 @contextmanager
@@ -116,6 +124,8 @@ def _beside(place: Path, name: str) -> Iterator[Path]:
 
 def _why_unwritten(error: Exception) -> str | None:
     """The reason if `error` is of writing; None for another."""
+    if isinstance(error, NotWrittenError):  # told of a part, under a name that it has for the time being
+        return error.why
     number = error.errno if isinstance(error, OSError) else None
     told = re.search(r"\(os error (\d+)\)", str(error))
     if number is None and told is not None:  # safetensors, by way of Rust

@@ -128,6 +128,37 @@ def test_a_disk_that_takes_no_more_is_one_sentence_and_leaves_nothing(tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_told_of_the_folder_that_was_asked_for_not_of_its_parts(tmp_path):
+    def save_a_part() -> None:
+        with whole_folder(tmp_path / "place", "--save") as unfinished, whole_folder(unfinished / "sae"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match=r"^--save .*/place could not be written \(the disk is full\), and nothing"):
+        save_a_part()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["steer", "statistics", "sae"])
+def test_what_is_saved_on_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, what):
+    """As above, by a limit on the size of files."""
+    code = f"""
+import torch, sparsefeat as sf
+sae = sf.SAE(sf.SAEConfig(d_model=64, n_latents=2000, k=4, hookpoint="unet.mid_block"))
+saved = dict(steer=sf.Steer(sae, add={{1: 1.0}}), statistics=sf.Statistics(["a", "b"], 20000, [1.0, 2.0]), sae=sae)
+try:
+    saved[{what!r}].save("place")
+except OSError as error:
+    print(error)
+"""
+    shell = f'ulimit -f 8; {sys.executable} -c "$CODE"'
+    run = subprocess.run(
+        ["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"CODE": code}
+    )
+    assert run.stdout.startswith("folder place could not be written ("), run.stderr
+    assert len(run.stdout.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_errors_of_the_work_itself_pass_as_they_are(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model"):
         write(tmp_path / "place", error=FileNotFoundError(errno.ENOENT, "no model", "/models/none"))

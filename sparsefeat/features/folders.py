@@ -16,15 +16,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparsefeat.whole import as_path, check_writable, written_plainly
+from sparsefeat.whole import as_path, whole_folder, written_plainly
 
 
 def write_folder(folder: str | os.PathLike[str], name: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write `<name>.json` and its tensors into `folder`, in place of what stood there under this name."""
     folder = as_path(folder)
     if not folder.exists():
-        check_writable(folder)
-        folder.mkdir(parents=True)
+        with whole_folder(folder) as unfinished_folder:
+            return write_folder(unfinished_folder, name, config, tensors)
     tensor_file = f"{name}-{uuid.uuid4().hex[:12]}.safetensors"
     unfinished = folder / f".{tensor_file}.tmp"
     try:
