@@ -76,27 +76,31 @@ class SAEConfig:
         _check_choice("normalizer", self.normalizer, NORMALIZERS)
         if self.activation not in THRESHOLD_ACTIVATIONS:
             if self.k is None:
-                raise ValueError(f"k is None but activation {self.activation!r} needs it: pass k, 1 to n_latents")
+                raise ValueError(f"k is None but activation {self.activation!r:.100} needs it: pass k, 1 to n_latents")
             _check_positive_int("k", self.k)
             if self.k > self.n_latents:
                 raise ValueError(f"k is {self.k} but n_latents is {self.n_latents}: choose k no larger than n_latents")
             if self.activation == "groupmax" and self.n_latents % self.k:
                 raise ValueError(f"k is {self.k} but n_latents is {self.n_latents}: groupmax needs k equal groups")
         elif self.k is not None:
-            raise ValueError(f"k is {self.k} but activation {self.activation!r} has none: leave k out")
+            raise ValueError(f"k is {self.k} but activation {self.activation!r:.100} has none: leave k out")
         if self.inference == "threshold" and self.activation != "batch_topk":
             raise ValueError(
-                f"inference is 'threshold' but activation is {self.activation!r}: only 'batch_topk' has that choice, "
+                f"inference is 'threshold' but activation is {self.activation!r:.100}: only 'batch_topk' has that choice, "
                 "leave inference out"
             )
         if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not 0 <= self.eps < float("inf"):
-            raise ValueError(f"eps is {self.eps!r}: pass a finite number that is not negative")
+            raise ValueError(f"eps is {self.eps!r:.100}: pass a finite number that is not negative")
         if self.normalizer == "standardize" and self.d_model < 2:
             raise ValueError("normalizer 'standardize' needs d_model of at least 2: one value has no spread")
         if self.clip is not None and (self.normalizer not in FITTED or not _is_positive(self.clip)):
-            raise ValueError(f"clip is {self.clip!r}: a positive number, for normalizer 'pca' or 'affine', else None")
+            raise ValueError(
+                f"clip is {self.clip!r:.100}: a positive number, for normalizer 'pca' or 'affine', else None"
+            )
         if (self.normalizer == "timestep") != (self.time_width is not None):
-            raise ValueError(f"time_width is {self.time_width!r}: a whole number for normalizer 'timestep', else None")
+            raise ValueError(
+                f"time_width is {self.time_width!r:.100}: a whole number for normalizer 'timestep', else None"
+            )
         if self.time_width is not None:
             _check_positive_int("time_width", self.time_width)
             if self.time_width % 2 or self.time_width < 4:
@@ -105,7 +109,7 @@ class SAEConfig:
                 )
         for name in ("transcoder", "skip"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: pass True or False")
+                raise ValueError(f"{name} is {getattr(self, name)!r:.100}: pass True or False")
         if self.skip and self.activation in PURSUITS:
             raise ValueError("skip is True but a pursuit reconstructs its input by itself: leave skip out")
         statistics = self.statistics
@@ -117,11 +121,11 @@ class SAEConfig:
         for name in ("hookpoint", "base_model"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
-                raise ValueError(f"{name} is {value!r}: pass a name, or None if it is not known")
+                raise ValueError(f"{name} is {value!r:.100}: pass a name, or None if it is not known")
         if self.hookpoint is not None and not is_hookpoint(self.hookpoint):
             said = self.hookpoint.partition(":")[2]
             raise ValueError(
-                f"hookpoint {self.hookpoint!r} ends in ':{said}': after the colon write output, input or diff, and text "
+                f"hookpoint {self.hookpoint!r:.100} ends in ':{said:.40}': after the colon write output, input or diff, and text "
                 "after these (or alone) where a joint block's text is meant"
             )
         try:
@@ -144,7 +148,7 @@ class SAEConfig:
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(f"unknown keys {unknown} in an SAE config: a newer sparsefeat may know them")
+            raise ValueError(f"unknown keys {unknown[:8]} in an SAE config: a newer sparsefeat may know them")
         missing = sorted({"d_model", "n_latents", "activation"} - set(values))
         if missing:
             raise ValueError(f"the SAE config lacks {missing}: add them to config.json")
@@ -190,7 +194,7 @@ def is_hookpoint(name: str) -> bool:
 
 def _check_positive_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}: pass a whole number of at least 1")
+        raise ValueError(f"{name} is {value!r:.100}: pass a whole number of at least 1")
 
 
 def _is_positive(value: object) -> bool:
@@ -199,4 +203,4 @@ def _is_positive(value: object) -> bool:
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
+        raise ValueError(f"{name} is {value!r:.100}: choose one of {', '.join(choices)}")

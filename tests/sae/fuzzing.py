@@ -10,6 +10,7 @@ ValueError or OSError of one line with the path, and takes no more memory than t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import shutil
@@ -21,7 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsefeat.sae import load_sae
+from sparsefeat.sae import Names, load_sae
+from tests.sae.dense import CASES, NORMALIZERS, random_sae
 from tests.sae.formats.expected import FIXTURES, copied, made_by, opened
 
 SLACK = 24 * 2**20  # what the interpreter and the allocator take and give back as they please
@@ -31,6 +33,19 @@ NUMBERS = [0, 1, -1, 2**15, 2**31 - 1, 2**31, 2**63 - 1, 10**30, 1.5, True, None
 
 def cases() -> list[Path]:
     return sorted(path.parent for path in FIXTURES.glob("*/*/expected.safetensors"))
+
+
+def native_cases(folder: Path) -> list[Path]:
+    """sparsefeat's own format, which has no fixtures: one SAE of every kind, saved into `folder`."""
+    found = []
+    for number, ((activation, inference), normalizer) in enumerate(
+        zip(CASES, itertools.cycle(NORMALIZERS), strict=False)
+    ):
+        sae = random_sae(activation, inference, normalizer, statistics=("mean_nonzero",), metadata={"of": "a run"})
+        sae.names = Names({3: "fox"})
+        found.append(sae.save(folder / "sparsefeat" / str(number)))
+        (found[-1] / "made_by.json").write_text("{}")
+    return found
 
 
 def flipped(data: bytes, rng: random.Random) -> bytes:
@@ -87,7 +102,9 @@ CHANGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (flipped, cut, re
 
 def variants(seed: int) -> Iterator[tuple[str, Path, dict[str, Any]]]:
     """For ever: a name, a folder or file that is gone when the next is asked for, and options of `load_sae`."""
-    rng, found = random.Random(seed), cases()
+    rng = random.Random(seed)
+    native = tempfile.TemporaryDirectory()
+    found = [*cases(), *native_cases(Path(native.name))]
     while True:
         for case in found:
             with tempfile.TemporaryDirectory() as temporary:

@@ -58,4 +58,6 @@ def features(
         typer.echo(f"{record.at}: latent, mean activation (over positions and steps), largest, share of positions")
         for one in found:
             if one["hookpoint"] == str(record.at):
-                typer.echo(f"{one['latent']:8d} {one['score']:10.4f} {one['maximum']:10.4f} {one['frequency']:8.2%}")
+                named = f"  {one['name']}" if one["name"] else ""
+                numbers = f"{one['score']:10.4f} {one['maximum']:10.4f} {one['frequency']:8.2%}"
+                typer.echo(f"{one['latent']:8d} {numbers}{named}")

@@ -123,7 +123,7 @@ class Described(Asked):
         ]
         if unknown:
             raise ValueError(
-                f"{self.path} says {', '.join(f'{name} {shown(self.plain[name])}' for name in unknown[:4])}, which is "
+                f"{self.path} says {', '.join(f'{name[:60]} {shown(self.plain[name])}' for name in unknown[:4])}, which is "
                 "not understood and may change what the weights mean: read them with the program that wrote them, or take "
                 "the key out if it says nothing about them"
             )

@@ -59,7 +59,7 @@ class Weights(Asked):
         missing = sorted(set(shapes) - set(self.plain))
         if missing:
             raise ValueError(
-                f"{self.path} lacks {missing} (it has {shown_names(self)}): it was not written for this config"
+                f"{self.path} lacks {shown_list(missing)} (it has {shown_names(self)}): it was not written for this config"
             )
         for name, shape in shapes.items():
             found = self[name]
@@ -106,7 +106,7 @@ class Weights(Asked):
         )
         if unknown:
             raise ValueError(
-                f"{self.path} has {', '.join(unknown[:8])}, which this format's SAEs do not have: it is another kind, read "
+                f"{self.path} has {', '.join(name[:60] for name in unknown[:8])}, which this format's SAEs do not have: it is another kind, read "
                 "it with the program that wrote it"
             )
 
@@ -117,7 +117,7 @@ def shown_names(values: Mapping[Any, Any]) -> str:
 
 
 def shown_list(names: list[str]) -> str:
-    return f"{names[:12]}" + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    return f"{[name[:60] for name in names[:12]]}" + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 def _kind(found: object) -> str:

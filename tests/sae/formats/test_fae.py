@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,3 +114,23 @@ def test_without_tensorstore_the_error_says_how_to_get_it(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "tensorstore", None)
     with pytest.raises(ImportError, match="pip install tensorstore"):
         convert_fae.convert(FIXTURE["pca"] / "tree", tmp_path)
+
+
+def test_an_array_that_declares_more_than_the_checkpoint_holds_is_refused_unread(tmp_path, monkeypatch):
+    """zarr gives zeros for chunks that are not there, as many as its header declares. tensorstore's answers are recorded."""
+    (tmp_path / "sae_params.W_dec").mkdir()
+    (tmp_path / "sae_params.W_dec" / "0.0").write_bytes(bytes(1000))
+
+    def read():
+        raise AssertionError("nothing may be read")
+
+    declared = SimpleNamespace(
+        shape=(10**6, 10**6), dtype=SimpleNamespace(numpy_dtype=SimpleNamespace(itemsize=4)), read=read
+    )
+    store = SimpleNamespace(open=lambda *_, **__: SimpleNamespace(result=lambda: declared))
+    monkeypatch.setitem(sys.modules, "tensorstore", store)
+    with pytest.raises(
+        ValueError, match=r"declares 4000000000000 bytes and the whole checkpoint has 1000: chunks are missing"
+    ):
+        convert_fae.convert(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

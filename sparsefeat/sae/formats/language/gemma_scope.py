@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
-from sparsefeat.sae.files import Described, Weights, read_json, weights
+from sparsefeat.sae.files import Described, Weights, read_json, shown, weights
 from sparsefeat.sae.formats.fold import wide
 from sparsefeat.sae.formats.foreign_config import config_of, flag, text
 from sparsefeat.sae.formats.format import Format, Given
@@ -59,7 +59,7 @@ def _read(place: Path, values: Described, held: Weights) -> tuple[SAEConfig, dic
     if skip:
         shapes["affine_skip_connection"] = (d, d)
     if text(values.path, values, "architecture") not in (None, "jump_relu"):
-        raise ValueError(f"architecture in {values.path} is {values['architecture']!r}: jump_relu can be read")
+        raise ValueError(f"architecture in {values.path} is {shown(values['architecture'])}: jump_relu can be read")
     if values and flag(values.path, values, "affine_connection", default=skip) != skip:
         raise ValueError(f"affine_connection in {values.path} does not fit {held.path}: they do not belong together")
     t = held.take(shapes)
