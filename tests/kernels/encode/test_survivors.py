@@ -117,6 +117,11 @@ def test_a_weight_that_is_infinite_in_bf16_takes_the_plain_path_where_its_norm_i
         check(x, w, b, c, k, "relu", values, indices)
 
 
+@pytest.fixture(autouse=True)
+def small_calls_are_prefiltered(monkeypatch) -> None:
+    monkeypatch.setattr(survivors, "PREFILTERED_PRODUCT", 1)
+
+
 @pytest.fixture
 def small_products(monkeypatch) -> None:
     """Every product is worth rounding weights for, in several tiles."""
@@ -316,3 +321,19 @@ def test_without_bf16_instructions_the_plain_path_answers(monkeypatch):
     plain = topk_encode(x, w, b, c, 5)
     assert torch.equal(values, plain[0])
     assert torch.equal(indices, plain[1])
+
+
+@pytest.mark.parametrize(("rows", "prefiltered"), [(4, False), (10, True)])
+def test_prepared_weights_are_passed_over_where_the_phases_cost_more_than_they_save(rows, prefiltered, monkeypatch):
+    """The border lies at 6.8 rows of 768 x 3,072."""
+    monkeypatch.setattr(survivors, "PREFILTERED_PRODUCT", 1 << 24)
+    g = torch.Generator().manual_seed(3)
+    x, w = torch.randn(rows, 768, generator=g), torch.randn(3072, 768, generator=g) / 28
+    b, c = torch.zeros(3072), torch.zeros(768)
+    products, inner = [], RoundedEncoder.product
+    monkeypatch.setattr(RoundedEncoder, "product", lambda *a: products.append(1) or inner(*a))
+    values, indices = topk_encode(x, w, b, c, 8, prepared=prepare_encoder(w, b))
+    expected = reference(x.double(), w.double(), b.double(), c.double(), 8)
+    assert torch.equal(indices, expected[1])
+    torch.testing.assert_close(values.double(), expected[0], atol=1e-5, rtol=1e-5)
+    assert bool(products) == prefiltered
