@@ -85,7 +85,7 @@ class JointTransformer(Transformer):
         return name, apart
 
     def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows | None:
-        content = self.content(path)
+        content = self.known(path)
         if content is not None and content != "joint":
             return super().rows(path, stream, tensor, run, apart)
         if tensor.ndim != 3:
@@ -104,7 +104,7 @@ class JointTransformer(Transformer):
 
     def attention_streams(self, path: str, run: Run, queries: int) -> dict[str, tuple[int, int]]:
         side, text = self._sides(path, run), self.text_tokens(run)
-        if self.content(path) == "joint" and queries != side.total:
+        if self.known(path) == "joint" and queries != side.total:
             return self._split(path, side, text, queries, run)
         if queries != side.total:
             raise UnknownRowsError(path, run.root, f"it has {queries} queries where the image has {side.total} tokens")

@@ -27,7 +27,7 @@ class Latte(VideoTransformer):
     image_modules = r"pos_embed|norm_out|proj_out"
 
     def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows | None:
-        if self.content(path) == "text" or run.grid is None:
+        if self.known(path) == "text" or run.grid is None:
             return super().rows(path, stream, tensor, run, apart)
         if tensor.ndim != 3 or tensor.shape[1] != self._folding(path, run)[1]:
             raise UnknownRowsError(

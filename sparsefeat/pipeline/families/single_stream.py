@@ -32,7 +32,7 @@ class SingleStream(Transformer):
         return 0
 
     def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows | None:
-        if self.content(path) != "image":
+        if self.known(path) != "image":
             return super().rows(path, stream, tensor, run, apart)
         # What a model pads its tokens with comes after them, in the refiner too.
         start = self.starts(run) if path.startswith("layers.") else 0

@@ -70,8 +70,15 @@ class Transformer(Family):
         inside = any(re.match(rf"({pattern})(\.|$)", path) for _, pattern in self.kinds)
         return self.stream if inside or re.fullmatch(self.image_modules, path) else None
 
+    def known(self, path: str) -> str | None:
+        """`content`, asked once for each path: at every run of a block it would take longer than the rest."""
+        contents = self.__dict__.setdefault("_contents", {})
+        if path not in contents:
+            contents[path] = self.content(path)
+        return contents[path]
+
     def streams(self, path: str, module: nn.Module) -> tuple[str, ...]:
-        content = self.content(path)
+        content = self.known(path)
         if content is None:
             raise UnknownRowsError(path, module, "sparsefeat does not know this module of the model")
         return self.joint_streams if content == "joint" else (content,)
@@ -81,7 +88,7 @@ class Transformer(Family):
         return None if run.grid is None else Side(0, math.prod(run.grid))
 
     def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows | None:
-        if self.content(path) == "text":
+        if self.known(path) == "text":
             if tensor.ndim == 3:
                 return 0, None
             raise UnknownRowsError(path, run.root, f"it has the shape {list(tensor.shape)}, which is no text's")

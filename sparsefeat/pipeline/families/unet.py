@@ -118,18 +118,22 @@ class UNet(Family):
         return (_frames(root, sample), *sample.shape[-2:]) if sample.ndim == 5 else tuple(sample.shape[-2:])
 
     def check_whole(self, pipe: Any, call: Mapping[str, Any], run: Run) -> None:
-        """Tiles (StableDiffusionPanoramaPipeline's views) have a grid of their own, and all of them are the same image."""
+        """Tiles (StableDiffusionPanoramaPipeline's views) have a grid of their own, and all of them are the same image; a
+        reference beside the image that is made is not that image.
+        """
         scale = getattr(pipe, "vae_scale_factor", None)
         pixels = [side for side in (call.get("height"), call.get("width")) if isinstance(side, int)]
         if run.grid is None or not isinstance(scale, int) or len(pixels) < 2:
             return
-        whole = tuple(side // scale for side in pixels)
-        if any(side < asked for side, asked in zip(run.grid[-2:], whole, strict=True)):
-            raise ValueError(
-                f"{type(pipe).__name__} ran its {type(run.root).__name__} on a tile of {run.grid[-2:]} of a latent of "
-                f"{whole}, and rows of a tile have no place in the image's grid: ask for an image of one tile, "
-                f"{run.grid[-2] * scale} x {run.grid[-1] * scale}"
-            )
+        whole, given = tuple(side // scale for side in pixels), run.grid[-2:]
+        if whole == given:
+            return
+        what = "on a tile of" if all(a <= b for a, b in zip(given, whole, strict=True)) else "on more than the image,"
+        raise ValueError(
+            f"{type(pipe).__name__} ran its {type(run.root).__name__} {what} {given} where a latent of {whole} was asked "
+            f"for, so which rows are where in the image cannot be told: ask for the size that it runs on, "
+            f"{given[0] * scale} x {given[1] * scale}, or attach to a pipeline that runs on the image alone"
+        )
 
     def grid(self, run: Run, shape: Sequence[int]) -> tuple[int, ...] | None:
         """A feature map carries its grid. A sequence of n positions belongs to the level of the UNet with h * w == n:

@@ -1,4 +1,4 @@
-"""A denoiser that is run on tiles of the image is refused: a tile's rows have no place in the image's grid."""
+"""A UNet that is run on tiles of the image, or on another image beside it, is refused: their rows have no place in its grid."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_views_of_a_panorama_are_refused_and_one_view_is_an_image():
     assert [c.grid for c in watch.contexts] == [(16, 16)]
     with (
         attach(pipe, Watch(BLOCK)),
-        pytest.raises(ValueError, match=r"on a tile of \(64, 64\) of a latent of \(64, 80\)"),
+        pytest.raises(ValueError, match=r"on a tile of \(64, 64\) where a latent of \(64, 80\)"),
     ):
         pipe("a fox", height=256, width=320, **asked)
 
@@ -54,6 +54,20 @@ def test_a_loop_over_tiles_of_a_users_own_is_refused():
     pipe = tiny_sd()
     in_quarters(pipe.unet)
     with attach(pipe, Watch(BLOCK)), pytest.raises(ValueError, match="on a tile of"):
+        pixels(pipe, "a fox", height=64, width=64)
+
+
+def test_a_reference_beside_the_image_is_refused():
+    pipe = tiny_sd()
+    whole = pipe.unet.forward
+
+    def two(sample, *args, **kwargs):
+        if sample.shape[-1] > 16:
+            return whole(sample, *args, **kwargs)
+        return (pipe.unet(torch.cat([sample, torch.ones_like(sample)], 3), *args, **kwargs)[0][..., :16],)
+
+    pipe.unet.forward = two
+    with attach(pipe, Watch(BLOCK)), pytest.raises(ValueError, match=r"on more than the image, \(16, 32\) where"):
         pixels(pipe, "a fox", height=64, width=64)
 
 
