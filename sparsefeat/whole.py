@@ -77,25 +77,34 @@ def check_writable(place: str | os.PathLike[str], name: str = "folder") -> None:
 
 
 class NotWrittenError(OSError):
-    """`what` could not be written, for the reason `why`."""
+    """`place`, which its user calls `name`, could not be written, for the reason `why`."""
 
-    def __init__(self, what: str, why: str):
+    def __init__(self, place: Path, name: str, why: str):
         super().__init__(
-            f"{what} could not be written ({why}), and nothing of it was kept; make room, or choose another disk"
+            f"{name} {place} could not be written ({why}), and nothing of it was kept; make room, or choose another disk"
         )
-        self.why = why
+        self.place, self.why = place.absolute(), why
 
 
 @contextmanager
-def written_plainly(place: str | os.PathLike[str], name: str = "folder") -> Iterator[None]:
-    """A full disk, and what else keeps `place` from being written, is told in one sentence, whoever noticed it."""
+def written_plainly(
+    place: str | os.PathLike[str], name: str = "folder", *, unfinished: Path | None = None
+) -> Iterator[None]:
+    """A full disk, and what else keeps `place` from being written, is told in one sentence, whoever noticed it.
+
+    `unfinished`: where it is written for the time being; what was said of a part in there is said of `place`.
+    """
     try:
         yield
     except Exception as error:
-        why = _why_unwritten(error)
+        if isinstance(error, NotWrittenError):
+            of_a_part = unfinished is not None and error.place.is_relative_to(unfinished.absolute())
+            why = error.why if of_a_part else None
+        else:
+            why = _why_unwritten(error)
         if why is None:
             raise
-        raise NotWrittenError(f"{name} {place}", why) from error
+        raise NotWrittenError(Path(place), name, why) from error
 
 
 @contextmanager
@@ -111,7 +120,7 @@ def _beside(place: Path, name: str) -> Iterator[Path]:
             unfinished.mkdir(parents=True)
         except OSError as error:
             raise OSError(f"{name} {place} cannot be made ({error.strerror}); choose another place") from error
-        with written_plainly(place, name):
+        with written_plainly(place, name, unfinished=unfinished):
             yield unfinished
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -124,8 +133,6 @@ def _beside(place: Path, name: str) -> Iterator[Path]:
 
 def _why_unwritten(error: Exception) -> str | None:
     """The reason if `error` is of writing; None for another."""
-    if isinstance(error, NotWrittenError):  # told of a part, under a name that it has for the time being
-        return error.why
     number = error.errno if isinstance(error, OSError) else None
     told = re.search(r"\(os error (\d+)\)", str(error))
     if number is None and told is not None:  # safetensors, by way of Rust

@@ -138,6 +138,16 @@ def test_a_full_disk_is_told_of_the_folder_that_was_asked_for_not_of_its_parts(t
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_told_of_the_one_of_two_folders_that_was_being_written(tmp_path):
+    def save_beside() -> None:
+        with whole_folder(tmp_path / "out", "--out"), whole_folder(tmp_path / "fit", "--save"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match=r"^--save .*/fit could not be written"):
+        save_beside()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("what", ["steer", "statistics", "sae"])
 def test_what_is_saved_on_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, what):
     """As above, by a limit on the size of files."""
