@@ -6,6 +6,7 @@ ever executed. What a reader does not ask for is refused when it is done, unless
 
 from __future__ import annotations
 
+from sparsefeat.sae.files.asked import listed
 from sparsefeat.sae.files.text import Described, described, read_json, read_yaml
 from sparsefeat.sae.files.untrusted import must_be_file, reading, say, shown
 from sparsefeat.sae.files.weights import Weights, names_in, read_weights, shape_in, weights
@@ -14,6 +15,7 @@ __all__ = [
     "Described",
     "Weights",
     "described",
+    "listed",
     "must_be_file",
     "names_in",
     "read_json",

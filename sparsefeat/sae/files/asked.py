@@ -6,6 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 
+def listed(names: str) -> frozenset[str]:
+    """Names with spaces between them."""
+    return frozenset(names.split())
+
+
 class Asked(Mapping[str, Any]):
     """A mapping that notes the names it is asked for, whether they are there or not."""
 

@@ -12,97 +12,18 @@ from typing import Any
 
 import yaml
 
-from sparsefeat.sae.files.asked import Asked
+from sparsefeat.sae.files.asked import Asked, listed
 from sparsefeat.sae.files.untrusted import first_line, must_be_file, shown
 
 LARGEST_JSON, LARGEST_YAML = 4 * 2**20, 2**18  # bytes; the largest published config has about 10 KB
 # A key with one of these words is of the training, the data or the program: it says nothing about what the weights mean.
-OF_THE_TRAINING = frozenset(
-    [
-        "adam",
-        "aux",
-        "auxk",
-        "author",
-        "base",
-        "batch",
-        "beta1",
-        "beta2",
-        "buffer",
-        "cache",
-        "checkpoint",
-        "checkpoints",
-        "coeff",
-        "coefficient",
-        "commit",
-        "context",
-        "cooldown",
-        "ctx",
-        "dataset",
-        "date",
-        "dead",
-        "decay",
-        "description",
-        "device",
-        "dtype",
-        "duration",
-        "epoch",
-        "epochs",
-        "eval",
-        "evals",
-        "ghost",
-        "grad",
-        "hf",
-        "hub",
-        "id",
-        "init",
-        "initial",
-        "l0",
-        "l1",
-        "lambda",
-        "layer",
-        "learning",
-        "license",
-        "log",
-        "logger",
-        "lr",
-        "loss",
-        "losses",
-        "lp",
-        "mse",
-        "n_batches",
-        "name",
-        "names",
-        "neuronpedia",
-        "noise",
-        "num_workers",
-        "optimizer",
-        "p_anneal",
-        "path",
-        "penalty",
-        "pre_act",
-        "prepend",
-        "resample",
-        "run",
-        "save",
-        "seed",
-        "sparsity",
-        "step",
-        "steps",
-        "ste",
-        "store",
-        "tags",
-        "tanh",
-        "tokens",
-        "train",
-        "training",
-        "url",
-        "version",
-        "wandb",
-        "warm",
-        "warmup",
-        "window",
-        "workers",
-    ]
+OF_THE_TRAINING = listed(
+    "adam aux auxk author base batch beta1 beta2 buffer cache checkpoint checkpoints coeff coefficient commit "
+    "context cooldown ctx dataset date dead decay description device dtype duration epoch epochs eval evals ghost "
+    "grad hf hub id init initial l0 l1 lambda layer learning license log logger lr loss losses lp mse n_batches "
+    "name names neuronpedia noise num_workers optimizer p_anneal path penalty pre_act prepend resample run save "
+    "seed sparsity step steps ste store tags tanh tokens train training url version wandb warm warmup window "
+    "workers"
 )
 NOTHING: tuple[Any, ...] = (None, False, "", "none", "None", 0, [], {})
 

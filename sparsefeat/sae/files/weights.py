@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparsefeat.sae.files.asked import Asked
+from sparsefeat.sae.files.asked import Asked, listed
 from sparsefeat.sae.files.npz_file import read_npz
 from sparsefeat.sae.files.stored import Stored, Unreadable
 from sparsefeat.sae.files.torch_file import read_torch
@@ -26,18 +26,9 @@ LARGEST_HEADER = 2**22  # bytes of a safetensors header; about 100 a tensor
 # What wrapping an SAE puts before the names of its tensors, and means nothing: torch.compile and data parallelism.
 COMPILED, WRAPPED = "_orig_mod.", "module."
 # Counters and statistics of a training, of any format: no encoder or decoder uses them.
-HARMLESS = frozenset(
-    [
-        "stats_last_nonzero",
-        "num_batches_tracked",
-        "steps_since_active",
-        "n_forward_passes_since_fired",
-        "num_tokens_since_fired",
-        "activated_in",
-        "feature_density",
-        "latents_activation_frequency",
-        "latents_mean_square",
-    ]
+HARMLESS = listed(
+    "stats_last_nonzero num_batches_tracked steps_since_active n_forward_passes_since_fired "
+    "num_tokens_since_fired activated_in feature_density latents_activation_frequency latents_mean_square"
 )
 
 

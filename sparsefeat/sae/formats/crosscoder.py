@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
-from sparsefeat.sae.files import Described, Weights, names_in, read_json, shape_in, shown, weights
+from sparsefeat.sae.files import Described, Weights, listed, names_in, read_json, shape_in, shown, weights
 from sparsefeat.sae.formats.fold import wide
 from sparsefeat.sae.formats.foreign_config import config_of, number
 from sparsefeat.sae.formats.format import Format, Given
@@ -37,24 +37,10 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 NORMALIZATIONS = {1: "crosscoder", 2: "sae", 3: "mixed", 4: "none", 5: "decoupled"}
 HARMLESS = frozenset({"target_rms", "k", "code_normalization_id"})  # of the training, or said by the numbers above
 # Sizes that the tensors say too, and what code_normalization_id says.
-HARMLESS_KEYS = frozenset(
-    [
-        "activation_dim",
-        "dict_size",
-        "num_layers",
-        "code_normalization",
-        "code_normalization_alpha_sae",
-        "code_normalization_alpha_cc",
-        "same_init_for_all_layers",
-        "norm_init_scale",
-        "use_threshold",
-        "target_rms",
-        "keep_relative_variance",
-        "activation_normalizer",
-        "k",
-        "model_type",
-        "sparsity_loss",
-    ]
+HARMLESS_KEYS = listed(
+    "activation_dim dict_size num_layers code_normalization code_normalization_alpha_sae "
+    "code_normalization_alpha_cc same_init_for_all_layers norm_init_scale use_threshold target_rms "
+    "keep_relative_variance activation_normalizer k model_type sparsity_loss"
 )
 EPS = 1e-8
 

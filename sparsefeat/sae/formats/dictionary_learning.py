@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
-from sparsefeat.sae.files import Described, Weights, read_json, say, shown, weights
+from sparsefeat.sae.files import Described, Weights, listed, read_json, say, shown, weights
 from sparsefeat.sae.formats.fold import cannot_express, check_affine, encoder_bias, wide
 from sparsefeat.sae.formats.foreign_config import config_of, text, whole_number
 from sparsefeat.sae.formats.format import Format, Given
@@ -39,21 +39,9 @@ NAME, TITLE = "dictionary_learning", "dictionary_learning"
 WEIGHTS, CONFIG = "ae.pt", "config.json"
 KEPT = ("layer", "lm_name", "submodule_name", "wandb_name")
 # Keys of trainers that say how, not what: sizes that the tensors say too, and schedules.
-HARMLESS = frozenset(
-    [
-        "trainer_class",
-        "activation_dim",
-        "dict_size",
-        "group_fractions",
-        "group_weights",
-        "group_sizes",
-        "num_groups",
-        "multipliers",
-        "bandwidth",
-        "threshold_beta",
-        "dead_feature_threshold",
-        "k_values",
-    ]
+HARMLESS = listed(
+    "trainer_class activation_dim dict_size group_fractions group_weights group_sizes num_groups multipliers "
+    "bandwidth threshold_beta dead_feature_threshold k_values p_start p_end anneal_start"
 )
 UNIT = 1e-2  # norms this far from one change codes by as much
 

@@ -21,14 +21,14 @@ from pathlib import Path
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
-from sparsefeat.sae.files import Described, Weights, described, read_json, weights
+from sparsefeat.sae.files import Described, Weights, described, listed, read_json, weights
 from sparsefeat.sae.formats.foreign_config import config_of, flag, k_of, text, whole_number
 from sparsefeat.sae.formats.format import Format, Given
 
 NAME, TITLE = "matryoshka", "bartbussmann's matryoshka, SAEdit"
 CONFIG, WEIGHTS = "config.json", "pytorch_model.bin"
-HARMLESS = frozenset(
-    {"top_k_aux", "sae_type", "site", "hook_point", "top_k_matryoshka", "n_batches_to_dead", "num_tokens", "enc_dtype"}
+HARMLESS = listed(
+    "top_k_aux sae_type site hook_point top_k_matryoshka n_batches_to_dead num_tokens enc_dtype seq_len bandwidth"
 )
 
 

@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig, is_hookpoint
-from sparsefeat.sae.files import Described, Weights, read_json, shown, weights
+from sparsefeat.sae.files import Described, Weights, listed, read_json, shown, weights
 from sparsefeat.sae.formats.fold import AFFINE, cannot_express, encoder_bias, wide
 from sparsefeat.sae.formats.foreign_config import config_of, flag, whole_number
 from sparsefeat.sae.formats.format import Format, Given
@@ -87,33 +87,15 @@ TRANSLATED |= {"dtype", "device", "model_name", "hook_point", "hook_name", "hf_h
 # What the scale of a finetuned SAE's code is called: before 3.0, and from then on to 5.
 SCALES = ("scaling_factor", "finetuning_scaling_factor")
 # Keys about training and data whose words do not show it; `reshape_activations` is of the hook, not of its rows.
-HARMLESS = frozenset(
-    [
-        "reshape_activations",
-        "model_from_pretrained_kwargs",
-        "model_class_name",
-        "seqpos_slice",
-        "expansion_factor",
-        "normalize_sae_decoder",
-        "jumprelu_bandwidth",
-        "use_sparse_activations",
-        "matryoshka_widths",
-        "autocast",
-        "autocast_lm",
-        "compile_llm",
-        "compile_sae",
-        "llm_compilation_mode",
-        "feature_reinit_scale",
-        "streaming",
-        "verbose",
-        "resume",
-        "hook_head_index",
-        "hook_head_index_out",
-        "use_cached_activations",
-        "disable_concat_sequences",
-        "sequence_separator_token",
-        "exclude_bos_from_loss",
-    ]
+HARMLESS = listed(
+    "reshape_activations model_from_pretrained_kwargs model_class_name seqpos_slice expansion_factor "
+    "normalize_sae_decoder jumprelu_bandwidth use_sparse_activations matryoshka_widths autocast autocast_lm "
+    "compile_llm compile_sae llm_compilation_mode feature_reinit_scale streaming verbose resume hook_head_index "
+    "hook_head_index_out use_cached_activations disable_concat_sequences sequence_separator_token "
+    "exclude_bos_from_loss begin_sequence_token model_kwargs n_restart_cycles n_shuffles_final "
+    "n_shuffles_in_entire_dir shuffle split num_proc n_shuffles_with_last_section shuffle_every_n_buffers "
+    "sae_compilation_mode finetuning_method hook_point_head_index autocast_data autocast_sae prefetch_llm_batches "
+    "use_chat_formatting activations_mixing_fraction d_head git_hash"
 )
 
 
@@ -215,7 +197,8 @@ def _flattened(path: Path) -> tuple[Described, frozenset[str]]:
 
 def _hookpoint(values: Mapping[str, Any]) -> str | None:
     name = values.get("hf_hook_name") or values.get("hook_name")
-    if not isinstance(name, str) or not name or values.get("hook_head_index") is not None:  # one head's activations
+    one_head = any(values.get(key) is not None for key in ("hook_head_index", "hook_point_head_index"))
+    if not isinstance(name, str) or not name or one_head:
         return None
     return name if is_hookpoint(name) else None
 

@@ -175,3 +175,40 @@ def test_the_difference_of_a_conversion_of_half_precision_is_that_of_the_weights
 )
 def test_a_folder_is_a_hookpoint_only_where_its_name_is_the_path_of_a_module(name, is_path):
     assert hookpoint_called(name) == (name if is_path else None)
+
+
+# Keys that real configs have, as their programs write them, with a value that is not nothing.
+REAL = {
+    "dictionary_learning/topk": "trainer_class dict_class lr steps auxk_alpha warmup_steps decay_start threshold_beta "
+    "threshold_start_step top_k_aux seed activation_dim dict_size k device layer lm_name wandb_name submodule_name",
+    "dictionary_learning/standard": "l1_penalty sparsity_warmup_steps resample_steps sparsity_function sparsity_penalty "
+    "p_start p_end anneal_start sparsity_queue_length n_sparsity_updates bandwidth target_l0",
+    "sae_lens/standard": "l1_coefficient lp_norm use_ghost_grads normalize_sae_decoder noise_scale decoder_init_norm "
+    "mse_loss_normalization jumprelu_init_threshold jumprelu_bandwidth scale_sparsity_penalty_by_decoder_norm "
+    "decoder_heuristic_init init_encoder_as_decoder_transpose context_size dataset_path prepend_bos seqpos_slice "
+    "model_from_pretrained_kwargs neuronpedia_id hook_layer sae_lens_training_version dataset_trust_remote_code "
+    "training_tokens store_batch_size_prompts n_batches_in_buffer train_batch_size_tokens feature_sampling_window "
+    "dead_feature_window dead_feature_threshold lr lr_scheduler_name lr_warm_up_steps lr_decay_steps l1_warm_up_steps "
+    "adam_beta1 adam_beta2 act_store_device autocast autocast_lm compile_llm compile_sae log_to_wandb wandb_project "
+    "eval_every_n_wandb_logs n_checkpoints checkpoint_path seed verbose streaming is_dataset_tokenized b_dec_init_method",
+    "sparsify/topk": "expansion_factor normalize_decoder num_latents multi_topk",
+    "matryoshka/plain": "seed batch_size lr num_tokens l1_coeff beta1 beta2 max_grad_norm seq_len dtype model_name site "
+    "layer device model_batch_size num_batches_in_buffer dataset_path wandb_project perf_log_freq sae_type checkpoint_freq "
+    "n_batches_to_dead top_k_aux aux_penalty bandwidth hook_point name",
+    "llama_scope/residual": "sae_type expansion_factor use_decoder_bias init_decoder_norm init_encoder_norm l1_coefficient "
+    "lp use_ghost_grads top_k strict_loading dtype device",
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.filterwarnings("ignore")
+def test_the_keys_of_a_training_are_no_reason_to_refuse(tmp_path, name):
+    case = FIXTURES / name
+    place = copied(case, tmp_path)
+    (config,) = (path for path in place.rglob("*.json") if path.name in ("cfg.json", "config.json", "hyperparams.json"))
+    values = json.loads(config.read_text())
+    inner = values.get("trainer", values)
+    for key in REAL[name].split():
+        inner.setdefault(key, "something" if key in ("lm_name", "model_name", "name") else 7)
+    config.write_text(json.dumps(values))
+    assert torch.equal(opened(case, place).W_dec, opened(case).W_dec)

@@ -29,7 +29,7 @@ from sparsefeat.sae.formats.language.places import said_by
 
 NAME, TITLE = "gemma_scope", "Gemma Scope 1 and 2"
 FIRST, SECOND, CONFIG = "params.npz", "params.safetensors", "config.json"
-HARMLESS = frozenset({"width", "type", "hook_type", "hf_hook_point_out", "num_features", "site"})
+HARMLESS = frozenset({"width", "type", "hook_type", "hf_hook_point_out", "num_features", "site", "d_model", "d_sae"})
 KINDS = {
     "res": "model.layers.{}",
     "mlp": "model.layers.{}.post_feedforward_layernorm",

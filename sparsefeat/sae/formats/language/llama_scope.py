@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
-from sparsefeat.sae.files import Described, Weights, described, shown, weights
+from sparsefeat.sae.files import Described, Weights, described, listed, shown, weights
 from sparsefeat.sae.formats.fold import wide
 from sparsefeat.sae.formats.foreign_config import config_of, flag, number, text, whole_number
 from sparsefeat.sae.formats.format import Format, Given
@@ -25,18 +25,9 @@ NAME, TITLE = "llama_scope", "Llama Scope"
 CONFIG, WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 BASE_MODEL = "meta-llama/Llama-3.1-8B"
 UNIT = 1e-2  # norms this far from one would change what the threshold is compared with
-HARMLESS = frozenset(
-    [
-        "expansion_factor",
-        "use_decoder_bias",
-        "sae_pretrained_name_or_path",
-        "strict_loading",
-        "ste",
-        "use_glu_encoder",
-        "top_k",
-        "decoder_exactly_fixed_norm",
-        "decoder_bias_init_method",
-    ]
+HARMLESS = listed(
+    "expansion_factor use_decoder_bias sae_pretrained_name_or_path strict_loading ste use_glu_encoder top_k "
+    "decoder_exactly_fixed_norm decoder_bias_init_method sae_type tp_size"
 )
 
 
