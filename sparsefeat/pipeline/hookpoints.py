@@ -124,7 +124,8 @@ class UnknownHookpointError(ValueError):
 def hookpoints(pipe: Any) -> list[HookpointInfo]:
     """The blocks of a pipeline that can be hooked, in each model's own order.
 
-    Any other module works too, by its path; these are the ones whose outputs are known to be a stream.
+    Parts of these blocks work too, by their path ("transformer_blocks.0.attn.to_q"). Of any other module, and where the
+    stream is "unknown", the hookpoint has to state its rows.
     """
     check_pipeline(pipe)
     found = []
