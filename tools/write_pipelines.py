@@ -62,6 +62,45 @@ What is good to know:
 * CogVideoX, AnimateDiff and a few others make one video a prompt whatever `num_videos_per_prompt` says; so does
   `Call.images_per_prompt`.
 * Attach first and compile then. A model that was compiled before would not run the hooks, and `attach` refuses it.
+* A step belongs to the scheduler that its model is run with. Pipelines with a prior and a decoder, with copies of their
+  scheduler, or with several loops in one call (`Context.loop`) are counted loop by loop.
+* Where a model is given a timestep for every token, `Context.timestep` is the scheduler's.
+
+## Which rows are conditional
+
+It is seen, not looked up: the text that each row is given is compared with what the pipeline's `encode_prompt`
+returned for the prompts and for the negative prompts, and with embeddings among the call's arguments. So it does not
+matter whether a pipeline runs [uncond, cond] or [cond, uncond], one run or several, or what its arguments are called;
+subclasses and loops of your own are understood in the same way. A text encoder's rows are told by the token ids in
+them. Two kinds of rows have the same text and are told apart by the pipeline's class or by its guider: "perturbed"
+ones, and InstructPix2Pix's "image".
+
+Where a loop is not one of diffusers' and its embeddings come from nowhere, a row is `"unknown"`. An instrument that acts on
+some rows is then refused; one with `condition="both"` goes on. Say what one step runs, and both work:
+
+```python
+sf.attach(pipe, rec, layout=("uncond", "cond"))  # one run of the denoiser on both halves
+sf.attach(pipe, rec, layout=[("cond",), ("uncond",)])  # two runs, the conditional one first
+```
+
+## Caches
+
+First-block cache, MagCache, TaylorSeer, Pyramid Attention Broadcast and the other caches of diffusers
+(`pipe.transformer.enable_cache(...)`), and layers that a guider skips: where a block does not compute, nothing is
+recorded and no instrument is asked, and an edit is in what the cache repeats, once. Turn a cache on or off between
+calls as you like. A cache that is not diffusers' and hands a block's input on is noticed as well; one that repeats a block's
+output is not.
+
+## Modular pipelines
+
+`sf.attach(modular_pipe, ...)` takes the pipelines of `ModularPipelineBlocks.init_pipeline()`. Guiders say themselves which
+of their passes is running. Tried on SDXL, SD3, Qwen-Image, Z-Image, LTX and FLUX (`tests/pipeline/test_modular.py`).
+
+## Several pipelines with the same models
+
+Attach to each: a session sees the calls of its own pipeline. This holds for a base and a refiner, for `from_pipe`, for a
+components manager, for threads with a pipeline each, and for one pipeline that another's callback calls. A pipeline
+without a session is refused while one that it shares models with has one.
 """
 
 SHORT = {

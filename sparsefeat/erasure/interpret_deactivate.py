@@ -72,10 +72,7 @@ class InterpretThenDeactivate(SavableInstrument):
         if gate_reduce not in ("mean", "max_token"):
             raise ValueError(f'gate_reduce={gate_reduce!r} is not known; use "mean" or "max_token".')
         self.sae = reconstructing(sae)
-        try:
-            given = torch.as_tensor(latents)
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"latents={latents!r:.80} must be the latents' numbers, as in latents=[12, 40].") from None
+        given = torch.as_tensor(latents)
         if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
             raise ValueError(f"latents={latents!r:.80} must be the latents' numbers, as in latents=[12, 40].")
         self.latents = given.to(torch.int64).unique()
@@ -179,6 +176,9 @@ class InterpretThenDeactivate(SavableInstrument):
     def begin_call(self, call: Call) -> None:
         self._images_per_prompt = call.images_per_prompt
         self._own = None if call.prompts is None else own_tokens(call.pipe, self.at, call)
+
+    def conditions(self) -> tuple[str, ...]:
+        return ("cond",)
 
     def active(self, context: Context) -> bool:
         return "cond" in context.condition and len(self.latents) > 0

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsefeat.arguments import whole
 from sparsefeat.evaluation.sae_metrics import SAEMetrics, SAEQuality
 from sparsefeat.features.attached import hookpoint_of
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint, Instrument, attach
@@ -79,7 +78,8 @@ def check(
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts is {prompts!r}: pass a list with at least one prompt")
-    whole("rows", rows, 2)  # an FVU needs two
+    if rows < 2:
+        raise ValueError(f"rows is {rows}: an FVU needs at least 2")
     if sae.config.normalizer == "timestep":
         raise ValueError(
             "the SAE depends on the timestep, which rows do not say: record it with attach, which knows the step"

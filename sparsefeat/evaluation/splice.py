@@ -14,8 +14,7 @@ class Splice(Instrument):
     """
 
     def __init__(self, sae: SAE, at: str | Hookpoint | None = None) -> None:
-        self.at = hookpoint_of(sae, at)
-        self.sae = reconstructing(sae)
+        self.sae, self.at = reconstructing(sae), hookpoint_of(sae, at)
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (self.at,)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +18,12 @@ from torch import Tensor
 from sparsefeat.arguments import whole
 from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument
+from sparsefeat.pipeline.context import CONDITIONS
 from sparsefeat.sae import SAE
 from sparsefeat.store import Field, ShardReader, ShardWriter
 
 # What a Record may hold before it spills or stops: 50 steps of 100 images at 256 positions and k = 32 take 328 MB.
 MAX_BYTES = 512 << 20
-
-# What `Context.condition` may say of a batch row.
-CONDITIONS = ("cond", "uncond", "image", "perturbed")
 
 
 class TopLatent(NamedTuple):
@@ -102,7 +102,8 @@ class Record(Instrument):
         positions: keep every position's code, from which maps are drawn; False keeps, of every step and image, each
             active latent's sum, maximum and count only (some tens of times smaller; no `map`, no `codes`).
         max_bytes: of codes held in memory (8 bytes an entry: a Stable Diffusion 1.5 image at k = 32 takes 64 KiB a
-            step). Past it, codes go to `store`, or without one the call stops with an error.
+            step), of all calls of a session together. Past it, codes go to `store`; without one the codes of the earliest
+            calls are let go, with a warning, and a call that is larger by itself stops with an error.
         store: folder for the codes past `max_bytes`; each call writes into a folder of its own inside it.
     """
 
@@ -127,6 +128,7 @@ class Record(Instrument):
         self.at = hookpoint_of(sae, at)
         self._recording: Recording | None = None
         self._writer: ShardWriter | None = None
+        self._earlier: list[weakref.ref[Recording]] = []  # of earlier calls, as long as somebody has them
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (self.at,)
@@ -144,28 +146,45 @@ class Record(Instrument):
         code, positions = activations.code(beside(self.sae, activations, context)), context.positions
         for b in wanted:
             part = code.slice_rows(b * positions, (b + 1) * positions).to("cpu")
-            recording._add(context.step, context.prompt_index[b], part, context.grid, context.timestep)
-        if recording.nbytes > self.max_bytes:
-            self._make_room(recording)
+            recording._add(context, context.prompt_index[b], part)
+        self._make_room(recording)
 
     def _make_room(self, recording: Recording) -> None:
+        earlier = [kept for reference in self._earlier if (kept := reference()) is not None and kept.nbytes]
+        for kept in earlier:
+            if recording.nbytes + sum(other.nbytes for other in earlier) <= self.max_bytes:
+                return
+            if self.store is not None and self.positions:
+                writer = self._new_writer(self.store, recording.n_latents)
+                kept._spill(writer)
+                writer.close()
+            else:
+                kept._let_go(self.max_bytes)
+        if recording.nbytes <= self.max_bytes:
+            return
         if self.store is None or not self.positions:
             raise MemoryError(
                 f"Record holds {recording.nbytes / 2**20:.0f} MiB of codes, more than max_bytes={self.max_bytes}; pass "
                 "store=<folder> to continue on disk, positions=False to keep sums only, or a larger max_bytes."
             )
         if self._writer is None:
-            Path(self.store).mkdir(parents=True, exist_ok=True)
-            taken = {path.name for path in Path(self.store).iterdir()}
-            name = next(name for i in itertools.count() if (name := f"call-{i:04d}") not in taken)
-            self._writer = ShardWriter(
-                Path(self.store) / name, _STORED, metadata={"n_latents": recording.n_latents, "hookpoint": str(self.at)}
-            )
+            self._writer = self._new_writer(self.store, recording.n_latents)
         recording._spill(self._writer)
+
+    def _new_writer(self, store: str | os.PathLike[str], n_latents: int) -> ShardWriter:
+        Path(store).mkdir(parents=True, exist_ok=True)
+        taken = {path.name for path in Path(store).iterdir()}
+        name = next(name for i in itertools.count() if (name := f"call-{i:04d}") not in taken)
+        return ShardWriter(Path(store) / name, _STORED, metadata={"n_latents": n_latents, "hookpoint": str(self.at)})
 
     def end_call(self, call: Call) -> Recording | None:
         recording, self._recording = self._recording, None
+        if recording is not None and self._writer is not None:
+            recording._spill(self._writer)  # the rest of it, so that a call is in one folder
         self._close()
+        if recording is not None:
+            self._earlier = [reference for reference in self._earlier if reference() is not None]
+            self._earlier.append(weakref.ref(recording))
         return recording
 
     def _close(self) -> None:
@@ -204,6 +223,9 @@ class Recording:
         self._codes: dict[tuple[int | None, int], SparseCode] = {}
         self._pooled: dict[tuple[int | None, int], Pooled] = {}
         self._stored: dict[tuple[int | None, int], tuple[Path, int, int, int]] = {}  # folder, entries from-to, rows
+        self._when: dict[tuple[int | None, int], tuple[int, int | None]] = {}  # loop and evaluation
+        self._loops: dict[int, list[int]] = {}  # of each image, in order
+        self._gone: int | None = None  # the max_bytes that it was let go for
 
     @property
     def n_images(self) -> int:
@@ -237,7 +259,7 @@ class Recording:
         """`map` of several latents, [latents, height, width]."""
         self._need_positions("map")
         for latent in latents:
-            if not hasattr(latent, "__index__") or not 0 <= latent < self.n_latents:
+            if not 0 <= latent < self.n_latents:
                 raise ValueError(
                     f"latent={latent} is out of range; this SAE has {self.n_latents} latents, counted from 0."
                 )
@@ -284,16 +306,21 @@ class Recording:
                 rows += pooled.rows
         return score, maximum, count, rows
 
-    def _add(
-        self, step: int | None, image: int, code: SparseCode, grid: tuple[int, ...] | None, timestep: float | None
-    ) -> None:
+    def _add(self, context: Context, image: int, code: SparseCode) -> None:
+        step, when = context.step, (context.loop, context.evaluation)
+        loops = self._loops.setdefault(image, [])
+        if context.loop not in loops:
+            loops.append(context.loop)
+        if step is not None:  # a call that runs its loop again for the same image goes on counting
+            step += loops.index(context.loop) * (context.n_steps or 0)
         key = (step, image)
-        if (
-            key in self._codes or key in self._pooled or key in self._stored
-        ):  # the second evaluation of a second-order scheduler's step
-            return
-        self.grid = grid
-        self.timesteps.setdefault(step, timestep)
+        if key in self._when:
+            if context.evaluation is None or self._when[key] != when:
+                return  # the second evaluation of a second-order scheduler's step
+            self._forget(key)  # the model ran again before the scheduler stepped: the last run is the one it steps on
+        self._when[key] = when
+        self.grid = context.grid
+        self.timesteps.setdefault(step, context.timestep)
         if image not in self.images:
             self.images = tuple(sorted((*self.images, image)))
         if self.positions:
@@ -308,7 +335,25 @@ class Recording:
             self.nbytes += code.values.nbytes + code.indices.nbytes
         else:
             self._pooled[key] = pooled = pool(code)
-            self.nbytes += pooled.latents.nbytes + pooled.total.nbytes + pooled.maximum.nbytes + pooled.count.nbytes
+            self.nbytes += _nbytes(pooled)
+
+    def _forget(self, key: tuple[int | None, int]) -> None:
+        code, pooled = self._codes.pop(key, None), self._pooled.pop(key, None)
+        self._stored.pop(key, None)
+        if code is not None:
+            self.nbytes -= code.values.nbytes + code.indices.nbytes
+        if pooled is not None:
+            self.nbytes -= _nbytes(pooled)
+
+    def _let_go(self, max_bytes: int) -> None:
+        """Give up the codes, for those of a later call."""
+        warnings.warn(
+            "sparsefeat: this Record let the codes of an earlier call go, as all its recordings together came to more than "
+            f"max_bytes={max_bytes}; read each before the next call, or pass store=<folder> or a larger max_bytes",
+            UserWarning,
+            stacklevel=2,
+        )
+        self._codes, self._pooled, self._stored, self.nbytes, self._gone = {}, {}, {}, 0, max_bytes
 
     def _code(self, step: int | None, image: int) -> SparseCode:
         self._check_image(image)
@@ -350,5 +395,14 @@ class Recording:
             raise ValueError(f"image={image} was not recorded; there are {list(self.images)}.")
 
     def _check_step(self, step: int | None) -> None:
+        if self._gone is not None:
+            raise ValueError(
+                f"the codes of this call were let go for those of later ones, as max_bytes={self._gone}; read a recording "
+                "before the next call, or record with store=<folder> or a larger max_bytes."
+            )
         if step not in self.timesteps:
             raise ValueError(f"step={step} was not recorded; there are {list(self.steps)}.")
+
+
+def _nbytes(pooled: Pooled) -> int:
+    return pooled.latents.nbytes + pooled.total.nbytes + pooled.maximum.nbytes + pooled.count.nbytes

@@ -192,6 +192,9 @@ class CollectExamples(Instrument):
         self.sae, self.examples, self.concepts, self.at = sae, examples, concepts, hookpoint_of(sae, at)
         self._record = Record(sae, self.at)
 
+    def conditions(self) -> tuple[str, ...] | None:
+        return self._record.conditions()
+
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (self.at,)
 

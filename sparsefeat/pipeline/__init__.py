@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from sparsefeat.pipeline.context import Call, Context
+from sparsefeat.pipeline.context import Call, Context, UnknownConditionError
 from sparsefeat.pipeline.hookpoints import Hookpoint, HookpointInfo, UnknownHookpointError, hookpoints, resolve
 from sparsefeat.pipeline.instrument import Activations, AttentionCall, Delta, Instrument, Replace
+from sparsefeat.pipeline.outcome import HookpointNotReachedError
 from sparsefeat.pipeline.session import Recordings, Session, attach
-from sparsefeat.pipeline.wiring import HookpointNotReachedError
 
 __all__ = [
     "Activations",
@@ -21,6 +21,7 @@ __all__ = [
     "Recordings",
     "Replace",
     "Session",
+    "UnknownConditionError",
     "UnknownHookpointError",
     "attach",
     "hookpoints",

@@ -10,46 +10,71 @@ from __future__ import annotations
 
 import functools
 import math
+import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from sparsefeat.pipeline.hookpoints import Target
 from sparsefeat.pipeline.instrument import AttentionCall
 
 _ABSENT = object()
 
 
 class AttentionTap:
-    """A wrapped attention module. `seen(call)` is called for each attention in it while `wanted()`."""
+    """A wrapper of an attention module's forward. `wiring.attended(target, call)` is called for each attention in it while
+    `wiring.listening`, as long as there is a wiring.
+    """
 
-    def __init__(self, path: str, module: nn.Module, wanted: Callable[[], bool], seen: Callable[[AttentionCall], None]):
-        self.module = module
-        self._before = vars(module).get("forward", _ABSENT)
-        forward = module.forward
+    def __init__(self, wiring: Any, target: Target):
+        self._wiring = weakref.ref(wiring)
+        self.target = target
+        self._before = vars(target.module).get("forward", _ABSENT)
+        self._forward = target.module.forward
+        functools.update_wrapper(self, self._forward)
 
-        @functools.wraps(forward)
-        def tapped(*args: Any, **kwargs: Any) -> Any:
-            if not wanted():
-                return forward(*args, **kwargs)
-            text = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
-            with _Seam(path, getattr(module, "is_cross_attention", text is not None), seen):
-                return forward(*args, **kwargs)
+    @torch.compiler.disable  # under torch.compile the module runs eagerly: what instruments do is not for a graph
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        wiring = self._wiring()
+        if wiring is None or not wiring.listening():
+            return self._forward(*args, **kwargs)
+        text = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
+        is_cross = getattr(self.target.module, "is_cross_attention", text is not None)
+        with _Seam(self.target.path, is_cross, functools.partial(wiring.attended, self.target)):
+            return self._forward(*args, **kwargs)
 
-        # Under torch.compile the module runs eagerly: what instruments do is not for a graph.
-        self._wrapper = torch.compiler.disable(tapped)
-        module.forward = self._wrapper
+    def __reduce__(self) -> Any:
+        """A copy of the module has the forward that was there."""
+        if self._before is not _ABSENT:
+            return _itself, (self._before,)
+        return _bound, (type(self.target.module).forward, self.target.module)
 
-    def remove(self) -> None:
-        if vars(self.module).get("forward") is not self._wrapper:
+    def put_on(self) -> None:
+        """Doing it twice is harmless."""
+        if vars(self.target.module).get("forward") is not self:
+            self.target.module.forward = self
+
+    def take_off(self) -> None:
+        """Doing it twice is harmless."""
+        module = self.target.module
+        if vars(module).get("forward") is not self:
             return  # somebody wrapped it again, or offloading put its own back
         if self._before is _ABSENT:
-            del self.module.forward
+            del module.forward
         else:
-            self.module.forward = self._before
+            module.forward = self._before
+
+
+def _itself(forward: Any) -> Any:
+    return forward
+
+
+def _bound(forward: Any, module: Any) -> Any:
+    return types.MethodType(forward, module)
 
 
 class _Seam(TorchFunctionMode):

@@ -12,6 +12,22 @@ import torch
 from sparsefeat.arguments import finite_in
 from sparsefeat.pipeline.hookpoints import Hookpoint
 
+CONDITIONS = ("cond", "uncond", "image", "perturbed")
+"""What a batch entry may be; `Context.condition` says what each is."""
+
+UNKNOWN = "unknown"
+"""The condition of a batch entry that cannot be told."""
+
+
+HOW_TO_STATE = (
+    'say what one step runs, as in attach(pipe, ..., layout=[("uncond", "cond")]) for one run of two halves or '
+    'layout=[("cond",), ("uncond",)] for two runs, or act on all rows alike (condition="both")'
+)
+
+
+class UnknownConditionError(ValueError):
+    """An instrument needs to know which rows are conditional, and nothing in the call tells it."""
+
 
 @dataclass
 class Call:
@@ -38,6 +54,14 @@ class Call:
     def __post_init__(self) -> None:
         if self.n_prompts is None and self.prompts is not None:
             self.n_prompts = len(self.prompts)
+
+    def learn(self, prompts: list[str], encoding: Mapping[str, Any]) -> None:
+        """What the arguments of the pipeline's method that encodes say of prompts and images, where its own do not."""
+        if self.prompts is None and prompts:
+            self.prompts = prompts
+            self.n_prompts = self.n_prompts or len(prompts)
+        if not self.own_loop and not any(name in self.arguments for name in _PER_PROMPT):
+            self.images_per_prompt = next((n for n in map(encoding.get, _PER_PROMPT) if n), self.images_per_prompt)
 
     @property
     def pipe(self) -> Any:
@@ -66,13 +90,12 @@ class Call:
         """What the arguments of `pipe(...)` say. `arguments` are bound to their names, defaults applied."""
         for name, value in arguments.items():
             finite_in(name, value)
-        prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
+        arguments = _said(arguments)
+        prompt = arguments.get("prompt")
         if isinstance(prompt, (str, dict)):
             prompt = [prompt]
         prompts = list(prompt) if isinstance(prompt, (list, tuple)) else None
-        n_prompts = None
-        if prompts is None:  # a model that takes texts of different lengths has a list of embeddings
-            n_prompts = len(embeds) if isinstance(embeds, (torch.Tensor, list)) else arguments.get("batch_size")
+        n_prompts = None if prompts is not None else _n_without_prompts(arguments)
         schedule = next((arguments[n] for n in ("timesteps", "sigmas") if arguments.get(n) is not None), None)
         return cls(
             prompts=prompts,
@@ -83,6 +106,28 @@ class Call:
             arguments=arguments,
             pipe_ref=weakref.ref(pipe),
         )
+
+
+def _said(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments, those in the state that a modular pipeline may be given included."""
+    state = getattr(arguments.get("state"), "values", None)
+    return {**state, **arguments} if isinstance(state, Mapping) else arguments
+
+
+def _n_without_prompts(arguments: Mapping[str, Any]) -> int | None:
+    """How many prompts there would be, by the embeddings, labels or images in their place."""
+    for name in ("prompt_embeds", "image_embeds", "class_labels", "image", "batch_size"):
+        given = arguments.get(name)
+        if isinstance(given, int):
+            return given
+        if isinstance(given, (list, tuple)):  # a model that takes texts of different lengths has a list of embeddings
+            return len(given)
+        shape = getattr(given, "shape", None)
+        if shape is not None:
+            return 1 if name == "image" and len(shape) < 4 else shape[0]
+        if given is not None and name == "image":
+            return 1
+    return None
 
 
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
@@ -142,13 +187,14 @@ class Context:
     hookpoint: Hookpoint | None = None
     """As the instrument named it; None in `end_step`."""
     step: int | None = None
-    """The denoising step, 0 to n_steps - 1, counted by the scheduler; a second-order scheduler's two runs of the
+    """The denoising step, 0 to n_steps - 1, counted by the scheduler that this model is run with; a second-order scheduler's two runs of the
     model within one step have the same. None outside the steps: text encoders and VAEs."""
     n_steps: int | None = None
     fraction: float | None = None
     """How far the schedule was when the step began: 0.0 is pure noise. Starts above 0 for image-to-image."""
     condition: tuple[str, ...] = ()
-    """One for each batch entry: "cond", "uncond", or what else a pipeline's guidance has: "image" (the image without
+    """One for each batch entry: "cond", "uncond", "unknown" where it cannot be told (who needs it is then refused, see
+    `attach(..., layout=...)`), or what else a pipeline's guidance has: "image" (the image without
     the instruction, InstructPix2Pix), "perturbed" (perturbed-attention guidance, and the extra pass of the skip-layer
     guidance of SD3, which is conditional with some blocks left out). Pipelines that run the model once for each
     condition have one condition a run, at the same step."""
@@ -163,19 +209,34 @@ class Context:
     batch: int = 0
     positions: int = 0
     device: torch.device = field(default=torch.device("cpu"), repr=False)
+    loop: int = 0
+    """Which way through the schedule it is, in a call that has several: images one after the other, segments of a video."""
+    evaluation: int | None = None
+    """How often the scheduler has stepped in this loop. Several runs of a model at one evaluation are what one scheduler
+    step is made of (guidance in passes; a refinement, of which the last run counts)."""
     recomputing: bool = False
     """The forward is run again by gradient checkpointing, in a backward pass: answer as before, record nothing."""
     _timestep: Any = field(default=None, repr=False)
 
     @property
     def timestep(self) -> float | None:
-        """The model's timestep argument. Reading it waits for the device, so only do so when it is needed."""
+        """The model's timestep argument; the scheduler's own where the model is given one for every token. Reading it waits
+        for the device, so only do so when it is needed.
+        """
         if isinstance(self._timestep, torch.Tensor):
             return float(self._timestep.flatten()[0])
         return self._timestep
 
     def row_condition(self, label: str = "cond") -> torch.Tensor:
-        """[batch * positions], True for the rows under this condition, on the activations' device."""
+        """[batch * positions], True for the rows under this condition, on the activations' device.
+
+        Raises:
+            UnknownConditionError: some row's condition cannot be told.
+        """
+        if UNKNOWN in self.condition:
+            raise UnknownConditionError(
+                f"which of the {self.batch} batch entries at {self.hookpoint} are {label!r} cannot be told: {HOW_TO_STATE}"
+            )
         entries = torch.tensor([condition == label for condition in self.condition], device=self.device)
         return entries.repeat_interleave(self.positions)
 

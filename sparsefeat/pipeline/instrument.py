@@ -15,6 +15,7 @@ An instrument that adds a fixed direction to every conditional row of one block,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -130,6 +131,16 @@ class Instrument:
     def base_model(self) -> str | None:
         """The model that this instrument was made for, by its name; None if it does not say."""
         return getattr(getattr(getattr(self, "sae", None), "config", None), "base_model", None)
+
+    def conditions(self) -> tuple[str, ...] | None:
+        """The conditions of the rows it acts on; None if it takes all rows alike, and so needs not know them.
+
+        By default what its attribute `condition` says: "cond", "cond+uncond-" for both of them, "both" or no attribute for
+        all rows. Where the rows' conditions cannot be told, an instrument that acts on some is refused.
+        """
+        condition = getattr(self, "condition", None)
+        known = re.findall("uncond|cond|image|perturbed", condition) if isinstance(condition, str) else []
+        return tuple(known) or None
 
     def prepare(self, pipe: Any) -> None:
         """Work before the run; the pipeline may be called here, and nothing of this session is attached yet."""

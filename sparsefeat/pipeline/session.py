@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -13,13 +13,16 @@ from typing import Any
 from sparsefeat.pipeline.base_models import difference
 from sparsefeat.pipeline.call_arguments import check_pipeline
 from sparsefeat.pipeline.compiled import refuse_compiled
-from sparsefeat.pipeline.context import Call
+from sparsefeat.pipeline.context import CONDITIONS, Call
 from sparsefeat.pipeline.hookpoints import Hookpoint, Target, resolve
 from sparsefeat.pipeline.instrument import Instrument
-from sparsefeat.pipeline.wiring import Place, Tap, Wiring
+from sparsefeat.pipeline.visits import Place, Tap
+from sparsefeat.pipeline.wiring import Wiring
 
 
-def attach(pipe: Any, *instruments: Instrument) -> Session:
+def attach(
+    pipe: Any, *instruments: Instrument, layout: Sequence[str] | Sequence[Sequence[str]] | None = None
+) -> Session:
     """Attach instruments to a pipeline. They are active at once, until the `with` block or `.close()` ends it.
 
         with sf.attach(pipe, rec, steer) as run:
@@ -28,6 +31,11 @@ def attach(pipe: Any, *instruments: Instrument) -> Session:
 
     Instruments at one hookpoint run in the order given, each on what the one before left; those of an earlier session
     that is still open run before. Errors of names and widths are raised here, before anything is changed.
+
+    Args:
+        layout: which conditions one denoising step runs, for a pipeline of which that cannot be told: the chunks of one
+            run of the denoiser, ("uncond", "cond"), or one such tuple for each run, [("cond",), ("uncond",)]. A call
+            whose texts say otherwise is refused.
     """
     check_pipeline(pipe)
     for position, instrument in enumerate(instruments):
@@ -40,6 +48,7 @@ def attach(pipe: Any, *instruments: Instrument) -> Session:
             raise ValueError(f"instruments[{position}] ({type(instrument).__name__}) was given twice; give it once")
     if not instruments:
         raise ValueError("attach(pipe) was given no instrument; give at least one after the pipeline")
+    stated = _runs(layout)
     wiring = Wiring.of(pipe)
     wiring.check_thread()
     for instrument in instruments:
@@ -66,9 +75,13 @@ def attach(pipe: Any, *instruments: Instrument) -> Session:
         for name in instrument.components(pipe)
     )
     wiring = Wiring.of(pipe)  # `prepare` may have opened and closed sessions of its own
-    session = Session(wiring, pipe, instruments, places, taps, listened)
-    wiring.add(session)
-    return session
+    session = Session(wiring, pipe, instruments, places, taps, listened, stated)
+    try:
+        wiring.add(session)
+        return session
+    except BaseException:
+        session.close()
+        raise
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,11 +111,16 @@ class Session:
         places: tuple[Place, ...],
         taps: tuple[Tap, ...],
         listened: tuple[Tap, ...] = (),
+        layout: tuple[tuple[str, ...], ...] | None = None,
     ):
         self.instruments = instruments
         self.places = places
         self.taps = taps
         self.listened = listened
+        self.layout = layout
+        """The runs of a step as the user stated them."""
+        self.warned: set[int] = set()
+        """What was warned of already, by id."""
         self.calls: list[Recordings] = []
         """The completed calls, in order."""
         self._wiring: Wiring | None = wiring
@@ -148,11 +166,19 @@ class Session:
 
     def close(self) -> None:
         """Take everything out of the pipeline. Closing twice is harmless, and so is the order of nested sessions."""
-        wiring, self._wiring = self._wiring, None
+        wiring = self._wiring
         if wiring is not None:
             wiring.remove(self)
+            self._wiring = None  # not before: a close that was interrupted is finished by the next
         self._pipe = None
         self.places = self.taps = self.listened = ()  # the modules; the recordings need none of them
+
+    def find_wrapped(self) -> None:
+        """Hook the wrapper in a module's place where one was put around it since (LoRA): the model goes on with its output
+        (the wiring does this).
+        """
+        self.places = tuple(replace(place, target=_wrapped(place.target)) for place in self.places)
+        self.taps = tuple(replace(tap, target=_wrapped(tap.target)) for tap in self.taps)
 
     def __enter__(self) -> Session:
         return self
@@ -194,3 +220,27 @@ def _place(pipe: Any, instrument: Instrument, hookpoint: Hookpoint) -> Place:
 def _checked(target: Target) -> Target:
     refuse_compiled(target)
     return target
+
+
+def _wrapped(target: Target) -> Target:
+    """The target, or the module that is in its place now and has it inside."""
+    try:
+        here = target.root.get_submodule(target.inner)
+    except AttributeError:
+        return target
+    inside = here is not target.module and any(module is target.module for module in here.modules())
+    return replace(target, module=here) if inside else target
+
+
+def _runs(layout: Any) -> tuple[tuple[str, ...], ...] | None:
+    """A stated layout as one tuple of conditions for each run of a step."""
+    if layout is None:
+        return None
+    runs = (layout,) if all(isinstance(condition, str) for condition in layout) else layout
+    runs = tuple(tuple(run) for run in runs)
+    if not runs or not all(run and all(condition in CONDITIONS for condition in run) for run in runs):
+        raise ValueError(
+            f"layout={layout!r} is not the conditions of a run's chunks, as ('uncond', 'cond'), or a list of such for the "
+            f"runs of a step; the conditions are {', '.join(CONDITIONS)}"
+        )
+    return runs

@@ -144,6 +144,9 @@ class FeatureTransport(Instrument):
             selected.append((latents[0], latents[1]))
         return cls(saes, parts, selected)
 
+    def conditions(self) -> tuple[str, ...]:
+        return ("cond",)
+
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return self.at
 
@@ -194,6 +197,9 @@ class _Codes(Instrument):
         self.sae, self.at = sae, hookpoint_of(sae, None)
         self.codes: list[SparseCode] = []
         self.grid: tuple[int, ...] = ()
+
+    def conditions(self) -> tuple[str, ...]:
+        return ("cond",)
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (self.at,)

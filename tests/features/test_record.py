@@ -9,6 +9,7 @@ from sparsefeat.features import Record
 from sparsefeat.features.record import active_entries, join
 from sparsefeat.pipeline import attach
 from sparsefeat.sae import SAE, SAEConfig
+from tests.pipeline.instruments import Watch
 from tests.tiny import pixels, tiny_sd
 
 AT = "unet.up_blocks.1.attentions.1"
@@ -185,3 +186,82 @@ def test_joined_codes_of_both_forms_are_their_rows_in_order():
     assert torch.equal(joined.dense(), torch.cat([part.dense() for part in parts]))
     row, latent, value = active_entries(joined)
     assert torch.equal(joined.dense()[row, latent.long()], value)
+
+
+# Many calls in one session
+
+
+def test_recordings_of_many_calls_are_held_within_max_bytes_and_the_last_is_whole(pipe):
+    one = Record(make_sae())
+    with attach(pipe, one) as run:
+        pixels(pipe, steps=3)
+    size = run[one].nbytes
+    record = Record(make_sae(), max_bytes=int(2.5 * size))
+    with attach(pipe, record) as run:
+        pixels(pipe, steps=3)
+        pixels(pipe, steps=3)
+        with pytest.warns(UserWarning, match=r"Record let the codes of an earlier call go"):
+            pixels(pipe, steps=3)
+        pixels(pipe, steps=3)
+        pixels(pipe, steps=3)
+    held = [call[record].nbytes for call in run.calls]
+    assert sum(held) <= record.max_bytes
+    assert held == [0, 0, 0, size, size]
+    assert run[record].top(3) == run.calls[3][record].top(3)
+    with pytest.raises(ValueError, match=r"were let go for those of later ones, as max_bytes="):
+        run.calls[0][record].top(3)
+
+
+def test_recordings_that_nobody_keeps_count_nothing(pipe, recwarn):
+    sae = make_sae()
+    with attach(pipe, one := Record(sae)) as run:
+        pixels(pipe, steps=3)
+    record = Record(sae, max_bytes=int(1.5 * run[one].nbytes))
+    for _ in range(3):
+        run = None
+        with attach(pipe, record) as run:
+            pixels(pipe, steps=3)
+    assert not [w for w in recwarn if "let the codes" in str(w.message)]
+    assert run[record].nbytes > 0
+
+
+def test_with_a_store_earlier_calls_go_to_disk_and_stay_readable(pipe, tmp_path):
+    sae = make_sae()
+    with attach(pipe, one := Record(sae)) as run:
+        pixels(pipe, steps=3)
+    size, top = run[one].nbytes, run[one].top(5)
+    record = Record(sae, max_bytes=int(1.5 * size), store=tmp_path)
+    with attach(pipe, record) as run:
+        for _ in range(3):
+            pixels(pipe, steps=3)
+    assert sum(call[record].nbytes for call in run.calls) <= record.max_bytes
+    assert [call[record].top(5) for call in run.calls] == [top] * 3
+
+
+def test_of_several_runs_before_the_scheduler_steps_the_last_is_recorded(pipe):
+    sae = make_sae()
+    record, watch = Record(sae), Watch(str(sae.config.hookpoint))
+    with attach(pipe, record, watch) as run, run.call("a fox"), torch.no_grad():
+        text = pipe.encode_prompt("a fox", "cpu", 1, False)[0]
+        pipe.scheduler.set_timesteps(2)
+        latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        for t in pipe.scheduler.timesteps:
+            for _ in range(3):  # refinements of the latent, as in guidance by gradients
+                latents = latents + 0.1
+                noise = pipe.unet(latents, t, text).sample
+            latents = pipe.scheduler.step(noise, t, latents).prev_sample
+    for step in (0, 1):
+        assert torch.equal(run[record].codes(step).dense(), sae.encode(watch.rows[3 * step + 2]).dense())
+
+
+def test_a_loop_that_runs_again_for_the_same_image_goes_on_counting(pipe):
+    record = Record(make_sae())
+    with attach(pipe, record) as run, run.call("a fox"), torch.no_grad():
+        text = pipe.encode_prompt("a fox", "cpu", 1, False)[0]
+        for _ in range(2):
+            pipe.scheduler.set_timesteps(2)
+            latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+            for t in pipe.scheduler.timesteps:
+                latents = pipe.scheduler.step(pipe.unet(latents, t, text).sample, t, latents).prev_sample
+    assert run[record].steps == (0, 1, 2, 3)
+    assert torch.equal(run[record].codes(0).dense(), run[record].codes(2).dense())

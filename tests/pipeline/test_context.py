@@ -12,7 +12,7 @@ from diffusers import (
     StableDiffusionPAGPipeline,
 )
 
-from sparsefeat.pipeline import Context, Delta, attach
+from sparsefeat.pipeline import Context, Delta, UnknownConditionError, attach
 from tests.pipeline.instruments import Edit, Watch, push
 from tests.tiny import pixels, tiny_scheduler, tiny_sd, tiny_sdxl
 
@@ -196,9 +196,39 @@ def test_perturbed_attention_guidance_names_its_own_chunk(guidance, pag, layout)
     assert watch.contexts[0].condition == layout
 
 
-def test_a_layout_that_is_not_known_is_refused_instead_of_guessed(sd):
-    with attach(sd, Watch(BLOCK)) as run, run.call(["fox", "cat"]), pytest.raises(ValueError, match="3 batch entries"):
-        sd.unet(torch.zeros(3, 4, 16, 16), 1, torch.zeros(3, 16, 32))
+def test_a_layout_that_is_not_known_is_called_unknown_and_refused_to_who_needs_it(sd):
+    def loop(*instruments, **layout):
+        with attach(sd, *instruments, **layout) as run, run.call(["fox", "cat"]):
+            sd.unet(torch.zeros(3, 4, 16, 16), 1, torch.zeros(3, 16, 32))
+
+    watch, both = Watch(BLOCK), Watch(BLOCK)
+    loop(watch)
+    assert watch.contexts[0].condition == ("unknown",) * 3
+    with pytest.raises(UnknownConditionError, match=r"3 batch entries at .*layout="):
+        watch.contexts[0].row_condition()
+    for condition in ("cond", "uncond", "cond+uncond-"):
+        needs = Watch(BLOCK)
+        needs.condition = condition
+        with pytest.raises(UnknownConditionError, match=r"3 batch entries at .* Watch acts on some of them.*layout="):
+            loop(needs)
+    both.condition = "both"
+    loop(both)
+    assert len(both.contexts) == 1
+
+
+def test_a_stated_layout_is_believed_where_nothing_contradicts_it(sd):
+    def loop(layout, *batches):
+        watch = Watch(BLOCK)
+        with attach(sd, watch, layout=layout) as run, run.call(["fox", "cat"]):
+            for batch in batches:
+                sd.unet(torch.zeros(batch, 4, 16, 16), 1, torch.zeros(batch, 16, 32))
+        return [c.condition for c in watch.contexts]
+
+    assert loop(("cond", "perturbed", "uncond"), 6) == [("cond",) * 2 + ("perturbed",) * 2 + ("uncond",) * 2]
+    assert loop([("uncond",), ("cond",)], 2, 2) == [("uncond",) * 2, ("cond",) * 2]
+    for wrong in ("cond", ("cond", "no"), [], [()]):
+        with pytest.raises(ValueError, match="layout="):
+            attach(sd, Watch(BLOCK), layout=wrong)
 
 
 def test_a_controlnet_is_a_denoiser_beside_the_unet():

@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import io
 import json
+import pickle
+import threading
+import warnings
 import weakref
 
 import numpy as np
@@ -131,13 +135,13 @@ def test_an_attach_interrupted_halfway_through_its_hooks_changes_nothing(pipe, m
     assert everything(pipe) == before
 
 
-def test_the_scheduler_is_only_wrapped_while_a_call_runs(pipe):
+def test_nothing_is_put_on_a_scheduler_and_its_class_is_what_it_was_after_a_call(pipe):
+    step, timesteps = DDIMScheduler.step, DDIMScheduler.set_timesteps
     seen = []
     with attach(pipe, Watch(BLOCK)):
-        assert "step" not in vars(pipe.scheduler)
         pixels(pipe, callback_on_step_end=lambda p, i, t, k: seen.append("step" in vars(p.scheduler)) or {})
-        assert "step" not in vars(pipe.scheduler)
-    assert seen == [True, True]
+        assert (DDIMScheduler.step, DDIMScheduler.set_timesteps) == (step, timesteps)
+    assert seen == [False, False]
 
 
 def test_a_scheduler_that_was_already_wrapped_gets_its_wrapper_back(pipe):
@@ -376,3 +380,146 @@ def test_gradient_checkpointing_gets_the_same_gradient_and_records_once(io):
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
     assert counts[0] == (2, [False, False], [0, 1])
     assert counts[1] == (2, [False, False, True, True], [0, 1, 1, 0])
+
+
+# What is copied, pickled or kept while a session is open
+
+
+def _hooks(model):
+    return [
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+
+
+def test_a_deepcopy_of_a_pipeline_in_a_session_is_of_its_class_and_its_hooks_go_at_its_first_run(pipe):
+    images = pixels(pipe)
+    before = everything(pipe)
+    with attach(pipe, *instruments()):
+        copied = copy.deepcopy(pipe)
+    assert type(copied) is StableDiffusionPipeline
+    assert np.array_equal(pixels(copied), images)
+    own = {type(hook).__module__.partition(".")[0] for hook in _hooks(copied.unet)}
+    assert "sparsefeat" not in own
+    assert everything(pipe) == before
+
+
+def test_a_pipeline_and_its_models_can_be_pickled_in_a_session(pipe):
+    images = pixels(pipe)
+    with attach(pipe, *instruments()):
+        unet = pickle.loads(pickle.dumps(pipe.unet))
+        model = torch.load(io.BytesIO(_saved(pipe.unet)), weights_only=False)
+    assert not any(type(vars(module).get("forward")).__name__ == "AttentionTap" for module in unet.modules())
+    for copied in (unet, model):
+        pipe.unet, kept = copied, pipe.unet
+        assert np.array_equal(pixels(pipe), images)
+        pipe.unet = kept
+
+
+def _saved(module):
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    return buffer.getvalue()
+
+
+def test_a_pipeline_and_session_that_are_forgotten_leave_their_components_as_they_were():
+    pipe = tiny_sd()
+    parts, gone = dict(pipe.components), weakref.ref(pipe)
+    attach(pipe, *instruments())
+    del pipe
+    gc.collect()
+    assert gone() is None
+    assert not any("sparsefeat" in type(hook).__module__ for hook in _hooks(parts["unet"]))
+    assert not any("forward" in vars(module) for module in parts["unet"].modules())
+    again = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    again.set_progress_bar_config(disable=True)
+    pixels(again, steps=1)
+
+
+def test_two_pipelines_that_share_models_have_a_session_each_in_any_order(pipe):
+    second = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    second.scheduler = tiny_scheduler("euler")
+    second.set_progress_bar_config(disable=True)
+    before = everything(pipe)
+    for first_in in (pipe, second):
+        a, b = Watch(BLOCK), Watch(BLOCK)
+        with attach(pipe, a) as low, attach(second, b) as high:
+            pixels(first_in, steps=2)
+            pixels(second, steps=3)
+            pixels(pipe, steps=1)
+        assert len(low.calls) + len(high.calls) == 3
+        assert ([c.step for c in a.contexts], [c.step for c in b.contexts]) == ([0], [0, 1, 2])
+    assert everything(pipe) == before
+
+
+def test_a_pipeline_called_by_another_ones_callback_is_told_from_it(pipe):
+    second = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    second.scheduler = tiny_scheduler("euler")
+    second.set_progress_bar_config(disable=True)
+    a, b = Watch(BLOCK), Watch(BLOCK)
+    with attach(pipe, a), attach(second, b):
+        pixels(pipe, steps=3, callback_on_step_end=lambda p, i, t, k: (pixels(second, steps=2), {})[1])
+    assert [c.step for c in a.contexts] == [0, 1, 2]
+    assert [c.step for c in b.contexts] == [0, 1]
+
+
+def test_threads_with_a_pipeline_each_may_share_a_model(pipe):
+    pipes = [
+        StableDiffusionPipeline(
+            **{**pipe.components, "scheduler": tiny_scheduler("ddim")}, requires_safety_checker=False
+        )
+        for _ in range(2)
+    ]
+    seen, lock = {}, threading.Lock()
+
+    def work(i):
+        pipes[i].set_progress_bar_config(disable=True)
+        with attach(pipes[i], watch := Watch(BLOCK)):
+            for _ in range(2):
+                with lock:  # the model itself is one
+                    pixels(pipes[i], steps=i + 2)
+        seen[i] = [c.step for c in watch.contexts]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {0: [0, 1], 1: [0, 1, 2]}
+
+
+def test_a_lora_loaded_in_a_session_is_hooked_at_the_next_call(pipe):
+    peft = pytest.importorskip("peft")
+    path = f"{ATTENTION}.to_q"
+    given = []
+    with attach(pipe, watch := Watch(path), Watch(BLOCK)):
+        pixels(pipe, steps=1)
+        pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+        layer = resolve(pipe, path).module
+        layer.register_forward_hook(lambda module, args, output: given.append(output.flatten(0, 1).clone()))
+        pixels(pipe, steps=1)
+    assert torch.equal(watch.rows[0], given[0])
+    assert [hook for hook in _hooks(pipe.unet) if "sparsefeat" in type(hook).__module__] == []
+
+
+# Instruments whose time never came
+
+
+@pytest.mark.parametrize(
+    ("active", "condition", "said"),
+    [(False, "both", "none of the 2 steps that ran"), (True, "uncond", r"no row was 'uncond' in it, only cond")],
+)
+def test_an_instrument_that_had_nothing_to_do_is_told_once(pipe, active, condition, said):
+    class Idle(Watch):
+        def active(self, context):
+            return active
+
+    idle = Idle(BLOCK)
+    idle.condition = condition
+    with attach(pipe, idle, Watch(BLOCK)):
+        with pytest.warns(UserWarning, match=f"this Idle did nothing in a whole call, as {said}"):
+            pixels(pipe, guidance_scale=1.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            pixels(pipe, guidance_scale=1.0)

@@ -32,6 +32,7 @@ from sparsefeat.pipeline.families.mochi import Mochi
 from sparsefeat.pipeline.families.motif_video import MotifVideo
 from sparsefeat.pipeline.families.omnigen import OmniGen
 from sparsefeat.pipeline.families.pixart import PixArt
+from sparsefeat.pipeline.families.prior import Prior
 from sparsefeat.pipeline.families.prx import PRX
 from sparsefeat.pipeline.families.qwen_image import QwenImage
 from sparsefeat.pipeline.families.sana import Sana
@@ -79,6 +80,7 @@ FAMILIES: tuple[Family, ...] = (
     Mochi(),
     MotifVideo(),
     OmniGen(),
+    Prior(),
     PRX(),
     SanaVideo(),
     StableCascade(),

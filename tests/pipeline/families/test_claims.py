@@ -47,7 +47,6 @@ REFUSED = {
     "MotionAdapter",
     "MultiControlNetModel",
     "NucleusMoEImageTransformer2DModel",
-    "PriorTransformer",
     "QwenImage21Transformer2DModel",
     "QwenImageMultiControlNetModel",
     "RFD4ProteinaTransformer",

@@ -1,0 +1,101 @@
+"""What came of a completed call: the hookpoints that it never reached, and the instruments whose time never came."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparsefeat.pipeline.hookpoints import Target
+from sparsefeat.pipeline.instrument import Instrument
+from sparsefeat.pipeline.running import RunningCall
+
+if TYPE_CHECKING:
+    from sparsefeat.pipeline.session import Session
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A hookpoint or an attention that a completed call did not reach: whose, and why with the remedy."""
+
+    instrument: Instrument
+    name: str
+    why: str
+
+
+class HookpointNotReachedError(RuntimeError):
+    """A call of the pipeline completed without ever running a hooked module. `result` is what the call returned."""
+
+    def __init__(self, message: str, missing: tuple[str, ...], result: Any):
+        super().__init__(message)
+        self.missing = missing
+        self.result = result
+
+
+def missing(session: Session, running: RunningCall) -> list[Missing]:
+    """What a completed call did not reach.
+
+    In a loop of the user's own a component that did not run at all was not meant to.
+    """
+
+    def meant(target: Target) -> bool:
+        return not running.call.own_loop or target.root_name in running.roots
+
+    found = [
+        Missing(place.instrument, str(place.hookpoint), place.target.family.never_reached)
+        for place in session.places
+        if place.hook not in running.reached and meant(place.target)
+    ]
+    for tap in session.taps:
+        if id(tap.target.module) not in running.tapped and meant(tap.target):
+            processor = type(getattr(tap.target.module, "processor", tap.target.module)).__name__
+            why = (
+                f"its {processor} did not call F.scaled_dot_product_attention, or the module did not run: use the "
+                f"default processor (pipe.{tap.target.root_name}.set_attn_processor(AttnProcessor2_0())) and the "
+                f"native backend (pipe.{tap.target.root_name}.reset_attention_backend())"
+            )
+            found.append(Missing(tap.instrument, f"the attention of {tap.target.path}", why))
+    return found
+
+
+def report(unreached: dict[Session, list[Missing]], result: Any) -> None:
+    """Raise HookpointNotReachedError if there is anything in it."""
+    everything = {what.name: what.why for session in unreached.values() for what in session}
+    if everything:
+        reasons = "; ".join(
+            f"{', '.join(name for name in everything if everything[name] == why)} ({why})"
+            for why in dict.fromkeys(everything.values())
+        )
+        message = f"the call completed without reaching {reasons}. Its result is this exception's `result`"
+        raise HookpointNotReachedError(message, tuple(everything), result)
+
+
+def warn_of_silence(session: Session, running: RunningCall) -> None:
+    """Warn, once a session, of each instrument that was reached and had nothing to do in the whole call; and if the
+    texts changed under labels that were taken from the first step.
+    """
+    call = running.call
+    for instrument in session.instruments:
+        if id(instrument) not in running.asked or id(instrument) in session.warned:
+            continue
+        wanted, seen = instrument.conditions(), running.conditions_seen.get(id(instrument), set())
+        name = type(instrument).__name__
+        if not running.asked[id(instrument)]:
+            why = f"none of the {call.n_steps} steps that ran is among its own: look at its steps="
+        elif wanted is not None and not seen & set(wanted):
+            asked = " or ".join(map(repr, wanted))
+            why = (
+                f"no row was {asked} in it, only {', '.join(sorted(seen))}: look at its condition= and at the guidance"
+            )
+        else:
+            continue
+        session.warned.add(id(instrument))
+        warnings.warn(f"sparsefeat: this {name} did nothing in a whole call, as {why}", UserWarning, stacklevel=5)
+    if running.conditions.changed() and id(running.conditions) not in session.warned:
+        session.warned.add(id(running.conditions))
+        warnings.warn(
+            "sparsefeat: the texts that the denoiser was given changed in the course of the call (by a callback?); its rows "
+            "were taken for those of the first step",
+            UserWarning,
+            stacklevel=5,
+        )

@@ -1,0 +1,287 @@
+"""One call of a pipeline while it runs: what is asked of it, and what is known of each run of its models."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sparsefeat.pipeline.context import Call, Context
+from sparsefeat.pipeline.families.family import Run, timestep_in
+from sparsefeat.pipeline.hookpoints import Target
+from sparsefeat.pipeline.hooks import HookKey
+from sparsefeat.pipeline.knowing.conditions import (
+    Conditions,
+    DenoiserRun,
+    Entries,
+    is_diffusers_own,
+    outside_entries,
+    spread,
+)
+from sparsefeat.pipeline.knowing.guiders import Guiders
+from sparsefeat.pipeline.knowing.references import References
+from sparsefeat.pipeline.knowing.steps import Loop, Steps
+from sparsefeat.pipeline.knowing.texts import TextRows
+
+if TYPE_CHECKING:
+    from sparsefeat.pipeline.session import Session
+
+_calls = threading.local()
+
+
+def calls_here() -> list[RunningCall]:
+    """The calls of attached pipelines that run in this thread, the innermost last."""
+    return vars(_calls).setdefault("running", [])
+
+
+class Guard:
+    """Whether an instrument is at work: what it runs of the pipeline itself is not hooked."""
+
+    def __init__(self) -> None:
+        self.up = False
+
+    @contextmanager
+    def raised(self) -> Iterator[None]:
+        """Autocast is for the model: an instrument's arithmetic keeps the precision of its tensors."""
+        before = self.up
+        try:
+            self.up = True
+            with ExitStack() as full_precision:
+                for device in ("cpu", "cuda"):
+                    if torch.is_autocast_enabled(device):
+                        full_precision.enter_context(torch.autocast(device, enabled=False))
+                yield
+        finally:
+            self.up = before
+
+
+@dataclass(eq=False)
+class RootRun:
+    """One run of a component: its arguments, from which the grid is known, and the entries of its batch."""
+
+    target: Target
+    run: Run
+    entries: Entries
+    loop: Loop | None = None
+    """The way through the schedule that it is in."""
+    evaluation: int = 0
+    """How many scheduler steps of the loop came before it."""
+    earlier: tuple[int, ...] = ()
+    """The batch sizes of the runs before it in the same step."""
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        return self.run.arguments
+
+    @property
+    def timestep(self) -> Any:
+        """The model's timestep, or the scheduler's where the model has one for every token (0 at given frames)."""
+        given = self.run.timestep
+        if not isinstance(given, torch.Tensor) or given.numel() <= max(len(self.entries[0]), 1):
+            return given
+        own = None if self.loop is None else self.loop.timestep
+        return given.amax() if own is None else own
+
+
+@dataclass(eq=False)
+class RunningCall:
+    """The state of the call that is going on."""
+
+    pipe: Any
+    call: Call
+    sessions: tuple[Session, ...]
+    guard: Guard
+    changed: Callable[[], None]
+    """What to do when hooks were put on the models, or taken off, in the middle of the call."""
+    result: Any = None
+    over: bool = False
+    """The pipeline's own call has ended, though an interrupt may have kept it from being closed."""
+    roots: dict[str, RootRun] = field(default_factory=dict)
+    reached: set[HookKey] = field(default_factory=set)
+    tapped: set[int] = field(default_factory=set)
+    asked: dict[int, bool] = field(default_factory=dict)
+    """Of each instrument that was reached, by id: whether it was ever its time."""
+    conditions_seen: dict[int, set[str]] = field(default_factory=dict)
+    """The conditions of the rows that each was then asked about."""
+
+    def __post_init__(self) -> None:
+        guard, me = self.guard, weakref.ref(self)  # what hears the call does not keep it, nor its recordings
+
+        def deaf() -> bool:
+            return guard.up
+
+        def completed(loop: Loop) -> None:
+            running = me()
+            if running is not None:
+                running._step_completed(loop)
+
+        layouts = [session.layout for session in self.sessions if session.layout is not None]
+        self.references = References(self.call)
+        self.conditions = Conditions(self.call, self.references, layouts[-1] if layouts else None)
+        self.texts = TextRows(self.call, self.references)
+        # A loop that is not diffusers' own leaves the `num_timesteps` of an earlier call.
+        own_loop = self.call.own_loop or not is_diffusers_own(self.pipe)
+        self.steps = Steps(self.pipe, completed, deaf, own_loop)
+        self.guiders = Guiders(self.pipe, self.changed, deaf)
+
+    def open(self) -> None:
+        calls_here().append(self)
+        self.steps.open()
+        self.guiders.open()
+        self.references.add_arguments()
+        for session in self.sessions:
+            for instrument in session.instruments:
+                with self.guard.raised():
+                    instrument.begin_call(self.call)
+
+    def close(self) -> None:
+        """Doing it twice is harmless."""
+        self.steps.close()
+        self.guiders.close()
+        if self in calls_here():
+            calls_here().remove(self)
+
+    def _step_completed(self, loop: Loop) -> None:
+        context = self.moment(loop)
+        for session in self.sessions:
+            for instrument in session.instruments:
+                with self.guard.raised():
+                    instrument.end_step(context)
+
+    def moment(self, loop: Loop | None) -> Context:
+        if loop is None:
+            return Context(prompts=self.call.prompts)
+        return Context(
+            step=loop.step,
+            n_steps=loop.n_steps,
+            fraction=loop.fraction,
+            loop=loop.index,
+            evaluation=loop.done,
+            prompts=self.call.prompts,
+        )
+
+    # Runs of the components
+
+    def begin_root(self, target: Target, args: tuple, kwargs: dict[str, Any]) -> None:
+        root = getattr(target.module, "_orig_mod", target.module)
+        try:
+            # The class's forward: offloading puts one on the instance that says (*args, **kwargs) in older versions.
+            bound = inspect.signature(type(root).forward).bind_partial(root, *args, **kwargs)
+            arguments = dict(list(bound.arguments.items())[1:])
+        except TypeError:
+            return  # the model's own error names the wrong argument
+        batch = _batch(arguments)
+        before = self.roots.get(target.path)
+        if target.family.runs_in_steps:
+            run = self._denoiser_run(target, root, arguments, batch, before)
+        elif target.family.stream == "text":
+            entries = self.texts.entries(self.pipe, target.root_name, arguments, batch)
+            run = RootRun(target, self._run(target, root, arguments, before), entries)
+        else:
+            run = RootRun(target, self._run(target, root, arguments, before), outside_entries(batch))
+        target.family.check_whole(self.pipe, self.call.arguments, run.run)
+        self.roots[target.path] = run
+        conditions, images = run.entries
+        context = replace(self.moment(run.loop), condition=conditions, prompt_index=images, batch=batch)
+        for session in self.sessions:
+            for listener in session.listened:
+                if listener.target.module is target.module:
+                    with self.guard.raised():
+                        listener.instrument.at_component(target.root_name, arguments, context)
+
+    def _denoiser_run(
+        self, target: Target, root: nn.Module, arguments: dict[str, Any], batch: int, before: RootRun | None
+    ) -> RootRun:
+        call = self.call
+        loop = self.steps.begin_run(target.root_name, timestep_in(arguments))
+        evaluation = 0 if loop is None else loop.done
+        earlier: tuple[int, ...] = ()
+        if before is not None and before.loop is loop and before.evaluation == evaluation:
+            earlier = (*before.earlier, len(before.entries[0]))
+        if not call.own_loop:  # the caller of `session.call` said what the loop does
+            guidance = getattr(self.pipe, "do_classifier_free_guidance", None)
+            if isinstance(guidance, torch.Tensor) and before is None:
+                guidance = bool(guidance.any())  # a scale for each frame: one wait a call
+            call.guidance = guidance if isinstance(guidance, bool) else call.guidance
+        if loop is not None and loop.n_steps is not None and (call.scheduled is None or self._is_main(loop)):
+            call.n_steps, call.scheduled = loop.n_steps, loop.timesteps
+        asked = DenoiserRun(target.root_name, arguments, batch, earlier, 0 if loop is None else loop.index)
+        entries = self.conditions.entries(self.pipe, asked, self.guiders.condition)
+        return RootRun(target, self._run(target, root, arguments, before), entries, loop, evaluation, earlier)
+
+    def _is_main(self, loop: Loop) -> bool:
+        return loop.index == 0 and loop.scheduler is getattr(self.pipe, "scheduler", None)
+
+    @staticmethod
+    def _run(target: Target, root: nn.Module, arguments: dict[str, Any], before: RootRun | None) -> Run:
+        names = target.family.grid_arguments
+        if names and before is not None and all(arguments.get(n) is before.arguments.get(n) for n in names):
+            return Run(root, arguments, before.run.grid)  # reading it again would wait for the device at every run
+        return Run(root, arguments, target.family.image_grid(root, arguments))
+
+    def root_run(self, target: Target, tensors: Any) -> RootRun:
+        """The run of the component that is going on around one of its modules, which took or gave `tensors`."""
+        run = self.roots.get(target.root_name)
+        if run is None and not target.family.runs_in_steps and target.family.stream == "image":
+            # `vae.decode` runs the decoder without `vae.forward`
+            run = RootRun(target, Run(target.root, {}), outside_entries(_first_batch(tensors)))
+        if run is None:
+            raise RuntimeError(
+                f"{target.path} ran without {target.root_name} around it, so its batch entries and grid cannot be told: "
+                f"call pipe.{target.root_name}, or hook a module that this pipeline does not run on its own"
+            )
+        return run
+
+    def context(
+        self,
+        run: RootRun,
+        target: Target,
+        stream: str,
+        shape: Sequence[int],
+        device: torch.device,
+        attention: int = 0,
+        queries_of: int | None = None,
+    ) -> Context:
+        """The moment, for the rows of a tensor of this shape, [B, C, *grid] or [B, positions, C]; in the module's
+        attention of this index, the queries of each of `queries_of` entries apart.
+        """
+        extent = target.family.extent(target.inner, stream, run.run, shape)
+        if queries_of is not None:  # a video's frames attend apart
+            extent = replace(extent, batch=queries_of, positions=shape[1])
+        conditions, images = spread(run.entries, extent.batch, attention)
+        return replace(
+            self.moment(run.loop),
+            condition=conditions,
+            prompt_index=images,
+            grid=extent.grid,
+            stream=stream,
+            batch=extent.batch,
+            positions=extent.positions,
+            device=device,
+            _timestep=run.timestep,
+        )
+
+
+def _batch(arguments: Mapping[str, Any]) -> int:
+    """The batch size of a model's run: that of the first tensor among its arguments, or of a list of latents."""
+    for value in arguments.values():
+        if isinstance(value, torch.Tensor) and value.ndim:
+            return value.shape[0]
+        if isinstance(value, list) and value and all(isinstance(entry, torch.Tensor) for entry in value):
+            return len(value)
+    return 0
+
+
+def _first_batch(tensors: Any) -> int:
+    """The batch size of a module that ran on its own: that of the first tensor in what it took or gave."""
+    if isinstance(tensors, torch.Tensor):
+        return tensors.shape[0]
+    values = tensors.values() if isinstance(tensors, Mapping) else tensors if isinstance(tensors, (tuple, list)) else ()
+    return next((batch for batch in map(_first_batch, values) if batch), 0)
