@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sparsefeat_kernels.dispatch import backend
 
 from bench.gpu import checks, times
 from bench.gpu.children import NOT_REACHED, Job, Told, in_turn, run_job
@@ -68,6 +69,7 @@ def machine(rehearse: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"device": device_name(), "date": date.today().isoformat(), "versions": versions()}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
+        found["backend"] = backend()
         found["capability"] = list(torch.cuda.get_device_capability(0))
         found["multiprocessors"] = properties.multi_processor_count
         found["memory_bytes"] = properties.total_memory

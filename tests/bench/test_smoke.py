@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from sparsefeat_kernels import dispatch
 from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
 
 from bench.gpu import checks, children, smoke, times
@@ -15,6 +16,7 @@ from tests.bench.broken_op import BROKEN
 
 pytestmark = pytest.mark.skipif(not TRITON_AVAILABLE, reason="Triton is not installed")
 GOOD = ("auxk_decode",)
+KERNELS = ("sparsefeat, Triton", "sparsefeat, design A")  # what a default would run
 # Ops that the checks of another one run.
 WITHIN = {
     "attention_column_sums": "attention_rows",
@@ -148,3 +150,18 @@ def test_where_no_folder_is_given_the_variable_says_it(tmp_path, monkeypatch):
     monkeypatch.delenv("OUT")
     with pytest.raises(SystemExit):
         main(["smoke"])
+
+
+def test_an_op_that_is_the_default_on_a_gpu_has_a_record_that_says_it_is_right_and_faster():
+    """Of dispatch.PROVEN: smoke.json of a card of that backend, under bench/results."""
+    for backend, of in dispatch.PROVEN.items():
+        for op, name in of.items():
+            found = json.loads((children.ROOT / "bench" / "results" / name).read_text())
+            assert not found["machine"]["rehearsal"]
+            assert found["machine"]["backend"] == backend
+            of_op = {kind: what for kind, what in found["summary"].items() if op in kind}
+            assert of_op, f"{name} says nothing of {op}"
+            assert set(of_op.values()) == {"passed"}
+            for shape, timed in found["times"][op].items():
+                own = {r["provider"]: r["median_ms"] for r in timed["records"]}
+                assert min(ms for p, ms in own.items() if p in KERNELS) < own[times.PLAIN], shape

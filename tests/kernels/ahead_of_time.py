@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -33,7 +34,6 @@ from sparsefeat_kernels.tuning import measure as tuning  # noqa: E402
 from sparsefeat_kernels.tuning import table as tuning_table  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -202,7 +202,7 @@ def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[ASTSource, dict
     signature, constants, attributes = {}, {}, {}
     for position, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if isinstance(value, TensorDescriptor):
+        if type(value).__name__ == "TensorDescriptor":  # from Triton 3.4
             inner = f"{TYPES[value.base.dtype][1:]}{list(value.block_shape)}"
             signature[parameter.name] = f"tensordesc<{inner}>"
         elif parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
@@ -258,7 +258,7 @@ def all_launches(architecture: str) -> Iterator[Launch]:
         with torch.device("meta"), recorded() as calls:
             attention_launches(torch.bfloat16, (ONE_WIDE_HEAD,))
         yield from (("d 512", "bfloat16", *call) for call in calls)
-    if architecture == "sm_90":
+    if architecture == "sm_90" and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None:
         yield from ((first, "bfloat16", *call) for call in prototype_launches(first))
 
 
