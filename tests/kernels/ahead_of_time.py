@@ -61,8 +61,8 @@ ATTENTION = (
     (2, 20, 1024, 112, 20, 300),
     (1, 24, 4096, 128, 24, 512),
 )
-# In fp32, where a head of 40, one of 160 and 512 keys are the extremes.
-WIDE_ATTENTION = (ATTENTION[0], ATTENTION[1], ATTENTION[-1])
+# In fp32, and where no spills are asserted: a head of 40, one of 160, and 512 keys.
+EXTREMES = (ATTENTION[0], ATTENTION[1], ATTENTION[-1])
 # The one head of a VAE: what a program keeps of a head must still fit. Compiled where shared memory is smallest.
 ONE_WIDE_HEAD = (1, 1, 4096, 512, 1, 300)
 # Of the other shapes: what depends on them, and runs there without a tuning table.
@@ -243,13 +243,14 @@ Launch = tuple[str, str, Any, dict[str, Any]]  # shape, dtype, kernel, arguments
 def all_launches(architecture: str) -> Iterator[Launch]:
     """Of the ops, with the blocks they take without a tuning table. See the top of the file for what is left out."""
     first, *others = SHAPES
-    yield from ((first, "bfloat16", *call) for call in launches(first, torch.bfloat16))
+    attention = ATTENTION if architecture in FULL else EXTREMES
+    yield from ((first, "bfloat16", *call) for call in launches(first, torch.bfloat16, attention=attention))
     for kernel, arguments in prefilter_launches(first):
         # The bf16 product is told from the plain one, of the rows without a proof.
         full = kernel.fn.__name__ != "_topk_encode_product_kernel" or arguments["LISTED"]
         yield first, "float32" if full else "bfloat16", kernel, arguments
     if architecture in FULL:
-        wide = launches(first, torch.float32, attention=WIDE_ATTENTION)
+        wide = launches(first, torch.float32, attention=EXTREMES)
         yield from ((first, "float32", *call) for call in wide if call[0].fn.__name__ in PRODUCTS)
         for shape in others:
             calls = launches(shape, torch.bfloat16, attention=())
