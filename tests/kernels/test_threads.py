@@ -71,7 +71,7 @@ def test_an_exception_is_raised_when_nobody_works_any_more(torch_threads: int):
     with pytest.raises(ValueError, match="the third"):
         together(each(work, range(100)))
     assert working == [0]
-    assert len(begun) < 10
+    assert len(begun) < 60  # however long the thread that failed is put aside
     together(each(begun.append, range(3)))  # and the threads go on
 
 
