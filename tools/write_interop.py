@@ -101,8 +101,8 @@ print(run[rec].top(3))
 * Names come from a file of yours (JSON, CSV), from a Neuronpedia export (`.jsonl.gz`), or, a few at a time, from its API:
   `sf.Names.of_neuronpedia("gemma-2-2b/12-gemmascope-res-16k", [3, 7], cache="labels")`. A name may be a part of a label, if
   only one label has it. `sparsefeat sae names FOLDER FILE` keeps them with an SAE of yours.
-* A transcoder is recorded at the MLP's input. Its code cannot be edited in place: add a latent's direction to the MLP's
-  output, `sf.Steer(sae, add={{"falling snow": 8.0}}, at="model.layers.9.mlp")`.
+* A transcoder is recorded at the MLP's input. `sf.Steer` takes its code there and adds the change to the MLP's output; what
+  the transcoder does not explain stays.
 * `sparsefeat sae list` prints the table. `sparsefeat sae verify NAME "a prompt" --pipeline …` measures an SAE beside what is
   published of it. The table is tested on stand-ins; no weights were downloaded to write it.
 

@@ -316,6 +316,8 @@ class HeatMapRecording:
 
     def map(self, tokens: Sequence[int], image: int = 0, normalize: Normalization = "none") -> HeatMap:
         """The mean of the maps of tokens named by their positions."""
+        if not isinstance(tokens, Sequence):
+            raise ValueError(f"tokens={tokens!r} must be a list of token positions, as in .map([2, 3]).")
         maps = self.tensor(image, normalize)
         wrong = [t for t in tokens if not 0 <= t < len(maps)]
         if wrong or not tokens:

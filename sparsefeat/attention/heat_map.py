@@ -41,6 +41,12 @@ class HeatMap:
 
     def overlay(self, image: Image.Image, strength: float = 0.5, colors: str = "turbo") -> Image.Image:
         """`image` with the map laid over it in the colours of a matplotlib colour map."""
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"image is {type(image).__name__}, not a PIL image; give one, PIL.Image.open(path).")
+        if colors not in matplotlib.colormaps:
+            raise ValueError(
+                f"colors={colors!r} is no colour map of matplotlib; use 'turbo', 'inferno' or another of its."
+            )
         scaled = self.scaled((image.height, image.width)).cpu().numpy()
         painted = matplotlib.colormaps[colors](scaled)[..., :3]
         base = np.asarray(image.convert("RGB"), dtype=np.float64) / 255

@@ -121,7 +121,7 @@ def token_indices(
             f"{', '.join(dict.fromkeys(words_of(text[start:stop])))}."
         )
     if occurrence is not None:
-        if not -len(spans) <= occurrence < len(spans):
+        if not hasattr(occurrence, "__index__") or not -len(spans) <= occurrence < len(spans):
             raise ValueError(
                 f"occurrence={occurrence} of word={word!r} does not exist; "
                 f"it occurs {len(spans)} time(s) in {text!r}, counted from 0."

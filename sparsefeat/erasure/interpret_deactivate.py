@@ -72,7 +72,10 @@ class InterpretThenDeactivate(SavableInstrument):
         if gate_reduce not in ("mean", "max_token"):
             raise ValueError(f'gate_reduce={gate_reduce!r} is not known; use "mean" or "max_token".')
         self.sae = reconstructing(sae)
-        given = torch.as_tensor(latents)
+        try:
+            given = torch.as_tensor(latents)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"latents={latents!r:.80} must be the latents' numbers, as in latents=[12, 40].") from None
         if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
             raise ValueError(f"latents={latents!r:.80} must be the latents' numbers, as in latents=[12, 40].")
         self.latents = given.to(torch.int64).unique()

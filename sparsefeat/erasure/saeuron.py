@@ -25,7 +25,13 @@ from torch import Tensor
 from sparsefeat.arguments import finite, number, whole
 from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
 from sparsefeat.features.scores import normalized_mean_difference, strictly_above_quantile
-from sparsefeat.features.statistics import OUTSIDE_SCHEDULE, Statistics, check_prompts, collect_statistics
+from sparsefeat.features.statistics import (
+    OUTSIDE_SCHEDULE,
+    Statistics,
+    check_prompts,
+    check_statistics,
+    collect_statistics,
+)
 from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint
 from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.sae import SAE
@@ -147,6 +153,10 @@ class Erase(SavableInstrument):
             raise ValueError("selections={} is empty; give one for at least one timestep.")
         for timestep, selection in selections.items():
             number("timestep", timestep)
+            if not isinstance(selection, Selection):
+                raise TypeError(
+                    f"selections[{timestep}] is {type(selection).__name__}, not a Selection; make one by select()."
+                )
             finite(f"selections[{timestep}].factor", selection.factor)
             finite(f"selections[{timestep}].threshold", selection.threshold)
             latents = selection.latents
@@ -191,6 +201,8 @@ class Erase(SavableInstrument):
             percentile, n_latents, gamma, magnitude: see `select`.
             options: error, condition, steps, at of `Erase`.
         """
+        hookpoint_of(sae, options.get("at"))
+        check_statistics(statistics)
         concepts = (concept,) if isinstance(concept, str) else tuple(concept)
         if statistics.n_latents != sae.n_latents:
             raise ValueError(

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsefeat.arguments import whole
 from sparsefeat.evaluation.sae_metrics import SAEMetrics, SAEQuality
 from sparsefeat.features.attached import hookpoint_of
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint, Instrument, attach
@@ -78,8 +79,7 @@ def check(
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts is {prompts!r}: pass a list with at least one prompt")
-    if rows < 2:
-        raise ValueError(f"rows is {rows}: an FVU needs at least 2")
+    whole("rows", rows, 2)  # an FVU needs two
     if sae.config.normalizer == "timestep":
         raise ValueError(
             "the SAE depends on the timestep, which rows do not say: record it with attach, which knows the step"

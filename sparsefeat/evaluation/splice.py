@@ -14,7 +14,8 @@ class Splice(Instrument):
     """
 
     def __init__(self, sae: SAE, at: str | Hookpoint | None = None) -> None:
-        self.sae, self.at = reconstructing(sae), hookpoint_of(sae, at)
+        self.at = hookpoint_of(sae, at)
+        self.sae = reconstructing(sae)
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (self.at,)

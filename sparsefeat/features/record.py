@@ -259,7 +259,7 @@ class Recording:
         """`map` of several latents, [latents, height, width]."""
         self._need_positions("map")
         for latent in latents:
-            if not 0 <= latent < self.n_latents:
+            if not hasattr(latent, "__index__") or not 0 <= latent < self.n_latents:
                 raise ValueError(
                     f"latent={latent} is out of range; this SAE has {self.n_latents} latents, counted from 0."
                 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,8 @@ class Statistics:
     def merge(self, *others: Statistics) -> Statistics:
         """New statistics of the rows of this one and the others, over the union of concepts and timesteps."""
         parts = (self, *others)
+        for part in others:
+            check_statistics(part)
         if len({part.n_latents for part in parts}) > 1:
             raise ValueError(f"only statistics of one SAE merge; these have {[p.n_latents for p in parts]} latents.")
         concepts = tuple(dict.fromkeys(c for part in parts for c in part.concepts))
@@ -275,9 +278,15 @@ class CollectStatistics(Instrument):
         at: str | Hookpoint | None = None,
         condition: str = "cond",
     ):
+        self.at = hookpoint_of(sae, at)
+        check_statistics(statistics)
+        if not isinstance(concepts, (Mapping, Sequence)) or isinstance(concepts, str):
+            raise ValueError(
+                f"concepts={concepts!r:.80} must be a list, one for each prompt, or map prompts to concepts."
+            )
         self.sae, self.statistics, self.condition = sae, statistics, condition
         self.concepts = concepts
-        self.at = hookpoint_of(sae, at)
+        self._counted = False
         self._of_image: list[tuple[int, ...]] = []
         self._call: Call | None = None
 
@@ -302,6 +311,7 @@ class CollectStatistics(Instrument):
                     f"concepts= has {len(of_prompt)} entries for {n_prompts} prompts; give one for each prompt."
                 )
         places = [() if c is None else tuple(self.statistics._places(c).tolist()) for c in of_prompt]
+        self._counted = False
         self._of_image = [place for place in places for _ in range(call.images_per_prompt)]
         self._call = call
 
@@ -312,6 +322,7 @@ class CollectStatistics(Instrument):
         ]
         if context.recomputing or not any(of_row):
             return
+        self._counted = True
         code = activations.code(beside(self.sae, activations, context))
         timestep = OUTSIDE_SCHEDULE if context.timestep is None else context.timestep
         if timestep not in self.statistics.timesteps and self._call is not None:
@@ -324,6 +335,12 @@ class CollectStatistics(Instrument):
             self.statistics.add(code, of_batch[row_batch], timestep)
 
     def end_call(self, call: Call) -> Statistics:
+        if not self._counted and any(self._of_image):
+            warnings.warn(
+                f"nothing was counted: no row of this call was under condition={self.condition!r}; use 'cond', or turn "
+                "guidance on for 'uncond'",
+                stacklevel=2,
+            )
         return self.statistics
 
 
@@ -374,6 +391,14 @@ def collect_statistics(
                 options["generator"] = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
             pipe(batch, **options)
     return statistics
+
+
+def check_statistics(given: Any) -> None:
+    """Refuse what is no `Statistics`."""
+    if not isinstance(given, Statistics):
+        raise TypeError(
+            f"statistics is {type(given).__name__}, not a Statistics; collect them, collect_statistics(...)."
+        )
 
 
 def check_prompts(prompts: Any) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
+
+from sparsefeat.arguments import whole
 
 
 def check_pipeline(pipe: Any) -> None:
@@ -52,23 +53,30 @@ def check_arguments(pipe: Any, names: Iterable[str], also: Iterable[str] = ()) -
 
 
 def check_values(pipe: Any, arguments: Mapping[str, Any]) -> None:
-    """Raise for steps and prompts of which the pipeline would speak in its own parts' words, or not at all."""
+    """Raise for values of a call's arguments of which the pipeline's parts would speak in their own words, or not at all."""
+    for name in ("num_images_per_prompt", "num_videos_per_prompt"):
+        if arguments.get(name) is not None:
+            whole(name, arguments[name])
     steps = arguments.get("num_inference_steps")
     if steps is not None and arguments.get("timesteps") is None and arguments.get("sigmas") is None:
-        try:
-            count = operator.index(steps)
-        except TypeError:
-            count = 0
-        if count < 1 or isinstance(steps, bool):
-            raise ValueError(f"num_inference_steps={steps!r} must be a whole number of at least 1")
+        count = whole("num_inference_steps", steps)
         scheduler = getattr(pipe, "scheduler", None)
         trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
         if isinstance(trained, int) and count > trained and "FlowMatch" not in type(scheduler).__name__:
             raise ValueError(
-                f"num_inference_steps={count} is more than the {trained} that this {type(scheduler).__name__} has; take fewer"
+                f"num_inference_steps={count} is more than the {trained} that this {type(scheduler).__name__} has; take fewer."
             )
+    if isinstance(arguments.get("guidance_scale"), str):
+        raise ValueError(f"guidance_scale={arguments['guidance_scale']!r} must be a number.")
+    for one in _entries(arguments.get("generator")):
+        if isinstance(one, (int, float, str)):
+            raise ValueError(f"generator={one!r} must be a torch.Generator, as in torch.Generator().manual_seed(0).")
     for name in ("prompt", "negative_prompt"):
         given = arguments.get(name)
-        entries = given if isinstance(given, (list, tuple)) else [given]
+        entries = _entries(given)
         if given is not None and (not entries or any(one is None or isinstance(one, (int, float)) for one in entries)):
-            raise ValueError(f"{name}={given!r:.80} must be a text, or a list of at least one")
+            raise ValueError(f"{name}={given!r:.80} must be a text, or a list of at least one.")
+
+
+def _entries(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, (list, tuple)) else [given]

@@ -241,7 +241,10 @@ class SAE(nn.Module):
     def directions(self, latents: Tensor | list[int]) -> Tensor:
         """What one unit of each of `latents` adds to the activations, `[len(latents), d_model]`: the decoder rows, turned
         back from the components of a PCA normaliser; of the other normalisers `row_scale` is not yet in them."""
-        index = torch.as_tensor(latents, dtype=torch.long, device=self.device)
+        try:
+            index = torch.as_tensor(latents, dtype=torch.long, device=self.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"latents is {latents!r:.80}: pass a list of whole numbers") from None
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.n_latents:
             raise ValueError(
                 f"latents run from {int(index.min())} to {int(index.max())}: choose in 0 to {self.n_latents - 1}"

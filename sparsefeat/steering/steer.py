@@ -6,6 +6,7 @@ import math
 import operator
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ class Steer(SavableInstrument):
 
         x' = x + w sum over latents of (add + add_map at the row's position) W_dec[latent]
                + w sum over latents of (z' - z) W_dec[latent],   z' from z by scale, set and clamp.
+
+    Of a transcoder, which reads a module's input and writes its output, the code is taken at the input (`at` ends in
+    `:input`) and the change is added to the output of the same run.
 
     A latent is given by its number, or by its name where the SAE has names (`sae.names`).
 
@@ -82,20 +86,21 @@ class Steer(SavableInstrument):
         self.add = {i: number(f"add[{i}]", amount) for i, amount in add.items()}
         self.add_map = {i: image_map(f"add_map[{i}]", given) for i, given in add_map.items()}
         self.rule = _rule(scale, set, clamp)
-        if len(self.rule):
-            reconstructing(sae)
+        self.writes = _written(sae, self.at, len(self.rule) > 0)
         self.window = StepWindow.parse(steps)
         self.mask = mask if mask is None or callable(mask) else image_map("mask", mask)
         self.condition = check_condition(condition)
         self._n_images = 0
         self._acted = False
+        self._change: Tensor | None = None
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
-        return (self.at,)
+        return (self.at,) if self.writes == self.at else (self.at, self.writes)
 
     def begin_call(self, call: Call) -> None:
         self._n_images = call.n_images or 1
         self._acted = False
+        self._change = None
 
     def active(self, context: Context) -> bool:
         acts = self.window.contains(context)
@@ -106,6 +111,17 @@ class Steer(SavableInstrument):
         self.window.warn_if_closed(self._acted, call)
 
     def at_hookpoint(self, activations: Activations, context: Context) -> Delta | None:
+        if context.hookpoint == self.writes != self.at:  # of the run whose input was just seen
+            change, self._change = self._change, None
+            return None if change is None else Delta(change)
+        change = self._change_of(activations, context)
+        if self.writes != self.at:
+            self._change = change
+            return None
+        return None if change is None else Delta(change)
+
+    def _change_of(self, activations: Activations, context: Context) -> Tensor | None:
+        """[rows, d_model], what the edits add where the SAE writes."""
         x = activations.rows
         beside(self.sae, activations, context)
         weight = row_weights(self.condition, self.mask, context, len(x), self._n_images)
@@ -113,7 +129,7 @@ class Steer(SavableInstrument):
         if self.add or self.add_map:
             added = self._added(activations, context, weight)
             change = added if change is None else change + added
-        return None if change is None else Delta(change)
+        return change
 
     def _added(self, activations: Activations, context: Context, weight: Tensor) -> Tensor:
         """What `add` and `add_map` add, [rows, d_model] fp32: an outer product each, or one for all constants."""
@@ -172,8 +188,10 @@ class Steer(SavableInstrument):
         steer.mask = tensors.get("mask")
         steer.condition = check_condition(config["condition"])
         steer.at = Hookpoint.parse(*config["at"])
+        steer.writes = _written(sae, steer.at, len(steer.rule) > 0)
         steer._n_images = 0
         steer._acted = False
+        steer._change = None
         return steer
 
 
@@ -207,6 +225,15 @@ def _rule(
             raise ValueError(f"clamp[{latent}]={bounds!r} must be (low, high) with low <= high, None for no bound.")
         fields.setdefault(latent, {}).update(low=float(low), high=float(high))
     return CodeRule.build(fields)
+
+
+def _written(sae: SAE, at: Hookpoint, of_code: bool) -> Hookpoint:
+    """Where the edits are added: where they are read, or of a transcoder at its module's input, at the module's output."""
+    if sae.config.transcoder and at.io == "input":
+        return replace(at, io="output")
+    if of_code:
+        reconstructing(sae)
+    return at
 
 
 def _by_number(name: str, edit: Any, sae: SAE) -> Any:

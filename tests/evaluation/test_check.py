@@ -131,7 +131,7 @@ def test_what_users_get_wrong_is_said(pipe):
         check(sae, pipe, "a fox", at=BLOCK)
     with pytest.raises(ValueError, match="at=None"):
         check(sae, pipe, PROMPTS)
-    with pytest.raises(ValueError, match="rows is 1"):
+    with pytest.raises(ValueError, match="rows=1 must be a whole number of at least 2"):
         check(sae, pipe, PROMPTS, at=BLOCK, rows=1)
 
 

@@ -46,7 +46,11 @@ def test_the_hookpoint_is_the_one_named_or_the_saes():
 def test_a_transcoder_is_refused_where_a_code_would_be_edited_in_place():
     transcoder = SAE(SAEConfig(4, 8, k=2, normalizer="none", transcoder=True, hookpoint="unet.mid_block:input")).eval()
     with pytest.raises(ValueError, match="steer with add= at the module's output"):
-        sf.Steer(transcoder, scale={3: 0.0})
+        sf.Splice(transcoder)
+    with pytest.raises(ValueError, match="steer with add= at the module's output"):
+        sf.Steer(transcoder, scale={3: 0.0}, at="unet.mid_block")
+    inside = sf.Steer(transcoder, scale={3: 0.0})  # read at the input, written at the output
+    assert [str(place) for place in inside.hookpoints()] == ["unet.mid_block:input", "unet.mid_block"]
     sf.Steer(transcoder, add={3: 1.0}, at="unet.mid_block")
     plain = SAE(SAEConfig(4, 8, k=2))
     assert reconstructing(plain) is plain

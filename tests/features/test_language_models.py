@@ -115,11 +115,11 @@ def test_an_sae_of_a_text_encoders_language_model_is_recorded_steered_by_name_an
     theirs = sae.encode(rows).dense()
     distances = torch.cdist(recorded.double(), theirs.double()).min(1).values  # in whatever order prompts ran
     assert distances.max() < 1e-4
-    if transcoder:  # its code is of another tensor than it writes: what is added is added to the MLP's output
-        push = sf.Steer(sae, add={top[0].name: 20.0}, at=path)
-        edits = [push]
+    edits: list[Any] = [sf.Steer(sae, scale={top[0].name: -5.0})]
+    if transcoder:  # ItD needs a reconstruction of what it reads
+        edits.append(sf.Steer(sae, scale=dict.fromkeys((latent.name for latent in top), 0.0)))
     else:
-        edits = [sf.Steer(sae, scale={top[0].name: -5.0}), sf.InterpretThenDeactivate(sae, [t.latent for t in top])]
+        edits.append(sf.InterpretThenDeactivate(sae, [latent.latent for latent in top]))
     for edit in edits:
         with sf.attach(pipe, edit):
             edited = family.call(pipe, PROMPTS, guidance=False)

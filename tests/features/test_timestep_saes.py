@@ -73,23 +73,35 @@ def test_codes_at_batch_three_with_guidance_are_the_formulas_of_every_step(tmp_p
         assert (ours.double() - other).abs().max() > 1e-3  # the timestep matters
 
 
-def test_an_edit_keeps_what_the_sae_does_not_reconstruct(tmp_path):
-    torch.save(state(), tmp_path / "sae_img_0.pt")
-    sae = sf.load_sae(tmp_path / "sae_img_0.pt")
+@pytest.mark.parametrize("name", ["sae_img_0", "transcoder_img_0", "transcoder_txt_0"])
+@pytest.mark.parametrize("guidance", [False, True])
+@torch.no_grad()
+def test_an_edit_keeps_what_the_sae_does_not_reconstruct(tmp_path, name, guidance):
+    """At batch 3, in every step: the module's own output and the change, of a transcoder from the module's input."""
+    kind, stream, _ = name.split("_")
+    torch.save(state(), tmp_path / f"{name}.pt")
+    sae = sf.load_sae(tmp_path / f"{name}.pt")
     pipe = FLUX.build()
-    module = pipe.transformer.transformer_blocks[0].ff
-    before = watched(pipe, module, "output")
-    FLUX.call(pipe, PROMPTS, guidance=False, steps=1)
-    timestep, x = before[0]
-    code = derived(state(), x, timestep)
-    latent = int(code.sum((0, 1)).argmax())
+    module = pipe.transformer.transformer_blocks[0].get_submodule({"img": "ff", "txt": "ff_context"}[stream])
+    reads = kind == "transcoder"
+    seen = watched(pipe, module, "input")
+    FLUX.call(pipe, PROMPTS, guidance=guidance, steps=2)
+    timestep, x = seen[0]
+    latent = int(derived(state(), x if reads else module(x), timestep).sum((0, 1)).argmax())
+    seen.clear()
     edited: list[torch.Tensor] = []
-    with sf.attach(pipe, sf.Steer(sae, scale={latent: 0.0})):
-        module.register_forward_hook(lambda _, args, out: edited.append(out))
-        FLUX.call(pipe, PROMPTS, guidance=False, steps=1)
-    removed = code[..., latent, None] * state()["decoder.weight"].double()[:, latent]
-    assert removed.abs().max() > 0.1
-    assert (edited[0].double() - (x.double() - removed)).abs().max() < 1e-5
+    with sf.attach(pipe, sf.Steer(sae, scale={latent: 0.0}, condition="both")):
+        handle = module.register_forward_hook(lambda _, args, out: edited.append(out))
+        FLUX.call(pipe, PROMPTS, guidance=guidance, steps=2)
+        handle.remove()
+    runs = list(seen)
+    assert len(edited) == len(runs) == (4 if guidance else 2)
+    for (timestep, x), result in zip(runs, edited, strict=True):
+        own = module(x)  # of the module as it is left, without an edit
+        code = derived(state(), x if reads else own, timestep)[..., latent, None]
+        removed = code * state()["decoder.weight"].double()[:, latent]
+        assert removed.abs().max() > 0.1
+        assert (result.double() - (own.double() - removed)).abs().max() < 1e-5
 
 
 def test_without_a_timestep_it_is_refused(tmp_path):
