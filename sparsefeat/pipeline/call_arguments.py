@@ -23,7 +23,9 @@ def check_pipeline(pipe: Any) -> None:
             f"pipe is {type(pipe).__name__}, one of a pipeline's models; attach to the pipeline, whose calls tell the step "
             "and the prompt"
         )
-    holds = callable(pipe) or any(isinstance(part, nn.Module) for part in getattr(pipe, "__dict__", {}).values())
+    named = getattr(pipe, "components", None)  # a modular pipeline holds its parts there
+    parts = [*getattr(pipe, "__dict__", {}).values(), *(named.values() if isinstance(named, Mapping) else ())]
+    holds = callable(pipe) or any(isinstance(part, nn.Module) for part in parts)
     if isinstance(pipe, type) or not hasattr(pipe, "__dict__") or not holds:
         what = f"the class {pipe.__name__}" if isinstance(pipe, type) else f"{type(pipe).__name__}"
         raise TypeError(f"pipe is {what}, not a pipeline; open one, DiffusionPipeline.from_pretrained(folder)")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -197,3 +199,10 @@ def test_listed_grids_are_those_of_a_run_at_the_default_size(build):
     assert {info.grid for info in listing} == {(16, 16), (8, 8), (4, 4)}
     for info, watch in zip(listing, watches, strict=True):
         assert info.grid == watch.contexts[0].grid, info
+
+
+def test_what_holds_its_models_as_components_alone_lists_them(sd):
+    held = SimpleNamespace(components={"unet": sd.unet, "scheduler": sd.scheduler})
+    assert [str(info.hookpoint) for info in hookpoints(held)] == [
+        str(info.hookpoint) for info in hookpoints(sd) if info.hookpoint.path.startswith("unet.")
+    ]
