@@ -167,7 +167,7 @@ class Steps:
                 continue
             if self._is_the_pipelines(loop.scheduler):
                 return loop
-        main = schedulers.get("scheduler") or next(iter(schedulers.values()), None)
+        main = schedulers.get("scheduler", next(iter(schedulers.values()), None))  # one may have no length
         return None if main is None else self._loop(main)
 
     def _loop(self, scheduler: Any) -> Loop:
