@@ -7,7 +7,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
 import transformers
 
 from tests.families import Block, TinyFamily
