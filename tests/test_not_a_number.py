@@ -13,7 +13,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -59,7 +59,9 @@ def statistics() -> sf.Statistics:
 
 
 class Untouched:
-    """A pipeline that must not be looked at: what is wrong with the arguments is said before."""
+    """A pipeline whose parts must not be looked at: what is wrong with the arguments is said before."""
+
+    components: ClassVar = {}
 
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"the pipeline was asked for {name}")

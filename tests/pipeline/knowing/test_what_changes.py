@@ -27,6 +27,7 @@ CASES = [
     (name, guidance, batch)
     for name, guidance, batch in itertools.product(FAMILIES, (True, False), BATCHES)
     if guidance is False or FAMILIES[name].guidance == "cfg"
+    if not (FAMILIES[name].alone and guidance and batch != "1")  # diffusers' own pipeline fails
 ]
 
 
