@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.features import Examples as Examples
     from sparsefeat.features import Record as Record
     from sparsefeat.features import Statistics as Statistics
+    from sparsefeat.features import export_neuronpedia as export_neuronpedia
     from sparsefeat.pipeline import Context as Context
     from sparsefeat.pipeline import Delta as Delta
     from sparsefeat.pipeline import Hookpoint as Hookpoint
@@ -77,6 +78,7 @@ _HOME = {
     "TrainConfig": "sparsefeat.training",
     "attach": "sparsefeat.pipeline",
     "check": "sparsefeat.evaluation.check",
+    "export_neuronpedia": "sparsefeat.features",
     "hookpoints": "sparsefeat.pipeline",
     "load_instrument": "sparsefeat.steering",
     "load_sae": "sparsefeat.sae",

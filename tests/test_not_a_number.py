@@ -307,6 +307,7 @@ NOT_ASKED = {
     "SparseCode": "the kernels say what becomes of NaN: a row with NaN is NaN",
     "TopLatent": ANSWERS,
     "code_edit": IN_THE_CALL,
+    "export_neuronpedia": "writes the SAE's names and hookpoint, no weight; its own test has statistics with infinity",
     "load_instrument": "the SAE must be the one it was made with, by its fingerprint; the instrument looks at it",
     "push_to_hub": "its metrics are written into a text",
     "save": "writing what was loaded or trained; load_sae refuses NaN",

@@ -1,6 +1,7 @@
 """Features of a pipeline: codes as they are recorded, their statistics, and the search among them."""
 
 from sparsefeat.features.chance import Naming, name_of
+from sparsefeat.features.neuronpedia import export_neuronpedia
 from sparsefeat.features.record import Record, Recording, TopLatent
 from sparsefeat.features.scores import area_under_curve, normalized_mean_difference
 from sparsefeat.features.search import CollectExamples, Example, Examples, Found, search
@@ -19,6 +20,7 @@ __all__ = [
     "TopLatent",
     "area_under_curve",
     "collect_statistics",
+    "export_neuronpedia",
     "name_of",
     "normalized_mean_difference",
     "search",

@@ -98,9 +98,7 @@ class Names(Mapping[int, str]):
 
         source: `MODEL/SOURCE`, such as "gemma-2-2b/20-gemmascope-res-16k". Nothing else here uses the network.
         """
-        model, _, layer = source.partition("/")
-        if not model or not layer or "/" in layer:
-            raise ValueError(f"source is {source!r}: write MODEL/SOURCE, as in 'gemma-2-2b/20-gemmascope-res-16k'")
+        model, layer = model_and_source(source)
         kept = Path(cache) / f"{model}--{layer}.json" if cache is not None else None
         names = dict(cls.read(kept)) if kept is not None and kept.exists() else {}
         for latent in latents:
@@ -116,6 +114,14 @@ class Names(Mapping[int, str]):
         path = Path(path)
         path.write_text(json.dumps({str(k): v for k, v in self.items()}, ensure_ascii=False, indent=0) + "\n", "utf-8")
         return path
+
+
+def model_and_source(source: str) -> tuple[str, str]:
+    """Neuronpedia's identifiers of a model and of an SAE, from `MODEL/SOURCE`."""
+    model, _, layer = source.partition("/")
+    if not model or not layer or "/" in layer:
+        raise ValueError(f"source is {source!r}: write MODEL/SOURCE, as in 'gemma-2-2b/20-gemmascope-res-16k'")
+    return model, layer
 
 
 def _parsed(path: Path, text: str) -> Iterator[tuple[Any, Any]]:
