@@ -53,7 +53,7 @@ contracts: $(VENV)/.tests-installed
 
 # Two processes of one thread each: the tests' models are so small that a second thread only waits.
 pytest: $(VENV)/.tests-installed
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --durations=10
 
 # The results are taken whether or not every promise was kept: the page says which were not.
 matrix: $(VENV)/.tests-installed
