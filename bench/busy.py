@@ -105,7 +105,7 @@ def table(content: Mapping[str, Any]) -> str:
         "| op | shape | quiet | busy | quiet / product | busy / product | busy / quiet |",
         "|---|---|---|---|---|---|---|",
     ]
-    for r in content["records"]:
+    for r in content["ratios"]:
         kept = r["provider"].removeprefix(OURS)
         lines.append(
             f"| `{r['op']}`{kept} | {shape_text(r['shape'])} | {r['quiet_ms']:.1f} ms | {r['busy_ms']:.1f} ms | "
@@ -132,7 +132,7 @@ def main() -> None:
     figures = [beside_the_product(ops_bench.build(op, ops_bench.HERE[op], "float32", "cpu")) for op in wanted]
     content = {
         "device": device_name(), "date": date.today().isoformat(), "command": "python -m bench.busy",
-        "neighbours": NEIGHBOURS, "versions": versions(), "records": measure_busy(figures, arguments.seconds),
+        "neighbours": NEIGHBOURS, "versions": versions(), "ratios": measure_busy(figures, arguments.seconds),
     }  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"busy-{file_name(device_name())}.json"

@@ -56,5 +56,5 @@ def test_small_figures_are_measured_and_written_as_a_table():
     ours = ["sparsefeat", "sparsefeat, weights prepared"]
     assert [r["provider"] for r in records if r["op"] == "topk_encode"] == ours
     assert all(r["quiet_ms"] > 0 and r["busy_ratio"] > 0 for r in records)
-    content = {"records": records, "date": "2026-01-02", "device": "a machine", "neighbours": 2, "command": "this"}
+    content = {"ratios": records, "date": "2026-01-02", "device": "a machine", "neighbours": 2, "command": "this"}
     assert "| `topk_encode`, weights prepared | 8 rows, 16 → 64, k = 3 |" in table(content)
