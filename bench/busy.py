@@ -24,10 +24,10 @@ import torch.nn.functional as F
 
 from bench.measure import OURS, Ceilings, Figure, available, measure
 from bench.run import RESULTS, file_name
-from sparsefeat.evaluation import ops_bench
-from sparsefeat.evaluation.machine import device_name
-from sparsefeat.evaluation.measure import Provider, versions
-from sparsefeat.evaluation.speed_table import shape_text
+from sparsefeat.measure.figures import HERE, build
+from sparsefeat.measure.machine import device_name
+from sparsefeat.measure.speed_table import shape_text
+from sparsefeat.measure.timing import Provider, versions
 
 NEIGHBOURS = 2
 # 64 Ki elements: two of torch's grains, so that every op is split over the threads.
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     arguments = parser.parse_args()
     wanted = [op for op in available() if arguments.only is None or op in arguments.only]
-    figures = [beside_the_product(ops_bench.build(op, ops_bench.HERE[op], "float32", "cpu")) for op in wanted]
+    figures = [beside_the_product(build(op, HERE[op], "float32", "cpu")) for op in wanted]
     content = {
         "device": device_name(), "date": date.today().isoformat(), "command": "python -m bench.busy",
         "neighbours": NEIGHBOURS, "versions": versions(), "ratios": measure_busy(figures, arguments.seconds),

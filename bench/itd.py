@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from bench.run import RESULTS
-from sparsefeat.evaluation.machine import device_name
-from sparsefeat.evaluation.measure import resident_peak_beyond, versions
+from sparsefeat.measure.machine import device_name
+from sparsefeat.measure.timing import resident_peak_beyond, versions
 
 D_MODEL, N_LATENTS, K, TOP_M = 768, 524_288, 64, 128
 HOOKPOINT = "text_encoder.encoder.layers.8"

@@ -1,5 +1,5 @@
 """Figures with all their peers, and the way from a measurement to pytest-benchmark. The measuring itself is
-`sparsefeat.evaluation.measure`, in the package, because an installed wheel measures too."""
+`sparsefeat.measure.timing`, in the package, because an installed wheel measures too."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from bench import peers
-from sparsefeat.evaluation import measure as core
-from sparsefeat.evaluation import ops_bench
-from sparsefeat.evaluation.measure import OURS, Ceilings, Figure, Results, fresh_peak, measure_ceilings
+from sparsefeat.measure import figures
+from sparsefeat.measure import timing as core
+from sparsefeat.measure.timing import OURS, Ceilings, Figure, Results, fresh_peak, measure_ceilings
 
 __all__ = [
     "OURS",
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 measure = core.measure
-available = ops_bench.available
+available = figures.available
 
 # Here and not in `build`: the process that children are forked from, to measure memory, imports this module, and so the
 # libraries, once.
@@ -35,7 +35,7 @@ core.VERSIONED.extend(peers.packages())
 
 def build(op: str, shape: Mapping[str, int], dtype: str = "float32", device: str = "cpu") -> Figure:
     """The figure of the package, with every peer that can be used here."""
-    figure = ops_bench.build(op, shape, dtype, device)
+    figure = figures.build(op, shape, dtype, device)
     arguments = {"op": op, "shape": dict(shape), "dtype": dtype, "device": device}
     return replace(
         figure,

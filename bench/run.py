@@ -20,9 +20,9 @@ from bench import peers
 from bench.measure import OURS, Ceilings, Results, available, build, measure, measure_ceilings
 from bench.peers import compiled
 from bench.shapes import Wanted, cpu_figures, gpu_figures
-from sparsefeat.evaluation.machine import device_name
-from sparsefeat.evaluation.measure import with_providers
-from sparsefeat.evaluation.speed_table import figures, shape_text, speed_markdown, summary
+from sparsefeat.measure.machine import device_name
+from sparsefeat.measure.speed_table import figures, shape_text, speed_markdown, summary
+from sparsefeat.measure.timing import with_providers
 
 RESULTS = Path(__file__).parent / "results"
 

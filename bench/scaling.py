@@ -23,9 +23,9 @@ import torch
 
 from bench.measure import measure_ceilings
 from bench.run import RESULTS, file_name
-from sparsefeat.evaluation import ops_bench
-from sparsefeat.evaluation.machine import device_name
-from sparsefeat.evaluation.measure import OURS, Ceilings, measure, with_providers
+from sparsefeat.measure.figures import build
+from sparsefeat.measure.machine import device_name
+from sparsefeat.measure.timing import OURS, Ceilings, measure, with_providers
 
 CENTRE = {"rows": 512, "d_model": 1280, "n_latents": 20480, "k": 32}
 SWEEPS = {
@@ -63,7 +63,7 @@ def sweep(
             for op in OPS:
                 if time.perf_counter() > deadline:
                     continue
-                figure = with_providers(ops_bench.build(op, shape, dtype, device), OURS)
+                figure = with_providers(build(op, shape, dtype, device), OURS)
                 record = measure(figure, ceilings, seconds, peaks=False)[0]
                 points.append(
                     {

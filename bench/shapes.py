@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from sparsefeat.evaluation.measure import OURS
-from sparsefeat.evaluation.ops_bench import HERE
+from sparsefeat.measure.figures import HERE
+from sparsefeat.measure.timing import OURS
 
 # d_model, n_latents, k of published SAEs. Concept Steerers have no top-k (a plain ReLU): k = 32 stands in for the
 # latents that are active. TIDE's k is 5 % of its latents.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.measure import OURS, Ceilings, available, build, into_extra_info, measure, measure_ceilings
-from sparsefeat.evaluation.ops_bench import HERE
+from sparsefeat.measure.figures import HERE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"

@@ -31,11 +31,11 @@ from sparsefeat.evaluation.before_after import before_after
 from sparsefeat.evaluation.emoji import OBJECT, STYLE, Target
 from sparsefeat.evaluation.generation import STATISTICS, Task, generate, task
 from sparsefeat.evaluation.judge import Judge, judge_images, judge_report, load_judge
-from sparsefeat.evaluation.machine import device_name, versions
 from sparsefeat.evaluation.overhead import measure_overhead
 from sparsefeat.evaluation.run_emoji import CROSS_ATTENTIONS, RECIPES, place_of
 from sparsefeat.features import CollectExamples, CollectStatistics, Examples, Record, Statistics, search
 from sparsefeat.features.progress import Progress
+from sparsefeat.measure.machine import device_name, versions
 from sparsefeat.pipeline import attach
 from sparsefeat.report import check_folder, contact_sheet, overlay, write_page
 from sparsefeat.sae import SAE, load_sae

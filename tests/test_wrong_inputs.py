@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 import sparsefeat as sf
 from sparsefeat.cli import app
 from sparsefeat.cli.commands.sae.convert import FORMATS
-from sparsefeat.evaluation import ops_bench, speed_table
 from sparsefeat.features import Statistics, collect_statistics, search
+from sparsefeat.measure import figures, speed_table
 from sparsefeat.sae.convert import writable
 from tests.tiny import tiny_sd
 
@@ -226,7 +226,7 @@ def test_a_mistake_is_told_before_torch_or_diffusers_are_loaded(tmp_path):
 
 def test_the_lists_that_are_known_without_torch_are_those_of_the_library():
     assert writable() == FORMATS
-    assert ops_bench.available() == speed_table.OPS
+    assert set(figures.FOUND) == set(speed_table.OPS)
 
 
 # Python ---------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from train_autoencoder import ROOT
 from training_data import Bank
 from training_run import Averaged, TrainingRun
 
-from sparsefeat.evaluation.machine import has_bfloat16
+from sparsefeat.measure.machine import has_bfloat16
 
 WARM_UP_STEPS = 100
 ANNEALED = 0.25

@@ -18,7 +18,7 @@ from sparsefeat.assets import GUIDANCE, N_STEPS, emojicanvas, emojiscenes, load_
 from sparsefeat.evaluation.frechet import frechet_distance
 from sparsefeat.evaluation.generation import TEST, accuracy, generate, whole_grid
 from sparsefeat.evaluation.judge import FOLDER, judge_images, load_judge
-from sparsefeat.evaluation.machine import draw_precision
+from sparsefeat.measure.machine import draw_precision
 
 
 def as_uint8(images: torch.Tensor) -> np.ndarray:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsefeat.evaluation.speed_table import A_TABLES_ROWS_AN_OP, load_results, speed_markdown
+from sparsefeat.measure.speed_table import A_TABLES_ROWS_AN_OP, load_results, speed_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

@@ -14,7 +14,7 @@ from bench.gpu import faults
 from bench.gpu.children import Step
 from bench.gpu.faults import Shape, figure_fault
 from bench.shapes import CROSS, JOINT, SELECTED, TARGETS, sae_shape
-from sparsefeat.evaluation.ops_bench import HALF
+from sparsefeat.measure.answers import HALF
 
 Check = Callable[[], str]
 Made = Iterator[tuple[str, Check]]

@@ -20,9 +20,12 @@ from sparsefeat_kernels.gradient.weight_gradient import reference as gradient_re
 from torch import Tensor
 
 from bench import prototypes
-from sparsefeat.evaluation import ops_bench
-from sparsefeat.evaluation.measure import OURS
-from sparsefeat.evaluation.ops_bench import HALF, SAECase, code_fault, output_fault, sae_case
+from sparsefeat.measure.answers import HALF, PREACTIVATION, output_fault
+from sparsefeat.measure.figures import build
+from sparsefeat.measure.ops.encode import code_fault, product_fault, threshold_fault, threshold_inputs
+from sparsefeat.measure.ops.training import COSINE
+from sparsefeat.measure.sae_case import SAECase, sae_case
+from sparsefeat.measure.timing import OURS
 
 Shape = Mapping[str, int]
 UNPROVED = 0.02  # of a prototype's rows, or one, which it does not compute again
@@ -41,7 +44,7 @@ def by_triton(run: Callable[[], Any], wanted: bool = True) -> Any:
 
 def figure_fault(op: str, shape: Shape, dtype: str, triton: bool) -> str:
     """What is wrong with our answer of one figure."""
-    figure = ops_bench.build(op, shape, dtype, device())
+    figure = build(op, shape, dtype, device())
     provider = next(p for p in figure.providers if p.name == OURS)
     with torch.set_grad_enabled(figure.gradients):
         inputs = figure.inputs(0)
@@ -106,7 +109,7 @@ def selection(sizes: Shape, dtype: str, how: str, triton: bool) -> str:
     weights = (case.W_enc, case.b_enc, case.b, case.k, how)
     values, indices = by_triton(lambda: kernels.topk_encode(case.x, *weights), triton)
     values, indices, a = values[case.rows].double(), indices[case.rows].long(), case.preactivations
-    tolerance = ops_bench.PREACTIVATION[dtype] * a.abs().amax(1, keepdim=True)
+    tolerance = PREACTIVATION[dtype] * a.abs().amax(1, keepdim=True)
     chosen, score = a.gather(1, indices), a.abs() if how == "signed" else a
     if ((chosen - values).abs() > tolerance).any():
         return "a value is wrong"
@@ -133,7 +136,7 @@ def not_finite(sizes: Shape, dtype: str, triton: bool) -> str:
 def threshold_csr(sizes: Shape, dtype: str, triton: bool) -> str:
     """The code, and the gradients of what threshold_encode and threshold_encode_csr have in common."""
     case = case_of(sizes, dtype)
-    threshold = ops_bench.threshold_inputs(case)[1]
+    threshold = threshold_inputs(case)[1]
     n, most = len(case.W_enc), min(8 * case.k, len(case.W_enc))
     row = torch.arange(len(case.x), device=case.x.device)
 
@@ -162,7 +165,7 @@ def threshold_csr(sizes: Shape, dtype: str, triton: bool) -> str:
         wanted = of(exact, wide=True)[1]
         for name, encode in (("threshold_encode", padded), ("threshold_encode_csr", listed)):
             z, found = by_triton(partial(of, encode, wide=False), triton)
-            if fault := ops_bench.threshold_fault(case, z[case.rows]) or far_gradients(found, wanted, dtype):
+            if fault := threshold_fault(case, z[case.rows]) or far_gradients(found, wanted, dtype):
                 return f"{name}: {fault}"
     return ""
 
@@ -228,7 +231,7 @@ def gradients(sizes: Shape, dtype: str, triton: bool) -> str:
 
 def far_gradients(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], dtype: str) -> str:
     """By direction: a latent that changes places with its tie is a whole term."""
-    least = ops_bench.COSINE if dtype in HALF else 1 - 1e-4
+    least = COSINE if dtype in HALF else 1 - 1e-4
     for place, (got, exact) in enumerate(zip(found, wanted, strict=True)):
         cosine = float(torch.nn.functional.cosine_similarity(got.double().flatten(), exact.flatten(), dim=0))
         if not cosine >= least:
@@ -363,4 +366,4 @@ def in_parts(sizes: Shape) -> str:
     case = case_of(sizes, "float32")
     bias = case.b_enc - case.W_enc @ case.b
     answer = prototypes.product_in_parts(case.x, case.W_enc, bias, "bf16x6" if device() == "cuda" else "ieee")
-    return ops_bench.product_fault(case, answer)
+    return product_fault(case, answer)

@@ -42,7 +42,7 @@ from bench.gpu.repeats import repeats
 from bench.measure import Results, measure_ceilings
 from bench.run import file_name, run, write_plot, write_table
 from bench.shapes import Wanted, gpu_figures
-from sparsefeat.evaluation.machine import device_name
+from sparsefeat.measure.machine import device_name
 
 BUDGET_S = 420.0
 TUNING_SHAPE_S = 15.0

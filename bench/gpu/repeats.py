@@ -12,8 +12,8 @@ from bench.gpu.faults import candidates, prefiltered
 from bench.gpu.record import Record
 from bench.measure import OURS, available
 from bench.shapes import sae_shape
-from sparsefeat.evaluation import ops_bench
-from sparsefeat.evaluation.ops_bench import SAECase, sae_case
+from sparsefeat.measure import figures
+from sparsefeat.measure.sae_case import SAECase, sae_case
 
 REPEATS = 20
 SMALL = {"rows": 33, "d_model": 80, "n_latents": 300, "k": 5}
@@ -44,7 +44,7 @@ def same_answers(answer: Callable[[], list[Tensor]]) -> bool:
 
 def same_bits(op: str, shape: dict[str, int], dtype: str, device: str) -> bool:
     """Of our provider of a figure."""
-    figure = ops_bench.build(op, shape, dtype, device)
+    figure = figures.build(op, shape, dtype, device)
     provider = next(p for p in figure.providers if p.name == OURS)
     inputs = figure.inputs(0)
 
@@ -87,7 +87,7 @@ def repeats(record: Record, seconds: float) -> None:
 def one_of_each(device: str) -> None:
     """Every op once on small inputs of odd sizes: what the sanitizer watches."""
     for op in available():
-        figure = ops_bench.build(op, shape_of(op, SMALL), "float32" if op == "matching_pursuit" else "float16", device)
+        figure = figures.build(op, shape_of(op, SMALL), "float32" if op == "matching_pursuit" else "float16", device)
         provider = next(p for p in figure.providers if p.name == OURS)
         with torch.set_grad_enabled(figure.gradients):
             state = provider.prepare(figure.inputs(0))

@@ -22,8 +22,8 @@ from sparsefeat_kernels.dispatch import backend
 from bench.gpu import checks, times
 from bench.gpu.children import NOT_REACHED, Job, Told, in_turn, run_job
 from bench.gpu.record import Record
-from sparsefeat.evaluation.machine import device_name
-from sparsefeat.evaluation.measure import versions
+from sparsefeat.measure.machine import device_name
+from sparsefeat.measure.timing import versions
 
 BUDGET_S = 150.0
 REHEARSAL_S = 1200.0

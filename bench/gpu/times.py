@@ -23,8 +23,9 @@ from bench.gpu.faults import by_triton, candidates, device, proved_fault
 from bench.measure import OURS, Ceilings, Figure, build, measure, measure_ceilings
 from bench.peers import compiled
 from bench.shapes import CROSS, sae_shape
-from sparsefeat.evaluation.measure import DENSE, Provider
-from sparsefeat.evaluation.ops_bench import SAECase, product_fault
+from sparsefeat.measure.ops.encode import product_fault
+from sparsefeat.measure.sae_case import SAECase
+from sparsefeat.measure.timing import DENSE, Provider
 
 SHAPES = ("SAeUron", "768 wide", "FLUX")
 ATTENTION_SHAPES = ("SD 1.5, 64 x 64", "SDXL, 32 x 32", "SD 1.5, 16 x 16")

@@ -4,7 +4,7 @@ An adapter has NAME, the distribution's `PACKAGE` (None: plain PyTorch), `why_ab
 cannot be used ("": it can), and `providers(op, dtype, device)`. A library is called the way its own documentation calls
 it, in its own layout of the weights, and what it lacks it is not given: a peer that is not installed is listed as such.
 
-The dense way of SAELens and of every paper's first code is in `sparsefeat.evaluation.ops_bench` ("dense PyTorch"), so
+The dense way of SAELens and of every paper's first code is in `sparsefeat.measure.sae_case` ("dense PyTorch"), so
 that an installed wheel can be measured against it.
 """
 
@@ -18,7 +18,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from sparsefeat.evaluation.measure import Provider
+from sparsefeat.measure.timing import Provider
 
 ADAPTERS = (
     "linear_topk",

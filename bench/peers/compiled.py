@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from bench.peers import linear_topk
-from sparsefeat.evaluation.measure import Provider
-from sparsefeat.evaluation.ops_bench import SAECase
+from sparsefeat.measure.sae_case import SAECase
+from sparsefeat.measure.timing import Provider
 
 NAME = f"{linear_topk.NAME}, compiled"
 PACKAGE = None

@@ -4,7 +4,7 @@ those hooks compute, eager probabilities, is the figure's "dense PyTorch"."""
 from __future__ import annotations
 
 from bench.peers import importable
-from sparsefeat.evaluation.measure import Provider
+from sparsefeat.measure.timing import Provider
 
 NAME = "daam"
 PACKAGE = "daam"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.peers import importable
-from sparsefeat.evaluation.measure import Provider
-from sparsefeat.evaluation.ops_bench import AUXK, SAECase
+from sparsefeat.measure.sae_case import AUXK, SAECase
+from sparsefeat.measure.timing import Provider
 
 NAME = "dictionary-learning"
 PACKAGE = "dictionary-learning"

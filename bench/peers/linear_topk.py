@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsefeat.evaluation.measure import Provider
-from sparsefeat.evaluation.ops_bench import AUXK, SAECase
+from sparsefeat.measure.sae_case import AUXK, SAECase
+from sparsefeat.measure.timing import Provider
 
 NAME = "linear + topk + embedding_bag"
 PACKAGE = None

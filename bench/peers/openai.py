@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bench.peers import importable
-from sparsefeat.evaluation.measure import Provider
-from sparsefeat.evaluation.ops_bench import SAECase
+from sparsefeat.measure.sae_case import SAECase
+from sparsefeat.measure.timing import Provider
 
 NAME = "openai/sparse_autoencoder"
 PACKAGE = None

@@ -16,8 +16,8 @@ from matplotlib import cm, colormaps
 from torch import Tensor, nn
 
 from bench.peers import importable
-from sparsefeat.evaluation.measure import Provider
-from sparsefeat.evaluation.ops_bench import SAECase
+from sparsefeat.measure.sae_case import SAECase
+from sparsefeat.measure.timing import Provider
 
 NAME = "overcomplete"
 PACKAGE = "overcomplete"

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsefeat.evaluation.measure import Provider
-from sparsefeat.evaluation.ops_bench import AttentionCase
+from sparsefeat.measure.ops.attention import AttentionCase
+from sparsefeat.measure.timing import Provider
 
 NAME = "values with one-hot rows, SDPA"
 PACKAGE = None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsefeat.assets import emojicanvas
 from sparsefeat.evaluation.judge import Verdicts
-from sparsefeat.evaluation.machine import draw_precision
+from sparsefeat.measure.machine import draw_precision
 
 # Splits: which noise. Nothing that was chosen or fitted on one is measured on it.
 STATISTICS, VALIDATION, TEST = 0, 1, 2

@@ -32,10 +32,10 @@ from sparsefeat.evaluation.emoji import (
 )
 from sparsefeat.evaluation.generation import STATISTICS, TEST, Task, accuracy, generate, held_out, whole_grid
 from sparsefeat.evaluation.judge import Judge, judge_report
-from sparsefeat.evaluation.machine import device_name, precision, versions
 from sparsefeat.evaluation.sae_metrics import measure_sae, pca_fvu, random_control
 from sparsefeat.evaluation.splice import Splice
 from sparsefeat.features import CollectStatistics, Statistics
+from sparsefeat.measure.machine import device_name, precision, versions
 from sparsefeat.pipeline import attach
 from sparsefeat.sae import SAE
 from sparsefeat.training import CollectActivations

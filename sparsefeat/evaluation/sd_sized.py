@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from sparsefeat.evaluation.machine import device_name
-from sparsefeat.evaluation.measure import versions
 from sparsefeat.evaluation.overhead import measure_overhead
 from sparsefeat.features import Record
+from sparsefeat.measure.machine import device_name
+from sparsefeat.measure.timing import versions
 from sparsefeat.pipeline import Instrument
 from sparsefeat.sae import SAE, SAEConfig
 from sparsefeat.steering import Steer

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sparsefeat.evaluation.measure import Ceilings, Figure, Provider
+from sparsefeat.measure.timing import Ceilings, Figure, Provider
 
 CEILINGS = Ceilings(copy=1e9, product={"float32": 1e9})
 

@@ -7,7 +7,7 @@ import pytest
 
 from bench import busy
 from bench.busy import PRODUCT, beside_the_product, measure_busy, neighbours, record, table
-from sparsefeat.evaluation import ops_bench
+from sparsefeat.measure.figures import build
 
 SMALL = {"rows": 8, "d_model": 16, "n_latents": 64, "k": 3}
 
@@ -49,8 +49,7 @@ def test_ratios_are_to_the_product_of_the_same_rounds():
 
 def test_small_figures_are_measured_and_written_as_a_table():
     figures = [
-        beside_the_product(ops_bench.build(op, SMALL, "float32", "cpu"), (8, 16, 64))
-        for op in ("topk_encode", "sparse_decode")
+        beside_the_product(build(op, SMALL, "float32", "cpu"), (8, 16, 64)) for op in ("topk_encode", "sparse_decode")
     ]
     records = measure_busy(figures, 0.05)
     ours = ["sparsefeat", "sparsefeat, weights prepared"]

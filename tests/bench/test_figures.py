@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import peers, shapes
 from bench.measure import build, into_extra_info
 from bench.peers import compiled
-from sparsefeat.evaluation import ops_bench
-from sparsefeat.evaluation.measure import OURS, measure, with_providers
-from sparsefeat.evaluation.ops_bench import OPS, available
+from sparsefeat.measure import figures as plain
+from sparsefeat.measure.figures import OPS, available
+from sparsefeat.measure.timing import OURS, measure, with_providers
 from tests.bench.figures import CEILINGS, provider, squares
 
 SAE = {"rows": 37, "d_model": 48, "n_latents": 600, "k": 5}
@@ -28,7 +28,7 @@ def small(op: str) -> dict[str, int]:
 
 def answers(op: str):
     """Inputs and our answer, as the gate sees them, and the gate."""
-    figure = ops_bench.build(op, small(op))
+    figure = plain.build(op, small(op))
     ours = next(p for p in figure.providers if p.name == OURS)
     inputs = figure.inputs(3)
     with torch.set_grad_enabled(figure.gradients):
@@ -110,7 +110,7 @@ def test_an_output_or_a_map_that_is_wrong_is_seen(op):
 
 @pytest.mark.parametrize("op", ["topk_encode", "sparse_decode", "forward", "threshold_encode"])
 def test_flops_by_formula_are_what_the_counter_counts(op):
-    figure = ops_bench.build(op, SAE)
+    figure = plain.build(op, SAE)
     ours = next(p for p in figure.providers if p.name == OURS)
     state = ours.prepare(figure.inputs(0))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -142,7 +142,7 @@ def test_every_adapter_says_who_it_is():
 def test_the_shapes_that_are_wanted_can_be_built():
     for wanted in (*shapes.cpu_figures(), *shapes.gpu_figures()):
         if wanted.op in available():
-            figure = ops_bench.build(wanted.op, wanted.shape, wanted.dtype)
+            figure = plain.build(wanted.op, wanted.shape, wanted.dtype)
             assert figure.flops > 0
             assert figure.bytes > 0
     names = {shapes.name_of(wanted.shape) for wanted in shapes.gpu_figures()}
@@ -153,7 +153,7 @@ def test_the_shapes_that_are_wanted_can_be_built():
 
 def test_an_unknown_op_is_refused_by_name():
     with pytest.raises(ValueError, match=r"'top_k'.*topk_encode"):
-        ops_bench.build("top_k", SAE)
+        plain.build("top_k", SAE)
 
 
 def test_extra_info_of_pytest_benchmark_holds_the_record_and_all_providers():

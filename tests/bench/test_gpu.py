@@ -19,7 +19,7 @@ from bench.gpu.__main__ import main
 from bench.gpu.record import Record
 from bench.measure import Results, available
 from bench.shapes import Wanted
-from sparsefeat.evaluation.measure import Ceilings
+from sparsefeat.measure.timing import Ceilings
 
 SMALL = {"rows": 16, "d_model": 16, "n_latents": 64, "k": 2}
 

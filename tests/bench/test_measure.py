@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from sparsefeat.evaluation import measure as core
-from sparsefeat.evaluation.measure import (
+from sparsefeat.measure import timing as core
+from sparsefeat.measure.figures import build
+from sparsefeat.measure.ops.encode import PRODUCT
+from sparsefeat.measure.timing import (
     OURS,
     Results,
     fresh_peak,
@@ -26,7 +28,6 @@ from sparsefeat.evaluation.measure import (
     resident_growth,
     with_providers,
 )
-from sparsefeat.evaluation.ops_bench import PRODUCT, build
 from tests.bench.figures import CEILINGS, provider, squares
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,8 +9,8 @@ import write_tables
 from typer.testing import CliRunner
 
 from sparsefeat.cli import app
-from sparsefeat.evaluation import ops_bench
-from sparsefeat.evaluation.speed_table import beside, describe, load_results, speed_markdown, summary
+from sparsefeat.measure import figures
+from sparsefeat.measure.speed_table import beside, describe, load_results, speed_markdown, summary
 
 SHAPE = {"rows": 1024, "d_model": 1280, "n_latents": 20480, "k": 32}
 
@@ -76,7 +76,7 @@ def test_what_was_measured_elsewhere_stands_beside_the_same_shape_only():
 
 def test_sparsefeat_bench_measures_an_op_against_dense_pytorch(monkeypatch):
     small = {"rows": 16, "d_model": 16, "n_latents": 64, "k": 2}
-    monkeypatch.setitem(ops_bench.HERE, "sparse_decode", small)
+    monkeypatch.setitem(figures.HERE, "sparse_decode", small)
     result = CliRunner().invoke(app, ["bench", "--only", "sparse_decode", "--seconds", "0", "--device", "cpu"])
     assert result.exit_code == 0, result.output
     assert "dense PyTorch" in result.output

@@ -19,15 +19,15 @@ def bench(
     """Measure each op against dense PyTorch on this machine, beside the results that the package carries."""
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"--device {device!r} cannot be measured; choose cpu, or cuda on a machine with a GPU")
-    from sparsefeat.evaluation.speed_table import COMMITTED, OPS, describe, load_results
+    from sparsefeat.measure.speed_table import COMMITTED, OPS, describe, load_results
 
     if only is not None and only not in OPS:
         raise ValueError(f"--only {only!r} is no op; choose one of {', '.join(OPS)}")
     import torch
 
-    from sparsefeat.evaluation.machine import device_name
-    from sparsefeat.evaluation.measure import measure_ceilings
-    from sparsefeat.evaluation.ops_bench import measure_here
+    from sparsefeat.measure.figures import measure_here
+    from sparsefeat.measure.machine import device_name
+    from sparsefeat.measure.timing import measure_ceilings
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from sparsefeat_kernels.tuning import table as tuning_table
 
-from sparsefeat.evaluation.machine import device_name
+from sparsefeat.measure.machine import device_name
 
 OURS = "sparsefeat"
 DENSE = "dense PyTorch"
