@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsefeat.measure.answers import checked_rows, torch_dtype
+from sparsefeat.measure.answers import PREACTIVATION, checked_rows, torch_dtype
 
 AUXK = 1 / 32
 LATENT_TILE = 1 << 15  # fp64 copies of encoder rows, a tile at a time: 200 MiB at d = 768
+ROW_TILE = 512
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,17 @@ class SAECase:
     def is_dead(self) -> Tensor:
         mask = torch.zeros(len(self.W_enc), dtype=torch.bool, device=self.x.device)
         mask[self.dead] = True
+        return mask
+
+    @cached_property
+    def tied(self) -> Tensor:
+        """bool [n_latents]: latents that no rounding-proof order puts in or out of the k of every row."""
+        mask = torch.zeros(len(self.W_enc), dtype=torch.bool, device=self.x.device)
+        for x in self.x.split(ROW_TILE):
+            a = (x.double() - self.b.double()) @ self.W_enc.double().T + self.b_enc.double()
+            kth = a.topk(self.k).values[:, -1:]
+            near = (a - kth).abs() <= PREACTIVATION[self.dtype] * a.abs().amax(1, keepdim=True)
+            mask |= (near & (near.sum(1, keepdim=True) > 1)).any(0)
         return mask
 
     @cached_property

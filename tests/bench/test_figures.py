@@ -13,6 +13,8 @@ from bench.measure import build, into_extra_info
 from bench.peers import compiled
 from sparsefeat.measure import figures as plain
 from sparsefeat.measure.figures import OPS, available
+from sparsefeat.measure.ops.training import training_fault
+from sparsefeat.measure.sae_case import dense_step, sae_case
 from sparsefeat.measure.timing import OURS, measure, with_providers
 from tests.bench.figures import CEILINGS, provider, squares
 
@@ -163,3 +165,26 @@ def test_extra_info_of_pytest_benchmark_holds_the_record_and_all_providers():
     assert benchmark.extra_info["provider"] == OURS
     assert benchmark.extra_info["ratio"].keys() == {"other"}
     assert benchmark.extra_info["providers"].keys() == {"other", OURS}
+
+
+def test_a_step_that_breaks_a_tie_the_other_way_is_right_and_one_that_is_wrong_is_not():
+    case = sae_case(64, 32, 256, 4, "float32", "cpu", seed=3, dead_norm=0.3)
+    a = (case.x - case.b) @ case.W_enc.T + case.b_enc
+    chosen, first_out = a[0].topk(5).indices[3:].tolist()
+    case.W_enc[first_out], case.b_enc[first_out] = case.W_enc[chosen], case.b_enc[chosen]
+    order = torch.arange(256)
+    order[[chosen, first_out]] = order[[first_out, chosen]]
+
+    def step_in_order(order):
+        """The gradients of the same weights, their latents numbered anew and the answer numbered back."""
+        answer = dense_step(
+            case.x, case.W_enc[order], case.b_enc[order], case.W_dec[order], case.b, case.k, case.is_dead[order]
+        )
+        return {**answer, **{name: answer[name][order] for name in ("W_enc", "b_enc", "W_dec")}}
+
+    one, other = step_in_order(torch.arange(256)), step_in_order(order)
+    assert case.tied[[chosen, first_out]].all()
+    assert not torch.allclose(one["W_dec"][chosen], other["W_dec"][chosen])  # it is a tie, and it was broken otherwise
+    assert training_fault(case, one) == training_fault(case, other) == ""
+    untied = (~case.tied & ~case.is_dead).nonzero()[:3, 0]
+    assert "the gradient of W_dec" in training_fault(case, {**one, "W_dec": one["W_dec"].index_fill(0, untied, 1.0)})
