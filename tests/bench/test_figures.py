@@ -168,11 +168,11 @@ def test_extra_info_of_pytest_benchmark_holds_the_record_and_all_providers():
 
 
 def test_a_step_that_breaks_a_tie_the_other_way_is_right_and_one_that_is_wrong_is_not():
-    case = sae_case(64, 32, 256, 4, "float32", "cpu", seed=3, dead_norm=0.3)
+    case = sae_case(2048, 256, 1024, 4, "float32", "cpu", seed=3, dead_norm=0.3)
     a = (case.x - case.b) @ case.W_enc.T + case.b_enc
     chosen, first_out = a[0].topk(5).indices[3:].tolist()
     case.W_enc[first_out], case.b_enc[first_out] = case.W_enc[chosen], case.b_enc[chosen]
-    order = torch.arange(256)
+    order = torch.arange(1024)
     order[[chosen, first_out]] = order[[first_out, chosen]]
 
     def step_in_order(order):
@@ -182,7 +182,7 @@ def test_a_step_that_breaks_a_tie_the_other_way_is_right_and_one_that_is_wrong_i
         )
         return {**answer, **{name: answer[name][order] for name in ("W_enc", "b_enc", "W_dec")}}
 
-    one, other = step_in_order(torch.arange(256)), step_in_order(order)
+    one, other = step_in_order(torch.arange(1024)), step_in_order(order)
     assert case.tied[[chosen, first_out]].all()
     assert not torch.allclose(one["W_dec"][chosen], other["W_dec"][chosen])  # it is a tie, and it was broken otherwise
     assert training_fault(case, one) == training_fault(case, other) == ""
