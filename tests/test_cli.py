@@ -29,6 +29,7 @@ runner = CliRunner()
         ["erase"],
         ["heatmap"],
         ["hookpoints"],
+        ["collect"],
         ["evaluate"],
         ["sae"],
         ["sae", "info"],

@@ -112,6 +112,31 @@ AT_ONCE = [
     ("heatmap ''", "PROMPT is empty; give one with the words to map"),
     ("heatmap 'a fox' --word rocket", "--word 'rocket' is not in PROMPT 'a fox'; name a word of it"),
     ("heatmap 'a fox' --word ''", "--word '' is not in PROMPT 'a fox'; name a word of it"),
+    ("collect", "--at is missing; name at least one hookpoint, as `sparsefeat hookpoints` lists them"),
+    ("collect --at 'unet mid'", "--at 'unet mid' is no hookpoint; write path"),
+    ("collect --at unet.mid_block --at unet.mid_block", "--at names a hookpoint twice; give each once"),
+    ("collect --at a --prompts nothere.txt", "'nothere.txt' does not exist: name a file of prompts"),
+    ("collect --at a --prompts ''", "'' does not exist: name a file of prompts"),
+    ("collect --at a --prompts blank.txt", "blank.txt has no prompt in it: write at least one"),
+    ("collect --at a --prompts broken.json", "broken.json is none of .txt, .csv"),
+    ("collect --at a --prompts table.csv", "--column must be one of table.csv, which has none of prompt, caption"),
+    ("collect --at a --prompts table.csv --column x", "--column 'x' must be one of table.csv, which has no 'x' but id"),
+    (
+        "collect --at a --prompts lines.txt --column x",
+        "--column 'x' cannot be of lines.txt, which has lines of text: leave",
+    ),
+    (
+        "collect --at a --prompts lines.txt --split x",
+        "--split 'x' is of a data set and lines.txt is a file: leave it out",
+    ),
+    ("collect --at a --images nothere", "'nothere' is no folder: name one with images in it"),
+    ("collect --at a --images empty", "empty has no image in it: put some there"),
+    ("collect --at a --images empty --prompts lines.txt", "--images and --prompts are both given; their captions"),
+    ("collect --at a --limit 0", "'--limit': Input should be greater than or equal to 1"),
+    ("collect --at a --batch 0", "'--batch': Input should be greater than or equal to 1"),
+    ("collect --at a --condition image", "'--condition': Value error, 'image' is not one of 'cond'"),
+    ("collect --at a --dtype int8", "'--dtype': Value error, 'int8' is not one of 'float16'"),
+    ("collect --at a --out file", "--out file is a file; name a folder"),
     ("evaluate imagenet", "'imagenet' is not one of 'emoji', 'overhead'"),
     ("evaluate overhead --work x", "--work is of the emoji benchmark; overhead has no parts to keep, leave it out"),
     ("evaluate overhead --out empty", "--out empty is a folder; name a file"),
@@ -135,6 +160,7 @@ LATER = [
     ("erase a --concept fox --latents 100000", "--latents 100000 must be a whole number from 1 to 1,024"),
     ("features a --at unet.mid_blok.attentions.0", "has no module 'unet.mid_blok.attentions.0'; the nearest are unet.mid_block"),
     ("features a --sae empty", "empty holds no SAE"),
+    ("collect --at unet.mid_blok --prompts lines.txt", "has no module 'unet.mid_blok'; the nearest are unet.mid_block"),
     ("demo --out full --force", "--out full exists and holds no earlier report, so it is left alone; choose another folder"),
     pytest.param(
         "features a --device cuda",
@@ -155,6 +181,8 @@ def furnish(folder: Path) -> None:
                    "one": {"fox": fox}, "two": {"fox": fox, "cat": ["a cat"]}}  # fmt: skip
     for name, content in of_concepts.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
+    for name, content in (("blank.txt", "\n"), ("lines.txt", "a fox\n"), ("table.csv", "id,who\n1,a\n")):
+        (folder / name).write_text(content)
     (folder / "broken.json").write_text('{"fox')
 
 
@@ -194,6 +222,7 @@ def test_the_shell_refuses_it_in_one_sentence_with_exit_code_2_and_loses_nothing
         ("features a --sae some/model", "'some/model' is no local folder and could not be fetched from the hub"),
         ("hookpoints --pipeline some/model", "--pipeline 'some/model' could not be fetched from the hub"),
         ("features a --out /proc/features", "--out /proc/features cannot be made ("),
+        ("collect --at unet.mid_block --out /proc/x", "--out /proc/x cannot be made ("),
         ("demo --out /proc/demo", "--out /proc/demo cannot be made ("),
         ("evaluate overhead --out /proc/x/y.json", "--out /proc/x/y.json cannot be made ("),
         ("erase a --concept fox --save /proc/fit", "--save /proc/fit cannot be made ("),

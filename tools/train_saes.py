@@ -20,7 +20,7 @@ from train_autoencoder import ROOT
 from training_run import save_atomically
 
 from sparsefeat.assets import GUIDANCE, emojicanvas, load_pipeline
-from sparsefeat.assets.embedded import PIPELINE, SAES
+from sparsefeat.assets.embedded import EMBEDDED_NAME, PIPELINE, SAES
 from sparsefeat.evaluation.generation import STATISTICS, TEST, held_out, whole_grid
 from sparsefeat.evaluation.run_emoji import activation_rows
 from sparsefeat.evaluation.sae_metrics import measure_sae, pca_fvu
@@ -93,7 +93,7 @@ def main() -> None:
             n_latents=width * arguments.expansion,
             k=width // arguments.active,
             hookpoint=f"{hookpoint}:output",
-            base_model="EmojiCanvas pipeline embedded in sparsefeat",
+            base_model=EMBEDDED_NAME,
             metadata={"training_rows": len(rows), "training_steps": steps},
         )
         training = TrainConfig(

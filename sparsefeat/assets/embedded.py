@@ -18,6 +18,9 @@ FOLDER = Path(__file__).parent
 PIPELINE = FOLDER / "pipeline"
 SAES = FOLDER / "saes"
 
+# What the embedded SAEs say they are of.
+EMBEDDED_NAME = "EmojiCanvas pipeline embedded in sparsefeat"
+
 # One guidance scale and one number of steps for everything that is shown or measured on the embedded pipeline.
 N_STEPS = 20
 GUIDANCE = 3.0

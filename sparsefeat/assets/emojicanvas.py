@@ -41,6 +41,21 @@ def prompt(object_name: str | None, style: str | None = None) -> str:
     return f"{head} of {'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
+def held_out(object_index: int, style_index: int) -> bool:
+    """Whether the SAEs never see this cell of the grid: a fifth of it, every object and every style among them."""
+    return (object_index + 2 * style_index) % 5 == 0
+
+
+def training_prompts() -> tuple[str, ...]:
+    """The prompts of the cells that are not held out, styles and objects mixed."""
+    cells = [(o, s) for o in range(len(OBJECTS)) for s in range(len(STYLES)) if not held_out(o, s)]
+    mixed = [cells[i * _MIXING % len(cells)] for i in range(len(cells))]
+    return tuple(prompt(OBJECTS[o], STYLES[s]) for o, s in mixed)
+
+
+_MIXING = 67  # shares no factor with the 160 cells
+
+
 @dataclass(frozen=True)
 class EmojiCanvas:
     """`images` uint8 [style, object, 64, 64, 4] RGBA; `names` and `styles` label the first two axes."""

@@ -8,6 +8,7 @@ import typer
 
 from sparsefeat import __version__
 from sparsefeat.cli.commands.bench import bench
+from sparsefeat.cli.commands.collect import collect
 from sparsefeat.cli.commands.demo import demo
 from sparsefeat.cli.commands.erase import erase
 from sparsefeat.cli.commands.evaluate import evaluate
@@ -23,7 +24,7 @@ from sparsefeat.cli.commands.sae.verify import verify
 from sparsefeat.cli.commands.steer import steer
 from sparsefeat.cli.failures import plain_errors
 
-COMMANDS = (demo, features, steer, erase, heatmap, hookpoints, evaluate, bench)
+COMMANDS = (demo, features, steer, erase, heatmap, hookpoints, collect, evaluate, bench)
 SAE_COMMANDS = (info, list_saes, check, verify, names, convert)
 
 app = typer.Typer(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsefeat.assets.embedded import (
+    EMBEDDED_NAME,
     GUIDANCE,
     N_STEPS,
     PIPELINE,
@@ -118,13 +119,21 @@ class PipelineChoice:
         """Arguments of the pipeline's call; noise that is drawn anew from the seed."""
         import torch
 
-        options: dict[str, Any] = {
-            "generator": torch.Generator("cpu").manual_seed(seed),
-            "num_inference_steps": self.n_steps,
-        }
+        return {"generator": torch.Generator("cpu").manual_seed(seed), **self.call_settings(guidance)}
+
+    def call_settings(
+        self, guidance: float | None, height: int | None = None, width: int | None = None
+    ) -> dict[str, Any]:
+        """Arguments of every call of the pipeline."""
+        options: dict[str, Any] = {"num_inference_steps": self.n_steps}
         if guidance is not None or self.name is None:
             options["guidance_scale"] = GUIDANCE if guidance is None else guidance
-        return options
+        return options | {name: side for name, side in (("height", height), ("width", width)) if side is not None}
+
+    @property
+    def base_model(self) -> str:
+        """What an SAE says it is of."""
+        return EMBEDDED_NAME if self.name is None else self.name
 
 
 @dataclass(frozen=True)

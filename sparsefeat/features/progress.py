@@ -16,7 +16,7 @@ def progress_bar(total: int, description: str, unit: str) -> tqdm:
     return tqdm(
         total=total,
         desc=description,
-        bar_format="{l_bar}{bar}| {n:.0f} of {total_fmt} " + unit + " [{elapsed}<{remaining}]",
+        bar_format="{l_bar}{bar}| {n:.0f} of {total_fmt} " + unit + "{postfix} [{elapsed}<{remaining}]",
         mininterval=0.1 if sys.stderr.isatty() else 10,
     )
 

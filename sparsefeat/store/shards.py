@@ -6,19 +6,22 @@
 A shard is written under a temporary name, synced and renamed, so a name without `.partial` is a whole shard and the
 list of names is the list of rows: nothing else has to be kept in step, and a killed run loses at most the shard in
 hand. Every writer has its worker id and touches only the shards that carry it; to merge stores of one schema, list
-several folders in `ShardReader`, or copy the shards into one (worker ids must differ).
+several folders in `ShardReader`, or copy the shards into one (worker ids must differ). A shard carries the digest of its
+manifest: one that was copied in from a store of other data is refused.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -85,25 +88,24 @@ class ShardWriter:
         self.folder, self.fields, self.worker, self.shard_rows = Path(folder), dict(fields), worker, shard_rows
         self._buffer: list[dict[str, Tensor]] = []
         self._buffered = 0
+        manifest = _manifest(self.fields, metadata or {})
+        self._digest = _digest(manifest)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_manifest(self.folder, _manifest(self.fields, metadata or {}))
-            self._lock = open(self.folder / f".w{worker:04d}.lock", "w")  # noqa: SIM115 (held until close)
-        except OSError as error:
-            raise type(error)(f"cannot write into {self.folder} ({error.strerror}): choose another folder") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _write_manifest(self.folder, manifest)
+            self._lock = _locked(self.folder / f".w{worker:04d}.lock")
         except BlockingIOError:
-            self._lock.close()
             raise RuntimeError(
                 f"another writer has worker {worker} of {self.folder} open: give this one its own worker id"
             ) from None
+        except OSError as error:
+            raise type(error)(f"cannot write into {self.folder} ({error.strerror}): choose another folder") from None
         for leftover in self.folder.glob(f"w{worker:04d}-*.partial"):
             leftover.unlink()
         own = [shard for shard in list_shards(self.folder) if shard.worker == worker]
         self._next = own[-1].index + 1 if own else 0
         self.n_rows = sum(shard.n_rows for shard in own)
-        self.mark: Any = _read_mark(own[-1]) if own else None
+        self.mark: Any = _read_mark(own[-1], self._digest) if own else None
         self._pending_mark = self.mark
 
     def append(self, rows: Mapping[str, Tensor], mark: Any = None) -> None:
@@ -139,7 +141,9 @@ class ShardWriter:
         target = self.folder / f"w{self.worker:04d}-{self._next:06d}-{self._buffered}.safetensors"
         partial = target.with_suffix(".partial")
         try:
-            save_file(tensors, partial, metadata={"mark": json.dumps(self._pending_mark)})
+            # One entry: safetensors writes several in any order, and equal shards are to be equal files.
+            written = {"mark": self._pending_mark, "manifest": self._digest}
+            save_file(tensors, partial, metadata={"written": json.dumps(written)})
             _sync(partial)
             os.rename(partial, target)
             _sync(self.folder)
@@ -158,6 +162,7 @@ class ShardWriter:
             try:
                 self.flush()
             finally:
+                Path(self._lock.name).unlink(missing_ok=True)
                 self._lock.close()
 
     def __enter__(self) -> ShardWriter:
@@ -175,9 +180,12 @@ class ShardReader:
             raise ValueError("ShardReader needs at least one folder")
         self.folders = tuple(Path(folder) for folder in folders)
         self.schema, self.metadata = read_manifest(self.folders[0])
-        for other in self.folders[1:]:
-            if read_manifest(other)[0] != self.schema:
-                raise ValueError(f"{other} has other fields than {self.folders[0]}: read them apart")
+        self._digests: dict[Path, str] = {}
+        for folder in self.folders:
+            schema, metadata = read_manifest(folder)
+            self._digests[folder] = _digest(_manifest(schema, metadata))
+            if schema != self.schema:
+                raise ValueError(f"{folder} has other fields than {self.folders[0]}: read them apart")
         self.shards: tuple[Shard, ...] = tuple(shard for folder in self.folders for shard in list_shards(folder))
         self._starts = [0]
         for shard in self.shards:
@@ -194,11 +202,26 @@ class ShardReader:
     def __len__(self) -> int:
         return self.n_rows
 
-    def read_shard(self, number: int, fields: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """The fields of the shard at `shards[number]`. Holds that shard."""
+    def read_shard(
+        self, number: int, fields: Sequence[str] | None = None, start: int = 0, stop: int | None = None
+    ) -> dict[str, Tensor]:
+        """The fields of the shard at `shards[number]`, its rows from `start` to `stop`. Reads and holds no others."""
+        with self._opened(number, fields) as (file, names):
+            return {name: file.get_slice(name)[start:stop] for name in names}
+
+    def check(self) -> ShardReader:
+        """Look at the head of every shard, and raise for one that is damaged or of another store; returns itself."""
+        for number in range(len(self.shards)):
+            with self._opened(number, None):
+                pass
+        return self
+
+    @contextmanager
+    def _opened(self, number: int, fields: Sequence[str] | None) -> Iterator[tuple[Any, list[str]]]:
         shard, names = self.shards[number], self._names(fields)
         try:
             with safe_open(shard.path, framework="pt") as file:
+                _mark(shard.path, file, self._digests[shard.path.parent])
                 for name in names:
                     found = tuple(file.get_slice(name).get_shape())
                     if found != (shard.n_rows, *self.schema[name].shape):
@@ -206,7 +229,7 @@ class ShardReader:
                             f"{name} in {shard.path} has shape {list(found)}, not what its name and the manifest say: "
                             "remove the shard or copy it again"
                         )
-                return {name: file.get_tensor(name) for name in names}
+                yield file, names
         except (SafetensorError, OSError) as error:
             raise OSError(
                 f"{shard.path} cannot be read ({error}): copy it again, or remove it to go without"
@@ -306,8 +329,16 @@ def read_manifest(folder: Path) -> tuple[dict[str, Field], dict[str, Any]]:
         raise FileNotFoundError(f"{folder} is not a store, it has no {MANIFEST}: pass the folder a ShardWriter wrote")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values["format"] != NAME or values["format_version"] != VERSION:
+        if values["format"] != NAME or not isinstance(values["format_version"], int) or values["format_version"] < 1:
             raise ValueError(f"format {values['format']!r} version {values['format_version']!r}")
+        newer = values["format_version"] if values["format_version"] > VERSION else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no manifest of {NAME} version {VERSION} ({error}): pass another folder") from None
+    if newer is not None:
+        raise ValueError(
+            f"{path} is of version {newer} of {NAME}, of which this sparsefeat reads version {VERSION}: upgrade it"
+        )
+    try:
         fields = {name: Field(getattr(torch, dtype), tuple(shape)) for name, (dtype, shape) in values["fields"].items()}
         return fields, values["metadata"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -339,21 +370,69 @@ def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
             pass
         finally:
             partial.unlink()
-    fields, metadata = read_manifest(folder)
-    present = _manifest(fields, metadata)
+    present = _manifest(*read_manifest(folder))
     for part in ("fields", "metadata"):
-        if present[part] != content[part]:
-            raise ValueError(
-                f"{folder} is a store with other {part} ({present[part]}, not {content[part]}): choose a new folder"
-            )
+        _check_same(folder, part, present[part], content[part])
 
 
-def _read_mark(shard: Shard) -> Any:
+def check_metadata(folder: str | Path, metadata: Mapping[str, Any]) -> None:
+    """Raise ValueError if there is a store in `folder` that has other metadata: a writer with these would be refused."""
+    folder = Path(folder)
+    if (folder / MANIFEST).is_file():
+        _check_same(folder, "metadata", read_manifest(folder)[1], _manifest({}, metadata)["metadata"])
+
+
+def _check_same(folder: Path, part: str, present: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    names = [name for name in {**present, **wanted} if present.get(name) != wanted.get(name)]
+    if names:
+        differ = "; ".join(f"{name} {present.get(name)!r}, not {wanted.get(name)!r}" for name in names)
+        raise ValueError(f"{folder} is a store with other {part} ({differ}): choose a new folder")
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _mark(path: Path, file: Any, digest: str) -> Any:
+    """The mark in an open shard, which must have been written under the manifest of this digest."""
+    written = json.loads((file.metadata() or {}).get("written", "{}"))
+    if written.get("manifest") != digest:
+        raise ValueError(f"{path} belongs to another store, whose manifest it was written under: remove it from here")
+    return written["mark"]
+
+
+def last_marks(folder: str | Path) -> dict[int, Any]:
+    """The mark of each worker's last shard, by worker; {} where there is no store yet."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return {}
+    shards = list_shards(folder)  # before the manifest, which is there before any shard
+    if not shards:
+        return {}
+    digest = _digest(_manifest(*read_manifest(folder)))
+    return {worker: _read_mark(last, digest) for worker, last in {shard.worker: shard for shard in shards}.items()}
+
+
+def _read_mark(shard: Shard, digest: str) -> Any:
     try:
         with safe_open(shard.path, framework="pt") as file:
-            return json.loads((file.metadata() or {}).get("mark", "null"))
+            return _mark(shard.path, file, digest)
     except SafetensorError as error:
         raise OSError(f"{shard.path} cannot be read ({error}): remove it, the run goes on before it") from None
+
+
+def _locked(path: Path) -> IO[str]:
+    """The file, locked until it is closed; raises BlockingIOError if another process has it."""
+    while True:
+        file = open(path, "w")  # noqa: SIM115 (held until the writer is closed)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file  # else its last holder took the file away in between
+        except BaseException:
+            file.close()
+            raise
+        file.close()
 
 
 def _sync(path: Path) -> None:
