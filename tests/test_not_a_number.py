@@ -204,6 +204,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         HeatMap(torch.eye(4), "fox").overlay,
         lambda: {"image": Image.new("RGB", (8, 8)), "strength": 0.5},
     ),
+    "HeatMaps": (
+        sf.HeatMaps,
+        lambda: {"steps": (0.0, 0.5), "layer_weights": {"up": [1.0, 2.0]}, "step_weights": [1.0, 0.5]},
+    ),
     "HeatMaps.mask": (sf.HeatMaps().mask, lambda: {"word": "fox", "threshold": 0.4}),
     "overlay": (overlay, lambda: {"image": Image.new("RGB", (8, 8)), "map": torch.eye(4)}),
     "SAEConfig": (

@@ -13,14 +13,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sparsefeat.attention.words import Token, count, token_indices, tokens_of
+from sparsefeat.pipeline.families.family import TextLayout
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What one text encoder was given for one prompt: the ids of each of its runs, padding and all, in order."""
+    """What one text encoder was given for one prompt: the ids of each of its runs, padding and all, in order.
+
+    `encoder` is its name in the pipeline, `kept` the attention mask of each run (empty: it was given none).
+    """
 
     tokenizer: Any
     ids: tuple[tuple[int, ...], ...]
+    encoder: str = ""
+    kept: tuple[tuple[bool, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,14 @@ class _Text:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt of a call, `rows` of every encoder it went through, and the pipeline's class name for its layout."""
+    """A prompt of a call, `rows` of every encoder it went through, and where their tokens stand: as `layout` says, else as
+    the number of the keys and the pipeline's class name tell.
+    """
 
     prompt: str
     rows: tuple[Rows, ...]
     pipeline: str = ""
+    layout: TextLayout | None = None
 
     def tokens(self, keys: int) -> tuple[Token, ...]:
         """The tokens, by their positions among `keys` keys.
@@ -47,7 +56,12 @@ class EncodedPrompt:
         return tuple(token for text in self._texts(keys) for token in text.tokens)
 
     def _texts(self, keys: int) -> list[_Text]:
-        for several in (self.rows[:1], self.rows):  # one encoder's positions, or those of all one after the other
+        if self.layout is not None:
+            told = self._laid_out(self.layout, keys)
+            if told is not None:
+                return told
+        # One encoder's positions, or those of all one after the other.
+        for several in (self.rows[:1], self.rows) if self.layout is None else ():
             places = self._places(several, keys) if several else None
             if places is not None:
                 return [self._text(each, [places.pop(0) for _ in each.ids]) for each in several]
@@ -56,6 +70,24 @@ class EncodedPrompt:
             f"were given ({', '.join(str(sum(map(len, rows.ids))) for rows in self.rows) or 'nothing was seen'} tokens); "
             "name token positions instead: .map([2, 3])."
         )
+
+    def _laid_out(self, layout: TextLayout, keys: int) -> list[_Text] | None:
+        """The tokens at the keys that the layout gives them; None where there are not as many keys as that."""
+        texts, next_key = [], layout.before
+        for group in layout.encoders:
+            rows = next((rows for name in group for rows in self.rows if rows.encoder == name), None)
+            if rows is None or len(rows.ids) != 1:
+                return None
+            (ids,) = rows.ids
+            kept = rows.kept[0] if layout.packed and rows.kept else (True,) * len(ids)
+            places: list[int | None] = []
+            for index in range(len(ids)):
+                stays = kept[index] and sum(kept[:index]) >= layout.dropped
+                places.append(next_key if stays else None)
+                next_key += stays
+            texts.append(self._text(rows, [places]))
+        fits = next_key <= keys if layout.more else next_key == keys
+        return texts if fits else None
 
     def _places(self, several: Sequence[Rows], keys: int) -> list[list[int | None]] | None:
         """For each row of ids the key at which each id stands, None where it was left out."""

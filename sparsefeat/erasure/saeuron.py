@@ -34,11 +34,12 @@ from sparsefeat.features.statistics import (
 )
 from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint
 from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.sae import SAE
 from sparsefeat.steering.code_rule import CodeRule, code_edit
 from sparsefeat.steering.saved import SavableInstrument, register, save_instrument
 from sparsefeat.steering.steer import row_weights
-from sparsefeat.steering.where import Steps, StepWindow, check_condition
+from sparsefeat.steering.where import check_condition
 
 Error = Literal["keep", "saeuron_released"]
 Magnitude = Literal["mean", "scale"]

@@ -1,5 +1,7 @@
 """Seeing the queries and keys of an attention module: `F.scaled_dot_product_attention` is where all of diffusers'
-processors end with its default backend, and a `TorchFunctionMode` sees that call whoever makes it.
+processors end with its default backend, and a `TorchFunctionMode` sees that call whoever makes it. Below it torch runs
+one of its kernels, most of which give the log-sum-exp of every row too; a `TorchDispatchMode` around the call takes it
+from there, so that nobody has to compute it again.
 
 The mode is entered in a wrapper of the module's `forward`, put on the instance. Entering it in a pre-hook and leaving
 it in a hook would leave it entered after a KeyboardInterrupt: hooks do not run then, `with` does. Offloading wraps
@@ -10,14 +12,18 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import types
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsefeat.pipeline.hookpoints import Target
 from sparsefeat.pipeline.instrument import AttentionCall
@@ -26,8 +32,8 @@ _ABSENT = object()
 
 
 class AttentionTap:
-    """A wrapper of an attention module's forward. `wiring.attended(target, call)` is called for each attention in it while
-    `wiring.listening`, as long as there is a wiring.
+    """A wrapper of an attention module's forward. `wiring.attended(target, call)` is called after each attention in it
+    while `wiring.listening`, as long as there is a wiring.
     """
 
     def __init__(self, wiring: Any, target: Target):
@@ -85,10 +91,14 @@ class _Seam(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            self._seen(self._call(*args, **kwargs))
-            self._calls += 1
-        return func(*args, **kwargs)
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        with _LogSumExp() as rows:
+            output = func(*args, **kwargs)
+        call = self._call(*args, **kwargs)
+        self._seen(replace(call, output=output, lse=rows.of(call.query)))
+        self._calls += 1
+        return output
 
     def _call(
         self,
@@ -112,3 +122,101 @@ class _Seam(TorchFunctionMode):
             is_causal=is_causal,
             index=self._calls,
         )
+
+
+# torch's attention kernels, and where among their results the log-sum-exp is. On a CPU and for flash on CUDA it comes
+# with the output anyway; the memory-efficient one and cuDNN's write it only if asked, which changes nothing else.
+_KERNELS = (
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+)
+
+
+class _LogSumExp(TorchDispatchMode):
+    """Within this, the log-sum-exp of the rows of torch's attention kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: torch.Tensor | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if name == "aten::scaled_dot_product_attention":  # whole, under inference mode
+            with self:
+                return func.decompose(*args, **kwargs)
+        asks = [argument.name for argument in func._schema.arguments] if name in _KERNELS else []
+        if "compute_log_sumexp" in asks:
+            place = asks.index("compute_log_sumexp")
+            if place < len(args):
+                args = (*args[:place], True, *args[place + 1 :])
+            else:
+                kwargs = {**kwargs, "compute_log_sumexp": True}
+        result = func(*args, **kwargs)
+        if name in _KERNELS:
+            self._found = result[1]
+        return result
+
+    def of(self, query: torch.Tensor) -> torch.Tensor | None:
+        """[batch, heads, queries] in fp32 (fp64 for fp64), None where the kernel gave none."""
+        found, (batch, heads, rows, _) = self._found, query.shape
+        if found is None or not found.numel():
+            return None
+        found = found.detach()
+        found = found[..., 0] if found.dim() == 4 else found  # cuDNN's, since torch 2.9
+        if found.dim() != 3 or found.shape[:2] != (batch, heads) or found.shape[2] < rows:
+            return None
+        return found[:, :, :rows]  # the memory-efficient kernel's is padded
+
+
+def bypass(root_name: str, module: nn.Module) -> str | None:
+    """Why the attention of a module is not seen, with the remedy, by its processor; None if nothing speaks against it."""
+    processor: Any = getattr(module, "processor", None)
+    name = type(processor).__name__
+    if getattr(processor, "_parallel_config", None) is not None:
+        return f"its {name} shares its sequence among several devices (context parallelism): run it on one"
+    if hasattr(processor, "_attention_backend"):
+        chosen = processor._attention_backend or os.environ.get("DIFFUSERS_ATTN_BACKEND", "native")
+        backend = str(getattr(chosen, "value", chosen))
+        if backend in ("native", "_native_flash", "_native_efficient", "_native_cudnn", "_native_math"):
+            return None
+        return (
+            f"its {name} runs the attention backend {backend!r}, which does not call F.scaled_dot_product_attention: take "
+            f"the native one, pipe.{root_name}.set_attention_backend('native')"
+        )
+    if "Linear" in name:
+        return f"its {name} is a linear attention, which has no softmax: read another module"
+    if name in _BYPASSING or any(part in name for part in ("XFormers", "Sliced", "NPU", "XLA")):
+        return f"its {name} does not call F.scaled_dot_product_attention: {_remedy(root_name, name)}"
+    return None
+
+
+_BYPASSING = ("AttnProcessor", "AttnAddedKVProcessor", "CustomDiffusionAttnProcessor", "IPAdapterAttnProcessor")
+
+
+def _remedy(root_name: str, processor: str) -> str:
+    """How to get a processor that is seen, for the model that has this one."""
+    if "XFormers" in processor:
+        return "pipe.disable_xformers_memory_efficient_attention()"
+    if "Sliced" in processor:
+        return "pipe.disable_attention_slicing()"
+    if "IPAdapter" in processor or "CustomDiffusion" in processor:
+        return f"set pipe.{root_name}.set_attn_processor(AttnProcessor2_0()) and load the adapter again"
+    replaced = "AttnAddedKVProcessor2_0" if "AddedKV" in processor else "AttnProcessor2_0"
+    return f"pipe.{root_name}.set_attn_processor({replaced}())"
+
+
+def why_unseen(root_name: str, module: nn.Module) -> str:
+    """The same for an attention that was not seen in a whole call."""
+    known = bypass(root_name, module)
+    if known is not None:
+        return known
+    name = type(getattr(module, "processor", module)).__name__
+    remedy = f"use a processor that does ({_remedy(root_name, name)})"
+    if hasattr(getattr(module, "processor", None), "_attention_backend"):
+        remedy = (
+            f"use the native backend (pipe.{root_name}.set_attention_backend('native')) and diffusers' own processors"
+        )
+    return f"its {name} did not call F.scaled_dot_product_attention, or the module did not run: {remedy}"

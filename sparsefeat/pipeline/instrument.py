@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,8 +84,14 @@ class AttentionCall:
     `query` [batch, heads, queries, head_dim], `key` and `value` [batch, heads, keys, head_dim] are exactly what the
     processor computed: LoRA, fused projections, normalisation and rotary embeddings are in them. `scale` multiplies
     query . key; `mask` is the call's `attn_mask`. `index` counts such calls within one run of the module: an
-    IP-Adapter's image keys come second. In a joint attention `streams` says which queries are which stream's, and the
-    keys are in the same order: {"text": (0, 512), "image": (512, 4608)} as (start, stop); elsewhere it is empty.
+    IP-Adapter's image keys come second, and `reads_text` says whether this one's keys are the prompt's. In a joint
+    attention `streams` says which queries are which stream's, and the keys are in the same order: {"text": (0, 512),
+    "image": (512, 4608)} as (start, stop); elsewhere it is empty. `text_tokens` is the length of the longest text in the
+    batch, where the entries of one sequence come one by one.
+
+    `output` [batch, heads, queries, head_dim] is what the attention gave, before the module's projection, and `lse`
+    [batch, heads, queries] the natural logarithm of the sum over all keys of exp(scale * query . key + mask), where the
+    kernel that torch chose gives it; None elsewhere.
     """
 
     path: str
@@ -98,6 +104,26 @@ class AttentionCall:
     is_causal: bool = False
     index: int = 0
     streams: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    text_tokens: int = 0
+    reads_text: bool = True
+    output: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+
+    def entry(self, row: int) -> AttentionCall:
+        """The call of one batch entry alone."""
+        mask = self.mask
+        if mask is not None and mask.dim() >= 4 and mask.shape[0] > 1:
+            mask = mask[row : row + 1]
+        own = slice(row, row + 1)
+        return replace(
+            self,
+            query=self.query[own],
+            key=self.key[own],
+            value=self.value[own],
+            mask=mask,
+            output=None if self.output is None else self.output[own],
+            lse=None if self.lse is None else self.lse[own],
+        )
 
 
 class Instrument:
@@ -114,7 +140,9 @@ class Instrument:
         return ()
 
     def attentions(self, pipe: Any) -> tuple[str, ...]:
-        """Module paths of the attention modules whose calls `at_attention` wants to see; asked once."""
+        """Module paths of the attention modules whose calls `at_attention` wants to see; asked once, and the place to
+        refuse a pipeline that cannot be read.
+        """
         return ()
 
     def components(self, pipe: Any) -> tuple[str, ...]:
@@ -157,7 +185,9 @@ class Instrument:
         return None
 
     def at_attention(self, call: AttentionCall, context: Context) -> None:
-        """One of the attention modules is about to attend."""
+        """One of the attention modules has attended. Where the texts of a batch differ in length within one sequence, the
+        batch entries come one by one.
+        """
 
     def at_component(self, name: str, arguments: Mapping[str, Any], context: Context) -> None:
         """One of the components is about to run on these arguments of its forward, by name."""

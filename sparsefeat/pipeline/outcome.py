@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sparsefeat.pipeline.attention_seam import why_unseen
 from sparsefeat.pipeline.hookpoints import Target
 from sparsefeat.pipeline.instrument import Instrument
 from sparsefeat.pipeline.running import RunningCall
@@ -46,14 +47,12 @@ def missing(session: Session, running: RunningCall) -> list[Missing]:
         for place in session.places
         if place.hook not in running.reached and meant(place.target)
     ]
+    reached = [tap for tap in session.taps if id(tap.target.module) in running.tapped]
     for tap in session.taps:
-        if id(tap.target.module) not in running.tapped and meant(tap.target):
-            processor = type(getattr(tap.target.module, "processor", tap.target.module)).__name__
-            why = (
-                f"its {processor} did not call F.scaled_dot_product_attention, or the module did not run: use the "
-                f"default processor (pipe.{tap.target.root_name}.set_attn_processor(AttnProcessor2_0())) and the "
-                f"native backend (pipe.{tap.target.root_name}.reset_attention_backend())"
-            )
+        # Of two models for parts of the schedule (Wan 2.2) one may have had no step.
+        elsewhere = tap.target.root_name not in running.roots and any(tap.instrument is t.instrument for t in reached)
+        if tap not in reached and meant(tap.target) and not elsewhere:
+            why = why_unseen(tap.target.root_name, tap.target.module)
             found.append(Missing(tap.instrument, f"the attention of {tap.target.path}", why))
     return found
 

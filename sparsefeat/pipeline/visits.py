@@ -185,7 +185,7 @@ class Visits:
         return edited
 
     def attention(self, running: RunningCall, target: Target, call: AttentionCall) -> None:
-        """A tapped attention module is about to attend."""
+        """A tapped attention module has attended."""
         running.tapped.add(id(target.module))
         taps = [tap for session in running.sessions for tap in session.taps if tap.target.module is target.module]
         if not taps:
@@ -193,16 +193,30 @@ class Visits:
         batch, heads, queries, head_dim = call.query.shape
         run = running.root_run(target, call.query)
         streams = target.family.attention_streams(target.inner, run.run, queries)
-        call = replace(call, streams=streams)
+        call = replace(call, reads_text=target.family.reads_text(target.inner, run.run, call.index))
         shape = (batch, queries, heads * head_dim)
         context = running.context(run, target, target.family.stream, shape, call.query.device, call.index, batch)
+        context = replace(context, hookpoint=Hookpoint(target.path))
         if streams:
             context = replace(context, grid=run.run.grid)  # of the queries that are the image's
-        context = replace(context, hookpoint=Hookpoint(target.path))
+        if isinstance(streams, tuple):  # one for each batch entry
+            longest = max((stop - start for own in streams for start, stop in [own.get("text", (0, 0))]), default=0)
+            moments = [
+                (
+                    replace(call.entry(row), streams=own, text_tokens=longest),
+                    replace(context, condition=(condition,), prompt_index=(image,), batch=1),
+                )
+                for row, (own, condition, image) in enumerate(
+                    zip(streams, context.condition, context.prompt_index, strict=True)
+                )
+            ]
+        else:
+            moments = [(replace(call, streams=streams), context)]
         for tap in taps:
-            with self._guard.raised():
-                if _is_its_turn(running, tap.instrument, context):
-                    tap.instrument.at_attention(call, context)
+            for own_call, moment in moments:
+                with self._guard.raised():
+                    if _is_its_turn(running, tap.instrument, moment):
+                        tap.instrument.at_attention(own_call, moment)
 
 
 def in_backward() -> bool:

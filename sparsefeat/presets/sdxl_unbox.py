@@ -16,9 +16,9 @@ from typing import Any
 
 from sparsefeat.arguments import image_map, number
 from sparsefeat.evaluation.splice import Splice
+from sparsefeat.pipeline.step_window import Steps
 from sparsefeat.sae import SAE, load_sae
 from sparsefeat.steering import FeatureTransport, Overwrite, Steer
-from sparsefeat.steering.where import Steps
 
 BASE_MODEL = "stabilityai/sdxl-turbo"
 

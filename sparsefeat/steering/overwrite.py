@@ -9,8 +9,9 @@ import torch
 from sparsefeat.arguments import number
 from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.pipeline import Activations, Context, Hookpoint, Instrument, Replace
+from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.sae import SAE
-from sparsefeat.steering.where import Steps, StepWindow, check_condition, condition_signs
+from sparsefeat.steering.where import check_condition, condition_signs
 
 
 class Overwrite(Instrument):

@@ -15,13 +15,12 @@ from torch import Tensor
 from sparsefeat.arguments import image_map, number
 from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
 from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint
+from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.sae import SAE
 from sparsefeat.steering.code_rule import CodeRule, code_edit
 from sparsefeat.steering.saved import SavableInstrument, register, save_instrument
 from sparsefeat.steering.where import (
     Mask,
-    Steps,
-    StepWindow,
     check_condition,
     condition_signs,
     map_of_rows,

@@ -117,7 +117,7 @@ def test_a_processor_that_never_attends_through_the_seam_is_an_error_naming_it_a
             pixels(pipe)
         assert np.array_equal(error.value.result.images, images)
         assert run[beside] == 2
-    assert "its AttnProcessor did not call F.scaled_dot_product_attention" in str(error.value)
+    assert "its AttnProcessor does not call F.scaled_dot_product_attention" in str(error.value)
     assert "pipe.unet.set_attn_processor(AttnProcessor2_0())" in str(error.value)
     pipe.unet.set_attn_processor(AttnProcessor2_0())
     with attach(pipe, seen) as run:

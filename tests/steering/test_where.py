@@ -7,7 +7,8 @@ import torch
 
 from sparsefeat.arguments import image_map
 from sparsefeat.pipeline import Context, Hookpoint
-from sparsefeat.steering.where import StepWindow, condition_signs, mask_of_rows, on_grid
+from sparsefeat.pipeline.step_window import StepWindow
+from sparsefeat.steering.where import condition_signs, mask_of_rows, on_grid
 
 AT = Hookpoint("unet.mid_block.attentions.0")
 

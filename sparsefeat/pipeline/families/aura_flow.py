@@ -4,7 +4,12 @@ text stream starts with eight register tokens, which belong to no word.
 
 from __future__ import annotations
 
-from sparsefeat.pipeline.families.family import Run
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from sparsefeat.pipeline.families.family import Run, TextLayout
 from sparsefeat.pipeline.families.joint import JointTransformer
 
 _JOINT, _SINGLE = r"joint_transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"
@@ -23,6 +28,10 @@ class AuraFlow(JointTransformer):
     joint_blocks = rf"{_JOINT}|{_SINGLE}"
     joint_attentions = rf"({_JOINT}|{_SINGLE})\.attn"
     single_blocks = _SINGLE
+
+    def text_layout(self, pipe: Any, root: nn.Module, call: Mapping[str, Any]) -> TextLayout | None:
+        registers = getattr(root, "register_tokens", None)
+        return None if registers is None else TextLayout(before=registers.shape[1])
 
     def text_tokens(self, run: Run) -> int | None:
         text, registers = super().text_tokens(run), getattr(run.root, "register_tokens", None)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from sparsefeat.pipeline.families.family import TextLayout
 from sparsefeat.pipeline.families.joint import JointTransformer
 from sparsefeat.pipeline.families.video import in_patches, video_grid
 
@@ -26,6 +27,9 @@ class CogVideoX(JointTransformer):
     joint_blocks = _BLOCK
     joint_attentions = _BLOCK + r"\.attn1"
     single_blocks = _BLOCK  # inside them both are one sequence
+
+    def text_layout(self, pipe: Any, root: nn.Module, call: Mapping[str, Any]) -> TextLayout:
+        return TextLayout()
 
     def image_grid(self, root: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
         return video_grid(root, arguments.get("hidden_states"), time_first=True)

@@ -27,6 +27,22 @@ TIMES = ("timestep", "timesteps", "t", "timestep_ratio", "sigma", "sigmas", "dec
 """What a model that is run for a time step calls it, in its forward."""
 
 
+@dataclass(frozen=True)
+class TextLayout:
+    """At which of a model's text keys the tokens of which text encoder stand.
+
+    `encoders` one after the other, those in one tuple at the same keys. `before`: keys before them that belong to no
+    token. `dropped`: the ids of a template at the beginning that are left out. `packed`: ids that the attention mask
+    leaves out are left out here too. `more`: keys may follow that belong to no token.
+    """
+
+    encoders: tuple[tuple[str, ...], ...] = (("text_encoder",),)
+    before: int = 0
+    dropped: int = 0
+    packed: bool = False
+    more: bool = False
+
+
 class UnknownRowsError(ValueError):
     """Which rows of a tensor are the image's, or the text's, cannot be told, and nobody has said it."""
 
@@ -171,9 +187,27 @@ class Family:
         """
         raise UnknownRowsError(path, run.root, "sparsefeat does not know this module")
 
-    def attention_streams(self, path: str, run: Run, queries: int) -> dict[str, tuple[int, int]]:
-        """Which of a joint attention's queries are which stream's, as (start, stop); empty for any other attention."""
+    def attention_streams(
+        self, path: str, run: Run, queries: int
+    ) -> dict[str, tuple[int, int]] | tuple[dict[str, tuple[int, int]], ...]:
+        """Which of a joint attention's queries are which stream's, as (start, stop), one such for each batch entry where
+        they differ; empty for any other attention.
+        """
         return {}
+
+    def reads_text(self, path: str, run: Run, index: int) -> bool:
+        """Whether the keys of a module's attention of this index are, or hold, those of the prompt's tokens."""
+        return index == 0
+
+    def reads_text_at(self, path: str) -> bool:
+        """Whether an attention module attends to the text at all: refiners see one stream alone."""
+        return "refiner" not in path
+
+    def text_layout(self, pipe: Any, root: nn.Module, call: Mapping[str, Any]) -> TextLayout | None:
+        """At which of the text's keys the tokens of which text encoder stand; None where the number of the keys tells
+        it. `call` are the arguments of the pipeline's call.
+        """
+        return None
 
     def width(self, module: nn.Module, io: str) -> int | None:
         """d_model of the module's "output" or "input", None where only running it would tell."""

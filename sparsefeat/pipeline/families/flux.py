@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsefeat.pipeline.families.family import Run
+from sparsefeat.pipeline.families.family import Run, TextLayout
 from sparsefeat.pipeline.families.joint import JointTransformer
 from sparsefeat.pipeline.families.transformer import Side
 
@@ -65,6 +65,11 @@ class Flux(JointTransformer):
     def ids(self, arguments: Mapping[str, Any]) -> Any:
         """The position ids of the image's side."""
         return arguments[self.grid_arguments[0]]
+
+    def text_layout(self, pipe: Any, root: nn.Module, call: Mapping[str, Any]) -> TextLayout | None:
+        if getattr(pipe, "text_encoder_2", None) is not None:  # T5; CLIP's text is one vector
+            return TextLayout((("text_encoder_2",),))
+        return TextLayout() if "Chroma" in type(root).__name__ else None
 
     def text_tokens(self, run: Run) -> int | None:
         text = super().text_tokens(run)  # a union ControlNet puts a token for its mode before them

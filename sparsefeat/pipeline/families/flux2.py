@@ -6,8 +6,17 @@ stand after it, or in the first step of [klein]'s cached variant before it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from sparsefeat.pipeline.families.family import TextLayout
 from sparsefeat.pipeline.families.flux import Flux
 
 
 class Flux2(Flux):
     classes = ("Flux2Transformer2DModel",)
+
+    def text_layout(self, pipe: Any, root: nn.Module, call: Mapping[str, Any]) -> TextLayout | None:
+        return TextLayout()

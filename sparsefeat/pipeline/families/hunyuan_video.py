@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsefeat.pipeline.families.family import Run
+from sparsefeat.pipeline.families.family import Run, TextLayout
 from sparsefeat.pipeline.families.joint import JointTransformer
 from sparsefeat.pipeline.families.video import default_video_grid, video_grid
 
@@ -29,6 +29,11 @@ class HunyuanVideo(JointTransformer):
     block_order = ("image", "text")
     text_first = False
     joint_attentions = rf"({_DOUBLE}|{_SINGLE})\.attn"
+
+    def text_layout(self, pipe: Any, root: nn.Module, call: Mapping[str, Any]) -> TextLayout | None:
+        template = call.get("prompt_template")
+        cropped = template.get("crop_start") if isinstance(template, Mapping) else None
+        return None if cropped is None or "15" in type(root).__name__ else TextLayout(dropped=cropped)
 
     def text_tokens(self, run: Run) -> int | None:
         return None  # 1.5 puts the tokens of its second encoder and of an image beside them: what is not video is text

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from sparsefeat.pipeline.families.family import TextLayout
 from sparsefeat.pipeline.families.joint import JointTransformer
 
 _BLOCK = r"transformer_blocks\.\d+"
@@ -25,6 +26,11 @@ class QwenImage(JointTransformer):
         ("text_feed_forward", _BLOCK + r"\.txt_mlp"),
     )
     joint_blocks = _BLOCK
+
+    def text_layout(self, pipe: Any, root: nn.Module, call: Mapping[str, Any]) -> TextLayout | None:
+        """The prompt without the template before it and without padding; shorter prompts of a batch padded again."""
+        dropped = getattr(pipe, "prompt_template_encode_start_idx", None)
+        return None if not isinstance(dropped, int) else TextLayout(dropped=dropped, packed=True, more=True)
 
     def image_grid(self, root: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
         shapes = arguments.get("img_shapes")

@@ -6,8 +6,12 @@ The last block has no text stream: its output's text is None, what its attention
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 
+from sparsefeat.pipeline.families.family import TextLayout
 from sparsefeat.pipeline.families.joint import JointTransformer
 
 _BLOCK = r"transformer_blocks\.\d+"
@@ -25,6 +29,11 @@ class SD3(JointTransformer):
     text_first = False
     joint_blocks = _BLOCK
     image_parts = rf"attn2(\..*)?|{JointTransformer.image_parts}"
+
+    def text_layout(self, pipe: Any, root: nn.Module, call: Mapping[str, Any]) -> TextLayout:
+        clips = ("text_encoder", "text_encoder_2")  # of one tokenizer, side by side in the channels
+        third = getattr(pipe, "text_encoder_3", None) is not None
+        return TextLayout((clips, ("text_encoder_3",)) if third else (clips,), more=not third)
 
     def streams(self, path: str, module: nn.Module) -> tuple[str, ...]:
         if getattr(module, "context_pre_only", False):  # of a block or of its attention

@@ -8,10 +8,13 @@ image's rows only. The refiner of the text has the text, padded.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import nn
 
-from sparsefeat.pipeline.families.family import Rows, Run, UnknownRowsError
+from sparsefeat.pipeline.families.family import Rows, Run, TextLayout, UnknownRowsError
 from sparsefeat.pipeline.families.transformer import Transformer
 
 _LAYER = r"(layers|noise_refiner|context_refiner)\.\d+"
@@ -45,10 +48,24 @@ class SingleStream(Transformer):
             )
         return start, made
 
-    def attention_streams(self, path: str, run: Run, queries: int) -> dict[str, tuple[int, int]]:
-        start = self.starts(run) if path.startswith("layers.") else 0
+    def attention_streams(
+        self, path: str, run: Run, queries: int
+    ) -> dict[str, tuple[int, int]] | tuple[dict[str, tuple[int, int]], ...]:
         if path.startswith("context_refiner."):
             return {"text": (0, queries)}
-        if run.grid is None or not isinstance(start, int):
-            raise UnknownRowsError(path, run.root, "the image begins after texts of different lengths")
-        return {"image": (start, start + math.prod(run.grid))}
+        if run.grid is None:
+            raise UnknownRowsError(path, run.root, "the grid of the image was not told by this call's arguments")
+        made = math.prod(run.grid)
+        if not path.startswith("layers."):
+            return {"image": (0, made)}
+        starts = self.starts(run)
+        if isinstance(starts, int):
+            return self.within(starts, made, queries)
+        return tuple(self.within(start, made, queries) for start in starts)
+
+    def within(self, start: int, made: int, total: int) -> dict[str, tuple[int, int]]:
+        """The streams of one sequence: the text before the image, and after it what pads the batch."""
+        return {"text": (0, start), "image": (start, start + made)}
+
+    def text_layout(self, pipe: Any, root: nn.Module, call: Mapping[str, Any]) -> TextLayout:
+        return TextLayout(packed=True, more=True)

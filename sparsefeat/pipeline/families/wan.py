@@ -49,6 +49,11 @@ class Wan(Transformer):
     def _is_animate(root: nn.Module) -> bool:
         return "WanAnimate" in type(root).__name__
 
+    def reads_text(self, path: str, run: Run, index: int) -> bool:
+        """Image-to-video attends to the image's tokens first."""
+        image = run.arguments.get("encoder_hidden_states_image")
+        return index == (1 if image is not None and path.endswith(".attn2") else 0)
+
     def width(self, module: nn.Module, io: str) -> int | None:
         width = super().width(module, io)
         if width is None and hasattr(module, "to_q"):  # WanAttention does not say how wide it is in every version

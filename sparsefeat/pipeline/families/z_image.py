@@ -13,9 +13,15 @@ from torch import nn
 
 from sparsefeat.pipeline.families.single_stream import SingleStream
 
+_MULTIPLE = 32  # of tokens, to which each stream is padded
+
 
 class ZImage(SingleStream):
     classes = ("ZImageTransformer2DModel",)
+
+    def within(self, start: int, made: int, total: int) -> dict[str, tuple[int, int]]:
+        padded = -(-made // _MULTIPLE) * _MULTIPLE
+        return {"image": (0, made), "text": (padded, total)}
 
     def image_grid(self, root: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
         latents = arguments.get("x")

@@ -73,7 +73,7 @@ class TextRows:
 
     def _texts(self, pipe: Any, component: str) -> list[Text]:
         """The prompts and the negative prompts, as ids of this encoder's tokenizer."""
-        tokenizer = _tokenizer(pipe, component)
+        tokenizer = tokenizer_of(pipe, component)
         if tokenizer is None:
             return []
         said: dict[tuple[str, int, str], None] = {}
@@ -108,7 +108,7 @@ def _fitting(ids: list[int], texts: list[Text], specials: frozenset[int]) -> lis
     return [text for *fit, text in measured if tuple(fit) == best]
 
 
-def _tokenizer(pipe: Any, component: str) -> Any:
+def tokenizer_of(pipe: Any, component: str) -> Any:
     """The tokenizer beside a text encoder: `tokenizer_2` for `text_encoder_2`."""
     suffix = component.partition("text_encoder")[2]
     for name in (
@@ -126,7 +126,7 @@ def _tokenizer(pipe: Any, component: str) -> Any:
 
 def _specials(pipe: Any, component: str) -> frozenset[int]:
     """What a tokenizer adds by itself; a word that it does not know is none of it, unless that is also its padding."""
-    tokenizer = _tokenizer(pipe, component)
+    tokenizer = tokenizer_of(pipe, component)
     if tokenizer is None:
         return frozenset()
     adds = {getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep")}

@@ -14,6 +14,7 @@ from torch import nn
 import sparsefeat as sf
 from sparsefeat.pipeline import attach
 from sparsefeat.pipeline.families.family import UnknownRowsError
+from tests.attention.eager import eager
 from tests.families import animatediff
 from tests.pipeline.instruments import Edit, Watch, push
 from tests.tiny import tiny_sd
@@ -171,10 +172,19 @@ def test_a_recording_holds_every_frame_of_every_step_and_steering_reaches_them_a
     assert (plain != edited).flatten(3).any(-1).all()  # in every frame
 
 
-def test_heat_maps_of_a_video_are_refused_as_ones():
+def test_heat_maps_of_frames_that_are_folded_into_the_batch_are_each_frames_own():
     pipe = animatediff.build()
-    with attach(pipe, sf.HeatMaps()), pytest.raises(ValueError, match="frames of a video"):
-        animatediff.call(pipe, ["a fox"], guidance=True)
+    path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+    ran = eager(pipe, (path,), lambda: animatediff.call(pipe, ["a fox", "cat"], guidance=True))
+    with attach(pipe, maps := sf.HeatMaps(layers=path)) as run:
+        animatediff.call(pipe, ["a fox", "cat"], guidance=True)
+    frames = animatediff.FRAMES
+    assert run[maps].grid[0] == frames
+    for video, frame in ((0, 0), (1, frames - 1)):
+        row = (2 + video) * frames + frame  # the conditional half of the batch comes second
+        expected = sum(seen.scores().softmax(-1)[row].mean(0) for seen in ran.of(path))
+        actual = run[maps].tensor(video)[:, frame].flatten(1).T
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_an_image_has_no_frames():

@@ -1,0 +1,477 @@
+"""`HeatMaps`: where in the image each word of the prompt is attended to, added up while the pipeline runs.
+
+DAAM (Tang et al., "What the DAAM", ACL 2023) defines for a cross-attention
+
+    D[t, y, x] = 1 / |L H|  sum over layers l, heads h of  max(0, resize( sum over steps s of P[s, l, h, (y, x), t] ))
+
+with P the attention probabilities of the conditional rows, and a bicubic resize of every map to the largest grid. Here
+the sums over heads, layers and steps are taken *before* the resize, in one buffer for each grid size, to which the kernels
+add every layer's probabilities in place without ever holding them. The resize is linear, so the result differs from
+DAAM's only where its clamp at zero acted on the overshoot of a single layer and head (maps on the largest grid are never
+resized and agree exactly); `daam_exact=True` keeps layers and heads apart and clamps as DAAM does. Two more differences,
+both towards the definition: rows are conditional because the pipeline said so, not because they stand in the second half
+of the batch; and the grid may have any shape, of a video too.
+
+Where the attention's own kernel gives the log-sum-exp of its rows, a map costs only the products of the image's queries
+with the chosen words' keys: exp(scale q . k - lse).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsefeat.arguments import number, whole
+from sparsefeat.attention.encoded import EncodedPrompt, Rows
+from sparsefeat.attention.reading import DIRECTIONS, KINDS, OF_JOINT, Direction, Kind, Layer, layers_of
+from sparsefeat.attention.recording import HeatMapRecording
+from sparsefeat.attention.sums import Attended, Grid, MapSum, Part, add_up, positions
+from sparsefeat.pipeline import AttentionCall, Call, Context, Instrument
+from sparsefeat.pipeline.families.family import TextLayout
+from sparsefeat.pipeline.knowing.references import listed
+from sparsefeat.pipeline.knowing.texts import tokenizer_of
+from sparsefeat.pipeline.step_window import Steps, StepWindow
+
+_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_KEPT = ("layers", "heads", "steps")
+SAID_FROM_BYTES = 1 << 23
+MAX_BYTES = 1 << 30
+
+StepWeights = Sequence[float] | Callable[[Context], float] | None
+
+
+class HeatMaps(Instrument):
+    """Instrument: heat maps of the words of the prompt, from the attention between image and text.
+
+    Args:
+        kind: what a map is.
+            "cross": softmax over the text, of a cross-attention (DAAM's): UNets, PixArt, Sana, Wan.
+            "joint": softmax over text and image, of a joint attention: SD3, FLUX, Qwen-Image and others.
+            "text_renormalised": the same attention's softmax over its text alone.
+            "query_query": softmax over the text's tokens of the products of image queries with *text queries*, rotary
+            embeddings included.
+            Default: "cross" where text is attended to apart, else "joint".
+        words: the words that will be asked for; only their tokens are added up. Default: every token.
+        layers: module paths (or parts of them) of the attention modules to read, e.g. `"up_blocks.1"`. Default: every one;
+            of a UNet those of the down and up blocks, as in DAAM.
+        steps: when to read: (0.0, 0.5) is the first half of the schedule, [0, 1] the first two steps. Default: always.
+        condition: "cond" for maps of the prompt, "uncond" for maps of the negative prompt.
+        direction: "image_to_text": where pixels attend to a token. "text_to_image": where a token attends in the image (a
+            joint attention's other rows; of "joint" the softmax is over all keys, of the two after it over the image).
+        layer_weights: a factor for layers, by (a part of) their path: one number, or one for each head. Others have 1.
+        step_weights: a factor for each step, as a list, or a function of the `Context`.
+        keep: what is not added up but kept apart, of "layers", "heads" (which needs "layers"), "steps".
+        daam_exact: clamp every layer's and head's resized map at zero before they are averaged, as DAAM does.
+        max_bytes: a call whose maps would take more is refused before its first step.
+
+    Memory: 4 bytes x tokens x images x the positions of every resolution (fp64: 8), times what is kept apart, said on
+    stderr from 8 MiB on; twice where a `mask` was asked for (completed steps, and the step in hand).
+    `run[maps]` is a `HeatMapRecording`.
+
+    Raises ValueError at `attach` where the pipeline, or one of the modules, cannot be read in this way.
+    """
+
+    def __init__(
+        self,
+        kind: Kind | None = None,
+        *,
+        words: Sequence[str] | None = None,
+        layers: str | Sequence[str] | None = None,
+        steps: Steps = None,
+        condition: str = "cond",
+        direction: Direction = "image_to_text",
+        layer_weights: Mapping[str, float | Sequence[float]] | None = None,
+        step_weights: StepWeights = None,
+        keep: Sequence[str] = (),
+        daam_exact: bool = False,
+        max_bytes: int = MAX_BYTES,
+    ):
+        if kind is not None and kind not in KINDS:
+            raise ValueError(f"kind={kind!r} is not known; use one of {', '.join(map(repr, KINDS))}.")
+        if direction not in DIRECTIONS:
+            raise ValueError(f"direction={direction!r} is not known; use one of {', '.join(map(repr, DIRECTIONS))}.")
+        if condition not in ("cond", "uncond"):
+            raise ValueError(f"condition={condition!r} is not known; use 'cond' or, for the negative prompt, 'uncond'.")
+        self.kind, self.direction, self.condition = kind, direction, condition
+        self.words = _names("words", words, "words=['fox']")
+        self.layers = _names("layers", layers, "layers='up_blocks.1'")
+        self.window = StepWindow.parse(steps)
+        self.layer_weights = {path: _weights(path, given) for path, given in (layer_weights or {}).items()}
+        self.step_weights = step_weights
+        if step_weights is not None and not callable(step_weights):
+            self.step_weights = tuple(number(f"step_weights[{i}]", w, 0) for i, w in enumerate(step_weights))
+        self.keep = _kept(keep)
+        self.daam_exact = daam_exact
+        self._apart = {*self.keep, "layers", "heads"} if daam_exact else set(self.keep)
+        self.max_bytes = whole("max_bytes", max_bytes)
+        self._kind: Kind = kind or "cross"
+        self._layers: dict[str, Layer] = {}
+        self._areas: dict[str, int] = {}
+        self._tokenizers: dict[str, Any] = {}
+        self._call: Call | None = None
+        self._is_mask = False
+        self._start()
+
+    def _start(self) -> None:
+        self._encoded: dict[tuple[str, int], list[tuple[tuple[int, ...], tuple[bool, ...]]]] = {}
+        self._done: dict[Part, MapSum] = {}
+        self._now: dict[Part, MapSum] = {}
+        self._seen: dict[tuple[str, int], int] = {}
+        self._groups: dict[Any, Tensor] = {}
+        self._n_tokens = 0
+        self._columns: tuple[int, ...] | None = None
+        self._layout: TextLayout | None = None
+
+    def conditions(self) -> tuple[str, ...]:
+        return (self.condition,)
+
+    def active(self, context: Context) -> bool:
+        return self.window.contains(context)
+
+    def attentions(self, pipe: Any) -> tuple[str, ...]:
+        self._kind, layers = layers_of(pipe, self.kind, self.layers)
+        if self.direction == "text_to_image" and self._kind not in OF_JOINT:
+            raise ValueError(
+                f"direction='text_to_image' asks where text attends in the image, and in {type(pipe).__name__} only the "
+                "image attends to the text: leave direction= out."
+            )
+        self._layers = {layer.path: layer for layer in layers}
+        for part in self.layer_weights:
+            if not any(part in path for path in self._layers):
+                raise ValueError(
+                    f"layer_weights names {part!r}, which is in none of the layers: {', '.join(self._layers)}."
+                )
+        grids = {each.path: each.family.default_grid(pipe, each.root, each.path.partition(".")[2]) for each in layers}
+        self._areas = {path: 1 if grid is None else positions(grid) for path, grid in grids.items()}
+        return tuple(self._layers)
+
+    def components(self, pipe: Any) -> tuple[str, ...]:
+        return tuple(name for name in _ENCODERS if getattr(pipe, name, None) is not None)
+
+    def prepare(self, pipe: Any) -> None:
+        found = {name: tokenizer_of(pipe, name) for name in self.components(pipe)}
+        self._tokenizers = {name: tokenizer for name, tokenizer in found.items() if tokenizer is not None}
+
+    def begin_call(self, call: Call) -> None:
+        self._start()
+        self._call = call
+
+    def at_component(self, name: str, arguments: Mapping[str, Any], context: Context) -> None:
+        """A text encoder runs: what it is given for the prompts."""
+        ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+        if self._call is None or not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != len(context.condition):
+            return
+        masked = isinstance(mask, Tensor) and mask.shape == ids.shape
+        kept = mask.bool().tolist() if masked and mask is not None else [[True] * ids.shape[1]] * len(ids)
+        rows = zip(ids.tolist(), kept, context.condition, context.prompt_index, strict=True)
+        for row, own, condition, image in rows:
+            if condition == self.condition:
+                runs = self._encoded.setdefault((name, image // self._call.images_per_prompt), [])
+                runs.append((tuple(row), tuple(own)))
+
+    # One attention
+
+    def at_attention(self, call: AttentionCall, context: Context) -> None:
+        rows = [row for row, condition in enumerate(context.condition) if condition == self.condition]
+        if not rows or not call.reads_text or context.recomputing:
+            return
+        attended = Attended(call, self._kind, self.direction)
+        self._check(attended)
+        grid, frames = _grid_of(attended, context)
+        heads, apart = call.query.shape[1], "heads" in self._apart
+        n_images = max(max(context.prompt_index) + 1, (self._call.n_images if self._call else None) or 0)
+        tokens = self._begin(attended, grid, n_images, heads, context)
+        part = Part(
+            grid,
+            call.path if "layers" in self._apart else None,
+            context.step if "steps" in self._apart else None,
+        )
+        weights, step_weight = self._head_weights(call.path, heads), self._step_weight(context)
+        held = self._now.get(part)
+        if held is None:
+            dtype = torch.float64 if call.query.dtype == torch.float64 else torch.float32
+            shape = (n_images, heads if apart else 1, positions(grid), self._n_columns)
+            kept = weights if apart else torch.ones(1)
+            held = MapSum(call.query.new_zeros(shape, dtype=dtype), [0.0] * n_images, kept)
+            self._now[part] = held
+        image_of = tuple(
+            image if condition == self.condition else -1
+            for image, condition in zip(context.prompt_index, context.condition, strict=True)
+        )
+        factor = torch.full((1,), step_weight) if apart else weights * step_weight
+        n_columns = self._n_columns
+        if attended.tokens < self._n_tokens:  # a shorter text than another of its batch
+            n_columns = attended.tokens if self._columns is None else sum(c < attended.tokens for c in self._columns)
+            tokens = None if tokens is None else tokens[:n_columns]
+        attended.add_to(
+            held.total.view(-1, positions(grid) // frames, self._n_columns)[..., :n_columns],
+            self._group(image_of, heads if apart else 1, frames, call.query.device),
+            None if bool((factor == 1).all()) else factor.to(call.query.device),
+            tokens,
+            apart,
+        )
+        maps_of_row = (1.0 if apart else float(weights.sum())) * step_weight / frames
+        for row in rows:
+            held.count[context.prompt_index[row]] += maps_of_row
+        for image in {context.prompt_index[row] for row in rows}:
+            self._seen[call.path, image] = self._seen.get((call.path, image), 0) + 1
+
+    def _check(self, attended: Attended) -> None:
+        call = attended.call
+        if self._kind not in OF_JOINT:
+            return
+        if "text" not in call.streams or "image" not in call.streams:
+            raise ValueError(
+                f"{call.path} attends within the {' and '.join(call.streams) or 'image'} alone: leave this module out of "
+                "HeatMaps(layers=...)."
+            )
+        if call.key.shape[2] != call.query.shape[2]:
+            raise ValueError(
+                f"{call.path} has {call.key.shape[2]} keys for {call.query.shape[2]} queries (a cache of keys?), so which "
+                "of them are the text's cannot be told: turn the cache off."
+            )
+
+    def _begin(self, attended: Attended, grid: Grid, n_images: int, heads: int, context: Context) -> Tensor | None:
+        """The positions of the tokens to add up, None for all; in a call's first attention also what they will take."""
+        device = attended.call.query.device
+        if not self._n_tokens:
+            self._n_tokens = attended.call.text_tokens or attended.tokens
+            self._layout = self._text_layout(attended.call.path)
+            self._columns = self._positions()
+            self._say(attended.call, grid, n_images, heads, context)
+        elif self._n_tokens != (attended.call.text_tokens or attended.tokens) and self._columns is None:
+            raise ValueError(
+                f"{attended.call.path} has {attended.tokens} text keys where others had {self._n_tokens}, so their maps "
+                "cannot be added: attach one HeatMaps for each, with layers=."
+            )
+        if self._columns is None:
+            return None
+        if ("tokens", device) not in self._groups:
+            self._groups["tokens", device] = torch.tensor(self._columns, device=device)
+        return self._groups["tokens", device]
+
+    @property
+    def _n_columns(self) -> int:
+        return self._n_tokens if self._columns is None else len(self._columns)
+
+    def _text_layout(self, path: str) -> TextLayout | None:
+        layer = self._layers.get(path)
+        if layer is None or self._call is None:
+            return None
+        return layer.family.text_layout(self._call.pipe, layer.root, self._call.arguments)
+
+    def _positions(self) -> tuple[int, ...] | None:
+        """Those of the tokens of `words`, in any of the prompts."""
+        if self.words is None:
+            return None
+        prompts = None if self._call is None else self._prompts(self._call)
+        if prompts is None:
+            raise ValueError(
+                "words= cannot be found, as the prompts of this call are not known (it was given embeddings, not text): "
+                "leave words= out and name token positions, .map([2, 3])."
+            )
+        found: set[int] = set()
+        for word in self.words:
+            errors = []
+            for prompt in prompts:
+                try:
+                    found |= set(prompt.indices(self._n_tokens, word))
+                except ValueError as error:
+                    errors.append(error)
+            if len(errors) == len(prompts):
+                raise errors[0]
+        return tuple(sorted(found))
+
+    def _say(self, call: AttentionCall, grid: Grid, n_images: int, heads: int, context: Context) -> None:
+        """Print what the maps of this call will take, and refuse what is more than `max_bytes`."""
+        areas = {path: positions(grid) * area / self._areas[call.path] for path, area in self._areas.items()}
+        of_all = sum(areas.values()) if "layers" in self._apart else sum(set(areas.values()))
+        times = (heads if "heads" in self._apart else 1) * (context.n_steps or 1 if "steps" in self._apart else 1)
+        size = 8 if call.query.dtype == torch.float64 else 4
+        takes = int(size * self._n_columns * n_images * of_all * times * (2 if self._is_mask else 1))
+        said = f"HeatMaps: the maps of {self._n_columns} tokens of {n_images} image(s) take {takes / 2**20:.1f} MiB"
+        if takes > self.max_bytes:
+            raise ValueError(
+                f"{said}, more than max_bytes={self.max_bytes}: name words=[...], keep less apart, read fewer layers=, or "
+                "raise max_bytes="
+            )
+        if takes >= SAID_FROM_BYTES:
+            print(f"{said}.", file=sys.stderr)
+
+    def _head_weights(self, path: str, heads: int) -> Tensor:
+        weights = torch.ones(heads)
+        for part, given in self.layer_weights.items():
+            if part in path:
+                if len(given) not in (1, heads):
+                    raise ValueError(f"layer_weights[{part!r}] has {len(given)} numbers, and {path} has {heads} heads.")
+                weights = weights * torch.tensor(given)
+        return weights
+
+    def _step_weight(self, context: Context) -> float:
+        if self.step_weights is None:
+            return 1.0
+        if callable(self.step_weights):
+            return number("step_weights(context)", self.step_weights(context), 0)
+        step = context.step or 0
+        if step >= len(self.step_weights):
+            raise ValueError(
+                f"step_weights has {len(self.step_weights)} numbers, and the call has {context.n_steps} steps."
+            )
+        return self.step_weights[step]
+
+    def _group(self, image_of: tuple[int, ...], heads: int, frames: int, device: torch.device) -> Tensor:
+        """The map that each row (each head of it, where they are kept apart) adds to. Made once for a call: a copy from
+        the host waits for everything that runs there.
+        """
+        key = (image_of, heads, frames, device)
+        if key not in self._groups:
+            rows = [
+                (image * heads + head) * frames + row % frames if image >= 0 else -1
+                for row, image in enumerate(image_of)
+                for head in range(heads)
+            ]
+            self._groups[key] = torch.tensor(rows, device=device)
+        return self._groups[key]
+
+    # Steps and calls
+
+    def end_step(self, context: Context) -> None:
+        if self._is_mask:
+            self._complete()
+
+    def _complete(self) -> None:
+        add_up(self._now, self._done)
+        self._now = {}
+
+    def end_call(self, call: Call) -> HeatMapRecording:
+        self._complete()
+        recording = self._recording(call)
+        self._done, self._call, self._groups = {}, None, {}
+        return recording
+
+    def _recording(self, call: Call) -> HeatMapRecording:
+        return HeatMapRecording(
+            sums=dict(self._done),
+            kind=self._kind,
+            direction=self.direction,
+            condition=self.condition,
+            n_tokens=self._n_tokens,
+            columns=self._columns,
+            evaluations=max(self._seen.values(), default=0),
+            prompts=self._prompts(call),
+            images_per_prompt=call.images_per_prompt,
+            exact=self.daam_exact,
+        )
+
+    def _prompts(self, call: Call) -> tuple[EncodedPrompt, ...] | None:
+        if call.prompts is None:
+            return None
+        texts = call.prompts
+        if self.condition == "uncond":
+            negative = listed(call.arguments.get("negative_prompt")) or [""]
+            texts = negative * len(texts) if len(negative) == 1 else negative
+        return tuple(self._prompt(call, text, index) for index, text in enumerate(texts))
+
+    def _prompt(self, call: Call, text: str, index: int) -> EncodedPrompt:
+        # Of a joint attention whose family does not say where the tokens stand, the number of keys does not tell it.
+        known = self._kind not in OF_JOINT or self._layout is not None
+        rows = tuple(
+            Rows(tokenizer, ids, name, kept)
+            for name, tokenizer in self._tokenizers.items()
+            if known and (name, index) in self._encoded
+            for ids, kept in [tuple(zip(*self._encoded[name, index], strict=True))]
+        )
+        return EncodedPrompt(text, rows, type(call.pipe).__name__, self._layout)
+
+    # Masks of edits
+
+    def mask(self, word: str, threshold: float | None = None, occurrence: int | None = None) -> WordMask:
+        """A mask for `Steer(mask=...)`: the word's map of each image, over the steps completed so far.
+
+        Attach both, `attach(pipe, maps, Steer(sae, ..., mask=maps.mask("fox")))`. Values are min-max scaled to [0, 1],
+        or 0 and 1 by `threshold`. During the first step nothing is completed and the mask is zero; so is that of
+        an image whose prompt does not have the word, among several prompts.
+        """
+        self._is_mask = True
+        if threshold is not None:
+            number("threshold", threshold)
+        return WordMask(self, word, threshold, occurrence)
+
+    def word_masks(self, context: Context, mask: WordMask) -> Tensor:
+        """[batch, *grid], the word's map of each batch entry's image, over the steps completed so far."""
+        if self._call is None:
+            raise ValueError(
+                f"mask= is the map of {mask.word!r} of HeatMaps that are not attached; attach them with the Steer, "
+                "attach(pipe, maps, steer)."
+            )
+        if not self._done:
+            height, width = context.grid[-2:] if context.grid is not None else (1, 1)
+            return torch.zeros(context.batch, height, width)
+        recording = self._recording(self._call)
+        found = {}
+        for image in set(context.prompt_index):
+            try:
+                heat = recording.word(mask.word, image, mask.occurrence)
+            except ValueError:
+                if recording.prompts is None or len(recording.prompts) == 1:
+                    raise
+                found[image] = torch.zeros(recording.grid, device=next(iter(self._done.values())).total.device)
+                continue
+            found[image] = heat.scaled() if mask.threshold is None else heat.mask(mask.threshold).to(heat.values.dtype)
+        return torch.stack([found[image] for image in context.prompt_index])
+
+
+@dataclass(frozen=True)
+class WordMask:
+    """Callable of the context -> [batch, height, width]; made by `HeatMaps.mask`."""
+
+    maps: HeatMaps
+    word: str
+    threshold: float | None
+    occurrence: int | None
+
+    def __call__(self, context: Context) -> Tensor:
+        return self.maps.word_masks(context, self)
+
+
+def _grid_of(attended: Attended, context: Context) -> tuple[Grid, int]:
+    """The grid of the image's positions, and how many frames of it are folded into the batch."""
+    start, stop = attended.image
+    grid = context.grid
+    if grid is not None and positions(grid) == stop - start:
+        return tuple(grid), 1
+    if grid is not None and len(grid) == 3 and positions(grid[1:]) == stop - start:
+        return tuple(grid), grid[0]
+    raise ValueError(
+        f"{attended.call.path} attends from {stop - start} positions, which is not the image grid {grid}; leave this "
+        "module out of HeatMaps(layers=...)."
+    )
+
+
+def _names(name: str, given: str | Sequence[str] | None, example: str) -> tuple[str, ...] | None:
+    if given is None:
+        return None
+    names = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Sequence) else ()
+    if not names or not all(isinstance(one, str) and one.strip() for one in names):
+        what = "a module path or a list of them" if name == "layers" else "a word or a list of them"
+        raise ValueError(f"{name}={given!r} must be {what}, as in {example}.")
+    return names
+
+
+def _kept(keep: Sequence[str]) -> tuple[str, ...]:
+    wrong = [what for what in ([keep] if isinstance(keep, str) else keep) if what not in _KEPT]
+    if isinstance(keep, str) or wrong:
+        raise ValueError(f"keep={keep!r} must be a list of {', '.join(map(repr, _KEPT))}.")
+    if "heads" in keep and "layers" not in keep:
+        raise ValueError(f"keep={list(keep)!r} keeps heads of different layers in one map; keep 'layers' too.")
+    return tuple(keep)
+
+
+def _weights(path: str, given: float | Sequence[float]) -> tuple[float, ...]:
+    numbers = given if isinstance(given, (Sequence, Tensor)) else [given]
+    return tuple(number(f"layer_weights[{path!r}]", weight, 0) for weight in numbers)

@@ -1,0 +1,95 @@
+"""Which attention modules of a pipeline a kind of map can be read from, told before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from sparsefeat.pipeline.attention_seam import bypass
+from sparsefeat.pipeline.families.family import Family
+from sparsefeat.pipeline.families.registry import family_of
+from sparsefeat.pipeline.hookpoints import components
+
+Kind = Literal["cross", "joint", "text_renormalised", "query_query", "concept"]
+KINDS: tuple[Kind, ...] = ("cross", "joint", "text_renormalised", "query_query", "concept")
+OF_JOINT: tuple[Kind, ...] = ("joint", "text_renormalised", "query_query", "concept")
+
+Direction = Literal["image_to_text", "text_to_image"]
+DIRECTIONS: tuple[Direction, ...] = ("image_to_text", "text_to_image")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An attention module that is read: its path in the pipeline, and the model around it."""
+
+    path: str
+    module: nn.Module
+    root_name: str
+    root: nn.Module
+    family: Family
+
+
+def layers_of(pipe: Any, kind: Kind | None, wanted: Sequence[str] | None) -> tuple[Kind, tuple[Layer, ...]]:
+    """The kind that is meant and the modules to read for it.
+
+    `wanted`: parts of the modules' paths; by default all, of a UNet those of its down and up blocks (DAAM's).
+
+    Raises ValueError where the pipeline has no such modules, where `wanted` names none, or where one of them attends in
+    a way that cannot be seen.
+    """
+    cross, joint = _attentions(pipe, "cross_attention"), _attentions(pipe, "joint_attention")
+    meant: Kind = kind or ("cross" if cross else "joint")
+    found = joint if meant in OF_JOINT else cross
+    if not found:
+        raise ValueError(_none(pipe, meant, cross, joint))
+    if wanted is not None:
+        chosen = tuple(layer for layer in found if any(part in layer.path for part in wanted))
+        if not chosen:
+            what = "joint-attention" if meant in OF_JOINT else "cross-attention"
+            paths = ", ".join(layer.path for layer in found)
+            raise ValueError(f"layers={tuple(wanted)!r} match no {what} module; there are: {paths}.")
+    else:
+        blocks = tuple(layer for layer in found if ".down_blocks." in layer.path or ".up_blocks." in layer.path)
+        chosen = blocks or found
+    for layer in chosen:
+        why = bypass(layer.root_name, layer.module)
+        if why is not None:
+            raise ValueError(f"the attention of {layer.path} cannot be read: {why}.")
+    return meant, chosen
+
+
+def _attentions(pipe: Any, kind: str) -> tuple[Layer, ...]:
+    """The modules of this kind in the models that make the image, as their families list them."""
+    found = []
+    for name, root in components(pipe).items():
+        model = getattr(root, "_orig_mod", root)
+        family = family_of(root)
+        if not family.runs_in_steps or any(part in type(model).__name__ for part in ("ControlNet", "Adapter")):
+            continue
+        for path, of_kind, module in family.blocks(model):
+            plain = path.replace("_orig_mod.", "").replace("base_layer.", "")
+            apart = kind == "cross_attention" and not getattr(module, "is_cross_attention", True)
+            if of_kind == kind and family.reads_text_at(plain) and not apart:
+                found.append(Layer(f"{name}.{plain}", module, name, model, family))
+    return tuple(found)
+
+
+def _none(pipe: Any, kind: Kind, cross: Sequence[Layer], joint: Sequence[Layer]) -> str:
+    name = type(pipe).__name__
+    if joint:
+        return (
+            f"kind={kind!r} is the softmax over the text of a cross-attention, and {name} has none, as text and image "
+            "attend to each other there: take kind='joint' or kind='text_renormalised'."
+        )
+    if cross:
+        return (
+            f"kind={kind!r} is read where text and image attend to each other, and {name} attends to the text apart: "
+            "take kind='cross'."
+        )
+    return (
+        f"HeatMaps finds no attention between image and text in {name}, or none of which it is known which keys are the "
+        "text's; use it with one of the families in docs/attention.md."
+    )

@@ -1,0 +1,185 @@
+"""What `HeatMaps` recorded of one call: maps by token, word, layer, step and head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from sparsefeat.attention.encoded import EncodedPrompt
+from sparsefeat.attention.heat_map import HeatMap
+from sparsefeat.attention.reading import Direction, Kind
+from sparsefeat.attention.sums import Grid, MapSum, Part, combined, positions
+from sparsefeat.attention.words import Token
+
+Normalization = Literal["none", "steps", "tokens"]
+
+
+@dataclass(frozen=True)
+class HeatMapRecording:
+    """The maps of one call.
+
+    Attributes:
+        sums: probabilities summed, for each resolution (and layer and step, where these were kept apart).
+        kind, direction, condition: what the maps are of, as in `HeatMaps`.
+        n_tokens: how many text keys the attention has.
+        columns: the positions of the tokens that have maps; None: all of them.
+        evaluations: how often the denoiser ran (the number of steps for most schedulers).
+        prompts: the prompts and what the text encoders were given for them, or None when the call was given embeddings.
+        images_per_prompt: image i belongs to prompt i // images_per_prompt.
+        exact: whether every map is clamped at zero after it is resized, as DAAM does.
+    """
+
+    sums: Mapping[Part, MapSum]
+    kind: Kind
+    direction: Direction
+    condition: str
+    n_tokens: int
+    columns: tuple[int, ...] | None
+    evaluations: int
+    prompts: tuple[EncodedPrompt, ...] | None
+    images_per_prompt: int
+    exact: bool = False
+
+    @property
+    def n_images(self) -> int:
+        return len(self._any().total)
+
+    def _any(self) -> MapSum:
+        if not self.sums:
+            raise ValueError(
+                f"no attention of a {self.condition!r} row to the text was seen in this call; was a prompt given?"
+            )
+        return next(iter(self.sums.values()))
+
+    @property
+    def grid(self) -> Grid:
+        """The largest grid that was read, (h, w) or (frames, h, w): the size of every map."""
+        self._any()
+        return max((part.grid for part in self.sums), key=positions)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers that were kept apart."""
+        return tuple(dict.fromkeys(part.layer for part in self.sums if part.layer is not None))
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps that were kept apart."""
+        return tuple(sorted({part.step for part in self.sums if part.step is not None}))
+
+    @property
+    def bytes(self) -> int:
+        """What the maps take."""
+        return sum(held.total.numel() * held.total.element_size() for held in self.sums.values())
+
+    def tensor(
+        self,
+        image: int = 0,
+        normalize: Normalization = "none",
+        *,
+        layer: str | None = None,
+        step: int | None = None,
+        head: int | None = None,
+    ) -> Tensor:
+        """All maps of one image [tokens, height, width] (of a video [tokens, frames, height, width]), padding tokens
+        included; of the tokens of `words=` alone, in the order of their positions, where `HeatMaps` was given words.
+
+        Args:
+            image: index in the pipeline's output.
+            normalize: "none": DAAM's, a mean over layers and heads and a sum over steps. "steps": also a mean over
+                steps, so that a pixel's values are a part of a distribution over the keys. "tokens": divided at every
+                pixel by the sum over the prompt's own tokens (special ones and padding left out) + 1e-6.
+            layer, step, head: the maps of one layer (its path), step or head alone, where `keep=` kept them apart.
+        """
+        self._check_image(image)
+        for name, asked, kept in (("layer", layer, self.layers), ("step", step, self.steps)):
+            if asked is not None and asked not in kept:
+                said = ", ".join(map(str, kept)) or f"nothing (HeatMaps(keep=[{name + 's'!r}]) keeps them)"
+                raise ValueError(f"{name}={asked!r} was not kept apart; there is {said}.")
+        if head is not None and self._any().total.shape[1] == 1:
+            raise ValueError(f"head={head} was not kept apart; HeatMaps(keep=['layers', 'heads']) does.")
+
+        def chosen(part: Part) -> bool:
+            return layer in (None, part.layer) and step in (None, part.step)
+
+        mean, _ = combined(self.sums, image, self.grid, self.exact, chosen, head)
+        if normalize == "steps":
+            return mean
+        summed = mean * (1 if step is not None else self.evaluations)
+        if normalize == "none":
+            return summed
+        if normalize == "tokens":
+            own = [self._column(token) for token in self._prompt(image).own(self.n_tokens)]
+            return summed / (summed[own].sum(0) + 1e-6)
+        raise ValueError(f'normalize={normalize!r} is not known; use "none", "steps" or "tokens".')
+
+    def map(
+        self,
+        tokens: Sequence[int],
+        image: int = 0,
+        normalize: Normalization = "none",
+        *,
+        layer: str | None = None,
+        step: int | None = None,
+        head: int | None = None,
+    ) -> HeatMap:
+        """The mean of the maps of tokens named by their positions among the text's."""
+        if not isinstance(tokens, Sequence):
+            raise ValueError(f"tokens={tokens!r} must be a list of token positions, as in .map([2, 3]).")
+        wrong = [t for t in tokens if not 0 <= t < self.n_tokens]
+        if wrong or not tokens:
+            raise ValueError(f"tokens={list(tokens)} must name at least one of the {self.n_tokens} token positions.")
+        columns = [self._column(token) for token in tokens]
+        maps = self.tensor(image, normalize, layer=layer, step=step, head=head)
+        return HeatMap(maps[columns].mean(0), f"tokens {', '.join(map(str, tokens))}")
+
+    def _column(self, token: int) -> int:
+        if self.columns is None:
+            return token
+        if token not in self.columns:
+            raise ValueError(
+                f"token position {token} has no map, as words= named others ({', '.join(map(str, self.columns))}); name its "
+                "word too, or leave words= out."
+            )
+        return self.columns.index(token)
+
+    def word(
+        self,
+        word: str,
+        image: int = 0,
+        occurrence: int | None = None,
+        normalize: Normalization = "none",
+        *,
+        layer: str | None = None,
+        step: int | None = None,
+        head: int | None = None,
+    ) -> HeatMap:
+        """The map of a word or phrase: the mean over its tokens, of all its occurrences unless one is named."""
+        tokens = self._prompt(image).indices(self.n_tokens, word, occurrence)
+        return HeatMap(self.map(tokens, image, normalize, layer=layer, step=step, head=head).values, word)
+
+    def tokens(self, image: int = 0, normalize: Normalization = "none") -> tuple[HeatMap, ...]:
+        """One map for each token of the prompt, start and end tokens included, labelled with the token's text."""
+        maps = self.tensor(image, normalize)
+        wanted = range(self.n_tokens) if self.columns is None else self.columns
+        named = (token for token in self._tokens(image) if token.index in wanted)
+        return tuple(HeatMap(maps[self._column(token.index)], token.text) for token in named)
+
+    def _prompt(self, image: int) -> EncodedPrompt:
+        if self.prompts is None:
+            raise ValueError(
+                "the prompts of this call are not known (it was given embeddings, not text); "
+                "name token positions instead: .map([2, 3])."
+            )
+        self._check_image(image)
+        return self.prompts[image // self.images_per_prompt]
+
+    def _check_image(self, image: int) -> None:
+        if not 0 <= image < self.n_images:
+            raise ValueError(f"image={image} is out of range; the call made {self.n_images} image(s), counted from 0.")
+
+    def _tokens(self, image: int) -> tuple[Token, ...]:
+        return self._prompt(image).tokens(self.n_tokens)

@@ -1,0 +1,186 @@
+"""Maps of every family's attention against a plain softmax of what the module was given, at places counted by hand.
+
+`docs/attention.md` has its table of families from `PLACES` and `CROSS` here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import sparsefeat as sf
+from tests.attention.eager import Ran, eager
+from tests.families import families
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where image and text stand in a joint attention, (start, stop) each by the sequence's length and the image's, and at
+    which of the text's keys a token is that its encoder was given at a place: by (place, attention mask).
+    """
+
+    layers: tuple[str, ...]
+    streams: Callable[[int, int], tuple[tuple[int, int], tuple[int, int]]]
+    key: Callable[[int, list[int] | None], int]
+    encoder: str = "text_encoder"
+
+
+def text_first(length: int, image: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (length - image, length), (0, length - image)
+
+
+def image_first(length: int, image: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (0, image), (image, length)
+
+
+def same(place: int, mask: list[int] | None) -> int:
+    return place
+
+
+def after(n: int) -> Callable[[int, list[int] | None], int]:
+    return lambda place, mask: place - n
+
+
+def rank(place: int, mask: list[int] | None) -> int:
+    assert mask is not None
+    return sum(mask[:place])
+
+
+DOUBLE = tuple(f"transformer.transformer_blocks.{i}.attn" for i in (0, 1))
+SINGLE = tuple(f"transformer.single_transformer_blocks.{i}.attn" for i in (0, 1))
+
+PLACES = {
+    "flux": Place(DOUBLE + SINGLE, text_first, same, "text_encoder_2"),
+    "flux2": Place(DOUBLE + SINGLE, text_first, same),
+    "sd3": Place(DOUBLE, image_first, lambda place, mask: 16 + place, "text_encoder_3"),  # after CLIP's 16
+    "qwen_image": Place(DOUBLE, text_first, after(34)),
+    "lumina2": Place(("transformer.layers.0.attn", "transformer.layers.1.attn"), text_first, rank),
+    "z_image": Place(
+        ("transformer.layers.0.attention", "transformer.layers.1.attention"),
+        lambda length, image: ((0, image), (math.ceil(image / 32) * 32, length)),
+        rank,
+    ),
+    "aura_flow": Place(
+        tuple(f"transformer.joint_transformer_blocks.{i}.attn" for i in (0, 1)) + SINGLE, text_first, after(-8)
+    ),
+    "cogvideox": Place(tuple(f"transformer.transformer_blocks.{i}.attn1" for i in (0, 1)), text_first, same),
+    "hunyuan_video": Place((DOUBLE[0], *SINGLE), image_first, after(4)),
+}
+CROSS = ("pixart", "sana", "sd", "sdxl", "wan")
+WORD = "fox"
+
+
+def built(name: str):
+    tiny = families()[name]
+    if not tiny.available:
+        pytest.skip(f"this diffusers has no {tiny.pipeline}")
+    return tiny, tiny.build()
+
+
+def rows_of(tiny, seen: list, guidance: bool, condition: str, image: int, n_images: int):
+    """(call, its batch row) of one image under one condition, for every run of the model."""
+    runs = tiny.runs(guidance)
+    for index, call in enumerate(seen):
+        chunks = runs[index % len(runs)]
+        for chunk, of in enumerate(chunks):
+            if of == condition:
+                yield call, chunk * n_images + image
+
+
+def expected_map(tiny, ran: Ran, place: Place, image: int, made: int, condition="cond", guidance=True, what="joint"):
+    """Mean over layers and heads, sum over steps, of [positions, tokens]."""
+    total, count = 0.0, 0
+    for path in place.layers:
+        for call, row in rows_of(tiny, ran.of(path), guidance, condition, image, 1):
+            (a, b), (c, d) = place.streams(call.query.shape[2], made)
+            if what == "joint":
+                p = call.scores().softmax(-1)[row, :, a:b, c:d]
+            elif what == "text_renormalised":
+                p = call.scores()[row, :, a:b, c:d].softmax(-1)
+            elif what == "query_query":
+                p = call.scores(call.query)[row, :, a:b, c:d].softmax(-1)
+            elif what == "text_to_image":
+                p = call.scores().softmax(-1)[row, :, c:d, a:b].transpose(1, 2)
+            total, count = total + p.sum(0), count + p.shape[0]
+    runs = len(ran.of(place.layers[0])) // len(tiny.runs(guidance))
+    return total / count * runs
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_joint_maps_are_those_of_a_plain_softmax(name):
+    tiny, pipe = built(name)
+    place, guidance = PLACES[name], tiny.guidance == "cfg"
+
+    def call():
+        return tiny.call(pipe, ["red fox"], guidance=guidance, size="wide")
+
+    ran = eager(pipe, place.layers, call)
+    kinds = {
+        "joint": sf.HeatMaps("joint"),
+        "text_renormalised": sf.HeatMaps("text_renormalised"),
+        "query_query": sf.HeatMaps("query_query"),
+        "text_to_image": sf.HeatMaps("joint", direction="text_to_image"),
+    }
+    words = sf.HeatMaps(words=[WORD])
+    negative = sf.HeatMaps(condition="uncond") if guidance else sf.HeatMaps()
+    with sf.attach(pipe, *kinds.values(), words, negative) as run:
+        result = call()
+    assert torch.equal(torch.as_tensor(result), torch.as_tensor(ran.result)), "reading changed the image"
+    made = math.prod(run[words].grid)
+    for what, maps in kinds.items():
+        expected = expected_map(tiny, ran, place, 0, made, guidance=guidance, what=what)
+        actual = run[maps].tensor().flatten(1).T.double()
+        assert run[maps].tensor().shape[1:] == run[maps].grid
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+    if guidance:
+        expected = expected_map(tiny, ran, place, 0, made, "uncond")
+        torch.testing.assert_close(run[negative].tensor().flatten(1).T.double(), expected, rtol=1e-4, atol=1e-6)
+    ids, mask = ran.texts[place.encoder][0]  # the prompt is encoded first
+    token = getattr(pipe, place.encoder.replace("text_encoder", "tokenizer")).convert_tokens_to_ids(WORD)
+    keys = [place.key(at, mask) for at, one in enumerate(ids) if one == token]
+    assert len(keys) == 1
+    joint = run[kinds["joint"]]
+    if name == "sd3":  # CLIP has the word too
+        keys.insert(0, ran.texts["text_encoder"][0][0].index(pipe.tokenizer.convert_tokens_to_ids("fox</w>")))
+    torch.testing.assert_close(joint.word(WORD).values, joint.map(keys).values)
+    assert run[words].columns == tuple(keys)
+    torch.testing.assert_close(run[words].word(WORD).values, joint.word(WORD).values, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", CROSS)
+def test_cross_maps_are_those_of_a_plain_softmax_at_one_resolution(name):
+    tiny, pipe = built(name)
+    path = {"sd": "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2"}.get(name)
+    path = path or {"sdxl": "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2"}.get(name)
+    path = path or f"transformer.{'blocks' if name == 'wan' else 'transformer_blocks'}.1.attn2"
+    guidance = tiny.guidance == "cfg"
+
+    def call():
+        return tiny.call(pipe, ["red fox"], guidance=guidance, size="wide")
+
+    ran = eager(pipe, (path,), call)
+    maps, words = sf.HeatMaps("cross", layers=path), sf.HeatMaps(layers=path, words=[WORD])
+    with sf.attach(pipe, maps, words) as run:
+        call()
+    recording = run[maps]
+    calls = list(rows_of(tiny, ran.of(path), guidance, "cond", 0, 1))
+    expected = sum(call.scores().softmax(-1)[row].mean(0) for call, row in calls)
+    torch.testing.assert_close(recording.tensor().flatten(1).T.double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(recording.word(WORD).values, run[words].word(WORD).values, rtol=1e-5, atol=1e-7)
+
+
+def test_texts_of_different_lengths_in_one_sequence_keep_their_own_words():
+    tiny, pipe = built("lumina2")
+    alone, both = sf.HeatMaps(), sf.HeatMaps()
+    with sf.attach(pipe, alone) as run:
+        tiny.call(pipe, ["red fox"], guidance=False)
+    with sf.attach(pipe, both) as batch:
+        tiny.call(pipe, ["red fox", "a photo of a blue dog in the snow"], guidance=False)
+    torch.testing.assert_close(batch[both].word("fox").values, run[alone].word("fox").values, rtol=1e-3, atol=1e-5)
+    assert batch[both].word("dog", image=1).values.shape == batch[both].grid
+    with pytest.raises(ValueError, match="'fox' is not in the prompt"):
+        batch[both].word("fox", image=1)
