@@ -30,7 +30,7 @@ from sparsefeat.erasure import Selection, select
 from sparsefeat.features import area_under_curve, normalized_mean_difference, search
 from sparsefeat.report import overlay
 from sparsefeat.steering import CodeRule, FeatureTransport, Overwrite, PromptVector
-from sparsefeat.training import TensorRows, geometric_median, initialise, training_loss
+from sparsefeat.training import Objective, TensorRows, geometric_median, initialise, training_loss
 from tests.tiny import tiny_sd
 
 AT = "unet.up_blocks.1.attentions.1"
@@ -216,16 +216,31 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     ),
     "TrainConfig": (
         sf.TrainConfig,
-        lambda: {"steps": 3, "lr": 1e-3, "grad_clip": 1.0, "auxk": 0.1, "multi_topk": 0.1},
+        lambda: {"steps": 3, "lr": 1e-3, "grad_clip": 1.0},
     ),
     "SAETrainer": (
         sf.SAETrainer,
         lambda: {"sae": make_sae().train(), "rows": SOME_ROWS.clone(), "config": sf.TrainConfig(steps=2, batch_size=8)},
     ),
     "TensorRows": (TensorRows, lambda: {"rows": SOME_ROWS.clone()}),
+    "Objective": (
+        Objective,
+        lambda: {
+            "auxk": 0.1,
+            "multi_topk": 0.1,
+            "sparsity": 0.1,
+            "l0_target": 4.0,
+            "pre_act": 0.1,
+            "bandwidth": 0.1,
+            "first_threshold": 0.1,
+            "delta": 1.0,
+            "threshold_decay": 0.9,
+            "fired_above": 0.1,
+        },
+    ),
     "training_loss": (
         training_loss,
-        lambda: {"sae": make_sae(), "x": SOME_ROWS, "auxk": 0.1, "multi_topk": 0.1},
+        lambda: {"sae": make_sae(), "x": SOME_ROWS},
     ),
     "geometric_median": (geometric_median, lambda: {"rows": SOME_ROWS.clone(), "tolerance": 1e-3}),
     "initialise": (initialise, lambda: {"sae": make_sae().train(), "sample": SOME_ROWS.clone()}),

@@ -26,7 +26,7 @@ from sparsefeat.evaluation.run_emoji import activation_rows
 from sparsefeat.evaluation.sae_metrics import measure_sae, pca_fvu
 from sparsefeat.pipeline import attach
 from sparsefeat.sae import SAE, SAEConfig
-from sparsefeat.training import CollectActivations, SAETrainer, TrainConfig
+from sparsefeat.training import CollectActivations, Objective, SAETrainer, TrainConfig
 
 # Two whole blocks; the cross-attention of the layers at full resolution, through which nearly all goes that the text
 # does to the image (docs/erasure.md); and the text encoder's first layer, which sees each prompt once, outside the steps: there the words of a prompt have
@@ -97,7 +97,12 @@ def main() -> None:
             metadata={"training_rows": len(rows), "training_steps": steps},
         )
         training = TrainConfig(
-            steps=steps, batch_size=2048, lr=2e-3, warmup_steps=50, dead_after=200_000, checkpoint_every=200
+            steps=steps,
+            batch_size=2048,
+            lr=2e-3,
+            warmup_steps=50,
+            objective=Objective(dead_after=200_000),
+            checkpoint_every=200,
         )
         sae = SAETrainer(SAE(config), rows, training, folder / name).fit()
         print(

@@ -1,8 +1,10 @@
-"""Splice an SAE's reconstruction into the pipeline, in the place of the activations."""
+"""Put an SAE's reconstruction, or nothing, in the place of the activations."""
 
 from __future__ import annotations
 
-from sparsefeat.features.attached import hookpoint_of, reconstructing
+from torch import Tensor
+
+from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
 from sparsefeat.pipeline import Activations, Context, Hookpoint, Instrument, Replace
 from sparsefeat.sae import SAE
 
@@ -21,5 +23,20 @@ class Splice(Instrument):
         return (self.at,)
 
     def at_hookpoint(self, activations: Activations, context: Context) -> Replace:
+        x, sae = activations.rows, beside(self.sae, activations, context)
+        return Replace(sae.decode(activations.code(sae), like=x).to(x.dtype))
+
+
+class Ablate(Instrument):
+    """Instrument: every row becomes `row [d_model]`, such as zeros, or the mean: what the block says is lost."""
+
+    def __init__(self, at: str | Hookpoint, row: Tensor) -> None:
+        self.at = at if isinstance(at, Hookpoint) else Hookpoint.parse(at)
+        self.row = row
+
+    def hookpoints(self) -> tuple[Hookpoint, ...]:
+        return (self.at,)
+
+    def at_hookpoint(self, activations: Activations, context: Context) -> Replace:
         x = activations.rows
-        return Replace(self.sae.decode(activations.code(self.sae), like=x).to(x.dtype))
+        return Replace(self.row.to(x.device, x.dtype).expand_as(x))

@@ -10,10 +10,11 @@ from sparsefeat.sae.module import SAE
 
 
 @torch.no_grad()
-def randomise(sae: SAE, sample: Tensor, seed: int) -> SAE:
+def randomise(sae: SAE, sample: Tensor, seed: int, *, target: Tensor | None = None) -> SAE:
     """Give `sae` random unit decoder rows and the encoder tied to them; biases stay as they are, `b_enc` becomes 0.
 
-    The encoder has one factor, with which the reconstruction of `sample [rows, d_model]` is closest: tied unit rows
+    The encoder has one factor, with which the reconstruction of `sample [rows, d_model]` (of a transcoder, of the
+    `target`) is closest: tied unit rows
     overshoot when many latents are active and undershoot when few are.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -25,7 +26,8 @@ def randomise(sae: SAE, sample: Tensor, seed: int) -> SAE:
     code = sae.encode(sample)
     start = sae.decode(SparseCode(torch.zeros_like(code.values), code.indices, code.n_latents), like=sample)
     guess = sae.decode(code, like=sample) - start
-    factor = (guess * (sample - start)).sum() / guess.square().sum().clamp_min(torch.finfo(guess.dtype).tiny)
+    wanted = sample if target is None else target
+    factor = (guess * (wanted - start)).sum() / guess.square().sum().clamp_min(torch.finfo(guess.dtype).tiny)
     if factor > 0:
         sae.W_enc *= factor
     return sae

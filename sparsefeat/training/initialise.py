@@ -49,10 +49,11 @@ def _fit_normalizer(sae: SAE, sample: Tensor) -> None:
 
 
 @torch.no_grad()
-def initialise(sae: SAE, sample: Tensor, seed: int = 0) -> SAE:
+def initialise(sae: SAE, sample: Tensor, seed: int = 0, *, target: Tensor | None = None) -> SAE:
     """Start values from a `sample [rows, d_model]` of the activations; returns the same SAE.
 
-    `b_out` is the sample's geometric median, and so is `b_pre` unless the normaliser is "none". Directions are random,
+    `b_out` is the sample's geometric median (of a transcoder that of the `target`, its module's output), and `b_pre` that
+    of the sample unless the normaliser is "none". Directions are random,
     the encoder tied to the decoder up to one factor: see `sparsefeat.sae.random`. The normalisers "pca" and "affine" are
     fitted to the sample, which should have many more rows than d_model.
     """
@@ -62,6 +63,10 @@ def initialise(sae: SAE, sample: Tensor, seed: int = 0) -> SAE:
         _fit_normalizer(sae, sample)
     rows = sae.normalize(sample)
     median = geometric_median(rows).to(sae.dtype)
-    sae.b_out.copy_(median)
     sae.b_pre.copy_(median if config.normalizer != "none" else torch.zeros_like(median))
-    return randomise(sae, sample, seed)
+    if target is None:
+        sae.b_out.copy_(median)
+        return randomise(sae, sample, seed)
+    target = finite("target", target).reshape(-1, config.d_model).to(sae.device, sae.dtype)
+    sae.b_out.copy_(geometric_median(target))
+    return randomise(sae, sample, seed, target=target)

@@ -1,117 +1,167 @@
-"""What an SAE is trained to minimise.
+"""What an SAE is trained for, said in pieces that compose: reconstruction, sparsity, dead latents, dictionary.
 
-    L = FVU(x, x_hat) + auxk * L_aux + multi_topk * FVU(x, x_hat_4k)
+    L = error(x, x_hat) + auxk * L_aux + multi_topk * error(x, x_hat_4k) + sparsity * penalty + pre_act * L_pre
 
-FVU = sum |x - x_hat|^2 / sum |x - mean(x)|^2, with the batch's own mean (as EleutherAI/sparsify has it): the scale of
-the activations drops out, and one learning rate serves every hookpoint.
+All of it in rows whose spread is one (`sparsefeat.training.learner`), so that constants hold at every hookpoint.
 
-L_aux (AuxK, Gao et al. 2024, arXiv 2406.04093, appendix A.2): the dead latents alone reconstruct what was missed.
-With e = x - x_hat held constant, and e_hat = z_aux W_dec from the k_aux dead latents of largest pre-activation,
+`reconstruction`, with the batch's sums over rows and dimensions:
 
-    L_aux = min(n_dead / k_aux, 1) * sum |e_hat - e|^2 / sum |x - mean(x)|^2
+| | error(x, x_hat) | published with |
+|---|---|---|
+| fvu | sum (x - x_hat)^2 / sum (x - mean(x))^2 | sparsify, SAeUron |
+| mse | mean (x - x_hat)^2 | sdxl-unbox (its frozen scale is one here), fae, GDM, and d_model times less than Anthropic's |
+| l2 | mean over rows of |x - x_hat| / sqrt(d_model) | BatchTopK crosscoders |
 
-The target is the residual itself and e_hat has no bias: SAeUron's released code has the negative residual and adds the
-bias, sdxl-unbox adds it to both. The normalisation and the factor for few dead latents are sparsify's. The gradient
-reaches the decoder and encoder rows of dead latents and nothing else.
+`prefixes` (Matryoshka, arXiv 2503.17547): the error is the mean over dictionaries of the first m latents, m in prefixes.
+`levels` (hierarchical TopK, arXiv 2505.24473): the mean over codes of the j largest activations, j in levels.
 
-Multi-TopK (the same paper, appendix): the code of 4k latents should reconstruct too, which keeps an SAE usable at
-sparsities other than its own.
+`aux` (AuxK, arXiv 2406.04093): the `k_aux` dead latents of largest pre-activation give a guess g, without bias. With
+e = x - x_hat, V = sum (x - mean(x))^2, and what is in brackets held constant,
+
+| | L_aux | |
+|---|---|---|
+| residual | min(n_dead / k_aux, 1) sum (g - [e])^2 / V | Gao et al., with sparsify's normalisation |
+| unbox | sum (g + b - [e + b])^2 / [sum (e - mean(e))^2] | OpenAI's code, sdxl-unbox, Concept Steerers; also without dead latents, where g = 0 |
+| saeuron | min(n_dead / k_aux, 1) sum (g + b + e)^2 / V | EleutherAI's first code, SAeUron: the negative residual, not held constant |
+| crosscoder | sum (g - [e])^2 / [sum (e - mean(e))^2] | dictionary_learning, BatchTopK crosscoders |
+| fae | mean (g + b - [x_hat])^2 | fae: the reconstruction, not what it misses |
+
+`penalty` of activations f of which rows are means and latents sums:
+
+| | | published with |
+|---|---|---|
+| l1 | sum f | ReLU SAEs; with decoder "free" f times the decoder row's norm, Anthropic's of April 2024 |
+| l0 | sum H(f) | JumpReLU (arXiv 2407.14435), by a straight-through estimate |
+| tanh | sum tanh(4 f) | Anthropic's JumpReLU of January 2025 |
+
+JumpReLU's threshold has pseudo-derivatives where a pre-activation is within half a `bandwidth` of it: -threshold /
+bandwidth of f, -1 / bandwidth of H. `pre_act`, of L_pre = sum relu(threshold - pre), moves latents that do not fire.
+`gated` (arXiv 2404.16014): gate and magnitude share directions; the penalty is of the gate's positive part, which
+reconstructs too, through the decoder held constant. The trained SAE is a JumpReLU SAE (`SAEConfig`).
+
+`l0_target`: the weight of the penalty grows by up to LOG_WEIGHT_STEP a step while more latents are active, and shrinks
+while fewer are: how one weight serves all hookpoints.
+
+`decoder`: "unit" rows (the gradient along a row is removed, the row renormalised after every step); "free" rows, with
+selection, penalties and dead latents judged by activation times norm (the saved SAE has unit rows all the same);
+"archetypal" rows: exp(m) (W C + R) with W's rows convex weights over `archetypes` centres C of the data (k-means) and
+R's rows no longer than `delta` (RA-SAE, arXiv 2502.12892; delta 0 is archetypal), around an output bias that stays.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from sparsefeat_kernels import SparseCode, auxk_decode, auxk_encode
-from torch import Tensor
+from sparsefeat.arguments import number, whole
+from sparsefeat.sae.config import PURSUITS, SAEConfig
 
-from sparsefeat.arguments import number
-from sparsefeat.sae import SAE
-from sparsefeat.sae.activations import SELECTION
+RECONSTRUCTIONS = ("fvu", "mse", "l2")
+AUXILIARIES = ("residual", "unbox", "saeuron", "crosscoder", "fae")
+PENALTIES = ("l1", "l0", "tanh")
+DECODERS = ("unit", "free", "archetypal")
+SORTED = ("topk", "signed_topk", "raw_topk")  # whose code of more latents begins with the code of fewer
+SELECTING = (*SORTED, "batch_topk")
+AUXK = 1 / 32
+TANH_SCALE = 4.0
+LOG_WEIGHT_STEP = 0.02
 
 
 @dataclass(frozen=True)
-class Loss:
-    """total carries the gradient; the parts are detached; code is what the batch was encoded to."""
+class Objective:
+    """The pieces above. auxk: None is 1/32 where the activation has a k, else 0. k_aux: None is d_model / 2.
 
-    total: Tensor
-    fvu: Tensor
-    auxk: Tensor
-    multi_topk: Tensor
-    code: SparseCode
+    sparsity_warmup: steps over which the penalty's weight rises from 0.
+    first_threshold: where JumpReLU's thresholds start.
+    threshold_decay, threshold_after: BatchTopK's inference threshold follows the batches' smallest kept activation as an
+        exponential average, from the first step after `threshold_after` on.
+    dead_after: a latent is dead once it has not fired for so many rows. fired_above: it fires where its activation is
+        larger than this (sdxl-unbox 1e-3, fae 1); None where it is among the k, even with 0 (SAeUron).
+    """
 
+    reconstruction: str = "fvu"
+    auxk: float | None = None
+    aux: str = "residual"
+    k_aux: int | None = None
+    multi_topk: float = 0.0
+    prefixes: tuple[int, ...] = ()
+    levels: tuple[int, ...] = ()
+    sparsity: float = 0.0
+    penalty: str = "l1"
+    l0_target: float | None = None
+    sparsity_warmup: int = 0
+    pre_act: float = 0.0
+    bandwidth: float = 0.1
+    first_threshold: float = 0.1
+    gated: bool = False
+    decoder: str = "unit"
+    archetypes: int | None = None
+    delta: float = 1.0
+    threshold_decay: float = 0.99
+    threshold_after: int = 0
+    dead_after: int = 10_000_000
+    fired_above: float | None = 0.0
 
-def training_loss(
-    sae: SAE,
-    x: Tensor,
-    dead: Tensor | None = None,
-    *,
-    auxk: float = 1 / 32,
-    k_aux: int | None = None,
-    multi_topk: float = 0.0,
-) -> Loss:
-    """The loss of a batch `x [rows, d_model]`; `dead [n_latents]` bool, None when none is."""
-    number("auxk", auxk, 0)
-    number("multi_topk", multi_topk, 0)
-    variance = total_variance(x)
-    latents = dead.nonzero().squeeze(-1) if auxk and dead is not None else None
-    wanted = k_aux or max(1, sae.d_model // 2)
-    code, aux_code, wide_code = _encode(sae, x, latents, wanted, wide=bool(multi_topk))
-    x_hat, guess = _decode(sae, x, code, aux_code, latents)
-    fvu = squared_error(x, x_hat) / variance
-    total, nothing = fvu, fvu.detach() * 0
-    aux = wide = nothing
-    if guess is not None and latents is not None:
-        aux = min(latents.numel() / wanted, 1.0) * squared_error((x - x_hat).detach(), guess) / variance
-        total = total + auxk * aux
-    if wide_code is not None:
-        wide = squared_error(x, sae.decode(wide_code, like=x)) / variance
-        total = total + multi_topk * wide
-    return Loss(total, fvu.detach(), aux.detach(), wide.detach(), code)
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("reconstruction", RECONSTRUCTIONS),
+            ("aux", AUXILIARIES),
+            ("penalty", PENALTIES),
+            ("decoder", DECODERS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r:.100}: choose one of {', '.join(choices)}")
+        for name in ("auxk", "multi_topk", "sparsity", "pre_act", "delta", "fired_above"):
+            if getattr(self, name) is not None:
+                number(name, getattr(self, name), 0)
+        for name in ("l0_target", "bandwidth", "first_threshold"):
+            if getattr(self, name) is not None:
+                number(name, getattr(self, name), 0, above=True)
+        number("threshold_decay", self.threshold_decay, 0, 1)
+        for name, least in (("sparsity_warmup", 0), ("threshold_after", 0), ("dead_after", 1)):
+            whole(name, getattr(self, name), least)
+        for name in ("k_aux", "archetypes"):
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name))
+        for name in ("prefixes", "levels"):
+            sizes = getattr(self, name)
+            if list(sizes) != sorted(set(sizes)) or any(not isinstance(size, int) or size < 1 for size in sizes):
+                raise ValueError(f"{name} is {sizes!r:.100}: pass whole numbers of at least 1 in ascending order")
+            object.__setattr__(self, name, tuple(sizes))
+        if self.prefixes and self.levels:
+            raise ValueError("prefixes and levels are both given: nest the latents or the activations, not both")
+        if self.l0_target is not None and not self.sparsity:
+            raise ValueError("l0_target is given without a penalty to reach it by: pass sparsity, such as 1e-3")
 
+    def auxk_of(self, config: SAEConfig) -> float:
+        """The weight of L_aux for an SAE of this config."""
+        return (AUXK if config.activation in SELECTING else 0.0) if self.auxk is None else self.auxk
 
-def _encode(
-    sae: SAE, x: Tensor, latents: Tensor | None, k_aux: int, wide: bool
-) -> tuple[SparseCode, SparseCode | None, SparseCode | None]:
-    """The code, that of the dead latents (None without any) and that of 4 k (None unless asked), in as few passes over
-    the encoder as the activation allows: of top-k one, as the code of 4 k begins with the code of k."""
-    config, n = sae.config, sae.n_latents
-    of_topk = config.activation in ("topk", "signed_topk", "raw_topk")
-    k = config.k or 1
-    k_wide = min(n, 4 * k)
-    aux_code = wide_code = None
-    if latents is not None and latents.numel():
-        rows = sae.normalize(x)
-        selected = SELECTION[config.activation] if of_topk else "relu"
-        weights = (sae.W_enc, sae.b_enc, sae.b_pre)
-        first = k_wide if wide and of_topk else k if of_topk else 1
-        prepared = sae.prepared(len(rows))
-        parts = auxk_encode(rows, *weights, first, latents, min(k_aux, latents.numel()), selected, prepared=prepared)
-        aux_code = SparseCode(parts[2], parts[3], n)
-        code = SparseCode(parts[0], parts[1], n) if of_topk else sae.encode(x)
-    else:
-        code = sae.encode(x, k=k_wide) if wide and of_topk else sae.encode(x)
-    if wide:
-        wide_code = code if of_topk else sae.encode(x, k=k_wide)
-        code = SparseCode(code.values[:, :k], code.indices[:, :k], n) if of_topk else code
-    return code, aux_code, wide_code
-
-
-def _decode(
-    sae: SAE, x: Tensor, code: SparseCode, aux: SparseCode | None, latents: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """x_hat, and e_hat, the dead latents' guess at what is missing (without bias; None without their code)."""
-    if aux is None or latents is None:
-        return sae.decode(code, like=x), None
-    x_hat, guess = auxk_decode(code.values, code.indices, aux.values, aux.indices, latents, sae.W_dec, sae.b_out)
-    return sae.denormalize(x_hat, like=x), sae.change_of(guess, x)
-
-
-def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
-    return (x - x_hat).square().sum()
-
-
-def total_variance(x: Tensor) -> Tensor:
-    """`sum |x - mean(x)|^2`, at least the smallest normal number: a batch of equal rows must not divide by zero."""
-    return (x - x.mean(0)).square().sum().clamp_min(torch.finfo(x.dtype).tiny)
+    def check(self, config: SAEConfig) -> None:
+        """Refuse what does not go with the SAE: nothing that is asked for is left out silently."""
+        activation = config.activation
+        if activation in PURSUITS or activation == "groupmax":
+            remedy = "build_itda makes its dictionary" if activation in PURSUITS else "train 'topk' instead"
+            raise ValueError(f"activation {activation!r} is not trained by gradients: {remedy}")
+        selecting, jumping = activation in SELECTING, activation == "jumprelu"
+        if not selecting and not self.sparsity:
+            raise ValueError(
+                f"activation {activation!r} has no sparsity of its own to train: pass sparsity, or train 'batch_topk' "
+                "with inference 'threshold', which encodes the same way"
+            )
+        for name, wrong, needs in (
+            ("auxk", self.auxk and not selecting, "an activation with a k"),
+            ("multi_topk", self.multi_topk and not selecting, "an activation with a k"),
+            ("sparsity", self.sparsity and selecting, "activation 'relu' or 'jumprelu'"),
+            ("penalty", self.penalty == "l0" and not (jumping and not self.gated), "activation 'jumprelu', not gated"),
+            ("pre_act", self.pre_act and not (jumping and not self.gated), "activation 'jumprelu', not gated"),
+            ("gated", self.gated and not (jumping and self.penalty == "l1"), "activation 'jumprelu' and penalty 'l1'"),
+            ("gated", self.gated and (self.prefixes or self.decoder != "unit"), "decoder 'unit' and no prefixes"),
+            ("levels", self.levels and activation not in SORTED, "activation 'topk', whose codes are sorted"),
+        ):
+            if wrong:
+                raise ValueError(f"{name}={getattr(self, name)!r:.100} needs {needs}, and the SAE's is {activation!r}")
+        for name, largest in (("prefixes", config.n_latents), ("levels", config.k or 1)):
+            sizes = getattr(self, name)
+            if sizes and sizes[-1] != largest:
+                what = "n_latents" if name == "prefixes" else "k"
+                raise ValueError(f"{name} ends with {sizes[-1]}: the last must be {what}, {largest}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsefeat.arguments import finite
 from sparsefeat.store import ShardReader
+from sparsefeat.training.losses import Batch
 
 
 class RowSource(Protocol):
@@ -21,20 +22,29 @@ class RowSource(Protocol):
     @property
     def d_model(self) -> int: ...
 
-    def batches(self, batch_size: int, *, seed: int, epoch: int = 0, skip: int = 0) -> Iterator[Tensor]:
-        """The epoch's full batches `[batch_size, d_model]`, without the first `skip`; what is left over is dropped."""
+    def batches(self, batch_size: int, *, seed: int, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
+        """The epoch's full batches of `[batch_size, d_model]`, without the first `skip`; what is left over is dropped."""
         ...
 
 
 class TensorRows:
-    """Rows of one tensor; dimensions before the last are flattened."""
+    """Rows of one tensor; dimensions before the last are flattened.
 
-    def __init__(self, rows: Tensor) -> None:
+    target: of the same shape, what a transcoder makes of each row. timestep: of each row, for an SAE that depends on it.
+    """
+
+    def __init__(self, rows: Tensor, target: Tensor | None = None, timestep: Tensor | None = None) -> None:
         if rows.ndim < 2 or not rows.is_floating_point():
             raise ValueError(
                 f"rows is {rows.dtype} of shape {list(rows.shape)}: pass floating activations [rows, d_model]"
             )
         self.rows = finite("rows", rows).reshape(-1, rows.shape[-1])
+        if target is not None and target.shape != rows.shape:
+            raise ValueError(f"target has shape {list(target.shape)}, rows {list(rows.shape)}: they must agree")
+        self.target = None if target is None else finite("target", target).reshape(self.rows.shape)
+        if timestep is not None and timestep.shape != rows.shape[:-1]:
+            raise ValueError(f"timestep has shape {list(timestep.shape)}: give one for every row, {self.n_rows}")
+        self.timestep = None if timestep is None else finite("timestep", timestep).flatten()
 
     @property
     def n_rows(self) -> int:
@@ -44,20 +54,23 @@ class TensorRows:
     def d_model(self) -> int:
         return self.rows.shape[1]
 
-    def batches(self, batch_size: int, *, seed: int, epoch: int = 0, skip: int = 0) -> Iterator[Tensor]:
+    def batches(self, batch_size: int, *, seed: int, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
         order = torch.randperm(self.n_rows, generator=epoch_generator(seed, epoch))
         for start in range(skip * batch_size, self.n_rows - batch_size + 1, batch_size):
-            yield self.rows[order[start : start + batch_size].to(self.rows.device)]
+            chosen = order[start : start + batch_size].to(self.rows.device)
+            yield Batch(*(None if t is None else t[chosen] for t in (self.rows, self.target, self.timestep)))
 
 
 class StoreRows:
-    """The rows of one field of a store, shuffled as `ShardReader.batches` shuffles."""
+    """The rows of one field of a store, shuffled as `ShardReader.batches` shuffles; its fields "target" and "timestep", if it
+    has them, go with them."""
 
     def __init__(self, reader: ShardReader, field: str = "rows") -> None:
         if field not in reader.schema or len(reader.schema[field].shape) != 1:
             offered = [name for name, spec in reader.schema.items() if len(spec.shape) == 1]
             raise ValueError(f"field {field!r} is no field of rows in {reader.folder}: choose one of {offered}")
         self.reader, self.field = reader, field
+        self.beside = [name for name in ("target", "timestep") if name in reader.schema and name != field]
 
     @property
     def n_rows(self) -> int:
@@ -67,14 +80,14 @@ class StoreRows:
     def d_model(self) -> int:
         return self.reader.schema[self.field].shape[0]
 
-    def batches(self, batch_size: int, *, seed: int, epoch: int = 0, skip: int = 0) -> Iterator[Tensor]:
+    def batches(self, batch_size: int, *, seed: int, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
         for batch in self.reader.batches(
-            batch_size, fields=[self.field], seed=seed, epoch=epoch, skip=skip, drop_last=True
+            batch_size, fields=[self.field, *self.beside], seed=seed, epoch=epoch, skip=skip, drop_last=True
         ):
-            yield batch[self.field]
+            yield Batch(batch[self.field], batch.get("target"), batch.get("timestep"))
 
 
-def stream(source: RowSource, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+def stream(source: RowSource, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
     """Batches without end, epoch after epoch, from batch number `start` on."""
     epoch, skip = divmod(start, source.n_rows // batch_size)
     while True:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,14 @@ from tqdm import tqdm
 
 from sparsefeat.arguments import number, whole
 from sparsefeat.sae import SAE
-from sparsefeat.sae.config import TOPK_ACTIVATIONS
 from sparsefeat.store import ShardReader
-from sparsefeat.training.initialise import initialise
-from sparsefeat.training.objectives import training_loss
+from sparsefeat.training.learner import Learner
+from sparsefeat.training.losses import Batch
+from sparsefeat.training.objectives import Objective
 from sparsefeat.training.rows import RowSource, StoreRows, TensorRows, stream
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 SAMPLE_ROWS = 32_768  # rows the start values are taken from, as sdxl-unbox does
-THRESHOLD_DECAY = 0.99  # of BatchTopK's inference threshold, SAELens' rate
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,8 @@ class TrainConfig:
 
     lr: peak learning rate of Adam; None is 2e-4 / sqrt(n_latents / 2^14), the scaling of arXiv 2406.04093. It rises
         linearly over `warmup_steps` and falls linearly to 0 over the last `decay_steps` (None: all after the warm-up).
-    grad_clip: largest norm of the whole gradient.
-    auxk, k_aux, multi_topk: weights of the loss's parts and the width of AuxK (None: d_model / 2), see `objectives`.
-    dead_after: a latent is dead once it has not fired for this many rows.
+    betas: Adam's. grad_clip: largest norm of the whole gradient; None for no bound.
+    objective: what is minimised, under which constraints, and which latents are dead; see `objectives`.
     seed: of the start values and of the order of the rows.
     checkpoint_every, log_every: in steps.
     """
@@ -51,24 +49,22 @@ class TrainConfig:
     lr: float | None = None
     warmup_steps: int = 0
     decay_steps: int | None = None
-    grad_clip: float = 1.0
-    auxk: float = 1 / 32
-    k_aux: int | None = None
-    multi_topk: float = 0.0
-    dead_after: int = 10_000_000
+    betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: float | None = 1.0
+    objective: Objective = field(default_factory=Objective)
     seed: int = 0
     checkpoint_every: int = 1000
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "dead_after", "checkpoint_every", "log_every"):
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
             whole(name, getattr(self, name))
         for name in ("lr", "grad_clip"):
             if getattr(self, name) is not None:
                 number(name, getattr(self, name), 0, above=True)
-        for name in ("auxk", "multi_topk"):
-            number(name, getattr(self, name), 0)
         whole("warmup_steps", self.warmup_steps, 0, self.steps)
+        if len(self.betas) != 2 or not all(0 <= number("betas", beta, 0, 1) < 1 for beta in self.betas):
+            raise ValueError(f"betas is {self.betas!r}: pass two numbers, from 0 to below 1")
 
     def lr_at(self, step: int, n_latents: int) -> float:
         peak = self.lr if self.lr is not None else 2e-4 / math.sqrt(n_latents / 2**14)
@@ -79,15 +75,10 @@ class TrainConfig:
 
 
 class SAETrainer:
-    """Trains `sae` in place.
+    """Trains `sae` in place, in rows of unit spread; when `fit` is done it takes rows as they are. See `Learner`.
 
     rows: a tensor `[..., d_model]`, a `ShardReader` with a field "rows", or any `RowSource`.
     folder: where checkpoints and `metrics.jsonl` go; a checkpoint there is resumed from. None keeps nothing.
-
-    `b_pre` stays at the geometric median it starts from: beside a trained `b_enc` it adds nothing (`W_enc (x - b_pre) +
-    b_enc` sees it only through the sum), and its gradient would cost another decode a step. `b_out` is trained.
-    Decoder rows have unit norm after every step: the gradient along a row is removed before the step, the row
-    renormalised after it.
 
     >>> trainer = SAETrainer(SAE(SAEConfig(128, 1024, k=16)), activations, TrainConfig(steps=2000), folder="runs/mid")
     >>> sae = trainer.fit()                       # the same lines after an interruption go on from the checkpoint
@@ -96,11 +87,6 @@ class SAETrainer:
     def __init__(
         self, sae: SAE, rows: Tensor | ShardReader | RowSource, config: TrainConfig, folder: str | Path | None = None
     ) -> None:
-        if sae.config.activation not in TOPK_ACTIVATIONS:
-            raise ValueError(
-                f"activation {sae.config.activation!r} has no sparsity of its own to train: train 'batch_topk' "
-                "with inference 'threshold', which encodes the same way"
-            )
         if isinstance(rows, Tensor):
             self.source: RowSource = TensorRows(rows)
         else:
@@ -117,15 +103,15 @@ class SAETrainer:
         self.sae, self.config = sae, config
         self.folder = None if folder is None else Path(folder)
         self.step = 0
-        self.rows_since_fired = torch.zeros(sae.n_latents, dtype=torch.int64, device=sae.device)
+        self.learner = Learner(sae, config.objective)
         self.log: list[dict[str, float]] = []
-        self._trained = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_out)
-        self.optimizer = torch.optim.Adam(self._trained, lr=0.0, eps=6.25e-10, fused=True)  # eps of OpenAI's trainer
+        # The epsilon is OpenAI's trainer's.
+        self.optimizer = torch.optim.Adam(self.learner.trained, lr=0.0, betas=config.betas, eps=6.25e-10, fused=True)
         if self.folder is not None and (self.folder / CHECKPOINT).is_file():
             self._resume(self.folder / CHECKPOINT)
         else:
             sample = next(self.source.batches(min(self.source.n_rows, SAMPLE_ROWS), seed=config.seed))
-            initialise(sae, sample, config.seed)
+            self.learner.begin(sample, config.seed)
 
     def fit(self, progress: bool = True) -> SAE:
         """Train to the last step; the SAE, in evaluation mode. Ctrl-C ends the step in hand, saves and leaves."""
@@ -154,34 +140,28 @@ class SAETrainer:
                 if interrupted.is_set():
                     kept = "nothing was kept, pass folder=" if self.folder is None else "the same lines go on from here"
                     raise KeyboardInterrupt(f"stopped after step {self.step} of {config.steps}; {kept}")
-        return self.sae.eval()
+        return self.learner.fold().eval()
 
     def _drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         release_gradient_memory()
 
-    def train_step(self, batch: Tensor, measure: bool = False) -> dict[str, float] | None:
+    def train_step(self, batch: Batch | Tensor, measure: bool = False) -> dict[str, float] | None:
         """One optimiser step; its figures if `measure`, which waits for the device."""
-        sae, config = self.sae, self.config
-        x = batch.to(sae.device, sae.dtype)
-        dead = self.rows_since_fired >= config.dead_after
-        loss = training_loss(sae, x, dead, auxk=config.auxk, k_aux=config.k_aux, multi_topk=config.multi_topk)
+        learner, config = self.learner, self.config
+        dead = learner.dead()
+        loss = learner.loss(batch, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        gradients = torch.autograd.grad(loss.total, self._trained)
-        for parameter, gradient in zip(self._trained, gradients, strict=True):
+        for parameter, gradient in zip(learner.trained, learner.gradients(loss), strict=True):
             parameter.grad = gradient
-        with torch.no_grad():
-            self._project_decoder_gradient()
-            norm = torch.nn.utils.clip_grad_norm_(self._trained, config.grad_clip)
-            lr = config.lr_at(self.step, sae.n_latents)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            sae.W_dec /= torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True)
-            values, indices = loss.code.values.detach(), loss.code.indices
-            self._count_fired(values, indices, x.shape[0])
-            if sae.threshold is not None:
-                self._follow_threshold(values)
+        learner.project()
+        largest = math.inf if config.grad_clip is None else config.grad_clip
+        norm = torch.nn.utils.clip_grad_norm_(learner.trained, largest)
+        lr = config.lr_at(self.step, self.sae.n_latents)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        l0 = learner.settle(loss, self.step)
         self.step += 1
         if not measure:
             return None
@@ -189,9 +169,8 @@ class SAETrainer:
         return {
             "step": self.step,
             "fvu": float(loss.fvu),
-            "auxk": float(loss.auxk),
-            "multi_topk": float(loss.multi_topk),
-            "l0": float((values != 0).sum(-1).float().mean()),
+            **{name: float(part) for name, part in loss.parts.items()},
+            "l0": float(l0),
             "dead": float(dead.float().mean()),
             "grad_norm": float(norm),
             "lr": lr,
@@ -204,9 +183,8 @@ class SAETrainer:
             return
         state = {
             "step": self.step,
-            "sae": self.sae.state_dict(),
+            "learner": self.learner.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "rows_since_fired": self.rows_since_fired,
             "sae_config": self.sae.config.to_json(),
             "train_config": asdict(self.config),
         }
@@ -224,7 +202,7 @@ class SAETrainer:
             ) from error
 
     def _check_finite(self) -> None:
-        if not all(bool(parameter.isfinite().all()) for parameter in self._trained):
+        if not all(bool(parameter.isfinite().all()) for parameter in self.learner.trained):
             raise FloatingPointError(
                 f"the weights have NaN or Inf after step {self.step}: look for them in the rows, or lower lr "
                 f"({self.config.lr_at(self.step, self.sae.n_latents):g}); the checkpoint, if there is one, is unharmed"
@@ -233,7 +211,7 @@ class SAETrainer:
     def _resume(self, path: Path) -> None:
         try:
             state: dict[str, Any] = torch.load(path, map_location=self.sae.device, weights_only=True)
-            kept = {name: state[name] for name in ("sae_config", "train_config", "step", "rows_since_fired")}
+            kept = {name: state[name] for name in ("sae_config", "train_config", "step", "learner")}
         except Exception as error:  # torch.load raises RuntimeError, UnpicklingError, EOFError, KeyError, ...
             raise ValueError(
                 f"{path} is not a checkpoint of this trainer ({error}): remove it to start anew"
@@ -245,34 +223,13 @@ class SAETrainer:
             if changed:
                 said = ", ".join(f"{key} {was!r} -> {value!r}" for key, (was, value) in changed.items())
                 raise ValueError(f"{path} was written with another config ({said}): use that, or another folder")
-        self.sae.load_state_dict(state["sae"])
+        self.learner.load_state_dict(kept["learner"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.rows_since_fired.copy_(kept["rows_since_fired"])
         self.step = int(kept["step"])
         log = path.parent / METRICS
         if log.is_file():
             self.log = [entry for entry in _readable(log.read_text(encoding="utf-8")) if entry["step"] <= self.step]
             log.write_text("".join(json.dumps(entry) + "\n" for entry in self.log), encoding="utf-8")
-
-    def _project_decoder_gradient(self) -> None:
-        """Remove from every decoder row's gradient its part along the row, which renormalising would undo anyway."""
-        weight, gradient = self.sae.W_dec, self.sae.W_dec.grad
-        assert gradient is not None
-        gradient -= (gradient * weight).sum(-1, keepdim=True) * weight
-
-    def _count_fired(self, values: Tensor, indices: Tensor, n_rows: int) -> None:
-        hits = torch.zeros(self.sae.n_latents, dtype=torch.int32, device=values.device)
-        hits.scatter_add_(0, indices.flatten().long(), (values != 0).flatten().int())
-        self.rows_since_fired += n_rows
-        self.rows_since_fired.masked_fill_(hits > 0, 0)
-
-    def _follow_threshold(self, values: Tensor) -> None:
-        """Move BatchTopK's threshold towards the smallest value this batch kept."""
-        threshold = self.sae.threshold
-        assert threshold is not None
-        smallest = values.masked_fill(values <= 0, math.inf).min().to(threshold.dtype)
-        smallest = torch.where(smallest.isfinite(), smallest, threshold)
-        threshold.lerp_(smallest, 1.0 if self.step == 0 else 1 - THRESHOLD_DECAY)
 
     def _write_log(self, entry: dict[str, float]) -> None:
         self.log.append(entry)

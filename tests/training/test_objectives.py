@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsefeat.sae import SAE, SAEConfig
-from sparsefeat.training import training_loss
+from sparsefeat.training import Objective, training_loss
 
 
 def example(normalizer: str = "b_pre", activation: str = "topk") -> tuple[SAE, torch.Tensor]:
@@ -30,7 +30,7 @@ def test_the_loss_is_fvu_plus_auxk_plus_multi_topk(normalizer, activation):
             sae.pca_std.uniform_(0.5, 2)
     dead = torch.zeros(40, dtype=torch.bool)
     dead[[1, 4, 5, 17, 30, 33]] = True
-    loss = training_loss(sae, x, dead, auxk=0.25, k_aux=4, multi_topk=0.125)
+    loss = training_loss(sae, x, dead, Objective(auxk=0.25, k_aux=4, multi_topk=0.125))
 
     variance = (x - x.mean(0)).square().sum()
     residual = x - sae(x)
@@ -52,8 +52,8 @@ def test_the_loss_is_fvu_plus_auxk_plus_multi_topk(normalizer, activation):
     aux = (guess - residual).square().sum() / variance
     wide = (x - sae.decode(sae.encode(x, k=12), like=x)).square().sum() / variance
     torch.testing.assert_close(loss.fvu, residual.square().sum().detach() / variance)
-    torch.testing.assert_close(loss.auxk, aux.detach())
-    torch.testing.assert_close(loss.multi_topk, wide.detach())
+    torch.testing.assert_close(loss.parts["auxk"], aux.detach())
+    torch.testing.assert_close(loss.parts["multi_topk"], wide.detach())
     torch.testing.assert_close(loss.total, loss.fvu + aux / 4 + wide / 8)
 
 
@@ -61,8 +61,8 @@ def test_few_dead_latents_weigh_less():
     sae, x = example()
     dead = torch.zeros(40, dtype=torch.bool)
     dead[[1, 4]] = True
-    few = training_loss(sae, x, dead, k_aux=8).auxk
-    torch.testing.assert_close(few, training_loss(sae, x, dead, k_aux=2).auxk / 4)
+    few = training_loss(sae, x, dead, Objective(k_aux=8)).parts["auxk"]
+    torch.testing.assert_close(few, training_loss(sae, x, dead, Objective(k_aux=2)).parts["auxk"] / 4)
 
 
 def test_auxk_reaches_the_encoder_and_decoder_of_dead_latents_and_nothing_else():
@@ -75,7 +75,7 @@ def test_auxk_reaches_the_encoder_and_decoder_of_dead_latents_and_nothing_else()
     with torch.no_grad():
         sae.b_enc[:20] = -1
         sae.b_enc[20:] = 50
-    loss = training_loss(sae, x, dead, auxk=1.0)
+    loss = training_loss(sae, x, dead, Objective(auxk=1.0))
     plain = training_loss(sae, x, None)
     difference = loss.total - plain.total
     got = torch.autograd.grad(difference, [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_pre, sae.b_out])
@@ -92,18 +92,18 @@ def test_auxk_points_dead_latents_at_the_residual():
     dead = torch.arange(40) < 20
     with torch.no_grad():
         sae.b_enc[20:] = 50
-    before = training_loss(sae, x, dead, auxk=1.0)
+    before = training_loss(sae, x, dead, Objective(auxk=1.0))
     gradients = torch.autograd.grad(before.total - before.fvu, [sae.W_enc, sae.W_dec], retain_graph=True)
     with torch.no_grad():
         sae.W_enc[:20] -= 1e-3 * gradients[0][:20]
         sae.W_dec[:20] -= 1e-3 * gradients[1][:20]
-    assert training_loss(sae, x, dead, auxk=1.0).auxk < before.auxk
+    assert training_loss(sae, x, dead, Objective(auxk=1.0)).parts["auxk"] < before.parts["auxk"]
 
 
 def test_no_dead_latents_and_equal_rows_give_finite_losses():
     sae, x = example()
     loss = training_loss(sae, x, torch.zeros(40, dtype=torch.bool))
-    assert loss.auxk == 0
+    assert loss.parts["auxk"] == 0
     torch.testing.assert_close(loss.total.detach(), loss.fvu)
     same = training_loss(sae.float(), torch.ones(5, 9))
     same.total.backward()

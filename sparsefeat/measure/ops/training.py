@@ -17,7 +17,7 @@ from sparsefeat.measure.ops.op import Op, Shape
 from sparsefeat.measure.sae_case import AUXK, SAECase, dense_encode, dense_step, sae_case, with_dense_code
 from sparsefeat.measure.timing import DENSE, OURS, Provider
 from sparsefeat.sae import SAE, SAEConfig
-from sparsefeat.training.objectives import training_loss
+from sparsefeat.training import Objective, training_loss
 
 CHECKED_LATENTS = 1024
 # Gradients of a step, relative, fp32.
@@ -89,7 +89,7 @@ def our_step(state: tuple[SAECase, SAE]) -> dict[str, Tensor]:
     case, sae = state
     with torch.no_grad():
         sae.b_enc.add_(0.0)  # an optimiser's step would change the weights: nothing made from them may be kept
-    loss = training_loss(sae, case.x, case.is_dead, auxk=AUXK).total
+    loss = training_loss(sae, case.x, case.is_dead, Objective(auxk=AUXK)).total
     gradients = torch.autograd.grad(loss, (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_pre, sae.b_out))
     return {"loss": loss.detach(), **dict(zip(("W_enc", "b_enc", "W_dec"), gradients[:3], strict=True))}
 
