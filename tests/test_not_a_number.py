@@ -30,7 +30,7 @@ from sparsefeat.erasure import Selection, select
 from sparsefeat.features import area_under_curve, normalized_mean_difference, search
 from sparsefeat.report import overlay
 from sparsefeat.steering import CodeRule, FeatureTransport, Overwrite, PromptVector
-from sparsefeat.training import Objective, TensorRows, geometric_median, initialise, training_loss
+from sparsefeat.training import Objective, TensorRows, build_itda, geometric_median, initialise, training_loss
 from tests.tiny import tiny_sd
 
 AT = "unet.up_blocks.1.attentions.1"
@@ -222,7 +222,14 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         sf.SAETrainer,
         lambda: {"sae": make_sae().train(), "rows": SOME_ROWS.clone(), "config": sf.TrainConfig(steps=2, batch_size=8)},
     ),
-    "TensorRows": (TensorRows, lambda: {"rows": SOME_ROWS.clone()}),
+    "TensorRows": (
+        TensorRows,
+        lambda: {"rows": SOME_ROWS.clone(), "target": SOME_ROWS.clone(), "timestep": SOME_ROWS[:, 0].clone()},
+    ),
+    "build_itda": (
+        build_itda,
+        lambda: {"batches": [SOME_ROWS.clone()], "n_latents": 8, "k": 2, "threshold": 0.01},
+    ),
     "Objective": (
         Objective,
         lambda: {
@@ -308,6 +315,7 @@ IN_THE_CALL = "is the model's own numbers in the middle of a call, where looking
 NOT_ASKED = {
     "Activations": IN_THE_CALL,
     "AttentionCall": IN_THE_CALL,
+    "Batch": "is what a RowSource gives: what TensorRows is made of is looked at",
     "Call": "its arguments are looked at by Call.of: `a call of the pipeline`",
     "Check": ANSWERS,
     "CollectedRows": ANSWERS,

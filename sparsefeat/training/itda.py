@@ -8,7 +8,7 @@ import torch
 from sparsefeat_kernels import matching_pursuit, sparse_decode
 from torch import Tensor
 
-from sparsefeat.arguments import number, whole
+from sparsefeat.arguments import finite, number, whole
 from sparsefeat.sae import SAE, SAEConfig
 from sparsefeat.sae.config import PURSUITS
 
@@ -49,7 +49,7 @@ def build_itda(
     method = activation.removesuffix("_pursuit")
     atoms: Tensor | None = None
     for batch in batches:
-        rows = batch.reshape(-1, batch.shape[-1])
+        rows = finite("batches", batch).reshape(-1, batch.shape[-1])
         for part in rows.to(torch.promote_types(rows.dtype, torch.float32)).split(AT_A_TIME):
             norm = torch.linalg.vector_norm(part, dim=1, keepdim=True)
             unit = (part / norm)[norm[:, 0] > 0]

@@ -323,6 +323,6 @@ def test_the_scale_of_the_rows_does_not_matter(normalizer, scale):
     def fvu(factor: float) -> float:
         sae = SAETrainer(small(normalizer=normalizer), rows * factor, config).fit(progress=False)
         error = (held * factor - sae(held * factor)).double().square().sum()
-        return float(error / (factor * (held - held.mean(0))).double().square().sum())
+        return float(error.detach() / (factor * (held - held.mean(0))).double().square().sum())
 
     assert fvu(scale) == pytest.approx(fvu(1.0), rel=0.02)
