@@ -96,17 +96,17 @@ def _statistic_keys(values: Tensor, indices: Tensor, group: Tensor, groups: int,
 def _feature_stats_cpu(
     sum: Tensor, count: Tensor, maximum: Tensor, values: Tensor, indices: Tensor, group: Tensor
 ) -> None:
-    """Scatters along an only dimension go through the entries in their order."""
+    """Scatters along an only dimension go through the entries in their order. Those of value 0 go along: they add 0."""
     groups, n_latents = sum.shape
     keys = (group[:, None].long() * n_latents + indices).view(-1)
     v = values.reshape(-1)
-    if not (bool(v.all()) and _within(indices, n_latents) and _within(group, groups)):
-        keys = _statistic_keys(values, indices, group, groups, n_latents).view(-1)
-        counted = keys < groups * n_latents
-        keys, v = keys[counted], v[counted]
+    if not (_within(indices, n_latents) and _within(group, groups)):
+        inside = _statistic_keys(values, indices, group, groups, n_latents).view(-1) < groups * n_latents
+        keys, v = keys[inside], v[inside]
+    active = v != 0
     sum.view(-1).scatter_add_(0, keys, v)
-    count.view(-1).scatter_add_(0, keys, torch.ones(len(keys), dtype=torch.int32))
-    maximum.view(-1).scatter_reduce_(0, keys, v, "amax")
+    count.view(-1).scatter_add_(0, keys, active.int())
+    maximum.view(-1).scatter_reduce_(0, keys, v.masked_fill(~active, -torch.inf), "amax")
 
 
 def _within(index: Tensor, size: int) -> bool:

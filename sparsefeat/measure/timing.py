@@ -4,8 +4,8 @@ A `Figure` is one op at one shape, a `Provider` one program that computes it. `m
 
 1. builds the inputs and hands them to every provider (`prepare`, not timed: weights in the provider's own layout);
 2. runs each once and compares its answer with the figure's reference. A wrong answer gets `checked: false` and no time;
-3. warms up, then lets the providers take turns in one process: each round times every provider once, and the next round
-   starts with another one, so that a machine that slows down slows all of them;
+3. warms up, then lets the providers take turns in one process: each round times every provider once, in another order,
+   so that a machine that slows down slows all of them, and nobody always finds the caches as the same one left them;
 4. reports medians, 20th and 80th percentiles, ratios (the median over rounds of the other's time over this one's: above
    1, this one is faster), peak memory and the share of the machine's measured ceiling.
 
@@ -24,6 +24,7 @@ import math
 import multiprocessing
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,7 @@ DENSE = "dense PyTorch"
 MAX_ROUNDS = 30
 WARM_UPS = 2  # calls after the checked one,
 SLOW_MS = 300.0  # of a call that is not slow; a slow one is warm after one more
+NEARLY = 10.0  # times the fastest's time
 SHORTEST_MS = 1.0  # a turn repeats its call until it lasts this long: clocks and events are some microseconds coarse
 MAX_INPUT_SETS = 8
 PEAK_LIMIT_S = 60.0
@@ -356,19 +358,23 @@ def _rounds(
     times: dict[str, list[float]] = {provider.name: [] for provider in providers}
     if not providers:
         return times
-    calls = {}
+    once: dict[str, float] = {}
     for provider in providers:
         for _ in range(WARM_UPS):
-            once = _turn_ms(provider.run, states[provider.name], 0, 1, device)
-            if once > SLOW_MS:
+            once[provider.name] = max(_turn_ms(provider.run, states[provider.name], 0, 1, device), 1e-4)
+            if once[provider.name] > SLOW_MS:
                 break
-        calls[provider.name] = max(1, math.ceil(SHORTEST_MS / max(once, 1e-4)))
+    fastest = min(
+        once.values()
+    )  # who is nearly as fast makes as many calls: the first finds colder caches than the others
+    calls = {
+        name: math.ceil(SHORTEST_MS / (fastest if took < NEARLY * fastest else took)) for name, took in once.items()
+    }
     deadline = time.perf_counter() + seconds
     for turn in range(MAX_ROUNDS):
         if turn >= min_rounds and time.perf_counter() > deadline:
             break
-        first = turn % len(providers)
-        for provider in (*providers[first:], *providers[:first]):
+        for provider in random.Random(turn).sample(providers, len(providers)):
             own = states[provider.name]
             times[provider.name].append(_turn_ms(provider.run, own, turn, calls[provider.name], device))
     return times

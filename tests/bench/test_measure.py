@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -71,7 +72,7 @@ def test_records_have_the_promised_keys():
     assert {"sparsefeat", "kernels", "torch", "python"} <= found["a"]["versions"].keys()
 
 
-def test_providers_take_turns_and_each_round_starts_with_another():
+def test_providers_take_turns_and_everyone_comes_after_everyone_else():
     calls: list[str] = []
 
     def logged(name: str):
@@ -92,9 +93,13 @@ def test_providers_take_turns_and_each_round_starts_with_another():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(core, "_turn_ms", one_turn)
-        measure(squares(*map(logged, names)), CEILINGS, seconds=0.0, min_rounds=4, peaks=False)
-    rounds = turns[core.WARM_UPS * len(names) :]
-    assert rounds == ["a", "b", "c", "b", "c", "a", "c", "a", "b", "a", "b", "c"]
+        measure(squares(*map(logged, names)), CEILINGS, seconds=0.0, min_rounds=12, peaks=False)
+    timed = turns[core.WARM_UPS * len(names) :]
+    rounds = [timed[i : i + 3] for i in range(0, len(timed), 3)]
+    assert len(rounds) == 12
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    pairs = {pair for one in rounds for pair in itertools.pairwise(one)}
+    assert pairs == set(itertools.permutations("abc", 2))
 
 
 def test_statistics_are_of_the_rounds_and_ratios_of_pairs(monkeypatch):

@@ -131,15 +131,16 @@ def dense_probabilities(query: Tensor, key: Tensor, scale: float, mask: Tensor |
 
 
 def score_blocks(
-    query: Tensor, key: Tensor, scale: float, mask: Tensor | None
+    query: Tensor, key: Tensor, scale: float, mask: Tensor | None, of_cpu: int = BLOCK_BYTES
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """The scores of one batch row, block by block, in a buffer that every block reuses.
 
     query [heads, n, d], key [key heads, t, d], mask a bias [heads, n, t] or None. Yields (heads, rows, scores
-    [heads of the block, rows of the block, t]); a block is `block_bytes` or, if that is more, one row of one head.
+    [heads of the block, rows of the block, t]); a block is `block_bytes` of `of_cpu` or, if that is more, one row of one
+    head.
     """
     (heads, n, _), tokens, dtype = query.shape, key.shape[1], sum_dtype(query)
-    most = block_bytes(query, BLOCK_BYTES)
+    most = block_bytes(query, of_cpu)
     room = max(1, most // (dtype.itemsize * max(tokens, 1)))  # rows of one head in a block
     row_step = min(n, room, max(64, room // heads))  # below 64 rows a product runs at half speed: fewer heads instead
     head_step = min(heads, max(1, room // row_step)) if n else heads

@@ -19,6 +19,7 @@ from ..dispatch import (
     sum_dtype,
     tl,
 )
+from ..threads import conducted, each, together
 from .sparse_decode import check_code
 
 __all__ = ["sparse_edit", "sparse_edit_delta"]
@@ -181,6 +182,7 @@ def _blocks(values: Tensor, directions: Tensor) -> list[slice]:
     return row_chunks(len(values), 8 * (values.shape[1] + sum(directions.shape)), block_bytes(values, BLOCK_BYTES))
 
 
+@conducted
 def _edit_cpu(
     x: Tensor | None,
     values: Tensor,
@@ -193,10 +195,13 @@ def _edit_cpu(
     dtype = sum_dtype(directions) if x is None else sum_dtype(directions, x)
     out = directions.new_empty(values.shape[0], directions.shape[1], dtype=dtype if x is None else x.dtype)
     wide = directions.to(dtype)
-    for block in _blocks(values, directions):
+
+    def some(block: slice) -> None:
         change = _change(_selected(values[block], indices[block], latents, dtype), rule)
         delta = row_weight[block, None].to(dtype) * (change @ wide)
         out[block] = delta if x is None else torch.where(delta == 0, x[block], (x[block].to(dtype) + delta).to(x.dtype))
+
+    together(each(some, _blocks(values, directions)))
     return out
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "bounds_by_group",
     "entries_that_reach",
     "group_margins",
+    "group_maxima",
     "rounded_group",
     "topk_of_rounded",
     "topk_prefiltered_cpu",
@@ -195,7 +196,7 @@ def _survivors(
     """
     n_groups, _, group = entry_bounds.shape
     grouped = p.view(len(p), group, n_groups)
-    top = grouped.amax(1).float()  # [rows, n_groups]
+    top = group_maxima(grouped).float()  # [rows, n_groups]
     if signed:
         top = torch.maximum(top, -grouped.amin(1).float())
     margin = group_margins(top, rows.size, rows.lost, group_bounds)
@@ -207,6 +208,20 @@ def _survivors(
     proved = rows.provable & (alive.sum(1) <= _most_groups(n_groups, k))
     alive &= proved[:, None]
     return *entries_that_reach(threshold, p, alive, rows.size, rows.lost, entry_bounds, signed), proved
+
+
+def group_maxima(grouped: Tensor) -> Tensor:
+    """`grouped.amax(1)` of bf16 [rows, group, n_groups], without NaN; -0.0 is as good as 0.0.
+
+    The bits of floats that are not negative are ordered as integers are, those of negative ones the other way round. Integers
+    are compared in a quarter of the time: a processor compares a cache line of them at once.
+    """
+    bits = grouped.view(torch.int16)
+    top = bits.amax(1)
+    negative = top < 0
+    if bool(negative.any()):
+        top = torch.where(negative, bits.amin(1), top)
+    return top.view(torch.bfloat16)
 
 
 def bounds_by_group(encoder: RoundedEncoder, group: int) -> tuple[Tensor, Tensor]:

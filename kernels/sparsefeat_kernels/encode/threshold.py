@@ -18,7 +18,7 @@ from ..threads import conducted, each, shares, threads, together
 from .gpu.threshold import threshold_encode_csr_triton, threshold_encode_triton
 from .product import check_encoder, preactivations
 from .rounded import RoundedRows, pays_to_round, round_encoder
-from .survivors import CANDIDATES, GROUPS, PAIRS, bounds_by_group, entries_that_reach, group_margins
+from .survivors import CANDIDATES, GROUPS, PAIRS, bounds_by_group, entries_that_reach, group_margins, group_maxima
 
 __all__ = ["threshold_encode", "threshold_encode_csr"]
 
@@ -195,7 +195,7 @@ def _entries_of_rounded(
         alive = torch.empty(count, n_groups, dtype=torch.bool)
 
         def look(some: slice, p: Tensor = p, part: RoundedRows = part, alive: Tensor = alive) -> None:
-            top = p[some].view(-1, group, n_groups).amax(1).float()  # [block, n_groups]
+            top = group_maxima(p[some].view(-1, group, n_groups)).float()  # [block, n_groups]
             alive[some] = top + group_margins(top, part.size[some], part.lost[some], group_bounds) >= 0
 
         together(each(look, blocks))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from sparsefeat_kernels import attention_map_, attention_rows, attention_with_map_
+from sparsefeat_kernels.attention import map as map_module
 from sparsefeat_kernels.attention import scores
 from sparsefeat_kernels.attention.map import reference
 from torch import Tensor
@@ -300,3 +301,25 @@ def test_a_value_that_does_not_fit_is_refused():
         attention_with_map_(maps, query, key, value[:, :, :2])
     with pytest.raises(TypeError, match="value must have query's dtype"):
         attention_with_map_(maps, query, key, value.half())
+
+
+@pytest.mark.parametrize("more", [0, 1], ids=["whole", "handed out"])
+def test_both_sides_of_the_size_from_which_positions_are_handed_out(more: int, monkeypatch: pytest.MonkeyPatch):
+    batch, heads, tokens = 2, 4, 16
+    positions = map_module.WHOLE_BYTES // (4 * batch * heads * tokens) + more
+    tensors = problem((batch, heads, heads, positions, tokens, 4, 4), torch.float32, "cpu")
+    handed_out = []
+    inner = map_module.together
+    monkeypatch.setattr(map_module, "together", lambda tasks: handed_out.append(len(tasks)) or inner(tasks))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        maps, out = both(*tensors)
+    finally:
+        torch.set_num_threads(before)
+    assert len(handed_out) == 2
+    assert (min(handed_out) > 1) == bool(more)
+    assert (max(handed_out) > 1) == bool(more)
+    maps_expected, out_expected = expected(*tensors)
+    torch.testing.assert_close(maps.double(), maps_expected, rtol=3e-6, atol=3e-6)
+    torch.testing.assert_close(out.double(), out_expected, rtol=3e-6, atol=3e-6)

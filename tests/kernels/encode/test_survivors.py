@@ -336,3 +336,12 @@ def test_prepared_weights_are_passed_over_where_the_phases_cost_more_than_they_s
     assert torch.equal(indices, expected[1])
     torch.testing.assert_close(values.double(), expected[0], atol=1e-5, rtol=1e-5)
     assert bool(products) == prefiltered
+
+
+@pytest.mark.parametrize("offset", [0.7, 0.0, -1.0, -8.0, 8.0])
+def test_the_maxima_of_groups_are_those_of_their_floats(offset: float):
+    """Of integers with the floats' bits, where a group has a float that is not negative: no, few, many, all groups have none."""
+    p = (torch.randn(29, 4, 51, generator=torch.Generator().manual_seed(3)) + offset).bfloat16()
+    p[0, :, 0], p[1, :, 1], p[2, :, 2] = 0.0, -0.0, torch.tensor([-0.0, -1.0, 0.0, -torch.inf]).bfloat16()
+    p[3, 1, 3], p[4, :, 4] = torch.inf, -torch.inf
+    assert torch.equal(survivors.group_maxima(p).float() + 0.0, p.float().sort(1).values[:, -1] + 0.0)
