@@ -19,14 +19,19 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no Triton on this platform: the kernels below are never launched
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # no Triton on this platform, or one before 3.4: the kernels below are never launched
     triton = None
     tl = None
+    TensorDescriptor = None
 
 __all__ = [
+    "INTERPRETED",
     "NAMESPACE",
     "PROVEN",
     "TRITON_AVAILABLE",
+    "TRITON_VERSION",
+    "TensorDescriptor",
     "backend",
     "block_bytes",
     "force_triton",
@@ -45,6 +50,7 @@ NAMESPACE = "sparsefeat"  # every op is NAMESPACE::its name
 ops = getattr(torch.ops, NAMESPACE)
 
 TRITON_AVAILABLE = triton is not None
+TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2])) if TRITON_AVAILABLE else (0, 0)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # What no card has run is not the default on one. By backend and op: the record in bench/results with which
@@ -54,7 +60,7 @@ PROVEN: Mapping[str, Mapping[str, str]] = {"cuda": {}, "hip": {}}
 GPU_BLOCK_BYTES = 8 << 20
 
 _asked: bool | None = True if os.environ.get("SPARSEFEAT_FORCE_TRITON", "0") not in ("", "0") else None
-_interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 # Of a batch of codes, from call to call. A kernel made for their being 1, or divisible by 16, would be compiled again in
 # the middle of somebody's run. (Attention's sizes change with the resolution only, and its kernels spill without this.)
 _UNSPECIALISED = ("k", "n_rules", "rows", "segment_length")
@@ -77,7 +83,7 @@ def implementation(op: str, x: torch.Tensor) -> Literal["torch", "triton"]:
     kernels were asked for, by `force_triton()` or with SPARSEFEAT_FORCE_TRITON=1 in the environment at import. With
     TRITON_INTERPRET=1, asked for, also tensors on a CPU take the Triton launchers.
     """
-    if not TRITON_AVAILABLE or x.dtype not in KERNEL_DTYPES or not (x.is_cuda or _interpreted):
+    if not TRITON_AVAILABLE or x.dtype not in KERNEL_DTYPES or not (x.is_cuda or INTERPRETED):
         return "torch"
     by_triton = (x.is_cuda and op in PROVEN[backend()]) if _asked is None else _asked
     return "triton" if by_triton else "torch"

@@ -232,6 +232,6 @@ def test_kernels_run_on_request_and_no_op_is_the_default_without_a_record(monkey
 
 
 def test_without_the_interpreter_a_request_leaves_tensors_on_a_cpu_alone(monkeypatch):
-    monkeypatch.setattr(dispatch, "_interpreted", False)
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
     with kernels.force_triton():
         assert dispatch.implementation("topk_encode", torch.zeros(2, 3)) == "torch"

@@ -14,9 +14,9 @@ __all__ = [
     "TRITON_SCRATCH_BYTES",
     "check_encoder",
     "default_product",
+    "encoder_bias",
     "preactivations",
     "tile_product",
-    "triton_bias",
 ]
 
 SELECTIONS = ("relu", "signed", "raw")
@@ -132,17 +132,21 @@ def _encoder_bias_kernel(
         b = tl.load(b_pre_ptr + column * stride_b_pre_d, mask=column < d, other=0.0)
         total += w.to(tl.float32) * b.to(tl.float32)[None, :]  # [BLOCK_LATENTS, BLOCK_D]
     b_enc = tl.load(b_enc_ptr + latent * stride_b_enc_latent, mask=latent < n_latents, other=0.0).to(tl.float32)
-    tl.store(bias_ptr + latent, b_enc - tl.sum(total, axis=1), mask=latent < n_latents)
+    bias = b_enc - tl.sum(total, axis=1)
+    bias = tl.where(bias == float("-inf"), -3.4028234663852886e38, bias)
+    tl.store(bias_ptr + latent, bias, mask=latent < n_latents)
 
 
-def triton_bias(W_enc: Tensor, b_enc: Tensor, b_pre: Tensor) -> Tensor:
-    """What is added to the product: b_enc where rows are centred, in fp32; for half precision b_enc - W_enc b_pre."""
+def encoder_bias(W_enc: Tensor, b_enc: Tensor, b_pre: Tensor) -> Tensor:
+    """What is added to the product, in fp32: b_enc where rows are centred; for half precision b_enc - W_enc b_pre, the
+    lowest finite value for -inf. It depends on weights alone: whoever keeps it saves a pass over W_enc a call."""
     n_latents, d = W_enc.shape
     if W_enc.dtype == torch.float32:
-        return b_enc
+        return b_enc.contiguous()
     bias = W_enc.new_empty(n_latents, dtype=torch.float32)
-    _encoder_bias_kernel[(-(-n_latents // 16),)](
-        W_enc, b_enc, b_pre, bias, n_latents, d, *W_enc.stride(), *b_enc.stride(), *b_pre.stride(),
-        BLOCK_LATENTS=16, BLOCK_D=128, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(W_enc):
+        _encoder_bias_kernel[(-(-n_latents // 16),)](
+            W_enc, b_enc, b_pre, bias, n_latents, d, *W_enc.stride(), *b_enc.stride(), *b_pre.stride(),
+            BLOCK_LATENTS=16, BLOCK_D=128, num_warps=4,
+        )  # fmt: skip
     return bias

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ...dispatch import jit, jit_over_rows, next_power_of_2, row_chunks, tl
 from ..keys import entry_key, index_of, largest_keys, ordered, store_broken, store_code
-from ..product import TRITON_SCRATCH_BYTES, default_product, tile_product, triton_bias
+from ..product import TRITON_SCRATCH_BYTES, default_product, encoder_bias, tile_product
 from .scratch import MAX_KEYS
 
 __all__ = ["CandidateBlocks", "candidate_blocks", "default_blocks", "kept_for", "topk_candidates_triton"]
@@ -378,7 +378,7 @@ def topk_candidates_triton(
     }  # fmt: skip
     slices = -(-k // tile_groups)
     with torch.cuda.device_of(x):
-        bias = triton_bias(W_enc, b_enc, b_pre)
+        bias = encoder_bias(W_enc, b_enc, b_pre)
         for count, out in zip(counts, chunks, strict=True):
             part = x[out] - b_pre if full else x[out]
             here, out_values, out_indices = part.shape[0], values[out], indices[out]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...dispatch import jit_over_rows, next_power_of_2, row_chunks, tl
 from ..cpu import group_size, select
 from ..keys import entry_key, index_of, largest_keys, ordered, store_broken, store_code
-from ..product import TRITON_SCRATCH_BYTES, default_product, tile_product, triton_bias
+from ..product import TRITON_SCRATCH_BYTES, default_product, encoder_bias, tile_product
 
 __all__ = ["MAX_KEYS", "SelectSizes", "launch_product", "launch_select", "topk_encode_triton"]
 
@@ -243,7 +243,7 @@ def topk_encode_triton(
     scratch = x.new_empty(chunks[0].stop, padded, dtype=torch.float32)
     maxima = x.new_empty(chunks[0].stop, n_groups, dtype=torch.int32)
     with torch.cuda.device_of(x):
-        bias = triton_bias(W_enc, b_enc, b_pre)
+        bias = encoder_bias(W_enc, b_enc, b_pre)
         for out in chunks:
             part = x[out] - b_pre if full else x[out]
             a = scratch[: len(part)]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import jit_over_rows, next_power_of_2, row_chunks, tl
-from ..product import PRODUCT_TILE, TRITON_SCRATCH_BYTES, default_product, tile_product, triton_bias
+from ..product import PRODUCT_TILE, TRITON_SCRATCH_BYTES, default_product, encoder_bias, tile_product
 
 __all__ = ["threshold_encode_csr_triton", "threshold_encode_triton"]
 
@@ -160,7 +160,7 @@ def _tiles_triton(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, thresh
     counts, broken = (x.new_empty(chunk, dtype=torch.int32) for _ in range(2))
     floor = threshold.to(torch.float32).expand(n_latents)
     with torch.cuda.device_of(x):
-        bias = triton_bias(W_enc, b_enc, b_pre)
+        bias = encoder_bias(W_enc, b_enc, b_pre)
         for out in chunks:
             part = x[out] - b_pre if full else x[out]
             programs = -(-part.shape[0] // blocks["BLOCK_ROWS"]) * n_tiles

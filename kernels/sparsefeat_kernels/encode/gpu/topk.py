@@ -1,0 +1,87 @@
+"""topk_encode on a GPU, in three launches: a product that keeps the best of its groups, the selection, what it could not prove.
+
+Pre-activations never leave the registers, and W is read once by every chunk of a thousand rows and more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ...dispatch import row_chunks
+from ..product import encoder_bias
+from .groups import GROUP, PLANES, kept_bytes, launch_product, n_groups_of
+from .select import LARGEST_K, MOST_GROUPS, Selected, SelectSizes, entries_of, launch_repair, launch_select
+from .tiles import chunks_of, default_tile, described
+
+__all__ = ["selects", "topk_encode_triton"]
+
+# Of rows with a suspect, of latents spread by chance. Each costs a program two groups of latents and more.
+MOST_UNPROVED = 0.25
+MOST_ROWS = 8192  # whose states, 8 bytes of k, are kept from chunk to chunk of latents
+
+
+def selects(n_latents: int, k: int) -> bool:
+    """Whether groups of 16 that keep three are a way to find k of n_latents: by the expected number of groups that hold
+    three of the k largest. Elsewhere the torch implementation runs."""
+    groups = max(1, n_latents // GROUP)
+    return k <= LARGEST_K and math.comb(k, 3) <= MOST_UNPROVED * groups**2
+
+
+def topk_encode_triton(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_pre: Tensor,
+    k: int,
+    selection: str,
+    bias: Tensor | None = None,
+    blocks: Mapping[str, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`topk_encode` of checked arguments with k <= LARGEST_K. bias: what `encoder_bias` made of these weights before;
+    blocks: the product's sizes, warps and stages, of a tuning table."""
+    rows = x.shape[0]
+    values = x.new_empty(rows, k, dtype=torch.float32)
+    indices = x.new_empty(rows, k, dtype=torch.int32)
+    tile = default_tile(x.dtype) if blocks is None else blocks
+    with torch.cuda.device_of(x):
+        bias = encoder_bias(W_enc, b_enc, b_pre) if bias is None and rows else bias
+        for some in row_chunks(rows, 1, MOST_ROWS):
+            _encode_some(x[some], W_enc, b_pre, bias, k, selection, tile, (values[some], indices[some]))
+    return values, indices
+
+
+def _encode_some(
+    x: Tensor,
+    W_enc: Tensor,
+    b_pre: Tensor,
+    bias: Tensor,
+    k: int,
+    selection: str,
+    tile: Mapping[str, int],
+    code: tuple[Tensor, Tensor],
+) -> None:
+    n_latents, signed = W_enc.shape[0], selection == "signed"
+    to = Selected.of(code, SelectSizes(1, k).block_k)
+    bytes_a_row = 4 * 2 * entries_of(k)
+    chunks = chunks_of(x, W_enc, tile, kept_bytes(signed), bytes_a_row, MOST_GROUPS * GROUP)
+    most_rows = chunks[0][1][0].stop
+    most_groups = n_groups_of(chunks[0][0].stop, tile["BLOCK_LATENTS"])
+    kept = x.new_empty(most_rows, PLANES + signed, most_groups, dtype=torch.int32)
+    ids = x.new_empty(most_rows, 2 * entries_of(k), dtype=torch.int32)
+    for part, of_rows in chunks:
+        W, part_bias, first = W_enc[part], bias[part], part.start
+        sizes = SelectSizes(n_groups_of(W.shape[0], tile["BLOCK_LATENTS"]), k)
+        W_desc = described(W, [tile["BLOCK_LATENTS"], tile["BLOCK_D"]])
+        constants = {
+            "RELU": selection == "relu", "SIGNED": signed, "LAST": part.stop == n_latents,
+            "STRETCHES": tile["BLOCK_LATENTS"] // 64,
+        }  # fmt: skip
+        for some in of_rows:
+            x_desc = described(x[some], [tile["BLOCK_ROWS"], tile["BLOCK_D"]])
+            launch_product(x_desc, W_desc, b_pre, part_bias, kept, to.count, sizes.n_groups, some.start, signed, tile)
+            launch_select(kept, ids, to, some, W.shape[0], first, sizes, constants)
+        launch_repair((x, W, b_pre, part_bias), to, first, sizes, constants)
