@@ -7,7 +7,9 @@ under `torch.compile` and, where training needs it, autograd.
 from __future__ import annotations
 
 from . import flops
+from .attention.concept import concept_attention, concept_map_
 from .attention.map import attention_map_, attention_with_map_
+from .attention.resize import resize_add_
 from .attention.rows import attention_column_sums_, attention_rows
 from .attention.tap import attention_tap_, attention_tap_local_
 from .code import SparseCode
@@ -39,6 +41,8 @@ __all__ = [
     "auxk_encode",
     "auxk_weight_gradient",
     "bf16_products",
+    "concept_attention",
+    "concept_map_",
     "feature_stats_",
     "flops",
     "force_triton",
@@ -49,6 +53,7 @@ __all__ = [
     "prefilter_pays",
     "prepare_encoder",
     "release_gradient_memory",
+    "resize_add_",
     "sparse_decode",
     "sparse_edit",
     "sparse_edit_delta",

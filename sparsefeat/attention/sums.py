@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from sparsefeat_kernels import attention_map_, attention_rows, attention_tap_
+from sparsefeat_kernels import attention_map_, attention_rows, attention_tap_, resize_add_
 from torch import Tensor
 
-from sparsefeat.attention.heat_map import resize
 from sparsefeat.attention.reading import Direction, Kind
 from sparsefeat.pipeline import AttentionCall
 
@@ -77,16 +76,14 @@ def combined(
                 whole[key] = MapSum(whole[key].total + own.total, [whole[key].count[0] + own.count[0]], own.head_weight)
             else:
                 whole[key] = own
-    maps: Tensor | None = None
-    count = 0.0
-    for part, held in whole.items():
-        for one, weight in zip(held.total[0], held.head_weight.tolist(), strict=True):
-            resized = resize(one.T.unflatten(-1, part.grid), grid)
-            resized = weight * (resized.clamp(min=0) if exact else resized)
-            maps = resized if maps is None else maps + resized
-            count += held.count[0] * weight
-    if maps is None:
+    if not whole:
         raise ValueError("nothing of this call was kept under that layer, step or head.")
+    first = next(iter(whole.values())).total
+    maps, count = first.new_zeros(first.shape[-1], *grid), 0.0
+    for part, held in whole.items():
+        heads = held.total[0].mT.unflatten(-1, part.grid)  # [heads, tokens, *grid]
+        resize_add_(maps.flatten(0, -3), heads.flatten(1, -3), held.head_weight.to(maps.device), clamp=exact)
+        count += held.count[0] * float(held.head_weight.sum())
     return (maps / count if count else maps).clamp(min=0), count
 
 

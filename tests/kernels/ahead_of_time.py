@@ -79,6 +79,8 @@ PRODUCTS = (
     "_attention_map_kernel",
     "_attention_rows_kernel",
     "_attention_tap_kernel",
+    "_concept_attention_kernel",
+    "_concept_map_kernel",
     "_threshold_encode_product_kernel",
     "_topk_candidates_again_kernel",
     "_topk_candidates_product_kernel",
@@ -172,8 +174,9 @@ def prefilter_launches(shape: str) -> list[tuple[Any, dict[str, Any]]]:
 
 def attention_launches(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...]) -> None:
     """Every attention op at its shapes, as modules call them: heads side by side in memory."""
-    maps_of, tap, rows = (
-        importlib.import_module(f"sparsefeat_kernels.attention.{name}") for name in ("map", "tap", "rows")
+    maps_of, tap, rows, concept, resize = (
+        importlib.import_module(f"sparsefeat_kernels.attention.{name}")
+        for name in ("map", "tap", "rows", "concept", "resize")
     )
     for batch, heads, n, d, key_heads, t in shapes:
         query = torch.empty(batch, n, heads, d, dtype=dtype).transpose(1, 2)
@@ -195,6 +198,13 @@ def attention_launches(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...]) 
             rows._attention_rows_triton(query, image, d**-0.5, None, marked)
             sums = torch.empty(batch, n)
             rows._attention_column_sums_triton(sums, query, image, lse, d**-0.5, None, None, group)
+        if d in (64, 128):  # of eight concepts
+            few, out = (torch.empty(batch, 8, heads, d, dtype=dtype).transpose(1, 2) for _ in range(2))
+            concept._concept_attention_triton(few, few, few, query, query, d**-0.5, out)
+            concept._concept_map_triton(torch.empty(batch, n, 8), query, out, torch.empty(heads), group, True)
+        if d == 40:
+            maps = torch.empty(heads, 16, 16, t).permute(0, 3, 1, 2)
+            resize._resize_add_triton(torch.empty(t, 64, 64), maps, torch.empty(heads), True)
 
 
 def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:

@@ -26,6 +26,10 @@ KERNELS = {
     "_attention_map_kernel",
     "_attention_rows_kernel",
     "_attention_tap_kernel",
+    "_concept_attention_join_kernel",
+    "_concept_attention_kernel",
+    "_concept_map_kernel",
+    "_resize_add_kernel",
     "_feature_stats_join_kernel",
     "_feature_stats_scan_kernel",
     "_prefilter_entries_kernel",
@@ -54,7 +58,7 @@ PROTOTYPES = {"_prototype_parts_kernel", "_prototype_product_kernel", "_prototyp
 DESCRIPTORS = TRITON_AVAILABLE and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None  # Triton 3.4
 # Design B's two: of the tiles, and of the rows that are computed again.
 CANDIDATES = {"_topk_candidates_again_kernel", "_topk_candidates_product_kernel"}
-ATTENTION = {name for name in KERNELS if name.startswith("_attention") and "join" not in name}
+ATTENTION = {name for name in KERNELS if name.startswith(("_attention", "_concept")) and "join" not in name}
 # Shared memory a program may ask for: of sm_80 163 KiB, but 99 KiB on the smaller GPUs of that generation.
 SHARED_LIMIT = {"sm_80": 99 << 10, "sm_90": 99 << 10, "sm_100": 99 << 10, "gfx942": 64 << 10}
 # What a tuning table of the very device chose may have all of it.

@@ -121,6 +121,20 @@ def tap_and_columns() -> list[Tensor]:
     return [*rows, into, sums]
 
 
+def concepts() -> list[Tensor]:
+    query, key, value = (normal(4, 2, rows, 8, seed=rows) for rows in (3, 40, 20))
+    out = torch.ops.sparsefeat.concept_attention(query, query, query, key, key, 0.3)
+    into = normal(2, 20, 3)
+    torch.ops.sparsefeat.concept_map_(into, value, out, normal(2, seed=2), GROUP, True)
+    return [out, into]
+
+
+def resized() -> list[Tensor]:
+    sums = normal(2, 40, 21, seed=1)
+    torch.ops.sparsefeat.resize_add_(sums, normal(3, 2, 5, 7), normal(3, seed=2), True)
+    return [sums]
+
+
 CASES: dict[str, Callable[[], list[Tensor]]] = {
     "topk_encode": lambda: list(torch.ops.sparsefeat.topk_encode(*encoder(), 3, "signed")),
     "topk_encode, design B": design_b,
@@ -134,6 +148,8 @@ CASES: dict[str, Callable[[], list[Tensor]]] = {
     "attention_with_map": lambda: maps(40, output=True),
     "attention_map, many keys": lambda: maps(260, output=False),
     "attention_tap, rows and column sums": tap_and_columns,
+    "concept_attention and its map": concepts,
+    "resize_add": resized,
 }
 
 
