@@ -54,7 +54,8 @@ What is good to know:
 * CogView 4 runs its feed-forward on the image and then on the text: each hookpoint sees its own run.
 * LTX-2 makes a video and its sound: `path:audio` is the sound. Stable Audio and ACE-Step have nothing else.
 * A video's grid is (frames, height, width), also where its frames are folded into the batch (AnimateDiff, Stable Video
-  Diffusion, Latte). Kandinsky 5 with sparse attention and transformers over time order their positions otherwise: no
+  Diffusion, Latte): `Context.positions` counts those of all frames, and `Context.condition` has an entry for each frame, as
+  the tensor has; `Context.entries` has one for each video. Kandinsky 5 with sparse attention and transformers over time order their positions otherwise: no
   grid there.
 * Stable Diffusion in tiles (panoramas, a VAE's tiling) is refused: a tile has no place in the image's grid.
 * Wan 2.2 has two models; `transformer.blocks.5` and `transformer_2.blocks.5` are different hookpoints, and each sees
@@ -94,14 +95,25 @@ output is not.
 ## Modular pipelines
 
 `sf.attach(modular_pipe, ...)` takes the pipelines of `ModularPipelineBlocks.init_pipeline()`. Guiders say themselves which
-of their passes is running. Tried on SDXL, SD3, Qwen-Image, Z-Image, LTX and FLUX (`tests/pipeline/test_modular.py`).
+of their passes is running. Tried on {modular} (`tests/pipeline/test_modular.py`).
 
 ## Several pipelines with the same models
 
-Attach to each: a session sees the calls of its own pipeline. This holds for a base and a refiner, for `from_pipe`, for a
-components manager, for threads with a pipeline each, and for one pipeline that another's callback calls. A pipeline
-without a session is refused while one that it shares models with has one.
+One session for all of them: `sf.attach((base, refiner), rec)` puts the same instruments on each, and `run.calls` has the
+calls in order. Or attach to each: a session sees the calls of its own pipeline. Both hold for a base and a refiner, for
+`from_pipe` and for a components manager; attaching to each also for threads with a pipeline each, and for a pipeline that
+another's callback calls, with instruments of its own. A pipeline without a session is refused while one that it shares
+models with has one.
 """
+
+EMPTY = (
+    "An empty cell was not tried: pipelines around another family's model are tried plain and in bf16, compiling with three "
+    "families."
+)
+CACHED = (
+    "Each cache is set so that it passes over as much as it can; what computed is heard from the layers inside, and a block is "
+    "visited then and only then, with the right step and conditions."
+)
 
 SHORT = {
     "a neutral edit gives the same bits": "same bits",
@@ -114,6 +126,15 @@ SHORT = {
     "an exception restores": "exceptions",
     "gradients through checkpoints": "gradients through checkpoints",
 }
+CACHES = (
+    "first-block cache",
+    "MagCache",
+    "TaylorSeer",
+    "Pyramid Attention Broadcast",
+    "FasterCache",
+    "SeaCache",
+    "text KV cache",
+)
 MODES = (
     "plain",
     "bf16",
@@ -123,6 +144,8 @@ MODES = (
     "gradient checkpointing",
     "layerwise casting",
     "group offload",
+    "int8 (torchao)",
+    "int8 (bitsandbytes)",
     "torch.compile before attach: refused",
     "torch.compile after attach",
 )
@@ -149,27 +172,46 @@ def promises(environment: dict[str, Any]) -> str:
     for _, family in by_title(environment):
         first = [family["title"], f"`{family['pipeline']}`"]
         if not family["available"]:
-            rows.append([*first, "not in this diffusers", *[""] * (len(SHORT) - 1)])
+            rows.append([*first, "cannot be imported there", *[""] * (len(SHORT) - 1)])
         else:
             rows.append([*first, *(kept(family["promises"].get(promise)) for promise in SHORT)])
     return table(["family", "pipeline", *SHORT.values()], rows)
 
 
-def modes(environment: dict[str, Any]) -> str:
+def modes(environment: dict[str, Any], columns: tuple[str, ...], note: str) -> str:
     available = [family for _, family in by_title(environment) if family["available"]]
+    tried = [mode for mode in columns if any(mode in f["modes"] or mode in f["not here"] for f in available)]
     rows, notes = [], {}
     for family in available:
         row = [family["title"]]
-        for mode in MODES:
+        for mode in tried:
             cell = kept(family["modes"].get(mode))
             reason = family["not here"].get(mode)
             if reason and not cell:
                 cell = f"–<sup>{notes.setdefault(reason, len(notes) + 1)}</sup>"
             row.append(cell)
-        rows.append(row)
+        if any(row[1:]):
+            rows.append(row)
     lines = [f"{number}. {reason}" for reason, number in notes.items()]
-    note = "An empty cell was not tried: pipelines around another family's model are tried plain and in bf16, compiling with three families."
-    return "\n\n".join([table(["family", *MODES], rows), note, "\n".join(lines)])
+    return "\n\n".join([table(["family", *tried], rows), note, "\n".join(lines)]).rstrip()
+
+
+def unknown(environment: dict[str, Any]) -> str:
+    """What cannot be told, and for whom."""
+    told: dict[str | None, list[str]] = {}
+    for _, family in by_title(environment):
+        told.setdefault(family.get("own loop"), []).append(family["title"])
+    lines = [
+        "The rows of these denoisers are not known; a hookpoint there has to state them: "
+        + ", ".join(f"`{name}`" for name in environment.get("refused", []))
+        + ".",
+    ]
+    if told.get("unknown"):
+        lines.append(
+            "The conditions of these are told by the pipeline's class, as their texts cannot be compared; in a subclass with "
+            f"a loop of its own they are unknown: {', '.join(told['unknown'])}. Of the others they are seen there too."
+        )
+    return "\n\n".join(lines)
 
 
 def versions(environment: dict[str, Any]) -> str:
@@ -178,7 +220,7 @@ def versions(environment: dict[str, Any]) -> str:
 
 
 def page(results: dict[str, Any]) -> str:
-    parts = [INTRO.strip()]
+    parts = [INTRO.strip().replace("{modular}", ", ".join(results["newest"].get("modular", ["SDXL"])))]
     for name, title in ENVIRONMENTS.items():
         if name not in results:
             continue
@@ -197,8 +239,12 @@ def page(results: dict[str, Any]) -> str:
             f"{versions(environment)}; {how} of the configurations (`{command}`).",
             promises(environment),
             "### Ways of running the model",
-            modes(environment),
+            modes(environment, MODES, EMPTY),
         ]
+        if any(mode in family["modes"] for family in environment["families"].values() for mode in CACHES):
+            parts += ["### Caches", modes(environment, CACHES, CACHED)]
+        if "refused" in environment:
+            parts += ["### What is unknown", unknown(environment)]
     return "\n\n".join(parts) + "\n"
 
 

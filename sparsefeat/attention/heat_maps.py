@@ -414,7 +414,8 @@ class HeatMaps(Instrument):
             return torch.zeros(context.batch, height, width)
         recording = self._recording(self._call)
         found = {}
-        for image in set(context.prompt_index):
+        of_row = [image for _, image in context.entries]
+        for image in set(of_row):
             try:
                 heat = recording.word(mask.word, image, mask.occurrence)
             except ValueError:
@@ -423,7 +424,7 @@ class HeatMaps(Instrument):
                 found[image] = torch.zeros(recording.grid, device=next(iter(self._done.values())).total.device)
                 continue
             found[image] = heat.scaled() if mask.threshold is None else heat.mask(mask.threshold).to(heat.values.dtype)
-        return torch.stack([found[image] for image in context.prompt_index])
+        return torch.stack([found[image] for image in of_row])
 
 
 @dataclass(frozen=True)

@@ -191,11 +191,12 @@ class InterpretThenDeactivate(SavableInstrument):
         x = activations.rows
         beside(self.sae, activations, context)
         grid = x.view(context.batch, context.positions, -1)
-        chosen = [row for row, condition in enumerate(context.condition) if condition == "cond"]
-        part = grid[chosen]
+        chosen = [(row, image) for row, (condition, image) in enumerate(context.entries) if condition == "cond"]
+        rows = [row for row, _ in chosen]
+        part = grid[rows]
         everything = OwnTokens(1, context.positions, begin=0)  # of embeddings no prompt is known
         own = self._own or [everything] * (max(context.prompt_index) + 1)
-        texts = [own[context.prompt_index[row] // self._images_per_prompt] for row in chosen]
+        texts = [own[image // self._images_per_prompt] for _, image in chosen]
         positions = torch.arange(context.positions, device=x.device)
         places = torch.tensor([(t.start, t.stop, t.begin) for t in texts], device=x.device)
         start, stop, begin = places[..., None].unbind(1)  # each [prompts, 1]
@@ -204,7 +205,7 @@ class InterpretThenDeactivate(SavableInstrument):
             errors = _gate_error(edited, part, (begin <= positions) & (positions < stop), self.gate_reduce)
             edited = torch.where((errors >= self.tau)[:, None, None], edited, part.to(edited.dtype))
         out = grid.to(torch.promote_types(edited.dtype, x.dtype), copy=True)
-        out[chosen] = edited.to(out.dtype)
+        out[rows] = edited.to(out.dtype)
         return Replace(out.flatten(0, 1))
 
     def deactivated(self, x: Tensor, is_before: Tensor) -> Tensor:

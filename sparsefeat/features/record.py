@@ -140,13 +140,13 @@ class Record(Instrument):
 
     def at_hookpoint(self, activations: Activations, context: Context) -> None:
         recording = self._recording
-        wanted = [b for b, condition in enumerate(context.condition) if condition == self.condition]
+        wanted = [(b, image) for b, (condition, image) in enumerate(context.entries) if condition == self.condition]
         if recording is None or context.recomputing or not wanted:
             return
         code, positions = activations.code(beside(self.sae, activations, context)), context.positions
-        for b in wanted:
+        for b, image in wanted:
             part = code.slice_rows(b * positions, (b + 1) * positions).to("cpu")
-            recording._add(context, context.prompt_index[b], part)
+            recording._add(context, image, part)
         self._make_room(recording)
 
     def _make_room(self, recording: Recording) -> None:

@@ -316,10 +316,7 @@ class CollectStatistics(Instrument):
         self._call = call
 
     def at_hookpoint(self, activations: Activations, context: Context) -> None:
-        of_row = [
-            self._of_image[image] if condition == self.condition else ()
-            for image, condition in zip(context.prompt_index, context.condition, strict=True)
-        ]
+        of_row = [self._of_image[image] if condition == self.condition else () for condition, image in context.entries]
         if context.recomputing or not any(of_row):
             return
         self._counted = True

@@ -180,8 +180,8 @@ def _is_plain(value: Any) -> bool:
 class Context:
     """One moment of a call, for the rows an instrument was given. Read-only.
 
-    Rows are flattened [batch * positions]: all positions of the first batch entry, then of the second. A batch entry
-    is one image under one condition; under guidance a batch of 2 images is [uncond, uncond, cond, cond].
+    Rows are flattened [batch * positions]: all positions of the first image, then of the second. One image under two
+    conditions counts as two; under guidance a batch of 2 images is [uncond, uncond, cond, cond].
     """
 
     hookpoint: Hookpoint | None = None
@@ -193,21 +193,24 @@ class Context:
     fraction: float | None = None
     """How far the schedule was when the step began: 0.0 is pure noise. Starts above 0 for image-to-image."""
     condition: tuple[str, ...] = ()
-    """One for each batch entry: "cond", "uncond", "unknown" where it cannot be told (who needs it is then refused, see
+    """One for each entry of the tensor's batch dimension: "cond", "uncond", "unknown" where it cannot be told (who needs it is then refused, see
     `attach(..., layout=...)`), or what else a pipeline's guidance has: "image" (the image without
     the instruction, InstructPix2Pix), "perturbed" (perturbed-attention guidance, and the extra pass of the skip-layer
     guidance of SD3, which is conditional with some blocks left out). Pipelines that run the model once for each
-    condition have one condition a run, at the same step."""
+    condition have one condition a run, at the same step. Where a model folds the frames of a video into its batch, every
+    frame has its video's; `entries` has them once a video."""
     prompt_index: tuple[int, ...] = ()
-    """One for each batch entry: which image of the output list it becomes, prompt * images_per_prompt + j. In a text
-    encoder a prompt runs once for all its images: the first of them."""
+    """As long as `condition`: which image or video of the output list it becomes, prompt * images_per_prompt + j. In a
+    text encoder a prompt runs once for all its images: the first of them."""
     prompts: list[str] | None = None
     grid: tuple[int, ...] | None = None
     """(h, w) or (frames, h, w), the product is `positions`; None for text. At a joint attention, whose positions are
     those of both streams, it is the image's."""
     stream: str = "image"
     batch: int = 0
+    """How many images, videos or texts the rows are of."""
     positions: int = 0
+    """How many rows each has, those of all its frames."""
     device: torch.device = field(default=torch.device("cpu"), repr=False)
     loop: int = 0
     """Which way through the schedule it is, in a call that has several: images one after the other, segments of a video."""
@@ -227,6 +230,12 @@ class Context:
             return float(self._timestep.flatten()[0])
         return self._timestep
 
+    @property
+    def entries(self) -> tuple[tuple[str, int], ...]:
+        """(condition, prompt_index) of each of the `batch` images, videos or texts."""
+        each = len(self.condition) // self.batch if self.batch else 1
+        return tuple(zip(self.condition, self.prompt_index, strict=True))[::each]
+
     def row_condition(self, label: str = "cond") -> torch.Tensor:
         """[batch * positions], True for the rows under this condition, on the activations' device.
 
@@ -237,7 +246,7 @@ class Context:
             raise UnknownConditionError(
                 f"which of the {self.batch} batch entries at {self.hookpoint} are {label!r} cannot be told: {HOW_TO_STATE}"
             )
-        entries = torch.tensor([condition == label for condition in self.condition], device=self.device)
+        entries = torch.tensor([condition == label for condition, _ in self.entries], device=self.device)
         return entries.repeat_interleave(self.positions)
 
     def row_batch(self) -> torch.Tensor:

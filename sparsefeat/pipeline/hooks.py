@@ -21,7 +21,7 @@ _AFTER = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always
 _BEFORE = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 HookKey = tuple[int, str]
-"""(id of the module, "root", "before" or "after")."""
+"""(id of the module, "root", "before", "after" or "between")."""
 
 
 class Hook:
@@ -42,6 +42,10 @@ class Hook:
     def __reduce__(self) -> Any:
         return Gone, ()
 
+    @property
+    def _comes_after(self) -> bool:
+        return self.kind in ("after", "between")
+
     def put_on(self) -> None:
         """On the module, inside the caches that may answer for it; doing it twice is harmless."""
         module = self.target.module
@@ -50,11 +54,11 @@ class Hook:
         self.take_off()
         inner = inner_forward(module)
         if inner is not None:
-            hooks = inner.after if self.kind == "after" else inner.before
+            hooks = inner.after if self._comes_after else inner.before
             hooks.insert(0 if self.kind == "root" else len(hooks), self)
-        elif self.kind == "after":
+        elif self._comes_after:
             # First of the module's hooks: transformers collects `hidden_states` with one, which has to see the edit.
-            module.register_forward_hook(self, with_kwargs=True, prepend=True)
+            module.register_forward_hook(self, with_kwargs=True, prepend=self.kind == "after")
         else:
             module.register_forward_pre_hook(self, with_kwargs=True, prepend=self.kind == "root")
 
@@ -71,7 +75,7 @@ class Hook:
     def _is_where_it_belongs(self) -> bool:
         module = self.target.module
         if not needs_inner_forward(module):
-            kinds = _AFTER if self.kind == "after" else _BEFORE
+            kinds = _AFTER if self._comes_after else _BEFORE
             return any(hook is self for hook in getattr(module, kinds[0]).values())
         return any(self in (*inner.before, *inner.after) for inner in inner_forwards(module))
 

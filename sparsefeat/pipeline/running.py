@@ -141,6 +141,17 @@ class RunningCall:
                 with self.guard.raised():
                     instrument.begin_call(self.call)
 
+    def refuse_what_is_at_work(self) -> None:
+        """An instrument keeps one call at a time: a call inside another's callback needs one of its own."""
+        mine = [instrument for session in self.sessions for instrument in session.instruments]
+        for other in calls_here():
+            for instrument in (instrument for session in other.sessions for instrument in session.instruments):
+                if any(instrument is one for one in mine):
+                    raise RuntimeError(
+                        f"this {type(instrument).__name__} is at work in a call of {type(other.pipe).__name__}, inside which "
+                        f"{type(self.pipe).__name__} was called: attach another one to the inner pipeline"
+                    )
+
     def close(self) -> None:
         """Doing it twice is harmless."""
         self.steps.close()
@@ -219,6 +230,11 @@ class RunningCall:
     def _is_main(self, loop: Loop) -> bool:
         return loop.index == 0 and loop.scheduler is getattr(self.pipe, "scheduler", None)
 
+    def passed_through(self, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """A component between the text encoders and the denoiser has run."""
+        if not self.references.encodings:  # what a method that encodes returns is told by the method
+            self.conditions.passed_through((*args, *kwargs.values()), output)
+
     @staticmethod
     def _run(target: Target, root: nn.Module, arguments: dict[str, Any], before: RootRun | None) -> Run:
         names = target.family.grid_arguments
@@ -255,7 +271,8 @@ class RunningCall:
         extent = target.family.extent(target.inner, stream, run.run, shape)
         if queries_of is not None:  # a video's frames attend apart
             extent = replace(extent, batch=queries_of, positions=shape[1])
-        conditions, images = spread(run.entries, extent.batch, attention)
+        folded = shape[0] if queries_of is None and shape[0] % extent.batch == 0 else extent.batch
+        conditions, images = spread(run.entries, folded, attention)
         return replace(
             self.moment(run.loop),
             condition=conditions,

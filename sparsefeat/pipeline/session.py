@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsefeat.pipeline.base_models import difference
 from sparsefeat.pipeline.call_arguments import check_pipeline
 from sparsefeat.pipeline.compiled import refuse_compiled
 from sparsefeat.pipeline.context import CONDITIONS, Call
-from sparsefeat.pipeline.hookpoints import Hookpoint, Target, resolve
+from sparsefeat.pipeline.families.registry import family_of
+from sparsefeat.pipeline.hookpoints import Hookpoint, Target, components, resolve
 from sparsefeat.pipeline.instrument import Instrument
 from sparsefeat.pipeline.visits import Place, Tap
 from sparsefeat.pipeline.wiring import Wiring
@@ -32,11 +33,17 @@ def attach(
     Instruments at one hookpoint run in the order given, each on what the one before left; those of an earlier session
     that is still open run before. Errors of names and widths are raised here, before anything is changed.
 
+    Several pipelines, `attach((base, refiner), rec)`, have one session: the same instruments are at the same hookpoints of
+    each, and `run.calls` has the calls of all in the order they ended.
+
     Args:
+        pipe: a pipeline, or a list or tuple of them.
         layout: which conditions one denoising step runs, for a pipeline of which that cannot be told: the chunks of one
             run of the denoiser, ("uncond", "cond"), or one such tuple for each run, [("cond",), ("uncond",)]. A call
             whose texts say otherwise is refused.
     """
+    if isinstance(pipe, (list, tuple)):
+        return _attach_to_each(pipe, instruments, layout)
     check_pipeline(pipe)
     for position, instrument in enumerate(instruments):
         if not isinstance(instrument, Instrument):
@@ -74,13 +81,39 @@ def attach(
         for instrument in instruments
         for name in instrument.components(pipe)
     )
+    between = tuple(
+        Target(name, root, name, root, family)
+        for name, root in components(pipe).items()
+        if (family := family_of(root)).may_pass_texts_on
+    )
     wiring = Wiring.of(pipe)  # `prepare` may have opened and closed sessions of its own
-    session = Session(wiring, pipe, instruments, places, taps, listened, stated)
+    session = Session(wiring, pipe, instruments, places, taps, listened, between, stated)
     try:
         wiring.add(session)
         return session
     except BaseException:
         session.close()
+        raise
+
+
+def _attach_to_each(pipes: Sequence[Any], instruments: tuple[Instrument, ...], layout: Any) -> Session:
+    if not pipes:
+        raise ValueError("attach was given an empty list of pipelines; give at least one")
+    if len({id(pipe) for pipe in pipes}) < len(pipes):
+        raise ValueError("attach was given a pipeline twice in its list; give each once")
+    sessions: list[Session] = []
+    try:
+        for pipe in pipes:
+            sessions.append(attach(pipe, *instruments, layout=layout))
+        for session in sessions[1:]:
+            session.calls = sessions[0].calls
+        for session in sessions:
+            session.is_one_of_several = len(sessions) > 1
+        sessions[0].beside = tuple(sessions[1:])
+        return sessions[0]
+    except BaseException:
+        for session in sessions:
+            session.close()
         raise
 
 
@@ -111,18 +144,24 @@ class Session:
         places: tuple[Place, ...],
         taps: tuple[Tap, ...],
         listened: tuple[Tap, ...] = (),
+        between: tuple[Target, ...] = (),
         layout: tuple[tuple[str, ...], ...] | None = None,
     ):
         self.instruments = instruments
         self.places = places
         self.taps = taps
         self.listened = listened
+        self.between = between
+        """The components between the text encoders and the denoiser."""
         self.layout = layout
         """The runs of a step as the user stated them."""
         self.warned: set[int] = set()
         """What was warned of already, by id."""
         self.calls: list[Recordings] = []
         """The completed calls, in order."""
+        self.beside: tuple[Session, ...] = ()
+        """Where several pipelines have one session: what it is at the others."""
+        self.is_one_of_several = False
         self._wiring: Wiring | None = wiring
         self._pipe = pipe  # as long as the session is open, so that closing it finds the pipeline
 
@@ -144,15 +183,25 @@ class Session:
         images_per_prompt: int = 1,
         guidance: bool = False,
         n_steps: int | None = None,
+        pipe: Any = None,
     ) -> Iterator[Call]:
         """One call of the pipeline, for a denoising loop of your own or for running its parts (`encode_prompt`).
 
         Modules that are hooked may only run inside `pipe(...)` or inside this. `guidance` says whether the denoiser's
         batch is [uncond, cond], or that it runs on one and then on the other, the conditional first; the steps are
-        those of `pipe.scheduler`.
+        those of `pipe.scheduler`. `pipe` says which of the session's pipelines it is, where there are several.
         """
         if self._wiring is None:
             raise RuntimeError("the session is closed; attach again")
+        if pipe is not None and pipe is not self._pipe:
+            other = next((session for session in self.beside if session._pipe is pipe), None)
+            if other is None:
+                raise ValueError(
+                    f"pipe= is a {type(pipe).__name__} that this session is not attached to; give one that is"
+                )
+            with other.call(prompts, images_per_prompt=images_per_prompt, guidance=guidance, n_steps=n_steps) as call:
+                yield call
+            return
         call = Call(
             prompts=[prompts] if isinstance(prompts, str) else prompts,
             images_per_prompt=images_per_prompt,
@@ -166,12 +215,21 @@ class Session:
 
     def close(self) -> None:
         """Take everything out of the pipeline. Closing twice is harmless, and so is the order of nested sessions."""
+        for session in self.beside:
+            session.close()
         wiring = self._wiring
         if wiring is not None:
             wiring.remove(self)
             self._wiring = None  # not before: a close that was interrupted is finished by the next
         self._pipe = None
-        self.places = self.taps = self.listened = ()  # the modules; the recordings need none of them
+        self.places = self.taps = self.listened = self.between = ()  # the modules; the recordings need none of them
+
+    def prepare_again(self) -> None:
+        """Where several pipelines share the instruments, these may have been prepared for another one since (the wiring does
+        this).
+        """
+        for instrument in self.instruments if self.is_one_of_several else ():
+            instrument.prepare(self._pipe)
 
     def find_wrapped(self) -> None:
         """Hook the wrapper in a module's place where one was put around it since (LoRA): the model goes on with its output
@@ -180,8 +238,14 @@ class Session:
         self.places = tuple(replace(place, target=_wrapped(place.target)) for place in self.places)
         self.taps = tuple(replace(tap, target=_wrapped(tap.target)) for tap in self.taps)
 
-    def __enter__(self) -> Session:
-        return self
+    if TYPE_CHECKING:
+
+        def __enter__(self) -> Session: ...
+
+    else:
+        # A call of a weak reference gives the object. No line of Python runs in it: one could be interrupted, and `with`
+        # would not close what it had not yet entered.
+        __enter__ = property(weakref.ref)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

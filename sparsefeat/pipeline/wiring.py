@@ -88,6 +88,8 @@ class Wiring:
                 wanted.setdefault((id(root.module), "root"), root)
             for place in session.places:
                 wanted.setdefault(place.hook, place.target)
+            for target in session.between:
+                wanted.setdefault((id(target.module), "between"), target)
             for tap in session.taps:
                 tapped.setdefault(id(tap.target.module), tap.target)
         for key in [key for key in self._hooks if key not in wanted]:
@@ -217,6 +219,9 @@ class Wiring:
             session.find_wrapped()
         self._fit()  # caches that were turned on since
         running = RunningCall(self._pipe(), call, tuple(self.sessions), self._guard, self._fit)
+        running.refuse_what_is_at_work()
+        for session in self.sessions:
+            session.prepare_again()
         try:
             self._running = running
             self._visits.forget()
@@ -258,6 +263,11 @@ class Wiring:
     def heard(self, kind: str, target: Target, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """A hooked module is about to run, or has run."""
         if self._guard.up or not self.sessions:
+            return None
+        if kind == "between":
+            running = self._running
+            if running is not None and calls_here()[-1:] == [running] and not in_backward():
+                running.passed_through(args, kwargs, output)
             return None
         if in_backward():
             if kind == "root":

@@ -173,7 +173,7 @@ class FeatureTransport(Instrument):
         rows = activations.rows.view(context.batch, context.positions, -1)
         if part.adaptive is None:
             change = change - _decoded(sae, part.subtracted[step], device)
-        conditional = [row for row, condition in enumerate(context.condition) if condition == "cond"]
+        conditional = [row for row, (condition, _) in enumerate(context.entries) if condition == "cond"]
         out = rows.new_zeros(rows.shape, dtype=torch.promote_types(rows.dtype, torch.float32))
         for row in conditional:
             out[row] = change
@@ -211,7 +211,7 @@ class _Codes(Instrument):
             raise ValueError(f"{self.at} has no image grid, so nothing can be transported there by masks.")
         if "cond" not in context.condition:
             return
-        row = context.condition.index("cond")
+        row = next(row for row, (condition, _) in enumerate(context.entries) if condition == "cond")
         self.codes.append(self.sae.encode(activations.rows.view(context.batch, context.positions, -1)[row]))
         self.grid = context.grid
 

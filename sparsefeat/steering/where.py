@@ -33,9 +33,9 @@ def check_condition(condition: str) -> str:
 def condition_signs(condition: str, context: Context) -> Tensor:
     """fp32 [batch]: 1, -1 or 0 for each batch row. "both" edits every row, whatever further conditions there are."""
     if condition == "both":
-        return torch.ones(len(context.condition))
+        return torch.ones(len(context.entries))
     signs = CONDITIONS[condition]
-    return torch.tensor([signs.get(row, 0.0) for row in context.condition])
+    return torch.tensor([signs.get(row, 0.0) for row, _ in context.entries])
 
 
 def on_grid(maps: Tensor, grid: tuple[int, ...]) -> Tensor:
@@ -67,7 +67,7 @@ def map_of_rows(name: str, maps: Tensor, context: Context, n_images: int) -> Ten
     resized = on_grid(maps, context.grid)
     if maps.ndim == 2:
         return resized.expand(context.batch, -1)
-    return resized[list(context.prompt_index)]
+    return resized[[image for _, image in context.entries]]
 
 
 def mask_of_rows(mask: Mask, context: Context, n_images: int) -> Tensor | None:

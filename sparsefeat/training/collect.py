@@ -71,7 +71,7 @@ class _Seen:
     def collected(self) -> CollectedRows:
         """On the CPU; waits for the device."""
         context, (n, positions) = self.context, self.position.shape
-        names = [context.condition[entry] for entry in self.entries]
+        names = [context.entries[entry][0] for entry in self.entries]
         conditions = torch.tensor([CONDITIONS.index(c) if c in CONDITIONS else -1 for c in names], dtype=torch.int8)
         step = -1 if context.step is None else context.step
         timestep = torch.nan if context.timestep is None else context.timestep
@@ -172,10 +172,10 @@ class CollectActivations(Instrument):
         if context.recomputing or context.hookpoint is None:
             return
         hookpoint, wanted, done = context.hookpoint, self.conditions(), self._mark(context.hookpoint)
-        images = [self.images_done + index for index in context.prompt_index]
+        images = [self.images_done + index for _, index in context.entries]
         entries = [
             entry
-            for entry, (condition, image) in enumerate(zip(context.condition, images, strict=True))
+            for entry, ((condition, _), image) in enumerate(zip(context.entries, images, strict=True))
             if image >= done and (wanted is None or condition in wanted) and self._takes(image, context)
         ]
         if not entries:

@@ -55,7 +55,8 @@ class TinyFamily:
     """The runs of the denoiser in one step under guidance, in order, and the conditions of each run's chunks: one run
     of ("uncond", "cond"), or the two runs ("cond",) and ("uncond",). Without guidance it is one run of ("cond",)."""
     guidance: str = "cfg"
-    """"cfg" can be switched on and off; "embedded" is a number the model is given; "none" is a distilled model."""
+    """"cfg" can be switched on and off, "always" cannot; "embedded" is a number the model is given; "none" is a distilled
+    model."""
     attentions: tuple[str, ...] = ()
     """Attention modules whose query, key and value a tap sees."""
     alone: bool = False
@@ -70,12 +71,16 @@ class TinyFamily:
 
     @property
     def available(self) -> bool:
-        """Whether the installed diffusers has this family."""
-        return getattr(diffusers, self.pipeline, None) is not None
+        """Whether the installed diffusers has this family, and can import it with what is installed."""
+        try:
+            return getattr(diffusers, self.pipeline, None) is not None
+        except RuntimeError:
+            return False
 
     def runs(self, guidance: bool) -> tuple[tuple[str, ...], ...]:
         """The runs of the denoiser in one step, and each one's chunks of conditions."""
-        return self.layout if guidance and self.guidance == "cfg" else (("cond",),)
+        guided = self.guidance == "always" or (guidance and self.guidance == "cfg")
+        return self.layout if guided else (("cond",),)
 
 
 def families() -> dict[str, TinyFamily]:

@@ -24,11 +24,13 @@ class Watch(Instrument):
         self.call = call
         self.contexts: list[Context] = []
         self.rows: list[torch.Tensor] = []
+        self.tensors: list[torch.Tensor] = []
         self.ended: list[Context] = []
 
     def at_hookpoint(self, activations: Activations, context: Context) -> None:
         self.contexts.append(context)
         self.rows.append(activations.rows.clone())
+        self.tensors.append(activations.tensor)
 
     def end_step(self, context: Context) -> None:
         self.ended.append(context)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tests.families import TinyFamily
+from tests.pipeline.caches import CACHES
 
 BATCHES = {"1": (1, 1), "2": (2, 1), "2 x 2 images": (2, 2)}
 """Prompts, and images a prompt."""
@@ -26,6 +27,9 @@ MODES = (
     "layerwise casting",
     "group offload",
 )
+
+FURTHER_MODES = (*CACHES, "int8 (torchao)", "int8 (bitsandbytes)")
+"""Tried on one configuration of each family: two prompts, guidance if it can be, wide."""
 
 PLAIN_ONLY = (
     "controlnet",
@@ -71,6 +75,11 @@ def cells(family: TinyFamily) -> list[Cell]:
     rows = product(axes) if os.environ.get("MATRIX") == "full" else pairwise(axes, seed=len(family.name))
     rows = [row for row in rows if not (family.alone and row["guidance"] and row["batch"] != "1")]
     ordered = sorted(rows, key=lambda row: (axes["option"].index(row["option"]), MODES.index(row["mode"])))
+    further = {"option": plain, "guidance": family.guidance == "cfg", "batch": "2", "size": "wide"}
+    if family.alone:
+        further["batch"] = "1"
+    if family.name not in PLAIN_ONLY:
+        ordered += [{**further, "mode": mode} for mode in FURTHER_MODES]
     return [Cell(family=family.name, **row) for row in ordered]
 
 

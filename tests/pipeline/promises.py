@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from torch import nn
 
 from sparsefeat.pipeline import Context, Hookpoint, Instrument, attach, hookpoints, resolve
 from tests.families import Block, TinyFamily, families
+from tests.pipeline.caches import CACHES, Computed, NoSuchCache, computing, config
+from tests.pipeline.caches import STEPS as CACHE_STEPS
 from tests.pipeline.instruments import push, zero
 from tests.pipeline.matrix import BATCHES, Cell
 from tests.pipeline.state import everything
@@ -50,16 +53,18 @@ class Spot(Instrument):
         self.rule = rule
         self.contexts: list[Context] = []
         self.shapes: list[tuple[int, ...]] = []
+        self.folded: list[int] = []  # the entries of the tensors' batch dimension
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (self.place,)
 
     def begin_call(self, call: Any) -> None:
-        self.contexts, self.shapes = [], []
+        self.contexts, self.shapes, self.folded = [], [], []
 
     def at_hookpoint(self, activations: Any, context: Context) -> Any:
         self.contexts.append(context)
         self.shapes.append(tuple(activations.rows.shape))
+        self.folded.append(len(activations.tensor))
         return self.rule(activations, context) if self.rule else None
 
 
@@ -99,6 +104,10 @@ def prepared(family: str, option: str, mode: str) -> Any:
                 raise NotHere(f"{type(model).__name__} has no group offload")
             cpu = torch.device("cpu")
             model.enable_group_offload(cpu, cpu, offload_type="leaf_level")
+        elif mode in CACHES:
+            _cache(model, mode)
+        elif mode.startswith("int8"):
+            _quantise(model, mode)
     if mode in ("bf16", "fp16"):
         pipe.to(torch.bfloat16 if mode == "bf16" else torch.float16)
     return pipe
@@ -119,8 +128,47 @@ def _fuse(model: nn.Module) -> None:
         raise NotHere(f"{type(model).__name__} has no fused projections")
     try:
         model.fuse_qkv_projections()
-    except (ValueError, AttributeError, NotImplementedError) as error:
+    except (ValueError, AttributeError, NotImplementedError, RuntimeError) as error:
         raise NotHere(f"{type(model).__name__} does not fuse its projections: {error}") from error
+
+
+def _cache(model: nn.Module, mode: str) -> None:
+    if not hasattr(model, "enable_cache"):
+        raise NotHere(f"{type(model).__name__} takes no cache")
+    try:
+        model.enable_cache(config(CACHES[mode]))
+    except NoSuchCache as reason:
+        raise NotHere(str(reason)) from reason
+    except Exception as error:
+        raise NotHere(f"{type(model).__name__} does not take it: {type(error).__name__}: {error}") from error
+
+
+def _quantise(model: nn.Module, mode: str) -> None:
+    """Every linear layer in int8, as the library does it on a CPU."""
+    if mode == "int8 (torchao)":
+        torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+        return
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    for path, layer in [(path, layer) for path, layer in model.named_modules() if type(layer) is nn.Linear]:
+        parent, _, name = path.rpartition(".")
+        quantised = bnb.nn.Linear8bitLt(
+            layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False
+        )
+        quantised.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+        quantised.bias = layer.bias
+        setattr(model.get_submodule(parent), name, quantised.to("cpu"))
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A run of a block that instruments have to see."""
+
+    run: int
+    """Which of the denoiser's runs of the call it is in."""
+    step: int
+    chunks: tuple[str, ...]
+    """The conditions of the chunks that it runs on."""
 
 
 class Run:
@@ -133,12 +181,21 @@ class Run:
         self.prompts = list(PROMPTS[:n_prompts])
         self.runs = self.family.runs(cell.guidance)
         self.main = denoisers(self.family)[0]
+        self.steps = CACHE_STEPS if cell.mode in CACHES else STEPS
+        self.computed: Computed | None = None
         try:
-            self.latents = self()
+            if cell.mode in CACHES:
+                inside = [b.path.partition(".")[2] for b in self.family.blocks if b.path.startswith(self.main + ".")]
+                with computing(component(self.pipe, self.main), inside) as self.computed:
+                    self.latents = self()
+            else:
+                self.latents = self()
         except Exception as error:
             if cell.mode == "plain":
                 raise
             raise NotHere(f"diffusers itself fails: {type(error).__name__}: {error}") from error
+        if self.computed is not None and not self.computed.passed_something_over(len(self.runs)):
+            raise NotHere(f"it passes nothing over in {type(component(self.pipe, self.main)).__name__}")
         self.n_images = self.latents.shape[0]
         self.images_per_prompt = self.n_images // n_prompts  # not what was asked for: CogVideoX always makes one
         with listening(self) as self.prompts_heard:  # a run without guidance: its texts are the conditional ones
@@ -151,11 +208,24 @@ class Run:
             guidance=self.cell.guidance if guidance is None else guidance,
             images_per_prompt=self.asked_for,
             size=self.cell.size,
-            steps=STEPS,
+            steps=self.steps,
             seed=seed,
             **arguments,
         )
         return torch.as_tensor(out)
+
+    def visits(self, path: str) -> list[Visit]:
+        """The runs of a block: all, or where a cache passes some over those in which it computed."""
+        n, inner = len(self.runs), path.partition(".")[2]
+        if self.computed is None or inner not in self.computed.runs:
+            return [Visit(run, run // n, self.runs[run % n]) for run in range(self.steps * n)]
+        found, whole = [], dict(reversed([(run % n, entries) for run, entries in self.computed.runs[inner]]))
+        for run, entries in self.computed.runs[inner]:
+            chunks = self.runs[run % n]
+            if 2 * entries == whole[run % n]:  # FasterCache leaves the unconditional half out
+                chunks = chunks[1:]
+            found.append(Visit(run, run // n, chunks))
+        return found
 
     def spots(self, io: str = "output", rule: Callable[..., Any] | None = None) -> list[Spot]:
         return [Spot(block, io, rule) for block in self.family.blocks]
@@ -226,19 +296,23 @@ def reaches(run: Run, turn: int) -> None:
 
 
 def conditions(run: Run, spots: list[Spot], heard: list[list[torch.Tensor]]) -> None:
-    expected = [chunks for _ in range(STEPS) for chunks in run.runs]
-    assert len(heard) == len(expected)
+    assert len(heard) == run.steps * len(run.runs)
     for spot in spots:
+        expected = run.visits(spot.place.path)
         assert len(spot.contexts) == len(expected), f"{spot.place} was seen {len(spot.contexts)} times"
-        for context, chunks in zip(spot.contexts, expected, strict=True):
-            assert context.condition == tuple(c for c in chunks for _ in range(run.n_images)), spot.place
-            assert context.prompt_index == tuple(range(run.n_images)) * len(chunks), spot.place
-            assert context.batch == run.n_images * len(chunks)
-    for context, texts in zip(spots[0].contexts, heard, strict=True):
-        frames = len(texts) // context.batch  # where a video's frames are folded into the batch, its text is too
-        assert len(texts) == frames * context.batch, f"{len(texts)} texts for {context.batch} batch entries"
-        texts = texts[::frames]
-        for text, condition, image in zip(texts, context.condition, context.prompt_index, strict=True):
+        for context, folded, visit in zip(spot.contexts, spot.folded, expected, strict=True):
+            entries = [(condition, image) for condition in visit.chunks for image in range(run.n_images)]
+            assert list(context.entries) == entries, spot.place
+            assert context.batch == len(entries)
+            each = folded // len(entries)  # frames of a video that are folded into the batch
+            assert context.condition == tuple(condition for condition, _ in entries for _ in range(each)), spot.place
+            assert context.prompt_index == tuple(image for _, image in entries for _ in range(each)), spot.place
+    for context, visit in zip(spots[0].contexts, run.visits(spots[0].place.path), strict=True):
+        texts, given = heard[visit.run], run.n_images * len(run.runs[visit.run % len(run.runs)])
+        frames = len(texts) // given  # where a video's frames are folded into the batch, its text is too
+        assert len(texts) == frames * given, f"{len(texts)} texts for {given} batch entries"
+        texts = texts[::frames][-context.batch :]
+        for text, (condition, image) in zip(texts, context.entries, strict=True):
             is_prompt = _same(text, run.prompts_heard[run.main][0][::frames][image])
             assert is_prompt == (condition in ("cond", "perturbed")), (condition, image)
 
@@ -273,10 +347,10 @@ def grids(run: Run, spots: list[Spot]) -> None:
 
 
 def steps(run: Run, spots: list[Spot]) -> None:
-    expected = [step for step in range(STEPS) for _ in run.runs]
     for spot in spots:
+        expected = [visit.step for visit in run.visits(spot.place.path)]
         assert [context.step for context in spot.contexts] == expected, spot.place
-        assert {context.n_steps for context in spot.contexts} == {STEPS}, spot.place
+        assert {context.n_steps for context in spot.contexts} == {run.steps}, spot.place
         assert all(context.timestep is not None for context in spot.contexts)
 
 

@@ -48,14 +48,18 @@ def pipe():
     return pipe
 
 
-def session_of(pipe, trace, parts):
-    """Attach, call and close under a trace; the session, if there came to be one."""
+def session_of(pipe, trace, parts, closes="close"):
+    """Attach, call and close, or leave a `with`, under a trace; the session, if there came to be one."""
     session = None
     sys.settrace(trace)
     try:
-        session = attach(pipe, *parts)
-        pixels(pipe, steps=1, output_type="latent")
-        session.close()
+        if closes == "with":
+            with attach(pipe, *parts) as session:
+                pixels(pipe, steps=1, output_type="latent")
+        else:
+            session = attach(pipe, *parts)
+            pixels(pipe, steps=1, output_type="latent")
+            session.close()
     except KeyboardInterrupt:
         pass
     finally:
@@ -63,7 +67,8 @@ def session_of(pipe, trace, parts):
     return session
 
 
-def test_what_an_interrupt_leaves_a_second_close_takes_off(pipe):
+@pytest.mark.parametrize("closes", ["close", "with"])
+def test_what_an_interrupt_leaves_a_second_close_takes_off(pipe, closes):
     torch.manual_seed(0)
     sae = SAE(SAEConfig(d_model=32, n_latents=24, k=4, hookpoint=BLOCK)).eval()
     before, latents = everything(pipe), pixels(pipe, steps=1, output_type="latent")
@@ -74,10 +79,10 @@ def test_what_an_interrupt_leaves_a_second_close_takes_off(pipe):
         return Steer(sae, add={3: 1.0}), Record(sae), tap
 
     counted = Interrupted()
-    session_of(pipe, counted, parts())
+    session_of(pipe, counted, parts(), closes)
     assert counted.lines > 1000
     for at in random.Random(5).choices(range(1, counted.lines + 1), k=N):
-        session = session_of(pipe, Interrupted(at), parts())
+        session = session_of(pipe, Interrupted(at), parts(), closes)
         if session is not None:
             session.close()
         left = everything(pipe) != before or (DDIMScheduler.step, DDIMScheduler.set_timesteps) != (step, timesteps)

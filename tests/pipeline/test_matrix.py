@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import platform
+import types
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -19,8 +20,10 @@ import torch
 from sparsefeat.pipeline import attach
 from tests.families import Block, families
 from tests.pipeline import promises
+from tests.pipeline.families.test_claims import REFUSED, exported
 from tests.pipeline.instruments import push
-from tests.pipeline.matrix import MODES, cells, pairwise, product
+from tests.pipeline.matrix import MODES, Cell, cells, pairwise, product
+from tests.pipeline.modular import PIPELINES as MODULAR
 from tests.pipeline.state import everything
 
 FAMILIES = families()
@@ -62,10 +65,13 @@ def _summary(found: dict[str, Any]) -> dict[str, Any]:
             "promises": {promise: [kept[promise], kept[promise] + broken[promise]] for promise in kept | broken},
             "modes": {mode: [count["kept"], sum(count.values())] for mode, count in modes.items()},
             "not here": {mode: reason for mode, reason in reasons.items() if mode not in modes},
+            "own loop": next(iter(found[name]["own loop"]), None),
         }
     return {
         "versions": {"python": platform.python_version(), **{package: _version(package) for package in VERSIONS}},
         "cells": os.environ.get("MATRIX", "pairwise"),
+        "modular": sorted(FAMILIES[name].title for name in MODULAR),
+        "refused": sorted(REFUSED & exported().keys()),
         "families": families_,
     }
 
@@ -89,6 +95,35 @@ def test_attach_keeps_its_promises(cell, turn, results):
     results[cell.family]["cells"].append((cell, outcome))
     broken = {promise: wrong for promise, wrong in outcome.items() if wrong}
     assert not broken, "\n".join(f"{promise}: {wrong}" for promise, wrong in broken.items())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_a_loop_that_is_not_diffusers_the_conditions_are_right_or_unknown(name, results):
+    """Nothing is believed there because of the pipeline's class: what is said is seen."""
+    family = FAMILIES[name]
+    if not family.available:
+        pytest.skip(f"{family.pipeline} is not in this diffusers")
+    plain = next((option for option, build in family.options.items() if not build), "")
+    batch = "1" if family.alone else "2"
+    run = promises.Run(Cell(name, plain, "plain", family.guidance == "cfg", batch, "square"))
+    kind = type(run.pipe)
+    spots = [spot for spot in run.spots() if spot.place.path.startswith(run.main + ".")]
+    own = types.new_class("OwnLoop", (kind,), exec_body=lambda body: body.update(__call__=kind.__call__))
+    try:
+        run.pipe.__class__ = own
+        with attach(run.pipe, *spots), promises.listening(run) as heard:
+            run()
+    finally:
+        run.pipe.__class__ = kind
+    unknown = [context for spot in spots for context in spot.contexts if "unknown" in context.condition]
+    if not unknown:
+        promises.conditions(run, spots, heard[run.main])
+    for spot in spots:
+        for context, visit in zip(spot.contexts, run.visits(spot.place.path), strict=True):
+            if "unknown" not in context.condition:
+                said = [(condition, image) for condition in visit.chunks for image in range(run.n_images)]
+                assert list(context.entries) == said
+    results[name]["own loop"].append("unknown" if unknown else "seen")
 
 
 # torch.compile, for a UNet, for joint blocks, and for two passes over a video. The backend "eager" shows what capture,

@@ -15,23 +15,12 @@ from torch import nn
 from sparsefeat.pipeline import attach
 from tests.families import families
 from tests.pipeline.instruments import Edit, Watch, push, zero
+from tests.pipeline.modular import PIPELINES
 from tests.pipeline.state import everything
 from tests.tiny import tiny_scheduler, tiny_sdxl
 
 modular = pytest.importorskip("diffusers.modular_pipelines")
 guiders = pytest.importorskip("diffusers.guiders")
-
-SQUARE = {"height": 64, "width": 64}
-TOKENS = {"max_sequence_length": 16}
-# The blocks' class, whose components it is given, a block of its denoiser, and how it is called.
-PIPELINES = {
-    "sdxl": ("StableDiffusionXLAutoBlocks", "unet.mid_block.attentions.0", SQUARE),
-    "sd3": ("StableDiffusion3AutoBlocks", "transformer.transformer_blocks.0", SQUARE | TOKENS),
-    "qwen_image": ("QwenImageAutoBlocks", "transformer.transformer_blocks.0", SQUARE | TOKENS),
-    "z_image": ("ZImageAutoBlocks", "transformer.layers.0", SQUARE),
-    "ltx": ("LTXAutoBlocks", "transformer.transformer_blocks.0", SQUARE | {"num_frames": 9} | TOKENS),
-    "flux": ("FluxAutoBlocks", "transformer.transformer_blocks.0", SQUARE | TOKENS),
-}
 
 
 @functools.lru_cache(maxsize=1)

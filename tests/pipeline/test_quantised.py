@@ -1,9 +1,19 @@
-"""Quantised models: their layers' weights are packed and cannot be read, and nothing of `attach` wants to."""
+"""Quantised models: their layers' weights are packed and cannot be read, and nothing of `attach` wants to.
+
+torchao's and bitsandbytes' int8 layers are in the matrix; here are torch's own, those of GGUF files, and Nunchaku's.
+"""
 
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,19 +26,78 @@ from tests.pipeline.instruments import Edit, Watch, push, zero
 from tests.pipeline.state import everything
 
 
+def _torch_int8(model: nn.Module) -> None:
+    torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)
+
+
+def _gguf(model: nn.Module) -> None:
+    """The layers of diffusers for GGUF files, in Q8_0 where a row is made of its blocks of 32 and in BF16 elsewhere."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    layers = pytest.importorskip("diffusers.quantizers.gguf.utils")
+
+    def layer(linear: nn.Linear) -> nn.Module:
+        kinds = gguf.GGMLQuantizationType
+        kind = kinds.BF16 if linear.in_features % 32 else kinds.Q8_0
+        packed = gguf.quants.quantize(linear.weight.detach().numpy().astype(np.float32), kind)
+        made = layers.GGUFLinear(linear.in_features, linear.out_features, linear.bias is not None, torch.float32)
+        made.weight = layers.GGUFParameter(torch.from_numpy(np.array(packed)), quant_type=kind)
+        made.bias = linear.bias
+        return made
+
+    _replace(model, layer)
+
+
+def _nunchaku(model: nn.Module) -> None:
+    """Nunchaku's layers, whose product runs on its GPU kernels alone: here a product of PyTorch's stands in its place."""
+    layers = _nunchaku_layers()
+
+    class OnACPU(layers.AWQW4A16Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.rounded, self.own_bias)
+
+    def layer(linear: nn.Linear) -> nn.Module:
+        made = OnACPU(linear.in_features, linear.out_features, group_size=1)
+        step = linear.weight.detach().abs().amax() / 7
+        made.rounded, made.own_bias = (linear.weight.detach() / step).round() * step, linear.bias
+        return made
+
+    _replace(model, layer)
+
+
+def _nunchaku_layers() -> Any:
+    """diffusers' module of them, whose import fetches the kernels: here it is given none."""
+    pytest.importorskip("diffusers.quantizers.nunchaku", reason="this diffusers has no Nunchaku layers")
+    kernels = types.SimpleNamespace(get_kernel=lambda *_, **__: types.SimpleNamespace(ops=None))
+    there = {"is_kernels_available": lambda: True, "is_kernels_version": lambda *_: True}
+    with (
+        mock.patch.dict(sys.modules, {"kernels": kernels}),
+        mock.patch.multiple("diffusers.utils", **there),
+        mock.patch("diffusers.utils.constants.DIFFUSERS_TRUST_REMOTE_KERNELS", True),
+    ):
+        return importlib.import_module("diffusers.quantizers.nunchaku.utils")
+
+
+def _replace(model: nn.Module, layer: Callable[[nn.Linear], nn.Module]) -> None:
+    for path, linear in [(path, layer) for path, layer in model.named_modules() if type(layer) is nn.Linear]:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer(linear).eval())
+
+
+QUANTISERS: dict[str, Callable[[nn.Module], Any]] = {"torch": _torch_int8, "GGUF": _gguf, "Nunchaku": _nunchaku}
+
+
+@pytest.mark.parametrize("quantiser", QUANTISERS)
 @pytest.mark.parametrize("name", ["sd", "flux", "sd3"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own quantisation is on its way to torchao
-def test_attach_reads_and_edits_a_model_whose_linear_layers_are_int8(name):
+def test_attach_reads_and_edits_a_model_whose_linear_layers_are_packed(name, quantiser):
     family = families()[name]
     if not family.available:
         pytest.skip(f"{family.pipeline} is not in this diffusers")
     pipe = copy.deepcopy(family.build())
     block = family.blocks[0]
     part = block.path.partition(".")[0]
-    torch.ao.quantization.quantize_dynamic(getattr(pipe, part), {nn.Linear}, dtype=torch.qint8, inplace=True)
-    packed = [m for m in getattr(pipe, part).modules() if type(m).__module__.startswith("torch.ao.nn.quantized")]
-    assert len(packed) > 5
-    assert not any(isinstance(m, nn.Linear) for m in getattr(pipe, part).modules())
+    QUANTISERS[quantiser](getattr(pipe, part))
+    assert not any(type(m) is nn.Linear for m in getattr(pipe, part).modules())
 
     def run() -> torch.Tensor:
         return torch.as_tensor(family.call(pipe, ["a fox"], guidance=False))

@@ -81,7 +81,7 @@ def test_a_window_means_nothing_before_the_schedule():
     ],
 )
 def test_t7_each_half_of_the_guidance_batch_has_its_sign(condition, expected):
-    three = context(condition=("uncond", "cond", "perturbed"))
+    three = context(condition=("uncond", "cond", "perturbed"), prompt_index=(0, 0, 0), batch=3)
     assert condition_signs(condition, three).tolist() == expected
 
 

@@ -96,6 +96,9 @@ class Family:
     runs_in_steps = False
     """Whether the scheduler drives this model. A text encoder and a VAE run outside the steps."""
 
+    may_pass_texts_on = False
+    """Whether it may lie between the text encoders and the denoiser, and make something else of the prompts."""
+
     grid_arguments: tuple[str, ...] = ()
     """The arguments that `image_grid` has to read on the device: it is asked again only when one is another object."""
 

@@ -35,10 +35,15 @@ Evidence = dict[str, tuple[int, ...]]
 # Read in diffusers 0.42.1. The key is a pattern that is looked for in the names of the pipeline's class and of its bases.
 _LAYOUTS: dict[str, dict[int, Layout]] = {
     "InstructPix2Pix": {3: ("cond", "image", "uncond")},
+    "OmniGen": {2: ("cond", "uncond"), 3: ("cond", "uncond", "image")},
     "PAG": {2: ("cond", "perturbed"), 3: ("uncond", "cond", "perturbed")},
-    "^(Lumina(Text2Img)?Pipeline|ZImage|DiTPipeline|StableCascade|Wuerstchen)": {2: ("cond", "uncond")},
+    "^(Lumina(Text2Img)?Pipeline|ZImage|DiTPipeline|StableCascade|Wuerstchen|AceStep)": {2: ("cond", "uncond")},
 }
 _USUAL: dict[int, Layout] = {1: ("cond",), 2: ("uncond", "cond")}
+
+# The arguments of a run of the model that leaves a part of it out: skip-layer guidance of SD3, spatio-temporal and
+# modality guidance of LTX-2.
+_PERTURBING = ("skip_layers", "spatio_temporal_guidance_blocks", "isolate_modalities")
 
 # The runs of one step where a pipeline runs its denoiser on one condition after the other. No pipeline of diffusers
 # 0.42.1 has the unconditional one first.
@@ -122,6 +127,27 @@ class Conditions:
             self._n_found, self._references = len(found), found + zeros
         return self._references
 
+    def passed_through(self, given: Iterable[Any], output: Any) -> None:
+        """A component was `given` texts and made `output` of them (the connectors of LTX-2, ACE-Step's condition encoder):
+        that is the same texts'. Waits for the device once, if there is a text of a prompt among what it was given.
+        """
+        given = dict(enumerate(given))
+        batch = next((len(rows) for value in _flat(given.values()) if (rows := rows_of_texts(value))), 0)
+        references = self._references_and_zeros()
+        pairs, distances = _measure(list(_texts(given, batch, references)), references)
+        if not pairs:
+            return
+        evidence, _ = _evidence(pairs, distances.tolist(), batch)
+        made = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
+        for rows in map(rows_of_texts, made):
+            if len(rows) == batch:
+                self.references.found += [
+                    Reference(condition, image, 1, row.detach())
+                    for row, seen in zip(rows, evidence, strict=True)
+                    for condition, images in seen.items()
+                    for image in images
+                ]
+
     def changed(self) -> bool:
         """Whether a text was another one than in the step that its label was taken from. Waits for the device once, if
         there was such a step.
@@ -160,7 +186,7 @@ class Conditions:
             if len(run_of_step) == chunks:
                 yield run_of_step
             return
-        if chunks == 1 and run.arguments.get("skip_layers") is not None:  # the skip-layer guidance of SD3
+        if chunks == 1 and any(run.arguments.get(name) for name in _PERTURBING):
             yield ("perturbed",)
         if chunks == 1 and run.earlier and call.guidance and max(run.earlier) <= n_images:
             yield (_PASSES[len(run.earlier) % len(_PASSES)],)
@@ -171,6 +197,8 @@ class Conditions:
                 yield layouts[chunks]
         if chunks in _USUAL:
             yield _USUAL[chunks]
+        if chunks == 2:  # where the text of one of them says so
+            yield ("cond", "uncond")
 
 
 def is_diffusers_own(pipe: Any) -> bool:

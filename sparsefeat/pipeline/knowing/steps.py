@@ -35,7 +35,7 @@ class Loop:
         """The scheduler's timesteps in this loop, as it holds them."""
         self._n_scheduled = 0
         self._first = 0
-        self._counts: dict[int, tuple[Any, int]] = {}  # by copy, which is held so that its id stays its own
+        self._counts: dict[int, tuple[Any, int]] = {}  # by scheduler, which is held so that its id stays its own
         self._runs = -1
 
     @property
@@ -96,17 +96,15 @@ class Loop:
 
     def stepped(self, scheduler: Any, runs: int) -> bool:
         """The scheduler, or a copy of it, has stepped once, after `runs` runs of models; whether that completed a
-        denoising step. Copies that step one after the other (one a frame) have made one step together.
+        denoising step. Those that step one after the other without a run of a model between (a copy a frame, LTX-2's for the
+        sound beside the one for the video) have made one step together.
         """
         before = self.done
-        if scheduler is self.scheduler:
+        count = self._counts.get(id(scheduler), (scheduler, 0))[1] + 1
+        self._counts[id(scheduler)] = scheduler, count
+        if runs != self._runs or count > self.done:
             self.done += 1
-        else:
-            count = self._counts.get(id(scheduler), (scheduler, 0))[1] + 1
-            self._counts[id(scheduler)] = scheduler, count
-            if runs != self._runs or count > self.done:
-                self.done += 1
-            self._runs = runs
+        self._runs = runs
         if self.total is None or self.n_steps is None or before >= self.total or self.done == before:
             return False
         return self.done * self.n_steps // self.total > before * self.n_steps // self.total

@@ -118,7 +118,7 @@ def test_the_rows_of_a_frame_are_those_that_change_with_the_frame(model):
     run(pipe, model, other, changed)
     (context,) = plain.contexts
     assert (context.batch, context.positions, context.grid) == (B, F * H * W, (F, H, W))
-    assert context.prompt_index == (0, 1)
+    assert context.entries == (("cond", 0), ("cond", 1))
     rows = (plain.rows[0] != changed.rows[0]).any(1).view(B, F, H, W).nonzero()
     assert rows[:, :2].unique(dim=0).tolist() == [[1, 2]]
     assert rows[:, 2].min() == 4
@@ -141,7 +141,10 @@ def test_blocks_attentions_and_temporal_transformers_share_their_rows_out_among_
         (context,) = watch.contexts
         assert (context.batch, context.grid) == (B, paths[path]), path
         assert context.positions * B == len(watch.rows[0]), path
-        assert context.condition == ("cond",) * B
+        assert context.entries == (("cond", 0), ("cond", 1))
+        folded = len(watch.tensors[0])  # frames, or in a temporal transformer places, are entries of the tensor
+        assert context.condition == ("cond",) * folded
+        assert context.prompt_index == (0,) * (folded // B) + (1,) * (folded // B)
 
 
 @pytest.mark.parametrize("model", MODELS)

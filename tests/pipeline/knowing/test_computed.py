@@ -4,41 +4,17 @@ from __future__ import annotations
 
 import copy
 
-import diffusers
 import pytest
 import torch
 
 from sparsefeat.pipeline import attach
 from sparsefeat.pipeline.knowing.computed import InnerForward
 from tests.families import families
+from tests.pipeline.caches import STEPS, NoSuchCache, config
 from tests.pipeline.instruments import Edit, Watch, push, zero
 from tests.pipeline.state import everything
 
-hooks = pytest.importorskip("diffusers.hooks")
-STEPS = 4
-
-
-def config(name):
-    cls = getattr(diffusers, name, None) or getattr(hooks, name, None)
-    if cls is None:
-        pytest.skip(f"{name} is not in this diffusers")
-    return {
-        "FirstBlockCacheConfig": lambda: cls(threshold=1e9),
-        "MagCacheConfig": lambda: cls(
-            threshold=1e9,
-            max_skip_steps=2,
-            retention_ratio=0.25,
-            num_inference_steps=STEPS,
-            mag_ratios=torch.ones(STEPS),
-        ),
-        "TaylorSeerCacheConfig": lambda: cls(cache_interval=2, disable_cache_before_step=1, max_order=1),
-        "PyramidAttentionBroadcastConfig": lambda: cls(
-            spatial_attention_block_skip_range=2,
-            spatial_attention_timestep_skip_range=(-1, 10**9),
-            current_timestep_callback=lambda: 500,
-        ),
-    }[name]()
-
+pytest.importorskip("diffusers.hooks")
 
 # (cache, family, a module it may pass over, a module inside it that tells whether it computed)
 CACHES = [
@@ -52,11 +28,18 @@ CACHES = [
 ]
 
 
+def the(cache):
+    try:
+        return config(cache)
+    except NoSuchCache as reason:
+        pytest.skip(str(reason))
+
+
 def build(cache, family):
     if not families()[family].available:
         pytest.skip(f"{family} is not in this diffusers")
     pipe = families()[family].build()
-    pipe.transformer.enable_cache(config(cache))
+    pipe.transformer.enable_cache(the(cache))
     return pipe
 
 
@@ -91,7 +74,7 @@ def test_what_did_not_compute_is_not_seen_and_an_edit_goes_in_once(cache, family
         ours = call(pipe, family)
     plain = families()[family].build()
     theirs = _edited_inside(plain, path)
-    plain.transformer.enable_cache(config(cache))
+    plain.transformer.enable_cache(the(cache))
     expected = call(plain, family)
     assert theirs["times"] == computed
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
@@ -144,7 +127,7 @@ def test_a_cache_turned_on_or_off_during_a_session_is_noticed_at_the_next_call()
     with attach(pipe, watch := Watch(path)):
         call(pipe, "flux")
         assert len(watch.contexts) == STEPS
-        pipe.transformer.enable_cache(config("FirstBlockCacheConfig"))
+        pipe.transformer.enable_cache(the("FirstBlockCacheConfig"))
         call(pipe, "flux")
         assert len(watch.contexts) == 1
         pipe.transformer.disable_cache()

@@ -109,7 +109,7 @@ def test_the_label_of_every_row_is_what_changes_with_its_prompt(name, guidance, 
         others = [OTHER if i == altered else prompt for i, prompt in enumerate(prompts)]
         again = first_step(family, pipe, others, None, **call, **told(name, others, guidance, each))
         for context, before, after in zip(contexts, heard, again, strict=False):
-            n = len(context.condition)
+            n = context.batch
             pairs = [
                 (a, b)
                 for argument, value in before.items()
@@ -117,7 +117,7 @@ def test_the_label_of_every_row_is_what_changes_with_its_prompt(name, guidance, 
                 for a, b in zip(rows(value, n), rows(after.get(argument), n), strict=False)
             ]
             assert pairs, "no batch among the arguments"
-            for entry, (condition, image) in enumerate(zip(context.condition, context.prompt_index, strict=True)):
+            for entry, (condition, image) in enumerate(context.entries):
                 changes = any(a[entry].shape != b[entry].shape or not torch.equal(a[entry], b[entry]) for a, b in pairs)
                 per_prompt = max(1, _n_images(contexts) // n_prompts)
                 expected = condition in ("cond", "perturbed") and image // per_prompt == altered
