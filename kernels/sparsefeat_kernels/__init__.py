@@ -9,6 +9,7 @@ from __future__ import annotations
 from . import flops
 from .attention.concept import concept_attention, concept_map_
 from .attention.map import attention_map_, attention_with_map_
+from .attention.map_gradient import attention_map
 from .attention.resize import resize_add_
 from .attention.rows import attention_column_sums_, attention_rows
 from .attention.tap import attention_tap_, attention_tap_local_
@@ -32,6 +33,7 @@ __all__ = [
     "PreparedEncoder",
     "SparseCode",
     "attention_column_sums_",
+    "attention_map",
     "attention_map_",
     "attention_rows",
     "attention_tap_",

@@ -130,7 +130,8 @@ class Instrument:
     """Something attached to a pipeline. Every method may be left out; they are called in this order:
 
     `prepare` once, before anything is hooked; then for every call of the pipeline `begin_call`, `at_hookpoint` and
-    `at_attention` as the modules run, `end_step` when a denoising step is complete, and `end_call` after a call that
+    `at_attention` as the modules run, `before_step` when the scheduler is about to step, `end_step` when a denoising step
+    is complete, and `end_call` after a call that
     ended without an exception. A call that was interrupted has no `end_call`: put no clean-up there, and start afresh
     in `begin_call`. Modules of the pipeline that an instrument runs inside its own methods are not hooked.
     """
@@ -189,8 +190,19 @@ class Instrument:
         batch entries come one by one.
         """
 
-    def at_component(self, name: str, arguments: Mapping[str, Any], context: Context) -> None:
-        """One of the components is about to run on these arguments of its forward, by name."""
+    def at_component(
+        self, name: str, arguments: Mapping[str, Any], context: Context
+    ) -> Mapping[str, torch.Tensor] | None:
+        """One of the components is about to run on these arguments of its forward, by name. What is answered, tensors of
+        the same shapes by the names of arguments, it runs on in their place.
+        """
+        return None
+
+    def before_step(self, sample: torch.Tensor, context: Context) -> torch.Tensor | None:
+        """The scheduler is about to step from the latents `sample`, the `context.evaluation`-th time in this loop; what is
+        answered, of the same shape, it steps from instead. There is no hookpoint and no batch in this context.
+        """
+        return None
 
     def end_step(self, context: Context) -> None:
         """The denoising step `context.step` is complete. There is no hookpoint and no batch in this context."""

@@ -17,6 +17,7 @@ from sparsefeat.pipeline.context import Call, Context
 from sparsefeat.pipeline.families.family import Run, timestep_in
 from sparsefeat.pipeline.hookpoints import Target
 from sparsefeat.pipeline.hooks import HookKey
+from sparsefeat.pipeline.instrument import Instrument
 from sparsefeat.pipeline.knowing.conditions import (
     Conditions,
     DenoiserRun,
@@ -29,6 +30,7 @@ from sparsefeat.pipeline.knowing.guiders import Guiders
 from sparsefeat.pipeline.knowing.references import References
 from sparsefeat.pipeline.knowing.steps import Loop, Steps
 from sparsefeat.pipeline.knowing.texts import TextRows
+from sparsefeat.pipeline.outputs import put_argument
 
 if TYPE_CHECKING:
     from sparsefeat.pipeline.session import Session
@@ -122,13 +124,17 @@ class RunningCall:
             if running is not None:
                 running._step_completed(loop)
 
+        def stepping(loop: Loop, sample: torch.Tensor) -> torch.Tensor:
+            running = me()
+            return sample if running is None else running._stepping(loop, sample)
+
         layouts = [session.layout for session in self.sessions if session.layout is not None]
         self.references = References(self.call)
         self.conditions = Conditions(self.call, self.references, layouts[-1] if layouts else None)
         self.texts = TextRows(self.call, self.references)
         # A loop that is not diffusers' own leaves the `num_timesteps` of an earlier call.
         own_loop = self.call.own_loop or not is_diffusers_own(self.pipe)
-        self.steps = Steps(self.pipe, completed, deaf, own_loop)
+        self.steps = Steps(self.pipe, completed, stepping, deaf, own_loop)
         self.guiders = Guiders(self.pipe, self.changed, deaf)
 
     def open(self) -> None:
@@ -166,6 +172,18 @@ class RunningCall:
                 with self.guard.raised():
                     instrument.end_step(context)
 
+    def _stepping(self, loop: Loop, sample: torch.Tensor) -> torch.Tensor:
+        """What the scheduler is to step from."""
+        context = self.moment(loop)
+        for session in self.sessions:
+            for instrument in session.instruments:
+                with self.guard.raised():
+                    other = instrument.before_step(sample, context)
+                if other is not None:
+                    _check_like(instrument, "before_step", "the latents", other, sample)
+                    sample = other
+        return sample
+
     def moment(self, loop: Loop | None) -> Context:
         if loop is None:
             return Context(prompts=self.call.prompts)
@@ -180,14 +198,15 @@ class RunningCall:
 
     # Runs of the components
 
-    def begin_root(self, target: Target, args: tuple, kwargs: dict[str, Any]) -> None:
+    def begin_root(self, target: Target, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """A component is about to run: the arguments to run it on in the place of these, None for the same."""
         root = getattr(target.module, "_orig_mod", target.module)
         try:
             # The class's forward: offloading puts one on the instance that says (*args, **kwargs) in older versions.
             bound = inspect.signature(type(root).forward).bind_partial(root, *args, **kwargs)
             arguments = dict(list(bound.arguments.items())[1:])
         except TypeError:
-            return  # the model's own error names the wrong argument
+            return None  # the model's own error names the wrong argument
         batch = _batch(arguments)
         before = self.roots.get(target.path)
         if target.family.runs_in_steps:
@@ -201,11 +220,18 @@ class RunningCall:
         self.roots[target.path] = run
         conditions, images = run.entries
         context = replace(self.moment(run.loop), condition=conditions, prompt_index=images, batch=batch)
+        changed: dict[str, torch.Tensor] = {}
         for session in self.sessions:
             for listener in session.listened:
                 if listener.target.module is target.module:
                     with self.guard.raised():
-                        listener.instrument.at_component(target.root_name, arguments, context)
+                        answer = listener.instrument.at_component(target.root_name, {**arguments, **changed}, context)
+                    for name, tensor in (answer or {}).items():
+                        _check_like(listener.instrument, "at_component", f"{name!r}", tensor, arguments.get(name))
+                        changed[name] = tensor
+        for name, tensor in changed.items():
+            args, kwargs = put_argument(target.module, name, args, kwargs, tensor)
+        return (args, kwargs) if changed else None
 
     def _denoiser_run(
         self, target: Target, root: nn.Module, arguments: dict[str, Any], batch: int, before: RootRun | None
@@ -284,6 +310,18 @@ class RunningCall:
             device=device,
             _timestep=run.timestep,
         )
+
+
+def _check_like(instrument: Instrument, method: str, what: str, answer: Any, given: Any) -> None:
+    if not isinstance(answer, torch.Tensor) or not isinstance(given, torch.Tensor) or answer.shape != given.shape:
+        raise ValueError(
+            f"{type(instrument).__name__}.{method} answered {_said(answer)} in the place of {what}, which is {_said(given)}; "
+            "answer a tensor of that shape, or None"
+        )
+
+
+def _said(value: Any) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def _batch(arguments: Mapping[str, Any]) -> int:

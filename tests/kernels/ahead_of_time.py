@@ -76,6 +76,8 @@ SHAPED = (
 PRODUCTS = (
     "_attention_column_kernel",
     "_attention_flash_kernel",
+    "_attention_gradient_keys_kernel",
+    "_attention_gradient_rows_kernel",
     "_attention_map_kernel",
     "_attention_rows_kernel",
     "_attention_tap_kernel",
@@ -174,9 +176,9 @@ def prefilter_launches(shape: str) -> list[tuple[Any, dict[str, Any]]]:
 
 def attention_launches(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...]) -> None:
     """Every attention op at its shapes, as modules call them: heads side by side in memory."""
-    maps_of, tap, rows, concept, resize = (
+    maps_of, tap, rows, concept, resize, gradient = (
         importlib.import_module(f"sparsefeat_kernels.attention.{name}")
-        for name in ("map", "tap", "rows", "concept", "resize")
+        for name in ("map", "tap", "rows", "concept", "resize", "map_gradient")
     )
     for batch, heads, n, d, key_heads, t in shapes:
         query = torch.empty(batch, n, heads, d, dtype=dtype).transpose(1, 2)
@@ -190,7 +192,10 @@ def attention_launches(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...]) 
             mask = torch.empty(batch, t, dtype=torch.bool)
             maps = torch.empty(batch, n, 8)
             maps_of._attention_triton(maps, query, key, None, d**-0.5, mask, weight, group, tokens, None)
+            slots = torch.empty(t, dtype=torch.int64)
+            gradient._gradient_triton(maps, query, key, d**-0.5, mask, weight, slots)
         if d in (160, 128, 512):
+            gradient._gradient_triton(torch.empty(batch, n, t), query, key, d**-0.5, None, None, None)
             maps = torch.empty(batch, n, 8)
             image = torch.empty(batch, n, key_heads, d, dtype=dtype).transpose(1, 2)
             marked = torch.empty(n, dtype=torch.bool)

@@ -23,6 +23,8 @@ KERNELS = {
     "_attention_column_join_kernel",
     "_attention_column_kernel",
     "_attention_flash_kernel",
+    "_attention_gradient_keys_kernel",
+    "_attention_gradient_rows_kernel",
     "_attention_map_kernel",
     "_attention_rows_kernel",
     "_attention_tap_kernel",

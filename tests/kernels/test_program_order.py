@@ -135,6 +135,12 @@ def resized() -> list[Tensor]:
     return [sums]
 
 
+def map_gradient() -> list[Tensor]:
+    query, key, _ = attention(40)
+    options = (0.3, None, normal(query.shape[1], seed=2), torch.tensor([3, 0, 3]))
+    return list(torch.ops.sparsefeat.attention_map_gradient(normal(4, 20, 3, seed=4), query, key, *options))
+
+
 CASES: dict[str, Callable[[], list[Tensor]]] = {
     "topk_encode": lambda: list(torch.ops.sparsefeat.topk_encode(*encoder(), 3, "signed")),
     "topk_encode, design B": design_b,
@@ -147,6 +153,7 @@ CASES: dict[str, Callable[[], list[Tensor]]] = {
     "attention_map": lambda: maps(40, output=False),
     "attention_with_map": lambda: maps(40, output=True),
     "attention_map, many keys": lambda: maps(260, output=False),
+    "attention_map_gradient": map_gradient,
     "attention_tap, rows and column sums": tap_and_columns,
     "concept_attention and its map": concepts,
     "resize_add": resized,

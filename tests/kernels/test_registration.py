@@ -34,6 +34,8 @@ def calls(device: str) -> dict[str, tuple]:
     return {
         "attention_map_": (maps[..., :2].clone(), query, key, *weighted, chosen),
         "attention_with_map_": (maps, query, key, key[..., :3], *weighted, None),
+        "attention_map": (query.clone().requires_grad_(), key.clone().requires_grad_(), *weighted[:-1], chosen),
+        "attention_map_gradient": (maps[..., :2].clone(), query, key, *weighted[:-1], chosen),
         "attention_tap_": (maps, query, key, lse, *weighted),
         "concept_attention": (query, query, query, *(query[:, :, :2],) * 2, 0.5),
         "concept_map_": (maps[..., :2].clone(), query, query[:, :, :2], normal(4).detach(), group, True),

@@ -9,6 +9,7 @@ It begins with `scheduler.set_timesteps`, or when the model runs again after the
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -112,14 +113,24 @@ class Loop:
 
 class Steps:
     """The loops of one call of a pipeline. `completed(loop)` is called at the end of each denoising step, while
-    `loop.step` is still that step.
+    `loop.step` is still that step. `stepping(loop, sample)` is called when the scheduler is about to step from a latent,
+    and says what it is to step from.
     """
 
-    def __init__(self, pipe: Any, completed: Callable[[Loop], None], deaf: Callable[[], bool], own_loop: bool = False):
+    def __init__(
+        self,
+        pipe: Any,
+        completed: Callable[[Loop], None],
+        stepping: Callable[[Loop, torch.Tensor], torch.Tensor],
+        deaf: Callable[[], bool],
+        own_loop: bool = False,
+    ):
         self._pipe = pipe
         self._own_loop = own_loop  # the denoising loop is the user's: `pipe.num_timesteps` is of an earlier call
         self._completed = completed
-        self._listener = Listener({"step": self._stepped, "set_timesteps": self._set}, deaf)
+        self._stepping = stepping
+        heard = {"step": self._stepped, "set_timesteps": self._set}
+        self._listener = Listener(heard, deaf, before={"step": self._about_to_step})
         self._loops: dict[int, Loop] = {}  # by scheduler, the one that is going on
         self._latest: Loop | None = None  # the one that was set last, or that a model ran in
         self._of: dict[str, Loop] = {}  # by component
@@ -201,12 +212,27 @@ class Steps:
         self._latest = self._begin(scheduler) if known else self._loop(scheduler)
         self._taken = None
 
+    def _loop_of(self, scheduler: Any) -> Loop | None:
+        """The loop that a scheduler steps in, of the pipeline's or a copy of it made in the call."""
+        return self._loop(scheduler) if self._is_the_pipelines(scheduler) else self._latest
+
+    def _about_to_step(self, scheduler: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        loop = self._loop_of(scheduler)
+        names = list(inspect.signature(type(scheduler).step).parameters)[1:]
+        place = names.index("sample") if "sample" in names else len(args)
+        sample = kwargs.get("sample", args[place] if place < len(args) else None)
+        if loop is None or not loop.started or not isinstance(sample, torch.Tensor):
+            return args, kwargs
+        other = self._stepping(loop, sample)
+        if other is sample:
+            return args, kwargs
+        if "sample" in kwargs:
+            return args, {**kwargs, "sample": other}
+        return (*args[:place], other, *args[place + 1 :]), kwargs
+
     def _stepped(self, scheduler: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        if self._is_the_pipelines(scheduler):
-            loop = self._loop(scheduler)
-        elif self._latest is not None:  # a copy made in the call
-            loop = self._latest
-        else:
+        loop = self._loop_of(scheduler)
+        if loop is None:
             return
         if not loop.started:  # no hookpoint lies in the denoiser
             self._start(loop, kwargs.get("timestep", args[1] if len(args) > 1 else None))

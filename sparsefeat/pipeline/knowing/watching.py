@@ -15,16 +15,23 @@ from typing import Any
 Heard = Callable[[Any, tuple, dict[str, Any], Any], None]
 """(the object, its arguments by position, by name, what the method returned)."""
 
+Asked = Callable[[Any, tuple, dict[str, Any]], tuple[tuple, dict[str, Any]]]
+"""(the object, its arguments by position, by name): the arguments to call the method with."""
+
 _lock = threading.RLock()
 _listeners: list[Listener] = []
 _replaced: dict[tuple[type, str], tuple[Any, Any]] = {}  # what was there, and what is there now
 
 
 class Listener:
-    """Hears the methods named in `methods` of the objects whose classes it was told of, from `open()` to `close()`."""
+    """Hears the methods named in `methods` of the objects whose classes it was told of, from `open()` to `close()`, and
+    is asked before those of them that are named in `before`."""
 
-    def __init__(self, methods: Mapping[str, Heard], deaf: Callable[[], bool]):
+    def __init__(
+        self, methods: Mapping[str, Heard], deaf: Callable[[], bool], before: Mapping[str, Asked] | None = None
+    ):
         self.methods = methods
+        self.before: Mapping[str, Asked] = before or {}
         self.deaf = deaf
         self.thread = threading.get_ident()
         self._wanted: set[tuple[type, str]] = set()
@@ -46,7 +53,7 @@ class Listener:
             if self in _listeners:
                 _listeners.remove(self)
             _fit()
-            self.methods = {}  # they hold the listener's owner, and it holds the pipeline
+            self.methods, self.before = {}, {}  # they hold the listener's owner, and it holds the pipeline
 
 
 def _owner(kind: type, name: str) -> type | None:
@@ -72,12 +79,16 @@ def _fit() -> None:
 def _hearing(owner: type, name: str, original: Any) -> Any:
     @functools.wraps(original)  # pipelines look at the signature of `scheduler.step` to see whether it takes `eta`
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        mine = None
+        if _owner(type(self), name) is owner:  # else a class's method called its base class's: one call
+            here = threading.get_ident()
+            mine = next((one for one in reversed(_listeners) if one.thread == here and name in one.methods), None)
+        if mine is None or mine.deaf():
+            return original(self, *args, **kwargs)
+        if name in mine.before:
+            args, kwargs = mine.before[name](self, args, kwargs)
         result = original(self, *args, **kwargs)
-        if _owner(type(self), name) is not owner:
-            return result  # a class's method called its base class's: one call
-        here = threading.get_ident()
-        mine = next((one for one in reversed(_listeners) if one.thread == here and name in one.methods), None)
-        if mine is not None and not mine.deaf():
+        if name in mine.methods and not mine.deaf():
             mine.methods[name](self, args, kwargs, result)
         return result
 
