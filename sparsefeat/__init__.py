@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
 
     from sparsefeat import presets as presets
     from sparsefeat.attention import HeatMaps as HeatMaps
+    from sparsefeat.attention import read_image as read_image
     from sparsefeat.erasure import Erase as Erase
     from sparsefeat.erasure import InterpretThenDeactivate as InterpretThenDeactivate
     from sparsefeat.erasure import negative_prompt as negative_prompt
@@ -84,6 +85,7 @@ _HOME = {
     "load_sae": "sparsefeat.sae",
     "negative_prompt": "sparsefeat.erasure",
     "presets": "sparsefeat.presets",
+    "read_image": "sparsefeat.attention",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -208,6 +208,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         sf.HeatMaps,
         lambda: {"steps": (0.0, 0.5), "layer_weights": {"up": [1.0, 2.0]}, "step_weights": [1.0, 0.5]},
     ),
+    "read_image": (
+        sf.read_image,
+        lambda: {"pipe": Untouched(), "maps": sf.HeatMaps(), "image": Image.new("RGB", (8, 8)), "noise": 0.5},
+    ),
     "HeatMaps.mask": (sf.HeatMaps().mask, lambda: {"word": "fox", "threshold": 0.4}),
     "overlay": (overlay, lambda: {"image": Image.new("RGB", (8, 8)), "map": torch.eye(4)}),
     "SAEConfig": (

@@ -20,17 +20,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsefeat.arguments import number, whole
+from sparsefeat.attention.concepts import Concepts, Outputs
 from sparsefeat.attention.encoded import EncodedPrompt, Rows
 from sparsefeat.attention.reading import DIRECTIONS, KINDS, OF_JOINT, Direction, Kind, Layer, layers_of
 from sparsefeat.attention.recording import HeatMapRecording
 from sparsefeat.attention.sums import Attended, Grid, MapSum, Part, add_up, positions
+from sparsefeat.attention.word_mask import WordMask
 from sparsefeat.pipeline import AttentionCall, Call, Context, Instrument
 from sparsefeat.pipeline.families.family import TextLayout
 from sparsefeat.pipeline.knowing.references import listed
@@ -55,10 +56,15 @@ class HeatMaps(Instrument):
             "text_renormalised": the same attention's softmax over its text alone.
             "query_query": softmax over the text's tokens of the products of image queries with *text queries*, rotary
             embeddings included.
-            Default: "cross" where text is attended to apart, else "joint".
+            "concept": ConceptAttention's: how well the attention's output at a position fits that of each of `concepts`,
+            softmax over the concepts. FLUX, SD3, CogVideoX.
+            Default: "cross" where text is attended to apart, else "joint"; "concept" where concepts are given.
+        concepts: what to find, in or outside the prompt, of one or several tokens; what is left over goes to the nearest,
+            so name the background too, concepts=["fox", "snow", "sky"].
         words: the words that will be asked for; only their tokens are added up. Default: every token.
         layers: module paths (or parts of them) of the attention modules to read, e.g. `"up_blocks.1"`. Default: every one;
-            of a UNet those of the down and up blocks, as in DAAM.
+            of a UNet those of the down and up blocks, as in DAAM; for concepts every block with a text stream, of FLUX
+            the last fifth of those (15 to 18 of 19), as published.
         steps: when to read: (0.0, 0.5) is the first half of the schedule, [0, 1] the first two steps. Default: always.
         condition: "cond" for maps of the prompt, "uncond" for maps of the negative prompt.
         direction: "image_to_text": where pixels attend to a token. "text_to_image": where a token attends in the image (a
@@ -80,6 +86,7 @@ class HeatMaps(Instrument):
         self,
         kind: Kind | None = None,
         *,
+        concepts: Sequence[str] | None = None,
         words: Sequence[str] | None = None,
         layers: str | Sequence[str] | None = None,
         steps: Steps = None,
@@ -99,6 +106,7 @@ class HeatMaps(Instrument):
             raise ValueError(f"condition={condition!r} is not known; use 'cond' or, for the negative prompt, 'uncond'.")
         self.kind, self.direction, self.condition = kind, direction, condition
         self.words = _names("words", words, "words=['fox']")
+        self.concepts = _names("concepts", concepts, "concepts=['fox', 'snow']")
         self.layers = _names("layers", layers, "layers='up_blocks.1'")
         self.window = StepWindow.parse(steps)
         self.layer_weights = {path: _weights(path, given) for path, given in (layer_weights or {}).items()}
@@ -109,7 +117,9 @@ class HeatMaps(Instrument):
         self.daam_exact = daam_exact
         self._apart = {*self.keep, "layers", "heads"} if daam_exact else set(self.keep)
         self.max_bytes = whole("max_bytes", max_bytes)
-        self._kind: Kind = kind or "cross"
+        self._check_concepts()
+        self._kind: Kind = self.kind or "cross"
+        self._beside: Concepts | None = None
         self._layers: dict[str, Layer] = {}
         self._areas: dict[str, int] = {}
         self._tokenizers: dict[str, Any] = {}
@@ -127,6 +137,26 @@ class HeatMaps(Instrument):
         self._columns: tuple[int, ...] | None = None
         self._layout: TextLayout | None = None
 
+    def _check_concepts(self) -> None:
+        if self.concepts is None:
+            if self.kind == "concept":
+                raise ValueError("kind='concept' maps concepts=[...]; name them, as in concepts=['fox', 'snow'].")
+            return
+        self.kind = self.kind or "concept"
+        others = {"words": self.words, "daam_exact": self.daam_exact, "keep=['heads']": "heads" in self.keep}
+        wrong = [name for name, given in others.items() if given]
+        if self.kind != "concept" or wrong or self.direction != "image_to_text":
+            said = wrong[0] if wrong else f"kind={self.kind!r}, direction={self.direction!r}"
+            raise ValueError(f"concepts= are maps of their own, over all heads; leave {said} out.")
+        if len(set(self.concepts)) < 2:
+            raise ValueError(
+                f"concepts={list(self.concepts)!r} are told from one another; name two different ones at least."
+            )
+        if any(len(weights) > 1 for weights in self.layer_weights.values()):
+            raise ValueError(
+                "layer_weights has one number for each head, and concepts= are maps over all heads; give one."
+            )
+
     def conditions(self) -> tuple[str, ...]:
         return (self.condition,)
 
@@ -134,7 +164,12 @@ class HeatMaps(Instrument):
         return self.window.contains(context)
 
     def attentions(self, pipe: Any) -> tuple[str, ...]:
-        self._kind, layers = layers_of(pipe, self.kind, self.layers)
+        self._beside = None
+        if self.concepts is not None:
+            self._beside = Concepts(pipe, self.concepts, self.layers)
+            self._kind, layers = "concept", self._beside.read
+        else:
+            self._kind, layers = layers_of(pipe, self.kind, self.layers)
         if self.direction == "text_to_image" and self._kind not in OF_JOINT:
             raise ValueError(
                 f"direction='text_to_image' asks where text attends in the image, and in {type(pipe).__name__} only the "
@@ -148,10 +183,11 @@ class HeatMaps(Instrument):
                 )
         grids = {each.path: each.family.default_grid(pipe, each.root, each.path.partition(".")[2]) for each in layers}
         self._areas = {path: 1 if grid is None else positions(grid) for path, grid in grids.items()}
-        return tuple(self._layers)
+        return tuple(self._layers) if self._beside is None else tuple(layer.path for layer in self._beside.passed)
 
     def components(self, pipe: Any) -> tuple[str, ...]:
-        return tuple(name for name in _ENCODERS if getattr(pipe, name, None) is not None)
+        model = () if self._beside is None else (self._beside.root_name,)
+        return (*(name for name in _ENCODERS if getattr(pipe, name, None) is not None), *model)
 
     def prepare(self, pipe: Any) -> None:
         found = {name: tokenizer_of(pipe, name) for name in self.components(pipe)}
@@ -160,9 +196,15 @@ class HeatMaps(Instrument):
     def begin_call(self, call: Call) -> None:
         self._start()
         self._call = call
+        if self._beside is not None:
+            self._beside.begin_call(call)
 
     def at_component(self, name: str, arguments: Mapping[str, Any], context: Context) -> None:
-        """A text encoder runs: what it is given for the prompts."""
+        """A text encoder runs, and is given the prompts; or the model, beside which the concepts run."""
+        if self._beside is not None and name == self._beside.root_name:
+            beside = [row for row, condition in enumerate(context.condition) if condition == self.condition]
+            self._beside.begin_run(arguments, beside)
+            return
         ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
         if self._call is None or not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != len(context.condition):
             return
@@ -180,8 +222,14 @@ class HeatMaps(Instrument):
         rows = [row for row, condition in enumerate(context.condition) if condition == self.condition]
         if not rows or not call.reads_text or context.recomputing:
             return
-        attended = Attended(call, self._kind, self.direction)
-        self._check(attended)
+        attended: Attended | Outputs | None
+        if self._beside is not None:
+            attended = self._beside.at(call)
+        else:
+            attended = Attended(call, self._kind, self.direction)
+            self._check(attended)
+        if attended is None:
+            return
         grid, frames = _grid_of(attended, context)
         heads, apart = call.query.shape[1], "heads" in self._apart
         n_images = max(max(context.prompt_index) + 1, (self._call.n_images if self._call else None) or 0)
@@ -215,7 +263,8 @@ class HeatMaps(Instrument):
             tokens,
             apart,
         )
-        maps_of_row = (1.0 if apart else float(weights.sum())) * step_weight / frames
+        one = self._beside is not None  # map of all heads
+        maps_of_row = (1.0 if apart else float(weights[0] if one else weights.sum())) * step_weight / frames
         for row in rows:
             held.count[context.prompt_index[row]] += maps_of_row
         for image in {context.prompt_index[row] for row in rows}:
@@ -236,7 +285,9 @@ class HeatMaps(Instrument):
                 "of them are the text's cannot be told: turn the cache off."
             )
 
-    def _begin(self, attended: Attended, grid: Grid, n_images: int, heads: int, context: Context) -> Tensor | None:
+    def _begin(
+        self, attended: Attended | Outputs, grid: Grid, n_images: int, heads: int, context: Context
+    ) -> Tensor | None:
         """The positions of the tokens to add up, None for all; in a call's first attention also what they will take."""
         device = attended.call.query.device
         if not self._n_tokens:
@@ -366,6 +417,7 @@ class HeatMaps(Instrument):
             prompts=self._prompts(call),
             images_per_prompt=call.images_per_prompt,
             exact=self.daam_exact,
+            concepts=self.concepts,
         )
 
     def _prompts(self, call: Call) -> tuple[EncodedPrompt, ...] | None:
@@ -402,45 +454,16 @@ class HeatMaps(Instrument):
             number("threshold", threshold)
         return WordMask(self, word, threshold, occurrence)
 
-    def word_masks(self, context: Context, mask: WordMask) -> Tensor:
-        """[batch, *grid], the word's map of each batch entry's image, over the steps completed so far."""
+    def so_far(self, what: str) -> HeatMapRecording | None:
+        """The maps of the call that is going on, over its completed steps; None where there is none yet."""
         if self._call is None:
             raise ValueError(
-                f"mask= is the map of {mask.word!r} of HeatMaps that are not attached; attach them with the Steer, "
-                "attach(pipe, maps, steer)."
+                f"{what} of HeatMaps that are not attached; attach them with the Steer, attach(pipe, maps, steer)."
             )
-        if not self._done:
-            height, width = context.grid[-2:] if context.grid is not None else (1, 1)
-            return torch.zeros(context.batch, height, width)
-        recording = self._recording(self._call)
-        found = {}
-        of_row = [image for _, image in context.entries]
-        for image in set(of_row):
-            try:
-                heat = recording.word(mask.word, image, mask.occurrence)
-            except ValueError:
-                if recording.prompts is None or len(recording.prompts) == 1:
-                    raise
-                found[image] = torch.zeros(recording.grid, device=next(iter(self._done.values())).total.device)
-                continue
-            found[image] = heat.scaled() if mask.threshold is None else heat.mask(mask.threshold).to(heat.values.dtype)
-        return torch.stack([found[image] for image in of_row])
+        return self._recording(self._call) if self._done else None
 
 
-@dataclass(frozen=True)
-class WordMask:
-    """Callable of the context -> [batch, height, width]; made by `HeatMaps.mask`."""
-
-    maps: HeatMaps
-    word: str
-    threshold: float | None
-    occurrence: int | None
-
-    def __call__(self, context: Context) -> Tensor:
-        return self.maps.word_masks(context, self)
-
-
-def _grid_of(attended: Attended, context: Context) -> tuple[Grid, int]:
+def _grid_of(attended: Attended | Outputs, context: Context) -> tuple[Grid, int]:
     """The grid of the image's positions, and how many frames of it are folded into the batch."""
     start, stop = attended.image
     grid = context.grid

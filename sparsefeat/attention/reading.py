@@ -40,28 +40,38 @@ def layers_of(pipe: Any, kind: Kind | None, wanted: Sequence[str] | None) -> tup
     Raises ValueError where the pipeline has no such modules, where `wanted` names none, or where one of them attends in
     a way that cannot be seen.
     """
-    cross, joint = _attentions(pipe, "cross_attention"), _attentions(pipe, "joint_attention")
+    cross, joint = attentions_of(pipe, "cross_attention"), attentions_of(pipe, "joint_attention")
     meant: Kind = kind or ("cross" if cross else "joint")
     found = joint if meant in OF_JOINT else cross
     if not found:
-        raise ValueError(_none(pipe, meant, cross, joint))
+        raise ValueError(none_to_read(pipe, meant, cross, joint))
     if wanted is not None:
-        chosen = tuple(layer for layer in found if any(part in layer.path for part in wanted))
-        if not chosen:
-            what = "joint-attention" if meant in OF_JOINT else "cross-attention"
-            paths = ", ".join(layer.path for layer in found)
-            raise ValueError(f"layers={tuple(wanted)!r} match no {what} module; there are: {paths}.")
+        chosen = chosen_of(found, wanted, "joint-attention" if meant in OF_JOINT else "cross-attention")
     else:
         blocks = tuple(layer for layer in found if ".down_blocks." in layer.path or ".up_blocks." in layer.path)
         chosen = blocks or found
-    for layer in chosen:
-        why = bypass(layer.root_name, layer.module)
-        if why is not None:
-            raise ValueError(f"the attention of {layer.path} cannot be read: {why}.")
+    refuse_bypassed(chosen)
     return meant, chosen
 
 
-def _attentions(pipe: Any, kind: str) -> tuple[Layer, ...]:
+def chosen_of(found: Sequence[Layer], wanted: Sequence[str], what: str) -> tuple[Layer, ...]:
+    """Those whose paths have one of the parts in them."""
+    chosen = tuple(layer for layer in found if any(part in layer.path for part in wanted))
+    if not chosen:
+        paths = ", ".join(layer.path for layer in found)
+        raise ValueError(f"layers={tuple(wanted)!r} match no {what} module; there are: {paths}.")
+    return chosen
+
+
+def refuse_bypassed(layers: Sequence[Layer]) -> None:
+    """Raise where one of them attends in a way that cannot be seen."""
+    for layer in layers:
+        why = bypass(layer.root_name, layer.module)
+        if why is not None:
+            raise ValueError(f"the attention of {layer.path} cannot be read: {why}.")
+
+
+def attentions_of(pipe: Any, kind: str) -> tuple[Layer, ...]:
     """The modules of this kind in the models that make the image, as their families list them."""
     found = []
     for name, root in components(pipe).items():
@@ -77,7 +87,7 @@ def _attentions(pipe: Any, kind: str) -> tuple[Layer, ...]:
     return tuple(found)
 
 
-def _none(pipe: Any, kind: Kind, cross: Sequence[Layer], joint: Sequence[Layer]) -> str:
+def none_to_read(pipe: Any, kind: Kind, cross: Sequence[Layer], joint: Sequence[Layer]) -> str:
     name = type(pipe).__name__
     if joint:
         return (

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from sparsefeat.attention.encoded import EncodedPrompt
@@ -29,6 +30,7 @@ class HeatMapRecording:
         evaluations: how often the denoiser ran (the number of steps for most schedulers).
         prompts: the prompts and what the text encoders were given for them, or None when the call was given embeddings.
         images_per_prompt: image i belongs to prompt i // images_per_prompt.
+        concepts: what the maps are of, for kind "concept": its tokens are these, in this order.
         exact: whether every map is clamped at zero after it is resized, as DAAM does.
     """
 
@@ -42,6 +44,7 @@ class HeatMapRecording:
     prompts: tuple[EncodedPrompt, ...] | None
     images_per_prompt: int
     exact: bool = False
+    concepts: tuple[str, ...] | None = None
 
     @property
     def n_images(self) -> int:
@@ -59,6 +62,11 @@ class HeatMapRecording:
         """The largest grid that was read, (h, w) or (frames, h, w): the size of every map."""
         self._any()
         return max((part.grid for part in self.sums), key=positions)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the maps are."""
+        return self._any().total.device
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -112,7 +120,9 @@ class HeatMapRecording:
         if normalize == "none":
             return summed
         if normalize == "tokens":
-            own = [self._column(token) for token in self._prompt(image).own(self.n_tokens)]
+            own = list(range(self.n_tokens))
+            if self.concepts is None:
+                own = [self._column(token) for token in self._prompt(image).own(self.n_tokens)]
             return summed / (summed[own].sum(0) + 1e-6)
         raise ValueError(f'normalize={normalize!r} is not known; use "none", "steps" or "tokens".')
 
@@ -157,16 +167,27 @@ class HeatMapRecording:
         step: int | None = None,
         head: int | None = None,
     ) -> HeatMap:
-        """The map of a word or phrase: the mean over its tokens, of all its occurrences unless one is named."""
-        tokens = self._prompt(image).indices(self.n_tokens, word, occurrence)
+        """The map of a word or phrase: the mean over its tokens, of all its occurrences unless one is named. Of concepts, the
+        map of one of them.
+        """
+        tokens = self._indices(word, image, occurrence)
         return HeatMap(self.map(tokens, image, normalize, layer=layer, step=step, head=head).values, word)
 
     def tokens(self, image: int = 0, normalize: Normalization = "none") -> tuple[HeatMap, ...]:
         """One map for each token of the prompt, start and end tokens included, labelled with the token's text."""
         maps = self.tensor(image, normalize)
+        if self.concepts is not None:
+            return tuple(HeatMap(values, concept) for values, concept in zip(maps, self.concepts, strict=True))
         wanted = range(self.n_tokens) if self.columns is None else self.columns
         named = (token for token in self._tokens(image) if token.index in wanted)
         return tuple(HeatMap(maps[self._column(token.index)], token.text) for token in named)
+
+    def _indices(self, word: str, image: int, occurrence: int | None) -> tuple[int, ...]:
+        if self.concepts is None:
+            return self._prompt(image).indices(self.n_tokens, word, occurrence)
+        if word not in self.concepts:
+            raise ValueError(f"word={word!r} is none of the concepts: {', '.join(self.concepts)}.")
+        return (self.concepts.index(word),)
 
     def _prompt(self, image: int) -> EncodedPrompt:
         if self.prompts is None:

@@ -1,0 +1,104 @@
+"""Maps of an image that exists: encoded, noised and put through the denoiser once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sparsefeat.arguments import number, whole
+from sparsefeat.attention.heat_maps import HeatMaps
+from sparsefeat.attention.recording import HeatMapRecording
+from sparsefeat.attention.sums import MapSum, Part, add_up
+from sparsefeat.pipeline import attach
+
+SCHEDULE = 50
+"""Steps of the schedule of which one is run: how finely `noise` is told."""
+
+
+def read_image(
+    pipe: Any,
+    maps: HeatMaps,
+    image: Any,
+    prompt: str = "",
+    *,
+    noise: float = 0.5,
+    samples: int = 1,
+    seed: int = 0,
+    **arguments: Any,
+) -> HeatMapRecording:
+    """The maps of a real image (or video), as `HeatMaps` makes them of one that is being made.
+
+    The image is encoded by the VAE, noised to the share `noise` of the schedule, and the denoiser runs once on it, by
+    diffusers' own image-to-image pipeline around the same models; its later steps are not run.
+
+    Args:
+        pipe: a pipeline that is not attached to anything now; models are shared with it, not copied.
+        maps: what to read, e.g. `HeatMaps(concepts=["fox", "snow"])`; its `steps` have to be left out.
+        image: a PIL image, or what else the image-to-image pipeline takes; of CogVideoX the frames of a video, a list.
+        prompt: the text beside it. ConceptAttention's evaluation takes "a " and the class.
+        noise: 0 to 1, above 0; ConceptAttention's figures are at 0.5.
+        samples: draws of noise, whose maps are averaged. seed: of the first; the next has seed + 1.
+        arguments: for the image-to-image pipeline's call, such as `guidance_scale`, `height` and `width`.
+
+    Returns one recording of one image. Raises ValueError where diffusers has no image-to-image pipeline for these models.
+
+    Example:
+        found = sf.read_image(pipe, sf.HeatMaps(concepts=["fox", "snow"]), Image.open("fox.png"), "a fox")
+        found.word("fox").mask(0.5)
+    """
+    noise, samples = number("noise", noise, 0, 1, above=True), whole("samples", samples)
+    if maps.window.fractions is not None or maps.window.indices is not None:
+        raise ValueError("read_image runs one step alone, so steps= of its HeatMaps means nothing; leave it out.")
+    twin, name = _image_to_image(pipe)
+
+    def stop(running: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        running._interrupt = True  # as diffusers' guide on callbacks does
+        return kept
+
+    steps = max(SCHEDULE, -(-1 // noise)) if noise < 1 else SCHEDULE
+    call = {
+        "prompt": prompt,
+        name: image,
+        "strength": noise,
+        "num_inference_steps": int(steps),
+        "output_type": "latent",
+        "callback_on_step_end": stop,
+    }
+    with attach(twin, maps) as run:
+        for sample in range(samples):
+            twin(**{**call, "generator": torch.Generator().manual_seed(whole("seed", seed, 0) + sample), **arguments})
+        return joined([each[maps] for each in run.calls])
+
+
+def joined(recordings: Sequence[HeatMapRecording]) -> HeatMapRecording:
+    """Recordings of the same maps of one image as one: their mean, by how many maps went into each."""
+    sums: dict[Part, MapSum] = {}
+    for recording in recordings:
+        add_up(
+            {part: MapSum(h.total.clone(), list(h.count), h.head_weight) for part, h in recording.sums.items()}, sums
+        )
+    return replace(recordings[0], sums=sums, evaluations=sum(recording.evaluations for recording in recordings))
+
+
+def _image_to_image(pipe: Any) -> tuple[Any, str]:
+    """The image-to-image pipeline of the same models, and what it calls its image."""
+    import diffusers  # takes seconds, and whoever has a pipeline has it already
+
+    name = type(pipe).__name__
+    if name.startswith("CogVideoX"):
+        return diffusers.CogVideoXVideoToVideoPipeline.from_pipe(pipe), "video"
+    try:
+        twin = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
+    except ValueError:
+        twin = None
+    # Editing pipelines (Kontext, FLUX.2, Qwen-Image-Edit) put the image beside the one that is made.
+    if twin is None or "Img2Img" not in type(twin).__name__:
+        raise ValueError(
+            f"read_image noises an image and runs one step, for which diffusers has no image-to-image pipeline of "
+            f"{name}'s models: take a model that has one (SD, SDXL, SD3, FLUX.1, Qwen-Image, Z-Image, CogVideoX)."
+        )
+    twin.set_progress_bar_config(disable=True)
+    return twin, "image"
