@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["sparsefeat.training.drawing", "sparsefeat.training.trainer", "tests.tiny"])
 
 
-def _alone(work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _alone(work: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any] | None = None) -> None:
     torch.set_num_threads(1)
-    work(*arguments)
+    work(*arguments, **(options or {}))
 
 
 def run(work: Callable[..., Any], *arguments: Any) -> float:
@@ -31,6 +31,16 @@ def run(work: Callable[..., Any], *arguments: Any) -> float:
         assert process.exitcode == 0
         seconds = time.monotonic() - began
     return seconds
+
+
+def run_all(works: Sequence[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]) -> None:
+    """Let several run at once, until all have finished."""
+    processes = [_CONTEXT.Process(target=_alone, args=work) for work in works]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * len(works)
 
 
 def killed(times: int, seconds: float, work: Callable[..., Any], *arguments: Any, seed: int = 0) -> int:

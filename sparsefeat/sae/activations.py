@@ -6,6 +6,8 @@ and thresholds are the kernel that lists what is active, padded here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from sparsefeat_kernels import SparseCode, matching_pursuit, threshold_encode_csr, topk_encode
 from torch import Tensor
@@ -14,27 +16,51 @@ from torch import Tensor
 SELECTION = {"topk": "relu", "batch_topk": "relu", "signed_topk": "signed", "raw_topk": "raw"}
 
 
-def batch_topk_encode(rows: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int) -> SparseCode:
+def batch_topk_encode(
+    rows: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int, total: Callable[[Tensor], Tensor] | None = None
+) -> SparseCode:
     """Keep the `k * rows` largest pre-activations of the whole batch, then ReLU (BatchTopK, arXiv 2412.06410).
 
     The width of the code is the largest number kept in one row. Every row offers its own `m` best, first `4 k`. Had a
     row all of its `m` kept, it might have had more to offer, so `m` doubles until no row does: the result is exact.
+    total: sums a number over the processes that have a part of the batch each, all of which call this; then equal values at
+    the edge are all kept.
     """
     n_rows, n_latents = rows.shape[0], W_enc.shape[0]
+    wanted = k * n_rows if total is None else k * int(total(torch.tensor(n_rows, device=rows.device)))
     m = min(n_latents, 4 * k)
     while True:
         values, indices = topk_encode(rows, W_enc, b_enc, b_pre, m, "relu")
         invalid = values.detach().isnan().any(-1)  # a row with NaN is NaN throughout: it keeps k and takes no part
         candidates = values.detach().masked_fill(invalid.unsqueeze(-1), 0).flatten()
-        keep = torch.zeros_like(candidates, dtype=torch.bool)
-        keep[candidates.topk(min(k * n_rows, candidates.numel()), sorted=False).indices] = True
+        if total is None:
+            keep = torch.zeros_like(candidates, dtype=torch.bool)
+            keep[candidates.topk(min(wanted, candidates.numel()), sorted=False).indices] = True
+        else:
+            keep = _largest(candidates, wanted, total)
         # A row's values are sorted, so what it keeps is its first `count`: equal values are interchangeable.
         count = (keep & (candidates > 0)).view_as(values).sum(-1).masked_fill_(invalid, k)
         width = max(1, int(count.max())) if n_rows else 1
-        if width < m or m == n_latents:
+        full = torch.tensor(int(width == m < n_latents), device=rows.device)
+        if not (full if total is None else total(full)):
             kept = torch.arange(m, device=rows.device) < count.unsqueeze(-1)
             return SparseCode(values.where(kept, 0)[:, :width], indices[:, :width].contiguous(), n_latents)
         m = min(n_latents, 2 * m)
+
+
+def _largest(values: Tensor, count: int, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """Which of the values, none negative, are among the `count` largest over all processes, by halving where the edge is.
+
+    Bits of floats that are not negative are in their order as integers: so many halvings as those have bits, one small sum
+    each, and nothing waits for the device.
+    """
+    keys = values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]).long()
+    low, high = keys.new_zeros(()), keys.new_tensor(2 ** (8 * values.element_size() - 1) - 1)
+    for _ in range(8 * values.element_size() - 1):
+        middle = low + (high - low + 1) // 2
+        enough = total((keys >= middle).sum()) >= count
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle - 1)
+    return keys >= low
 
 
 def threshold_encode(rows: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor | None) -> SparseCode:

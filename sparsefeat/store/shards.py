@@ -262,13 +262,17 @@ class ShardReader:
         skip: int = 0,
         drop_last: bool = False,
         window: int = 8,
+        part: tuple[int, int] = (0, 1),
     ) -> Iterator[dict[str, Tensor]]:
         """Batches of rows, once through the store, without the first `skip` of them.
 
         seed None keeps the order. Otherwise the shards are put in an order, and the rows of `window` consecutive ones
         among each other in another, that seed and epoch decide. Holds one window of shards and a batch; skipped
-        windows are not read.
+        windows are not read. part: (i, n) gives of each batch the rows that lie in the i-th of n parts of their shards, and
+        reads no others: n readers have each batch between them, some more rows of it, some fewer.
         """
+        if not 0 <= part[0] < part[1]:
+            raise ValueError(f"part is {part}: pass (i, n) with i from 0 to n - 1")
         if batch_size < 1 or window < 1 or skip < 0:
             raise ValueError(f"batch_size {batch_size}, window {window}, skip {skip}: pass at least 1, 1 and 0")
         names = self._names(fields)
@@ -279,30 +283,41 @@ class ShardReader:
             order = torch.randperm(len(order), generator=generator).tolist()
         behind = skip * batch_size  # rows still to pass by
         left = {name: torch.empty((0, *self.schema[name].shape), dtype=self.schema[name].dtype) for name in names}
+        filled = 0  # rows of the batch in hand, those of other parts too
         for first in range(0, len(order), window):
             group = order[first : first + window]
             n_rows = sum(self.shards[number].n_rows for number in group)
-            mixed = torch.randperm(n_rows, generator=generator) if seed is not None else None
+            chosen = torch.arange(n_rows) if seed is None else torch.randperm(n_rows, generator=generator)
             if behind >= n_rows:
                 behind -= n_rows
                 continue
-            parts = [self.read_shard(number, names) for number in group]
-            pool = {name: torch.cat([part[name] for part in parts]) for name in names}
-            del parts
-            chosen = torch.arange(n_rows) if mixed is None else mixed
-            chosen, behind = chosen[behind:], 0
+            pool, place = self._pool(group, names, part)
+            chosen, behind = place[chosen[behind:]], 0
             start = 0
             while True:
-                take = batch_size - len(next(iter(left.values())))
-                picked = chosen[start : start + take]
-                left = {name: torch.cat([left[name], pool[name][picked]]) for name in names}
-                start += take
-                if len(next(iter(left.values()))) < batch_size:
+                picked = chosen[start : start + batch_size - filled]
+                own = picked[picked >= 0]
+                left = {name: torch.cat([left[name], pool[name][own]]) for name in names}
+                start, filled = start + len(picked), filled + len(picked)
+                if filled < batch_size:
                     break
                 yield left
-                left = {name: tensor[:0] for name, tensor in left.items()}
-        if len(next(iter(left.values()))) and not drop_last:
+                left, filled = {name: tensor[:0] for name, tensor in left.items()}, 0
+        if filled and not drop_last:
             yield left
+
+    def _pool(self, group: list[int], names: list[str], part: tuple[int, int]) -> tuple[dict[str, Tensor], Tensor]:
+        """The part's rows of some shards, and where each of the shards' rows is among them, -1 where it is not."""
+        parts, place, held = [], [], 0
+        for number in group:
+            n = self.shards[number].n_rows
+            start, stop = (n * i // part[1] for i in (part[0], part[0] + 1))
+            where = torch.full((n,), -1)
+            where[start:stop] = torch.arange(held, held + stop - start)
+            parts.append(self.read_shard(number, names, start, stop))
+            place.append(where)
+            held += stop - start
+        return {name: torch.cat([one[name] for one in parts]) for name in names}, torch.cat(place)
 
     def _names(self, fields: Sequence[str] | None) -> list[str]:
         names = list(self.schema) if fields is None else list(fields)

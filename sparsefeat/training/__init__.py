@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from sparsefeat.training.collect import CollectActivations, CollectedRows
+from sparsefeat.training.config import TrainConfig
+from sparsefeat.training.drawing import Drawing, collect_activations
 from sparsefeat.training.initialise import geometric_median, initialise
 from sparsefeat.training.itda import build_itda
 from sparsefeat.training.learner import Learner
+from sparsefeat.training.live import PipelineRows
 from sparsefeat.training.losses import Batch, Loss, training_loss
 from sparsefeat.training.objectives import Objective
 from sparsefeat.training.published import PUBLISHED, Recipe, recipe
+from sparsefeat.training.ranks import Ranks
 from sparsefeat.training.rows import RowSource, StoreRows, TensorRows
-from sparsefeat.training.trainer import SAETrainer, TrainConfig
+from sparsefeat.training.trainer import SAETrainer, fit_together
 
 __all__ = [
     "PUBLISHED",
     "Batch",
     "CollectActivations",
     "CollectedRows",
+    "Drawing",
     "Learner",
     "Loss",
     "Objective",
+    "PipelineRows",
+    "Ranks",
     "Recipe",
     "RowSource",
     "SAETrainer",
@@ -27,6 +34,8 @@ __all__ = [
     "TensorRows",
     "TrainConfig",
     "build_itda",
+    "collect_activations",
+    "fit_together",
     "geometric_median",
     "initialise",
     "recipe",

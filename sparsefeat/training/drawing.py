@@ -67,7 +67,8 @@ class Drawing:
         return not any(resolve(self.pipe, hookpoint.path).family.runs_in_steps for hookpoint in hookpoints)
 
     def draw(self, first: int, stop: int, hookpoints: Sequence[Hookpoint]) -> Iterator[int]:
-        """Call the pipeline for images `first` to `stop`; yields how many each call made."""
+        """Call the pipeline for images `first` to `stop`; yields how many each call made. After the last of the inputs comes
+        the first, from other noise."""
         takes = inspect.signature(type(self.pipe).__call__).parameters
         options: dict[str, Any] = {"output_type": "latent"} if "output_type" in takes else {}
         # An image-to-image pipeline may take its size from the image, which has it.
@@ -81,7 +82,7 @@ class Drawing:
             if self.inputs.images:
                 call |= self._noised(numbers, options)
             with torch.no_grad():
-                self.pipe([self.inputs.prompts[number] for number in numbers], **call)
+                self.pipe([self.inputs.prompts[number % len(self.inputs)] for number in numbers], **call)
             yield len(numbers)
 
     def _noised(self, numbers: range, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +92,7 @@ class Drawing:
             steps = inspect.signature(type(self.pipe).__call__).parameters["num_inference_steps"].default
         order = torch.randperm(steps, generator=torch.Generator().manual_seed(self.seed))
         step = int(order[numbers.start // self.batch_size % steps])
-        images = [Image.open(self.inputs.images[number]).convert("RGB") for number in numbers]
+        images = [Image.open(self.inputs.images[number % len(self.inputs)]).convert("RGB") for number in numbers]
         width, height = (self.call.get(name) or _own_size(self.pipe) for name in SIZE)
         return {
             "image": [image.resize((width, height), Image.Resampling.LANCZOS) for image in images],

@@ -15,12 +15,17 @@ from sparsefeat_kernels import SparseCode, auxk_decode, auxk_encode
 from torch import Tensor
 
 from sparsefeat.sae import SAE
-from sparsefeat.sae.activations import SELECTION
+from sparsefeat.sae.activations import SELECTION, batch_topk_encode
 from sparsefeat.training.objectives import SORTED, Objective
 
 
 class Across(Protocol):
     """Adds up what the processes that share a batch have of it, in place or not; gradients do not pass."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether there is more than one process."""
+        ...
 
     def sum(self, part: Tensor) -> Tensor: ...
 
@@ -29,6 +34,8 @@ class Across(Protocol):
 
 class OneProcess:
     """The whole batch is here."""
+
+    shared = False
 
     def sum(self, part: Tensor) -> Tensor:
         return part
@@ -112,7 +119,7 @@ def training_loss(
     spread = Spread.of(y, ranks)
     auxk, wanted = objective.auxk_of(sae.config), objective.k_aux or max(1, sae.d_model // 2)
     latents = dead.nonzero().squeeze(-1) if auxk and dead is not None else None
-    code, aux_code, wide_code = _encode(sae, x, latents, wanted, wide=bool(objective.multi_topk))
+    code, aux_code, wide_code = _encode(sae, x, latents, wanted, bool(objective.multi_topk), ranks)
     x_hat, guess = _decode(sae, x, code, aux_code, latents)
     kind = objective.reconstruction
     error = spread.error(y - x_hat, kind)
@@ -177,7 +184,7 @@ def _nested(code: SparseCode, objective: Objective) -> list[SparseCode]:
 
 
 def _encode(
-    sae: SAE, x: Tensor, latents: Tensor | None, k_aux: int, wide: bool
+    sae: SAE, x: Tensor, latents: Tensor | None, k_aux: int, wide: bool, ranks: Across
 ) -> tuple[SparseCode, SparseCode | None, SparseCode | None]:
     """The code, that of the dead latents (None without any) and that of 4 k (None unless asked), in as few passes over
     the encoder as the activation allows: of top-k one, as the code of 4 k begins with the code of k."""
@@ -194,13 +201,21 @@ def _encode(
         prepared = sae.prepared(len(rows))
         parts = auxk_encode(rows, *weights, first, latents, min(k_aux, latents.numel()), selected, prepared=prepared)
         aux_code = SparseCode(parts[2], parts[3], n)
-        code = SparseCode(parts[0], parts[1], n) if of_topk else sae.encode(x)
+        code = SparseCode(parts[0], parts[1], n) if of_topk else _batch_topk(sae, x, k, ranks)
+    elif of_topk:
+        code = sae.encode(x, k=k_wide) if wide else sae.encode(x)
     else:
-        code = sae.encode(x, k=k_wide) if wide and of_topk else sae.encode(x)
+        code = _batch_topk(sae, x, k, ranks)
     if wide:
-        wide_code = code if of_topk else sae.encode(x, k=k_wide)
+        wide_code = code if of_topk else _batch_topk(sae, x, k_wide, ranks)
         code = SparseCode(code.values[:, :k], code.indices[:, :k], n) if of_topk else code
     return code, aux_code, wide_code
+
+
+def _batch_topk(sae: SAE, x: Tensor, k: int, ranks: Across) -> SparseCode:
+    """The largest of the whole batch, whoever has them."""
+    weights = (sae.W_enc, sae.b_enc, sae.b_pre)
+    return batch_topk_encode(sae.normalize(x), *weights, k, ranks.sum if ranks.shared else None)
 
 
 def _decode(

@@ -7,9 +7,10 @@ A program that was started alone is one rank of one. Collection needs nothing bu
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,10 @@ class Ranks:
             ) from None
 
     @property
+    def shared(self) -> bool:
+        return self.world > 1
+
+    @property
     def first(self) -> bool:
         return self.rank == 0
 
@@ -60,6 +65,8 @@ class Ranks:
         if self.world == 1 or dist.is_initialized():
             yield self
             return
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", rank=self.rank, world_size=self.world)
         try:
             yield self
@@ -71,6 +78,26 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def least(self, tensor: Tensor) -> Tensor:
+        """Of all ranks, in place; returns it."""
+        if self.world > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return tensor
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give all ranks what the first has, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def gather(self, thing: Any) -> list[Any]:
+        """What each rank has, in their order: for small things, now and then."""
+        if self.world == 1:
+            return [thing]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, thing)
+        return found
 
     def wait(self) -> None:
         if self.world > 1:

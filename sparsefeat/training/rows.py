@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsefeat.arguments import finite
 from sparsefeat.store import ShardReader
 from sparsefeat.training.losses import Batch
+from sparsefeat.training.ranks import ALONE, Ranks
 
 
 class RowSource(Protocol):
@@ -22,8 +23,13 @@ class RowSource(Protocol):
     @property
     def d_model(self) -> int: ...
 
-    def batches(self, batch_size: int, *, seed: int, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
-        """The epoch's full batches of `[batch_size, d_model]`, without the first `skip`; what is left over is dropped."""
+    def batches(
+        self, batch_size: int, *, seed: int, epoch: int = 0, skip: int = 0, ranks: Ranks = ALONE
+    ) -> Iterator[Batch]:
+        """The epoch's full batches of `[batch_size, d_model]`, without the first `skip`; what is left over is dropped.
+
+        Of each batch the rows that are this rank's: those of all ranks are the batch, in any order and of any number.
+        """
         ...
 
 
@@ -54,22 +60,24 @@ class TensorRows:
     def d_model(self) -> int:
         return self.rows.shape[1]
 
-    def batches(self, batch_size: int, *, seed: int, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, batch_size: int, *, seed: int, epoch: int = 0, skip: int = 0, ranks: Ranks = ALONE
+    ) -> Iterator[Batch]:
         order = torch.randperm(self.n_rows, generator=epoch_generator(seed, epoch))
         for start in range(skip * batch_size, self.n_rows - batch_size + 1, batch_size):
-            chosen = order[start : start + batch_size].to(self.rows.device)
+            chosen = order[start : start + batch_size][ranks.part(batch_size)].to(self.rows.device)
             yield Batch(*(None if t is None else t[chosen] for t in (self.rows, self.target, self.timestep)))
 
 
 class StoreRows:
     """The rows of one field of a store, shuffled as `ShardReader.batches` shuffles; its fields "target" and "timestep", if it
-    has them, go with them."""
+    has them, go with them. A rank reads its own part of every shard and nothing else."""
 
     def __init__(self, reader: ShardReader, field: str = "rows") -> None:
         if field not in reader.schema or len(reader.schema[field].shape) != 1:
             offered = [name for name, spec in reader.schema.items() if len(spec.shape) == 1]
             raise ValueError(f"field {field!r} is no field of rows in {reader.folder}: choose one of {offered}")
-        self.reader, self.field = reader, field
+        self.reader, self.field = reader.check(), field
         self.beside = [name for name in ("target", "timestep") if name in reader.schema and name != field]
 
     @property
@@ -80,18 +88,59 @@ class StoreRows:
     def d_model(self) -> int:
         return self.reader.schema[self.field].shape[0]
 
-    def batches(self, batch_size: int, *, seed: int, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, batch_size: int, *, seed: int, epoch: int = 0, skip: int = 0, ranks: Ranks = ALONE
+    ) -> Iterator[Batch]:
+        fields, part = [self.field, *self.beside], (ranks.rank, ranks.world)
         for batch in self.reader.batches(
-            batch_size, fields=[self.field, *self.beside], seed=seed, epoch=epoch, skip=skip, drop_last=True
+            batch_size, fields=fields, seed=seed, epoch=epoch, skip=skip, drop_last=True, part=part
         ):
             yield Batch(batch[self.field], batch.get("target"), batch.get("timestep"))
 
 
-def stream(source: RowSource, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-    """Batches without end, epoch after epoch, from batch number `start` on."""
+class Source(Protocol):
+    """Where a run's batches are from: at several places, all in step."""
+
+    def check(self, batch_size: int) -> None:
+        """Raise ValueError if there can be no such batches, as far as that is known."""
+        ...
+
+    def sample(self, place: int, n: int, seed: int, ranks: Ranks) -> Batch:
+        """Up to n rows, the same on all ranks: start values are taken from them."""
+        ...
+
+    def stream(self, batch_size: int, seed: int, start: int, ranks: Ranks) -> Iterator[list[Batch]]:
+        """Batches without end from number `start` on, for every place this rank's part of it."""
+        ...
+
+
+class SideBySide:
+    """Sources that are gone through at once, each epoch after epoch."""
+
+    def __init__(self, *sources: RowSource) -> None:
+        self.sources = sources
+
+    def check(self, batch_size: int) -> None:
+        for source in self.sources:
+            if source.n_rows < batch_size:
+                raise ValueError(
+                    f"batch_size is {batch_size} but there are {source.n_rows} rows: make it smaller, or collect more"
+                )
+
+    def sample(self, place: int, n: int, seed: int, ranks: Ranks) -> Batch:
+        source = self.sources[place]
+        return next(source.batches(min(source.n_rows, n), seed=seed))
+
+    def stream(self, batch_size: int, seed: int, start: int, ranks: Ranks) -> Iterator[list[Batch]]:
+        return map(
+            list, zip(*(_stream(source, batch_size, seed, start, ranks) for source in self.sources), strict=True)
+        )
+
+
+def _stream(source: RowSource, batch_size: int, seed: int, start: int, ranks: Ranks) -> Iterator[Batch]:
     epoch, skip = divmod(start, source.n_rows // batch_size)
     while True:
-        yield from source.batches(batch_size, seed=seed, epoch=epoch, skip=skip)
+        yield from source.batches(batch_size, seed=seed, epoch=epoch, skip=skip, ranks=ranks)
         epoch, skip = epoch + 1, 0
 
 

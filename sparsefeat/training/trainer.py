@@ -1,159 +1,118 @@
-"""Train an SAE on rows of activations. A run can be stopped at any time and goes on where it was."""
+"""Train SAEs on rows of activations. A run can be stopped or killed at any time and goes on where it was."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sparsefeat_kernels import release_gradient_memory
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from sparsefeat.arguments import number, whole
 from sparsefeat.sae import SAE
 from sparsefeat.store import ShardReader
+from sparsefeat.training.checkpoint import newest_checkpoint, read_description, read_tensors, write_checkpoint
+from sparsefeat.training.config import TrainConfig
+from sparsefeat.training.dictionaries import remake
+from sparsefeat.training.early import EarlyWarnings, misfit
 from sparsefeat.training.learner import Learner
 from sparsefeat.training.losses import Batch
-from sparsefeat.training.objectives import Objective
-from sparsefeat.training.rows import RowSource, StoreRows, TensorRows, stream
+from sparsefeat.training.metrics import Metrics
+from sparsefeat.training.ranks import ALONE, Ranks
+from sparsefeat.training.rows import RowSource, SideBySide, Source, StoreRows, TensorRows
 
-CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 SAMPLE_ROWS = 32_768  # rows the start values are taken from, as sdxl-unbox does
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """steps: optimiser steps, of `batch_size` rows each.
-
-    lr: peak learning rate of Adam; None is 2e-4 / sqrt(n_latents / 2^14), the scaling of arXiv 2406.04093. It rises
-        linearly over `warmup_steps` and falls linearly to 0 over the last `decay_steps` (None: all after the warm-up).
-    betas: Adam's. grad_clip: largest norm of the whole gradient; None for no bound.
-    objective: what is minimised, under which constraints, and which latents are dead; see `objectives`.
-    seed: of the start values and of the order of the rows.
-    checkpoint_every, log_every: in steps.
-    """
-
-    steps: int
-    batch_size: int = 4096
-    lr: float | None = None
-    warmup_steps: int = 0
-    decay_steps: int | None = None
-    betas: tuple[float, float] = (0.9, 0.999)
-    grad_clip: float | None = 1.0
-    objective: Objective = field(default_factory=Objective)
-    seed: int = 0
-    checkpoint_every: int = 1000
-    log_every: int = 50
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
-            whole(name, getattr(self, name))
-        for name in ("lr", "grad_clip"):
-            if getattr(self, name) is not None:
-                number(name, getattr(self, name), 0, above=True)
-        whole("warmup_steps", self.warmup_steps, 0, self.steps)
-        if len(self.betas) != 2 or not all(0 <= number("betas", beta, 0, 1) < 1 for beta in self.betas):
-            raise ValueError(f"betas is {self.betas!r}: pass two numbers, from 0 to below 1")
-
-    def lr_at(self, step: int, n_latents: int) -> float:
-        peak = self.lr if self.lr is not None else 2e-4 / math.sqrt(n_latents / 2**14)
-        decay = self.decay_steps if self.decay_steps is not None else self.steps - self.warmup_steps
-        rise = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        fall = min(1.0, (self.steps - step) / decay) if decay else 1.0
-        return peak * rise * fall
+# Ranks agree on whether one of them was interrupted at these steps: asking waits for the device.
+AGREE_EVERY = 10
+FREE = ("checkpoint_every", "log_every")  # settings that no weight depends on
 
 
 class SAETrainer:
     """Trains `sae` in place, in rows of unit spread; when `fit` is done it takes rows as they are. See `Learner`.
 
-    rows: a tensor `[..., d_model]`, a `ShardReader` with a field "rows", or any `RowSource`.
-    folder: where checkpoints and `metrics.jsonl` go; a checkpoint there is resumed from. None keeps nothing.
+    rows: a tensor `[..., d_model]`, a `ShardReader` with a field "rows", any `RowSource`; or a `Source` of several places,
+        whose number `place` this SAE is of.
+    folder: where checkpoints, `metrics.jsonl` and `metrics.csv` go; a checkpoint there is resumed from. None keeps nothing.
+    ranks: the processes that share every batch, each of which makes the same trainer; see `Ranks`. The losses are those of
+        one process to fp32 rounding, and a run may go on with another number of ranks.
 
     >>> trainer = SAETrainer(SAE(SAEConfig(128, 1024, k=16)), activations, TrainConfig(steps=2000), folder="runs/mid")
     >>> sae = trainer.fit()                       # the same lines after an interruption go on from the checkpoint
     """
 
     def __init__(
-        self, sae: SAE, rows: Tensor | ShardReader | RowSource, config: TrainConfig, folder: str | Path | None = None
+        self,
+        sae: SAE,
+        rows: Tensor | ShardReader | RowSource | Source,
+        config: TrainConfig,
+        folder: str | Path | None = None,
+        *,
+        place: int = 0,
+        ranks: Ranks = ALONE,
+        tensorboard: bool = False,
     ) -> None:
-        if isinstance(rows, Tensor):
-            self.source: RowSource = TensorRows(rows)
-        else:
-            self.source = StoreRows(rows) if isinstance(rows, ShardReader) else rows
-        if self.source.d_model != sae.d_model:
-            raise ValueError(
-                f"rows have width {self.source.d_model}, the SAE's d_model is {sae.d_model}: they must agree"
-            )
-        if self.source.n_rows < config.batch_size:
-            raise ValueError(
-                f"batch_size is {config.batch_size} but there are {self.source.n_rows} rows: make it smaller, "
-                "or collect more"
-            )
+        self.source, self.place, self.ranks = as_source(rows), place, ranks
+        self.source.check(config.batch_size)
         self.sae, self.config = sae, config
         self.folder = None if folder is None else Path(folder)
-        self.step = 0
-        self.learner = Learner(sae, config.objective)
-        self.log: list[dict[str, float]] = []
-        # The epsilon is OpenAI's trainer's.
-        self.optimizer = torch.optim.Adam(self.learner.trained, lr=0.0, betas=config.betas, eps=6.25e-10, fused=True)
-        if self.folder is not None and (self.folder / CHECKPOINT).is_file():
-            self._resume(self.folder / CHECKPOINT)
-        else:
-            sample = next(self.source.batches(min(self.source.n_rows, SAMPLE_ROWS), seed=config.seed))
-            self.learner.begin(sample, config.seed)
+        self.step, self._saved = 0, -1
+        self.learner = Learner(sae, config.objective, ranks)
+        if config.precision != "float32" and config.objective.decoder != "unit":
+            raise ValueError(
+                f"precision={config.precision!r} is for a decoder of unit rows: train this one in float32."
+            )
+        self.optimizer = config.make_optimizer(self.learner.trained)
+        self.metrics = Metrics(self.folder if ranks.first else None, tensorboard)
+        checkpoint = newest_checkpoint(self.folder)
+        self._early = EarlyWarnings(str(sae.config.hookpoint or "the SAE"))
+        if checkpoint is None:
+            self._begin()
+        self.averaged = {}
+        if config.ema is not None:
+            self.averaged = {
+                name: p.detach().clone() for name, p in zip(self.learner.names, self.learner.trained, strict=True)
+            }
+        if checkpoint is not None:
+            self._resume(checkpoint)
+
+    @property
+    def log(self) -> list[dict[str, float]]:
+        """What was measured, an entry a step that was."""
+        return self.metrics.entries
 
     def fit(self, progress: bool = True) -> SAE:
-        """Train to the last step; the SAE, in evaluation mode. Ctrl-C ends the step in hand, saves and leaves."""
-        config = self.config
-        batches = stream(self.source, config.batch_size, config.seed, self.step)
-        interval = 0.5 if sys.stderr.isatty() else 20  # seconds; a log file wants few lines
-        bar = tqdm(
-            total=config.steps, initial=self.step, disable=not progress, mininterval=interval, desc="SAE", unit="step"
-        )
-        started, first = time.perf_counter(), self.step
-        self.sae.train()
-        with bar, ExitStack() as ended, _deferred_interrupt() as interrupted:
-            ended.callback(self._drop_gradients)
-            while self.step < config.steps:
-                batch = next(batches)
-                due = (self.step + 1) % config.log_every == 0 or self.step + 1 == config.steps
-                measured = self.train_step(batch, measure=due)
-                bar.update()
-                if measured is not None:
-                    seconds = time.perf_counter() - started
-                    measured["rows_per_second"] = (self.step - first) * config.batch_size / seconds
-                    self._write_log(measured)
-                    bar.set_postfix(fvu=f"{measured['fvu']:.4f}", dead=f"{measured['dead']:.1%}", refresh=False)
-                if self.step % config.checkpoint_every == 0 or self.step == config.steps or interrupted.is_set():
-                    self.checkpoint()
-                if interrupted.is_set():
-                    kept = "nothing was kept, pass folder=" if self.folder is None else "the same lines go on from here"
-                    raise KeyboardInterrupt(f"stopped after step {self.step} of {config.steps}; {kept}")
-        return self.learner.fold().eval()
-
-    def _drop_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        release_gradient_memory()
+        """Train to the last step; the SAE, in evaluation mode. Ctrl-C and SIGTERM end the step in hand, save and leave."""
+        return fit_together([self], progress)[0]
 
     def train_step(self, batch: Batch | Tensor, measure: bool = False) -> dict[str, float] | None:
-        """One optimiser step; its figures if `measure`, which waits for the device."""
+        """One optimiser step on this rank's part of a batch; its figures if `measure`, which waits for the device."""
         learner, config = self.learner, self.config
         dead = learner.dead()
-        loss = learner.loss(batch, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        for parameter, gradient in zip(learner.trained, learner.gradients(loss), strict=True):
-            parameter.grad = gradient
+        losses = []
+        for piece in _pieces(batch, config.accumulate):
+            with _in_precision(self.sae, config.precision):
+                loss = learner.loss(piece, self.step)
+                gradients = learner.gradients(loss)
+            for parameter, gradient in zip(learner.trained, gradients, strict=True):
+                gradient = gradient.to(parameter.dtype)
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            losses.append(loss)
+        for parameter in learner.trained:
+            assert parameter.grad is not None
+            self.ranks.sum(parameter.grad)
+            if len(losses) > 1:
+                parameter.grad /= len(losses)
         learner.project()
         largest = math.inf if config.grad_clip is None else config.grad_clip
         norm = torch.nn.utils.clip_grad_norm_(learner.trained, largest)
@@ -161,45 +120,72 @@ class SAETrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        l0 = learner.settle(loss, self.step)
+        active = [learner.settle(loss, self.step) for loss in losses]
+        for name, parameter in zip(learner.names, learner.trained, strict=True) if self.averaged else ():
+            self.averaged[name].lerp_(parameter.detach(), 1 - (config.ema or 0))
         self.step += 1
         if not measure:
             return None
         self._check_finite()
-        return {
+        measured = {
             "step": self.step,
-            "fvu": float(loss.fvu),
-            **{name: float(part) for name, part in loss.parts.items()},
-            "l0": float(l0),
+            "fvu": _mean([loss.fvu for loss in losses]),
+            **{name: _mean([loss.parts[name] for loss in losses]) for name in losses[0].parts},
+            "l0": _mean(active),
             "dead": float(dead.float().mean()),
             "grad_norm": float(norm),
             "lr": lr,
         }
+        if self.ranks.first:
+            self._early.look(measured, learner.get_buffer("rows_since_fired"), config)
+        return measured
 
     def checkpoint(self) -> None:
         """Write everything `fit` needs to go on, whole or not at all."""
         self._check_finite()
-        if self.folder is None:
-            return
-        state = {
-            "step": self.step,
-            "learner": self.learner.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "sae_config": self.sae.config.to_json(),
-            "train_config": asdict(self.config),
-        }
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self.folder / f"{CHECKPOINT}.partial"
-            with open(partial, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.folder / CHECKPOINT)
-        except OSError as error:
-            raise OSError(
-                f"cannot write a checkpoint into {self.folder} ({error.strerror}): choose another folder"
-            ) from error
+        if self.folder is not None and self._saved != self.step:
+            self._saved = self.step
+            described = {"sae_config": self.sae.config.to_json(), "train_config": asdict(self.config)}
+            write_checkpoint(self.folder, self.step, described, self._state(), self.ranks)
+
+    def finish(self) -> SAE:
+        """The SAE as it takes rows as they are, in evaluation mode."""
+        learner = self.learner
+        with torch.no_grad():
+            for name, parameter in zip(learner.names, learner.trained, strict=True) if self.averaged else ():
+                parameter.copy_(self.averaged[name])
+            if self.averaged and learner.dictionary is not None:
+                remake(learner.dictionary, self.sae)
+        return learner.fold().eval()
+
+    def drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        release_gradient_memory()
+
+    def _begin(self) -> None:
+        sae, config = self.sae, self.config
+        sample = self.source.sample(self.place, SAMPLE_ROWS, config.seed, self.ranks)
+        if sample.rows.shape[-1] != sae.d_model:
+            raise ValueError(
+                f"rows have width {sample.rows.shape[-1]}, the SAE's d_model is {sae.d_model}: they must agree"
+            )
+        problem = misfit(sample.rows, sae.config) if self.ranks.first else None
+        if problem is not None:
+            warnings.warn(problem, stacklevel=3)
+        self.learner.begin(sample, config.seed)
+        self.ranks.share(tensor for tensor in self.learner.state_dict().values())
+
+    def _state(self) -> dict[str, Tensor]:
+        """Everything that changes while training, by name; before the first step the optimiser's is zero."""
+        learner, optimizer = self.learner, self.optimizer
+        state = {f"learner.{name}": tensor for name, tensor in learner.state_dict().items()}
+        state |= {f"average.{name}": tensor for name, tensor in self.averaged.items()}
+        for name, parameter in zip(learner.names, learner.trained, strict=True):
+            if not optimizer.state[parameter]:
+                moments = {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+            state |= {f"optimizer.{name}.{key}": tensor for key, tensor in optimizer.state[parameter].items()}
+        return state
 
     def _check_finite(self) -> None:
         if not all(bool(parameter.isfinite().all()) for parameter in self.learner.trained):
@@ -208,60 +194,152 @@ class SAETrainer:
                 f"({self.config.lr_at(self.step, self.sae.n_latents):g}); the checkpoint, if there is one, is unharmed"
             )
 
-    def _resume(self, path: Path) -> None:
-        try:
-            state: dict[str, Any] = torch.load(path, map_location=self.sae.device, weights_only=True)
-            kept = {name: state[name] for name in ("sae_config", "train_config", "step", "learner")}
-        except Exception as error:  # torch.load raises RuntimeError, UnpicklingError, EOFError, KeyError, ...
-            raise ValueError(
-                f"{path} is not a checkpoint of this trainer ({error}): remove it to start anew"
-            ) from error
+    def _resume(self, checkpoint: Path) -> None:
+        kept = read_description(checkpoint)
         for name, now in (("sae_config", self.sae.config.to_json()), ("train_config", asdict(self.config))):
-            free = ("checkpoint_every", "log_every")  # no weight depends on them
-            differ = [key for key, value in now.items() if kept[name].get(key) != value and key not in free]
-            changed = {key: (kept[name].get(key), now[key]) for key in differ}
+            changed = list(_differences(kept.get(name, {}), now))
             if changed:
-                said = ", ".join(f"{key} {was!r} -> {value!r}" for key, (was, value) in changed.items())
-                raise ValueError(f"{path} was written with another config ({said}): use that, or another folder")
-        self.learner.load_state_dict(kept["learner"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = int(kept["step"])
-        log = path.parent / METRICS
-        if log.is_file():
-            self.log = [entry for entry in _readable(log.read_text(encoding="utf-8")) if entry["step"] <= self.step]
-            log.write_text("".join(json.dumps(entry) + "\n" for entry in self.log), encoding="utf-8")
-
-    def _write_log(self, entry: dict[str, float]) -> None:
-        self.log.append(entry)
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+                raise ValueError(
+                    f"{checkpoint} was written with another config ({', '.join(changed)}): use that, or another folder"
+                )
+        read_tensors(checkpoint, self._state(), self.ranks)
+        self.step = self._saved = int(kept["step"])
+        self.metrics.resume(self.step)
 
 
-def _readable(text: str) -> Iterator[dict[str, float]]:
-    for line in text.splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return  # the line a killed run was writing
+def fit_together(trainers: Sequence[SAETrainer], progress: bool = True) -> list[SAE]:
+    """Train several SAEs from one source, whose batches they share: a pipeline that draws them runs once for all.
+
+    Each has a folder and a checkpoint of its own; of a run that goes on, those that are ahead wait for the others.
+    """
+    first = trainers[0]
+    for other in trainers[1:]:
+        for name in ("source", "ranks"):
+            if getattr(other, name) != getattr(first, name):
+                raise ValueError(f"the trainers differ in {name}: make all with the same.")
+        for name in ("batch_size", "seed"):
+            if getattr(other.config, name) != getattr(first.config, name):
+                raise ValueError(f"the trainers differ in {name}: give all the same.")
+    ranks, batch_size = first.ranks, first.config.batch_size
+    left = [trainer for trainer in trainers if trainer.step < trainer.config.steps]
+    start, stop = min((t.step for t in left), default=0), max((t.config.steps for t in left), default=0)
+    interval = 0.5 if sys.stderr.isatty() else 20  # seconds; a log file wants few lines
+    bar = tqdm(
+        total=stop,
+        initial=start,
+        disable=not (progress and ranks.first and left),
+        mininterval=interval,
+        desc="SAE" if len(trainers) == 1 else f"{len(trainers)} SAEs",
+        unit="step",
+    )
+    began = time.perf_counter()
+    with bar, ExitStack() as ended, _deferred_interrupt() as interrupted:
+        for trainer in left:
+            trainer.sae.train()
+            ended.callback(trainer.drop_gradients)
+            ended.callback(trainer.metrics.close)
+        batches = first.source.stream(batch_size, first.config.seed, start, ranks) if left else iter(())
+        for step in range(start, stop):
+            at_hand = next(batches)
+            for trainer in left:
+                if trainer.step != step or step >= trainer.config.steps:
+                    continue
+                config, last = trainer.config, step + 1 == trainer.config.steps
+                measured = trainer.train_step(at_hand[trainer.place], (step + 1) % config.log_every == 0 or last)
+                if measured is not None:
+                    measured["rows_per_second"] = (step + 1 - start) * batch_size / (time.perf_counter() - began)
+                    trainer.metrics.add(measured)
+                    bar.set_postfix(fvu=f"{measured['fvu']:.4f}", dead=f"{measured['dead']:.1%}", refresh=False)
+                if (step + 1) % config.checkpoint_every == 0 or last:
+                    trainer.checkpoint()
+            bar.update()
+            asked = ranks.world == 1 or (step + 1) % AGREE_EVERY == 0
+            if asked and ranks.any(bool(interrupted), first.sae.device):
+                _leave(left, step + 1, interrupted)
+    return [trainer.finish() for trainer in trainers]
+
+
+def as_source(rows: Tensor | ShardReader | RowSource | Source) -> Source:
+    """What a trainer is given, as what it takes."""
+    if isinstance(rows, Tensor):
+        return SideBySide(TensorRows(rows))
+    if isinstance(rows, ShardReader):
+        return SideBySide(StoreRows(rows))
+    return SideBySide(cast(RowSource, rows)) if hasattr(rows, "batches") else cast(Source, rows)
+
+
+def _leave(trainers: Sequence[SAETrainer], step: int, interrupted: Sequence[int]) -> None:
+    """Save all and raise KeyboardInterrupt, which says what was kept."""
+    for trainer in trainers:
+        trainer.checkpoint()
+    kept = "nothing was kept, pass folder=" if trainers[0].folder is None else "the same lines go on from here"
+    error = KeyboardInterrupt(f"stopped after step {step} of {max(t.config.steps for t in trainers)}; {kept}")
+    error.number = interrupted[0] if interrupted else signal.SIGTERM  # type: ignore[attr-defined]
+    raise error
+
+
+def _pieces(batch: Batch | Tensor, n: int) -> list[Batch]:
+    """The batch in n parts, sizes equal but for one."""
+    batch = batch if isinstance(batch, Batch) else Batch(batch)
+    if n == 1:
+        return [batch]
+    parts = [[None] * n if tensor is None else list(tensor.tensor_split(n)) for tensor in batch]
+    return [Batch(*part) for part in zip(*parts, strict=True)]
 
 
 @contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Within, Ctrl-C sets the event and nothing else; a second one interrupts at once."""
-    interrupted = threading.Event()
+def _in_precision(sae: SAE, precision: str) -> Iterator[None]:
+    """Within, the SAE's tensors are copies of this precision, whose gradients are those of the tensors."""
+    dtype = getattr(torch, precision)
+    if sae.dtype == dtype or precision == "float32":
+        yield
+        return
+    kept = dict(sae._parameters), dict(sae._buffers)
+    try:
+        for name, parameter in kept[0].items():
+            if parameter is not None:
+                sae._parameters[name] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+        for name, buffer in kept[1].items():
+            if buffer is not None and buffer.is_floating_point():
+                sae._buffers[name] = buffer.to(dtype)
+        yield
+    finally:
+        sae._parameters.update(kept[0])
+        sae._buffers.update(kept[1])
+
+
+def _mean(figures: Sequence[Tensor]) -> float:
+    return sum(map(float, figures)) / len(figures)
+
+
+def _differences(was: Any, now: Any) -> Iterator[str]:
+    """Settings that differ, those within the objective too; lists in files are tuples in memory."""
+    for name, value in now.items():
+        if name in FREE:
+            continue
+        before = was.get(name)
+        if isinstance(value, dict) and isinstance(before, dict) and name != "metadata":
+            yield from _differences(before, value)
+        elif before != (list(value) if isinstance(value, tuple) else value):
+            yield f"{name} {before!r} -> {value!r}"
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[list[int]]:
+    """Within, Ctrl-C and SIGTERM add their number to the list and do nothing else; a second one interrupts at once."""
+    interrupted: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield interrupted  # Python delivers signals to the main thread alone
         return
 
     def note(number: int, frame: Any) -> None:
-        if interrupted.is_set():
+        if interrupted:
             raise KeyboardInterrupt
-        interrupted.set()
+        interrupted.append(number)
 
-    previous = signal.signal(signal.SIGINT, note)
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interrupted
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -83,14 +84,32 @@ def test_skipped_windows_are_not_read_and_at_most_one_window_is_held(tmp_path, m
     reader = ShardReader(filled(tmp_path))
     read: list[int] = []
     original = ShardReader.read_shard
-    monkeypatch.setattr(
-        ShardReader, "read_shard", lambda self, n, fields=None: read.append(n) or original(self, n, fields)
-    )
+    monkeypatch.setattr(ShardReader, "read_shard", lambda self, n, *rest: read.append(n) or original(self, n, *rest))
     next(reader.batches(21, skip=3))
     assert read == [3]
     read.clear()
     next(reader.batches(2, seed=0, window=2))
     assert len(read) == 2
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_parts_have_every_batch_between_them_and_read_nothing_twice(tmp_path, seed, monkeypatch):
+    reader = ShardReader(filled(tmp_path))
+    whole = [batch["image"].tolist() for batch in reader.batches(9, seed=seed, window=2)]
+    read: list[int] = []
+    original = ShardReader.read_shard
+
+    def counted(self, *arguments):
+        found = original(self, *arguments)
+        read.append(len(found["image"]))
+        return found
+
+    monkeypatch.setattr(ShardReader, "read_shard", counted)
+    parts = [[b["image"].tolist() for b in reader.batches(9, seed=seed, window=2, part=(i, 3))] for i in range(3)]
+    assert sum(read) == len(reader)
+    assert [sorted(chain(*batch)) for batch in zip(*parts, strict=True)] == [sorted(batch) for batch in whole]
+    skipped = [b["image"].tolist() for b in reader.batches(9, seed=seed, window=2, part=(1, 3), skip=4)]
+    assert skipped == parts[1][4:]
 
 
 def test_several_writers_own_their_shards_and_reading_merges_them(tmp_path):

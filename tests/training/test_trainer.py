@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from sparsefeat_kernels.gradient import gradient_memory, weight_gradient
 from torch import Tensor
 
 from sparsefeat.sae import SAE, SAEConfig
 from sparsefeat.store import Field, ShardReader, ShardWriter
 from sparsefeat.training import Batch, Objective, SAETrainer, TensorRows, TrainConfig
+from sparsefeat.training.ranks import ALONE, Ranks
 
 CONFIG = TrainConfig(
     steps=24,
@@ -59,7 +62,9 @@ class Interrupting(TensorRows):
         super().__init__(rows)
         self.countdown = at
 
-    def batches(self, batch_size: int, *, seed: int, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, batch_size: int, *, seed: int, epoch: int = 0, skip: int = 0, ranks: Ranks = ALONE
+    ) -> Iterator[Batch]:
         for batch in super().batches(batch_size, seed=seed, epoch=epoch, skip=skip):
             if self.countdown == 0:
                 os.kill(os.getpid(), signal.SIGINT)
@@ -109,7 +114,9 @@ def test_a_run_killed_after_a_checkpoint_repeats_only_what_came_after(tmp_path):
         pass
 
     class Killing(Interrupting):
-        def batches(self, batch_size: int, *, seed: int, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
+        def batches(
+            self, batch_size: int, *, seed: int, epoch: int = 0, skip: int = 0, ranks: Ranks = ALONE
+        ) -> Iterator[Batch]:
             for number, batch in enumerate(TensorRows.batches(self, batch_size, seed=seed, epoch=epoch, skip=skip)):
                 if epoch * 7 + skip + number == 17:
                     raise Killed
@@ -151,10 +158,10 @@ def test_a_store_trains_like_a_tensor_and_resumes_like_one(tmp_path):
     assert whole.b_out.norm() > 0
     half = dataclasses.replace(CONFIG, checkpoint_every=9)
     trainer = SAETrainer(small(), reader, half, tmp_path / "run")
-    batches = iter(trainer.source.batches(64, seed=0))
+    batches = iter(trainer.source.sources[0].batches(64, seed=0))
     assert next(batches).rows.shape == (64, 12)
     for number, batch in enumerate(
-        batch for epoch in range(3) for batch in trainer.source.batches(64, seed=0, epoch=epoch)
+        batch for epoch in range(3) for batch in trainer.source.sources[0].batches(64, seed=0, epoch=epoch)
     ):
         if number == 9:
             break
@@ -184,7 +191,7 @@ def test_dead_latents_are_counted_in_rows_seen():
     with torch.no_grad():
         trainer.sae.b_enc[7] = -1e6
     trainer.sae.train()
-    batches = list(trainer.source.batches(64, seed=0))
+    batches = list(trainer.source.sources[0].batches(64, seed=0))
     for batch in batches[:4]:
         fired = torch.zeros(30, dtype=torch.bool)
         code = trainer.sae.encode(learner.units(batch).rows)
@@ -219,7 +226,7 @@ def test_the_batch_topk_threshold_follows_the_smallest_value_kept():
     trainer = SAETrainer(small("batch_topk", "threshold"), small_rows(), CONFIG)
     trainer.sae.train()
     expected = None
-    for batch in list(trainer.source.batches(64, seed=0))[:3]:
+    for batch in list(trainer.source.sources[0].batches(64, seed=0))[:3]:
         values = trainer.sae.encode(trainer.learner.units(batch).rows).values
         smallest = values[values > 0].min().item()
         expected = smallest if expected is None else 0.99 * expected + 0.01 * smallest
@@ -272,26 +279,72 @@ def test_what_users_get_wrong_is_said(tmp_path: Path):
 def test_weights_that_are_not_finite_stop_the_run_and_never_reach_the_checkpoint(tmp_path: Path):
     rows = small_rows()
     config = dataclasses.replace(CONFIG, log_every=100, checkpoint_every=3)
-    trainer = SAETrainer(small(), rows, config, tmp_path)
+    source = TensorRows(rows)
+    trainer = SAETrainer(small(), source, config, tmp_path)
     trainer.checkpoint()
-    kept = (tmp_path / "checkpoint.pt").read_bytes()
-    trainer.source = TensorRows(rows)  # which refuses NaN, so they come into it afterwards
-    trainer.source.rows = rows.index_fill(0, torch.arange(0, 500, 2), float("nan"))
+    kept = everything(tmp_path)
+    source.rows = rows.index_fill(0, torch.arange(0, 500, 2), float("nan"))  # TensorRows refuses them at the start
     with pytest.raises(FloatingPointError, match="NaN or Inf after step 3: look for them in the rows"):
         trainer.fit(progress=False)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == kept
+    assert everything(tmp_path) == kept
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_checkpoint_of_another_config_or_a_broken_one_is_refused(tmp_path: Path):
     SAETrainer(small(), small_rows(), CONFIG, tmp_path).fit(progress=False)
+    before = everything(tmp_path)
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
     with pytest.raises(ValueError, match=r"another config \(lr 0\.01 -> 0\.5\)"):
         SAETrainer(small(), small_rows(), dataclasses.replace(CONFIG, lr=0.5), tmp_path)
     with pytest.raises(ValueError, match="activation 'topk' -> 'signed_topk'"):
         SAETrainer(small("signed_topk"), small_rows(), CONFIG, tmp_path)
-    content = (tmp_path / "checkpoint.pt").read_bytes()
-    (tmp_path / "checkpoint.pt").write_bytes(content[:200])
-    with pytest.raises(ValueError, match="not a checkpoint of this trainer"):
+    changed = dataclasses.replace(CONFIG, objective=dataclasses.replace(CONFIG.objective, multi_topk=0.5))
+    with pytest.raises(ValueError, match=r"another config \(multi_topk 0\.0 -> 0\.5\)"):
+        SAETrainer(small(), small_rows(), changed, tmp_path)
+    assert everything(tmp_path) == before
+    for name in ("state.json", ".metadata", "__0_0.distcp"):
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(ValueError, match=r"checkpoint-000024 is .*: remove it to start anew"):
+            SAETrainer(small(), small_rows(), CONFIG, tmp_path)
+        (checkpoint / name).write_bytes(content)
+    assert SAETrainer(small(), small_rows(), CONFIG, tmp_path).step == 24
+    (checkpoint / "state.json").write_text(json.dumps({"format": "sparsefeat.checkpoint", "format_version": 2}))
+    with pytest.raises(ValueError, match="is of version 2, this sparsefeat reads 1: upgrade it"):
         SAETrainer(small(), small_rows(), CONFIG, tmp_path)
+
+
+def test_a_checkpoint_that_would_run_a_program_is_refused(tmp_path: Path):
+    SAETrainer(small(), small_rows(), CONFIG, tmp_path / "run").fit(progress=False)
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    program = b"cposix\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR."
+    (checkpoint / ".metadata").write_bytes(program)
+    with pytest.raises(ValueError, match=r"it names posix\.system"):
+        SAETrainer(small(), small_rows(), CONFIG, tmp_path / "run")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_is_whole(tmp_path: Path, monkeypatch):
+    config = dataclasses.replace(CONFIG, checkpoint_every=10)
+    whole = SAETrainer(small(), small_rows(), config).fit(progress=False)
+    trainer, saved, real = SAETrainer(small(), small_rows(), config, tmp_path), [], dcp.save
+
+    def save(state, **options):
+        saved.append(1)
+        if len(saved) == 2:
+            real(state, **options)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(state, **options)
+
+    monkeypatch.setattr(dcp, "save", save)
+    with pytest.raises(OSError, match=r"cannot write a checkpoint into .*disk is full.*the one before is unharmed"):
+        trainer.fit(progress=False)
+    assert [path.name for path in tmp_path.iterdir() if "checkpoint" in path.name] == ["checkpoint-000010"]
+    monkeypatch.undo()
+    assert same(SAETrainer(small(), small_rows(), config, tmp_path).fit(progress=False), whole)
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path):
