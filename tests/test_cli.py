@@ -30,6 +30,7 @@ runner = CliRunner()
         ["heatmap"],
         ["hookpoints"],
         ["collect"],
+        ["train"],
         ["evaluate"],
         ["sae"],
         ["sae", "info"],
@@ -265,3 +266,10 @@ def test_sae_check_passes_an_sae_in_its_place_and_fails_one_elsewhere():
     elsewhere = runner.invoke(app, [*command, "--at", "unet.mid_block.attentions.0"])
     assert elsewhere.exit_code == 1
     assert "unexplained" in elsewhere.output
+
+
+def test_the_presets_that_are_known_without_torch_are_those_of_the_library():
+    from sparsefeat.cli.commands.train import PRESETS
+    from sparsefeat.training import PUBLISHED
+
+    assert set(PRESETS) == set(PUBLISHED)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from sparsefeat.assets import emojicanvas
 from sparsefeat.cli import app
@@ -29,6 +30,7 @@ PAGES = (
     "docs/instruments.md",
     "docs/interop.md",
     "docs/presets.md",
+    "docs/training.md",
 )
 
 
@@ -49,6 +51,8 @@ def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch, capsys):
         labels = [{"index": str(i), "description": f"what {i:02d} is about"} for i in range(1, N)]
         labels.append({"index": "0", "description": "falling snow, winter"})
         Path("labels.jsonl").write_text("\n".join(map(json.dumps, labels)))
+    if page == "docs/training.md":
+        run_shell_lines(page)
     names: dict = {"__name__": "page"}
     for block in python_blocks(page):
         exec(compile(block, page, "exec"), names)
@@ -68,6 +72,25 @@ def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch, capsys):
         assert names["naming"].word == "mono"  # the latent that a search for it finds
         assert len(names["examples"]) == 64
         assert names["found"].p is not None
+
+
+def run_shell_lines(page: str) -> None:
+    """From a pipeline to an SAE with its card, as the page has it; lines on the reader's own files are left out."""
+    for line in (line for of, line in SHELL_LINES if of == page and "my-pipeline" not in line):
+        result = CliRunner().invoke(app, shlex.split(line)[1:])
+        assert result.exit_code == 0, (line, result.output)
+        if line.startswith("sparsefeat sae check"):
+            assert "The SAE fits." in result.output
+    folder = Path("saes/unet.mid_block.attentions.0")
+    card = (folder / "README.md").read_text()
+    assert f'sf.load_sae("{folder}")' in card
+    assert "| hookpoint | `unet.mid_block.attentions.0` |" in card
+    assert Path("saes/index.html").read_text().count("<polyline") > 10
+    assert {path.name for path in Path("codecs").iterdir() if path.is_dir()} == {
+        f"unet.{block}.attentions.0-{preset}"
+        for block in ("mid_block", "up_blocks.0")
+        for preset in ("batch-topk", "matryoshka", "jumprelu")
+    }
 
 
 SHELL_LINES = [

@@ -22,9 +22,10 @@ from sparsefeat.cli.commands.sae.list import list as list_saes
 from sparsefeat.cli.commands.sae.names import names
 from sparsefeat.cli.commands.sae.verify import verify
 from sparsefeat.cli.commands.steer import steer
+from sparsefeat.cli.commands.train import train
 from sparsefeat.cli.failures import plain_errors
 
-COMMANDS = (demo, features, steer, erase, heatmap, hookpoints, collect, evaluate, bench)
+COMMANDS = (demo, features, steer, erase, heatmap, hookpoints, collect, train, evaluate, bench)
 SAE_COMMANDS = (info, list_saes, check, verify, names, convert)
 
 app = typer.Typer(

@@ -81,7 +81,7 @@ def write_page(
     _resolve(plain, "results", images, pictures)
 
     html = (
-        _environment()
+        environment()
         .get_template(TEMPLATE)
         .render(results=plain, pictures=pictures, project=project_facts(), by_chance=by_chance)
     )
@@ -285,7 +285,8 @@ _FILTERS = {
 }
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Of the templates here: how numbers are written, what is drawn."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -10,7 +10,6 @@ import csv
 import importlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +64,18 @@ class Metrics:
             self._board.close()
 
     def _rewrite(self) -> None:
+        """Each file is the old or the new one whenever the run is killed."""
         assert self.folder is not None
-        with ExitStack() as open_now:
-            lines, table = (
-                open_now.enter_context(open(self.folder / name, "w", encoding="utf-8", newline=""))
-                for name in (JSONL, CSV)
-            )
+        unfinished = {name: self.folder / f".{name}.unfinished" for name in (JSONL, CSV)}
+        with open(unfinished[JSONL], "w", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(entry) + "\n" for entry in self.entries)
+        with open(unfinished[CSV], "w", encoding="utf-8", newline="") as table:
             if self.entries:
                 writer = csv.DictWriter(table, list(self.entries[0]), extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(self.entries)
-            lines.writelines(json.dumps(entry) + "\n" for entry in self.entries)
+        for name, path in unfinished.items():
+            path.replace(self.folder / name)
 
 
 def board_writer() -> Any:

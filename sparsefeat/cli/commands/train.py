@@ -1,0 +1,257 @@
+"""`sparsefeat train`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparsefeat.cli.commands.collect import (
+    Batch,
+    Column,
+    Condition,
+    Height,
+    Images,
+    Limit,
+    Prompts,
+    Rows,
+    RowsPerImage,
+    Split,
+    StepsPerImage,
+    Width,
+    check_hookpoints,
+    read_inputs,
+)
+from sparsefeat.cli.failures import keeping
+from sparsefeat.cli.opening import PipelineChoice
+from sparsefeat.cli.options import Device, Guidance, Pipeline, Seed, Steps, finite, path
+from sparsefeat.whole import check_free, check_writable
+
+if TYPE_CHECKING:
+    from sparsefeat.training.rows import Source
+
+# Known without torch; those of `sparsefeat.training.PUBLISHED`.
+PRESETS = (
+    "topk",
+    "multi-topk",
+    "hierarchical-topk",
+    "batch-topk",
+    "matryoshka",
+    "crosscoder",
+    "sdxl-unbox",
+    "saeuron",
+    "concept-steerers",
+    "itd",
+    "flux-sae",
+    "tide",
+    "temporal-topk",
+    "transcoder",
+    "skip-transcoder",
+    "relu-l1",
+    "dn-cbm",
+    "jumprelu",
+    "jumprelu-tanh",
+    "gated",
+    "archetypal",
+    "ra-sae",
+    "itda",
+)
+SETTINGS = "train.json"
+
+
+class Optimizer(str, Enum):
+    adam = "adam"
+    adamw = "adamw"
+
+
+class Decay(str, Enum):
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Precision(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Normalizer(str, Enum):
+    none = "none"
+    b_pre = "b_pre"
+    standardize = "standardize"
+    unit_norm = "unit_norm"
+    constant_norm = "constant_norm"
+    pca = "pca"
+    affine = "affine"
+
+
+def train(
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER", help="What `sparsefeat collect` kept. Without it the pipeline draws while it trains."
+        ),
+    ] = None,
+    at: Annotated[
+        list[str] | None,
+        typer.Option(help="A hookpoint; may be given more than once. Default: all that the activations are of."),
+    ] = None,
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(help="A published recipe, such as topk (the default); more than one trains each."),
+    ] = None,
+    latents: Annotated[int | None, typer.Option(min=1, help="Default: the preset's multiple of the width.")] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="Active latents a row. Default: the preset's.")] = None,
+    normalizer: Annotated[Normalizer | None, typer.Option(help="Default: the preset's.")] = None,
+    train_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps. Default: the preset's.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows a step, over all ranks. Default: the preset's.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(min=0, callback=finite, help="Its peak. Default: the preset's.")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(min=0, help="Steps over which lr rises.")] = None,
+    decay_steps: Annotated[int | None, typer.Option(min=0, help="Steps over which lr falls to 0 at the end.")] = None,
+    decay: Annotated[Decay | None, typer.Option(help="How it falls.")] = None,
+    optimizer: Annotated[Optimizer | None, typer.Option(help="Default: adam.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(min=0, callback=finite, help="Of adamw.")] = None,
+    ema: Annotated[
+        float | None, typer.Option(callback=finite, help="Average the weights with this decay, such as 0.995.")
+    ] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Of the loss; weights are float32. Default: float32.")
+    ] = None,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Go through a batch in so many pieces.")] = None,
+    dead_after: Annotated[
+        int | None, typer.Option(min=1, help="Rows after which a latent that did not fire is dead.")
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="In steps.")] = 500,
+    log_every: Annotated[int, typer.Option(min=1, help="In steps.")] = 50,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write for TensorBoard, which must be installed.")
+    ] = False,
+    window: Annotated[
+        int, typer.Option(min=1, help="Images whose rows are shuffled among themselves, without --activations.")
+    ] = 64,
+    prompts: Prompts = None,
+    column: Column = None,
+    split: Split = None,
+    images: Images = None,
+    limit: Limit = None,
+    pipeline: Pipeline = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    batch: Batch = 4,
+    rows_per_image: RowsPerImage = 64,
+    steps_per_image: StepsPerImage = None,
+    condition: Condition = Rows.cond,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    out: Annotated[
+        Path,
+        typer.Option(parser=path, metavar="FOLDER", help="For the SAEs; the same command goes on where one ended."),
+    ] = Path("saes"),
+) -> None:
+    """Train SAEs on collected activations, or on what a pipeline draws meanwhile. Killed at any moment, the same command
+    goes on; under `torchrun` the ranks share every batch."""
+    presets = preset or ["topk"]
+    for name in presets:
+        if name not in PRESETS:
+            raise ValueError(f"--preset {name!r} is not known; choose one of {', '.join(PRESETS)}")
+    if len(set(presets)) != len(presets):
+        raise ValueError("--preset names one twice; give each once")
+    choice = PipelineChoice(pipeline, device, steps)
+    drawn = {"--prompts": prompts, "--images": images, "--pipeline": pipeline, "--steps": steps, "--guidance": guidance}
+    if activations is not None:
+        said = next((name for name, given in drawn.items() if given is not None), None)
+        if said is not None:
+            raise ValueError(f"{said} is of drawing, and --activations were drawn before; give one of them")
+        if not activations.strip() or not Path(activations).expanduser().is_dir():
+            raise ValueError(
+                f"--activations {activations!r} is no folder; name the one that `sparsefeat collect` wrote"
+            )
+        inputs = None
+    else:
+        at = check_hookpoints(at)
+        inputs = read_inputs(prompts, column, split, images, limit, pipeline)
+    check_free(out, "--out", replace=SETTINGS)
+    check_writable(out, "--out")
+    from sparsefeat.report.training_page import write_training_page
+    from sparsefeat.training import Drawing, PipelineRows, Ranks
+    from sparsefeat.training.metrics import board_writer
+    from sparsefeat.training.runs import summaries, train_presets
+
+    if tensorboard:
+        board_writer()
+    changed: dict[str, Any] = {
+        "n_latents": latents,
+        "k": k,
+        "steps": train_steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "warmup_steps": warmup_steps,
+        "decay_steps": decay_steps,
+        "decay": decay and decay.value,
+        "optimizer": optimizer and optimizer.value,
+        "weight_decay": weight_decay,
+        "ema": ema,
+        "precision": precision and precision.value,
+        "accumulate": accumulate,
+        "seed": seed,
+        "checkpoint_every": checkpoint_every,
+        "log_every": log_every,
+        "sae": {"normalizer": normalizer.value} if normalizer else None,
+        "objective": {"dead_after": dead_after} if dead_after else None,
+    }
+    settings = {name: given for name, given in changed.items() if given is not None}
+    ranks = Ranks.of_environment()
+    device = ranks.device(device)
+    with ranks.joined(device), keeping(lambda: f"checkpoints are in {out}, and the same command goes on from them"):
+        source: Source
+        if inputs is None:
+            source, places, base_model = of_stores(Path(activations or "").expanduser(), at)
+        else:
+            choice = PipelineChoice(pipeline, device, steps)
+            drawing = Drawing(choice.open(), inputs, batch, seed, choice.call_settings(guidance, height, width))
+            source = PipelineRows(
+                drawing,
+                at or [],
+                window,
+                rows_per_image=rows_per_image or None,
+                steps_per_image=steps_per_image,
+                condition=None if condition is Rows.all else condition.value,
+            )
+            places, base_model = [str(hookpoint) for hookpoint in source.hookpoints], choice.base_model
+        found = train_presets(
+            source,
+            places,
+            presets,
+            out,
+            base_model=base_model,
+            device=device,
+            ranks=ranks,
+            tensorboard=tensorboard,
+            settings=settings,
+        )
+        if ranks.first:
+            for line in summaries(found):
+                typer.echo(line)
+            typer.echo(f"the page: {write_training_page(out, {one.folder.name: one.entries for one in found})}")
+
+
+def of_stores(folder: Path, at: list[str] | None) -> tuple[Source, list[str], str | None]:
+    """The stores that `collect` wrote for these hookpoints, in their order, or for all; their hookpoints, and what they are of."""
+    from sparsefeat.store import ShardReader
+    from sparsefeat.training.rows import SideBySide, StoreRows
+
+    readers = [ShardReader(one.parent) for one in sorted(folder.glob("*/manifest.json"))]
+    by_name = {str(reader.metadata.get("hookpoint")): reader for reader in readers}
+    if not by_name:
+        raise ValueError(f"--activations {folder} has no activations; name the folder that `sparsefeat collect` wrote")
+    missing = [name for name in at or [] if name not in by_name]
+    if missing:
+        raise ValueError(f"--at {missing[0]!r} was not collected in {folder}, which has {', '.join(by_name)}")
+    chosen = {name: by_name[name] for name in at or by_name}
+    base_model = next(iter(chosen.values())).metadata.get("base_model")
+    return SideBySide(*map(StoreRows, chosen.values())), list(chosen), base_model
