@@ -41,7 +41,7 @@ class AttentionTap:
         self.target = target
         self._before = vars(target.module).get("forward", _ABSENT)
         self._forward = target.module.forward
-        functools.update_wrapper(self, self._forward)
+        functools.update_wrapper(self, self._forward, updated=())  # not what another tap knows
 
     @torch.compiler.disable  # under torch.compile the module runs eagerly: what instruments do is not for a graph
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

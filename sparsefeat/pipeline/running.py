@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sparsefeat.pipeline.context import Call, Context
-from sparsefeat.pipeline.families.family import Run, timestep_in
+from sparsefeat.pipeline.families.family import Run, UnknownRowsError, timestep_in
 from sparsefeat.pipeline.hookpoints import Target
 from sparsefeat.pipeline.hooks import HookKey
 from sparsefeat.pipeline.instrument import Instrument
@@ -112,6 +112,8 @@ class RunningCall:
     """Of each instrument that was reached, by id: whether it was ever its time."""
     conditions_seen: dict[int, set[str]] = field(default_factory=dict)
     """The conditions of the rows that each was then asked about."""
+    _decoded: dict[HookKey, int] = field(default_factory=dict)
+    """How often each module of a VAE ran, by its hook."""
 
     def __post_init__(self) -> None:
         guard, me = self.guard, weakref.ref(self)  # what hears the call does not keep it, nor its recordings
@@ -132,7 +134,7 @@ class RunningCall:
         self.references = References(self.call)
         self.conditions = Conditions(self.call, self.references, layouts[-1] if layouts else None)
         self.texts = TextRows(self.call, self.references)
-        # A loop that is not diffusers' own leaves the `num_timesteps` of an earlier call.
+        # A loop that is not diffusers' own leaves the `num_timesteps` of an earlier call, and may not step its scheduler.
         own_loop = self.call.own_loop or not is_diffusers_own(self.pipe)
         self.steps = Steps(self.pipe, completed, stepping, deaf, own_loop)
         self.guiders = Guiders(self.pipe, self.changed, deaf)
@@ -268,18 +270,35 @@ class RunningCall:
             return Run(root, arguments, before.run.grid)  # reading it again would wait for the device at every run
         return Run(root, arguments, target.family.image_grid(root, arguments))
 
-    def root_run(self, target: Target, tensors: Any) -> RootRun:
-        """The run of the component that is going on around one of its modules, which took or gave `tensors`."""
+    def root_run(self, target: Target, tensors: Any, hook: str) -> RootRun:
+        """The run of the component that is going on around one of its modules, whose `hook` was given `tensors`."""
         run = self.roots.get(target.root_name)
         if run is None and not target.family.runs_in_steps and target.family.stream == "image":
             # `vae.decode` runs the decoder without `vae.forward`
-            run = RootRun(target, Run(target.root, {}), outside_entries(_first_batch(tensors)))
+            run = RootRun(target, Run(target.root, {}), self._outside_the_steps(target, _first_tensor(tensors), hook))
         if run is None:
             raise RuntimeError(
                 f"{target.path} ran without {target.root_name} around it, so its batch entries and grid cannot be told: "
                 f"call pipe.{target.root_name}, or hook a module that this pipeline does not run on its own"
             )
         return run
+
+    def _outside_the_steps(self, target: Target, tensor: torch.Tensor | None, hook: str) -> Entries:
+        """The entries of a VAE's run: all images at once, or it is not known which they are."""
+        batch, n_images = (0, self.call.n_images) if tensor is None else (len(tensor), self.call.n_images)
+        is_video = any(len(run.run.grid or ()) == 3 for run in self.roots.values())
+        shares = n_images is None or batch == n_images or (_encodes(target) and batch and n_images % batch == 0)
+        key = id(target.module), hook
+        parts, self._decoded[key] = self._decoded.get(key, 0), self._decoded.get(key, 0) + 1
+        if target.family.stated_rows is not None:
+            return outside_entries(batch)
+        if not shares or (is_video and tensor is not None and tensor.ndim < 5) or (parts and not _encodes(target)):
+            raise UnknownRowsError(
+                target.path,
+                target.module,
+                f"{type(self.pipe).__name__} runs it on some of the images or frames at a time",
+            )
+        return outside_entries(batch)
 
     def context(
         self,
@@ -334,9 +353,14 @@ def _batch(arguments: Mapping[str, Any]) -> int:
     return 0
 
 
-def _first_batch(tensors: Any) -> int:
-    """The batch size of a module that ran on its own: that of the first tensor in what it took or gave."""
+def _first_tensor(tensors: Any) -> torch.Tensor | None:
+    """The first tensor in what a module took or gave."""
     if isinstance(tensors, torch.Tensor):
-        return tensors.shape[0]
+        return tensors if tensors.ndim else None
     values = tensors.values() if isinstance(tensors, Mapping) else tensors if isinstance(tensors, (tuple, list)) else ()
-    return next((batch for batch in map(_first_batch, values) if batch), 0)
+    return next((found for found in map(_first_tensor, values) if found is not None), None)
+
+
+def _encodes(target: Target) -> bool:
+    """Whether it is in the half of a VAE that encodes: it may run on one image for all, or on several one by one."""
+    return target.inner.partition(".")[0] == "encoder"

@@ -137,7 +137,7 @@ class Visits:
         assert running is not None
         running.reached.add(key)
         places = [place for session in running.sessions for place in session.places if place.hook == key]
-        run = running.root_run(target, tensors) if places else None
+        run = running.root_run(target, tensors, key[1]) if places else None
         for place in places:
             assert run is not None
             yield place, None, run
@@ -191,7 +191,7 @@ class Visits:
         if not taps:
             return  # attached in the middle of the call, by a callback: from the next call on
         batch, heads, queries, head_dim = call.query.shape
-        run = running.root_run(target, call.query)
+        run = running.root_run(target, call.query, "attention")
         streams = target.family.attention_streams(target.inner, run.run, queries)
         call = replace(call, reads_text=target.family.reads_text(target.inner, run.run, call.index))
         shape = (batch, queries, heads * head_dim)

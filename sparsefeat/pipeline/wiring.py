@@ -258,7 +258,9 @@ class Wiring:
     # What the hooks do
 
     def listening(self) -> bool:
-        return bool(self.sessions) and not self._guard.up and not in_backward()
+        here = calls_here()
+        another = bool(here) and here[-1] is not self._running  # of a pipeline that shares the module
+        return bool(self.sessions) and not self._guard.up and not another and not in_backward()
 
     def heard(self, kind: str, target: Target, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """A hooked module is about to run, or has run."""

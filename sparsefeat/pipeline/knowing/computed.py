@@ -24,7 +24,7 @@ class InnerForward:
         self.module, self.forward = module, forward
         self.before: list[Any] = []
         self.after: list[Any] = []
-        functools.update_wrapper(self, forward)
+        functools.update_wrapper(self, forward, updated=())
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

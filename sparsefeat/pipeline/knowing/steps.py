@@ -34,8 +34,13 @@ class Loop:
         self.n_steps: int | None = None
         self.timesteps: Any = None
         """The scheduler's timesteps in this loop, as it holds them."""
+        self.heard = False
+        """Whether the scheduler was heard to step in it."""
+        self.lost = False
+        """Nothing steps the scheduler, and the model ran at a timestep that is not among those of this loop."""
         self._n_scheduled = 0
         self._first = 0
+        self._ran_at: Any = None
         self._counts: dict[int, tuple[Any, int]] = {}  # by scheduler, which is held so that its id stays its own
         self._runs = -1
 
@@ -46,7 +51,7 @@ class Loop:
     @property
     def step(self) -> int | None:
         """The denoising step that is going on, 0 to n_steps - 1."""
-        if self.total is None or self.n_steps is None:
+        if self.total is None or self.n_steps is None or self.lost:
             return None
         return min(self.done * self.n_steps // self.total, self.n_steps - 1)
 
@@ -106,7 +111,24 @@ class Loop:
         if runs != self._runs or count > self.done:
             self.done += 1
         self._runs = runs
-        if self.total is None or self.n_steps is None or before >= self.total or self.done == before:
+        self.heard = True
+        return self._completes(before)
+
+    def follow(self, timestep: Any) -> bool:
+        """The model runs at `timestep`, in a loop whose scheduler was not heard to step (a sampler of the user's own): the
+        place is that of the timestep. Whether a denoising step was completed by that. Waits for the device once for
+        each new timestep.
+        """
+        before, ran_at, self._ran_at = self.done, self._ran_at, timestep
+        if ran_at is None or timestep is None or _is_same(ran_at, timestep):
+            return False
+        places = _positions(self.timesteps, timestep)
+        self.lost = self.lost or not places
+        self.done = next((place for place in places if place >= before), places[0]) if places else before
+        return self._completes(before)
+
+    def _completes(self, before: int) -> bool:
+        if self.total is None or self.n_steps is None or before >= self.total or self.done <= before:
             return False
         return self.done * self.n_steps // self.total > before * self.n_steps // self.total
 
@@ -163,6 +185,8 @@ class Steps:
         self._of[component] = self._latest = loop
         if not loop.started:
             self._start(loop, timestep)
+        if self._own_loop and not loop.heard and loop.total is not None:
+            self._moved(loop, loop.follow, timestep)
         return loop
 
     def _choose(self, component: str, schedulers: dict[str, Any]) -> Loop | None:
@@ -236,8 +260,11 @@ class Steps:
             return
         if not loop.started:  # no hookpoint lies in the denoiser
             self._start(loop, kwargs.get("timestep", args[1] if len(args) > 1 else None))
+        self._moved(loop, loop.stepped, scheduler, self._runs)
+
+    def _moved(self, loop: Loop, move: Callable[..., bool], *arguments: Any) -> None:
         done = loop.done
-        if loop.stepped(scheduler, self._runs):
+        if move(*arguments):
             after, loop.done = loop.done, done
             try:
                 self._completed(loop)
@@ -248,6 +275,15 @@ class Steps:
         """The schedulers of the pipeline by name, as they are now."""
         found = getattr(self._pipe, "__dict__", {})
         return {name: part for name, part in found.items() if is_scheduler(part)}
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two timesteps are the same thing, or hold the same value."""
+    tensors = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+    if a is b or (tensors and a.data_ptr() == b.data_ptr() and a.numel()):
+        return True
+    first, second = (t.flatten()[0] if isinstance(t, torch.Tensor) else t for t in (a, b))
+    return bool(first == second)
 
 
 def is_scheduler(thing: Any) -> bool:

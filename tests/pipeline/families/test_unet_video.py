@@ -15,7 +15,7 @@ import sparsefeat as sf
 from sparsefeat.pipeline import attach
 from sparsefeat.pipeline.families.family import UnknownRowsError
 from tests.attention.eager import eager
-from tests.families import animatediff
+from tests.families import animatediff, families
 from tests.pipeline.instruments import Edit, Watch, push
 from tests.tiny import tiny_sd
 
@@ -195,3 +195,15 @@ def test_an_image_has_no_frames():
     with attach(pipe := tiny_sd(), watch):
         pipe("a fox", num_inference_steps=1, output_type="latent")
     assert [(c.batch, c.grid) for c in watch.contexts] == [(2, (4, 4))]
+
+
+@pytest.mark.parametrize("name", ["animatediff", "svd"])
+def test_a_vae_that_decodes_frames_apart_is_refused(name):
+    family = families()[name]
+    watch = Watch("vae.decoder.mid_block.resnets.0")
+    with (
+        attach(pipe := family.build(), watch),
+        pytest.raises(UnknownRowsError, match="some of the images or frames at a time"),
+    ):
+        family.call(pipe, ["a fox"], guidance=False, output_type="np", decode_chunk_size=2)
+    assert watch.contexts == []
