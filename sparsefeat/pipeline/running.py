@@ -131,11 +131,11 @@ class RunningCall:
             return sample if running is None else running._stepping(loop, sample)
 
         layouts = [session.layout for session in self.sessions if session.layout is not None]
-        self.references = References(self.call)
-        self.conditions = Conditions(self.call, self.references, layouts[-1] if layouts else None)
-        self.texts = TextRows(self.call, self.references)
         # A loop that is not diffusers' own leaves the `num_timesteps` of an earlier call, and may not step its scheduler.
         own_loop = self.call.own_loop or not is_diffusers_own(self.pipe)
+        self.references = References(self.call, trusted=not own_loop)
+        self.conditions = Conditions(self.call, self.references, layouts[-1] if layouts else None)
+        self.texts = TextRows(self.call, self.references)
         self.steps = Steps(self.pipe, completed, stepping, deaf, own_loop)
         self.guiders = Guiders(self.pipe, self.changed, deaf)
 
@@ -290,7 +290,8 @@ class RunningCall:
         shares = n_images is None or batch == n_images or (_encodes(target) and batch and n_images % batch == 0)
         key = id(target.module), hook
         parts, self._decoded[key] = self._decoded.get(key, 0), self._decoded.get(key, 0) + 1
-        if target.family.stated_rows is not None:
+        refused = any(getattr(target.root, f"use_{part}", False) for part in ("tiling", "slicing"))  # by its family
+        if refused or target.family.stated_rows is not None:
             return outside_entries(batch)
         if not shares or (is_video and tensor is not None and tensor.ndim < 5) or (parts and not _encodes(target)):
             raise UnknownRowsError(

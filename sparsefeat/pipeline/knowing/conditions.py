@@ -169,7 +169,7 @@ class Conditions:
         trusted = self.layout is not None or self.call.own_loop or is_diffusers_own(pipe)
         for layout in self._proposals(pipe, run, here, chunks):
             entries = tuple(c for c in layout for _ in images), images * chunks
-            if _agrees(entries, evidence) and (trusted or all(evidence)):
+            if _agrees(entries, evidence) and (trusted or all(len(seen) == 1 for seen in evidence)):
                 return entries
             if self.layout is not None:
                 raise ValueError(

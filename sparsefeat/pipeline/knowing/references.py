@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from sparsefeat.pipeline.context import Call
+from sparsefeat.pipeline.context import UNKNOWN, Call
 
 ENCODERS = re.compile(r"_?encode_(?!vae|video|latent)\w*(prompt|image|text)\w*")
 _EMBEDDING = re.compile(r"embed|hidden_states")
@@ -57,6 +57,8 @@ class References:
     encodings: list[Encoding] = field(default_factory=list)
     """Those that are going on, the outermost first."""
     complete: list[Encoding] = field(default_factory=list)
+    trusted: bool = True
+    """Whether the loop is diffusers' own, in which what is encoded for a prompt is for the prompt."""
 
     def add_arguments(self) -> None:
         """The embeddings that the caller gave."""
@@ -76,7 +78,10 @@ class References:
             self.call.learn(prompts, arguments)
         passes_on = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values())
         both = passes_on or not signature.parameters.keys().isdisjoint(_OF_BOTH)
-        self.encodings.append(Encoding(prompts, negatives, None if both else self._of_one(prompts, arguments)))
+        condition = None if both else self._of_one(prompts, arguments)
+        if both and not self.trusted:
+            condition = self._as_the_call_has_it(prompts, negatives, arguments)
+        self.encodings.append(Encoding(prompts, negatives, condition))
 
     def end(self, method: Any, pipe: Any, result: Any) -> None:
         """It is done, and `result` is what it returned; None if it failed."""
@@ -91,6 +96,18 @@ class References:
         for name, value in zip(names, elements, strict=True):
             self._add(name, value, encoding.condition)
 
+    def _as_the_call_has_it(self, prompts: list[str], negatives: list[str], arguments: Mapping[str, Any]) -> str | None:
+        """The condition of what a method that encodes both is given for a prompt, in a loop that is not diffusers': the
+        loop may encode its negative prompts by it too, one text at a time.
+        """
+        of_call = self.call.prompts
+        if not prompts or of_call is None or negatives or arguments.get("do_classifier_free_guidance"):
+            return None
+        is_prompt = all(text and any(text in whole or whole in text for whole in of_call) for text in prompts)
+        if is_prompt == self._is_negative(prompts):  # neither, or the same words for both
+            return UNKNOWN
+        return "cond" if is_prompt else "uncond"
+
     def _of_one(self, prompts: list[str], arguments: Mapping[str, Any]) -> str | None:
         """The condition of a text that is encoded by itself."""
         call = self.call.arguments
@@ -99,11 +116,15 @@ class References:
             for name, condition in (("prompt_embeds", "cond"), ("negative_prompt_embeds", "uncond")):
                 if given is call.get(name):
                     return condition
-        is_prompt = bool(prompts) and prompts == self.call.prompts
-        is_negative = bool(prompts) and set(prompts) <= set(listed(call.get("negative_prompt")) or [""])
+        is_prompt, is_negative = bool(prompts) and prompts == self.call.prompts, self._is_negative(prompts)
         if is_prompt and is_negative:  # the same words for both: the prompt goes first
             return "uncond" if any(encoding.condition == "cond" for encoding in self.complete) else "cond"
         return "cond" if is_prompt else "uncond" if is_negative else None
+
+    def _is_negative(self, texts: list[str]) -> bool:
+        arguments = self.call.arguments.items()
+        negatives = {text for name, value in arguments if _NEGATIVE.search(name) for text in listed(value)}
+        return bool(texts) and set(texts) <= (negatives or {""})
 
     def _add(self, name: str, value: Any, condition: str | None) -> None:
         if isinstance(value, Mapping):
@@ -111,7 +132,7 @@ class References:
                 self._add(f"{name}.{inner}", element, condition)
             return
         rows = rows_of_texts(value)
-        if not rows or not _EMBEDDING.search(name):
+        if not rows or not _EMBEDDING.search(name) or condition == UNKNOWN:
             return
         if _NEGATIVE.search(name):
             condition = "uncond"

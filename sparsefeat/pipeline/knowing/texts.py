@@ -53,7 +53,7 @@ class TextRows:
     def _one(self, pipe: Any, component: str, ids: list[int] | None, before: list[tuple[str, int]]) -> tuple[str, int]:
         call = self.call
         encoding = self.references.encodings[0] if self.references.encodings else None
-        only = None if encoding is None else encoding.condition
+        only = None if encoding is None or encoding.condition == UNKNOWN else encoding.condition
         texts = self._texts(pipe, component)
         if only is not None:
             texts = [text for text in texts if text.condition == only]

@@ -72,3 +72,13 @@ def build(kind: type, **options: Any) -> Any:
     pipe = kind(**{n: p for n, p in parts.items() if n in names}, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+class OneByOne(StableDiffusionPipeline):
+    """Encodes every text by itself, as `encode_prompt(text, device, 1, False)`; `order` is that of the rows and of encoding."""
+
+    @torch.no_grad()
+    def __call__(self, prompt: str, order: list[str], **texts: str) -> None:
+        texts = {"prompt": prompt, **texts}
+        rows = [self.encode_prompt(texts.get(name, name), "cpu", 1, False)[0] for name in order]
+        self.unet(torch.zeros(len(rows), 4, 16, 16), 1, encoder_hidden_states=torch.cat(rows))

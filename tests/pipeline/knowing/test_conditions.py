@@ -16,7 +16,7 @@ from sparsefeat.pipeline import Call, UnknownConditionError, attach
 from sparsefeat.pipeline.knowing.conditions import Conditions, DenoiserRun, is_diffusers_own
 from sparsefeat.pipeline.knowing.references import Reference, References
 from tests.pipeline.instruments import Watch
-from tests.pipeline.knowing.loops import BLOCK, Own, Silent, build
+from tests.pipeline.knowing.loops import BLOCK, OneByOne, Own, Silent, build
 from tests.tiny import pixels, tiny_sd
 
 RUNS = {
@@ -253,3 +253,32 @@ def test_images_are_counted_by_what_stands_in_the_prompts_place(argument):
     for value, n in ((torch.zeros(3, 4, 5, 6), 3), ([torch.zeros(4, 5)] * 2, 2)):
         assert Call.of(pipe(), {"prompt": None, argument: value}).n_images == n
     assert Call.of(pipe(), {"image": object()}).n_images == 1
+
+
+# Texts that a loop of one's own encodes one by one, by a method that would encode both
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ({"order": ["prompt", ""]}, ["cond", "uncond"]),
+        ({"order": ["", "prompt"]}, ["uncond", "cond"]),
+        ({"order": ["negative_prompt", "prompt"], "negative_prompt": "cat"}, ["uncond", "cond"]),
+        ({"order": ["uncond_text", "prompt"], "uncond_text": "cat"}, ["uncond", "cond"]),
+        ({"order": ["", "a fox", "a dog"], "prompt": "a fox | a dog"}, ["uncond", "cond", "cond"]),
+        ({"order": ["", "a red fox"]}, ["uncond", "unknown"]),
+        ({"order": ["", "a fox in the snow"]}, ["uncond", "cond"]),
+        ({"order": ["bad", "prompt"], "bad": "cat"}, ["unknown", "unknown"]),
+    ],
+    ids=str,
+)
+def test_texts_encoded_one_by_one_are_told_by_the_calls_own(call, expected):
+    (said,) = labels(build(OneByOne), **{"prompt": "a fox", **call})
+    conditions = [condition for condition, _ in said]
+    assert conditions == (["unknown"] * len(expected) if "unknown" in expected else expected)
+
+
+def test_the_same_words_for_both_in_a_loop_of_ones_own_are_unknown():
+    for order in (["prompt", "negative_prompt"], ["negative_prompt", "prompt"]):
+        said = labels(build(OneByOne), prompt="a fox", negative_prompt="a fox", order=order)
+        assert {condition for condition, _ in said[0]} == {"unknown"}
