@@ -22,7 +22,12 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat_kernels import SparseCode as SparseCode
 
     from sparsefeat import presets as presets
+    from sparsefeat.attention import AStar as AStar
+    from sparsefeat.attention import AttendAndExcite as AttendAndExcite
+    from sparsefeat.attention import CorrectionBySimilarities as CorrectionBySimilarities
+    from sparsefeat.attention import CrossTokenNMS as CrossTokenNMS
     from sparsefeat.attention import HeatMaps as HeatMaps
+    from sparsefeat.attention import SelfAttention as SelfAttention
     from sparsefeat.attention import read_image as read_image
     from sparsefeat.erasure import Erase as Erase
     from sparsefeat.erasure import InterpretThenDeactivate as InterpretThenDeactivate
@@ -34,6 +39,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.features import Examples as Examples
     from sparsefeat.features import Record as Record
     from sparsefeat.features import Statistics as Statistics
+    from sparsefeat.features import WordCorrelations as WordCorrelations
     from sparsefeat.features import export_neuronpedia as export_neuronpedia
     from sparsefeat.pipeline import Context as Context
     from sparsefeat.pipeline import Delta as Delta
@@ -54,10 +60,14 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.training import TrainConfig as TrainConfig
 
 _HOME = {
+    "AStar": "sparsefeat.attention",
+    "AttendAndExcite": "sparsefeat.attention",
     "CollectActivations": "sparsefeat.training",
     "CollectExamples": "sparsefeat.features",
     "CollectStatistics": "sparsefeat.features",
     "Context": "sparsefeat.pipeline",
+    "CorrectionBySimilarities": "sparsefeat.attention",
+    "CrossTokenNMS": "sparsefeat.attention",
     "Delta": "sparsefeat.pipeline",
     "Erase": "sparsefeat.erasure",
     "Examples": "sparsefeat.features",
@@ -72,11 +82,13 @@ _HOME = {
     "SAE": "sparsefeat.sae",
     "SAEConfig": "sparsefeat.sae",
     "SAETrainer": "sparsefeat.training",
+    "SelfAttention": "sparsefeat.attention",
     "SparseCode": "sparsefeat_kernels",
     "Splice": "sparsefeat.evaluation.splice",
     "Statistics": "sparsefeat.features",
     "Steer": "sparsefeat.steering",
     "TrainConfig": "sparsefeat.training",
+    "WordCorrelations": "sparsefeat.features",
     "attach": "sparsefeat.pipeline",
     "check": "sparsefeat.evaluation.check",
     "export_neuronpedia": "sparsefeat.features",

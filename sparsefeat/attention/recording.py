@@ -173,6 +173,23 @@ class HeatMapRecording:
         tokens = self._indices(word, image, occurrence)
         return HeatMap(self.map(tokens, image, normalize, layer=layer, step=step, head=head).values, word)
 
+    def __getitem__(self, word: str) -> Tensor:
+        """[images, height, width]: the word's map in each image, from 0 to 1, as an edit takes it for its mask:
+        `Steer(sae, add={12: 8.0}, mask=run[maps]["cat"])`. Of an image whose prompt lacks the word, zeros.
+        """
+        found: list[Tensor | None] = []
+        for image in range(self.n_images):
+            try:
+                found.append(self.word(word, image).scaled())
+            except ValueError:
+                if self.prompts is None or len(self.prompts) == 1:
+                    raise
+                found.append(None)
+        known = next((one for one in found if one is not None), None)
+        if known is None:
+            raise ValueError(f"word={word!r} is in none of the {len(self.prompts or ())} prompts of this call.")
+        return torch.stack([torch.zeros_like(known) if one is None else one for one in found])
+
     def tokens(self, image: int = 0, normalize: Normalization = "none") -> tuple[HeatMap, ...]:
         """One map for each token of the prompt, start and end tokens included, labelled with the token's text."""
         maps = self.tensor(image, normalize)

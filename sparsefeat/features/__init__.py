@@ -6,6 +6,7 @@ from sparsefeat.features.record import Record, Recording, TopLatent
 from sparsefeat.features.scores import area_under_curve, normalized_mean_difference
 from sparsefeat.features.search import CollectExamples, Example, Examples, Found, search
 from sparsefeat.features.statistics import CollectStatistics, Statistics, collect_statistics
+from sparsefeat.features.word_maps import WordCorrelations, WordLatent
 
 __all__ = [
     "CollectExamples",
@@ -18,6 +19,8 @@ __all__ = [
     "Recording",
     "Statistics",
     "TopLatent",
+    "WordCorrelations",
+    "WordLatent",
     "area_under_curve",
     "collect_statistics",
     "export_neuronpedia",

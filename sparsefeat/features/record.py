@@ -16,6 +16,7 @@ from sparsefeat_kernels import SparseCode
 from torch import Tensor
 
 from sparsefeat.arguments import whole
+from sparsefeat.attention import HeatMap
 from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument
 from sparsefeat.pipeline.context import CONDITIONS
@@ -254,6 +255,11 @@ class Recording:
         At one step, or the mean over all. Its mean is the latent's `score` for this image.
         """
         return self.maps([latent], image, step)[0]
+
+    def heat(self, latent: int, image: int = 0, step: int | None = None) -> HeatMap:
+        """`map` of one latent as a heat map: its picture over the image, and its mask, `rec.heat(12).mask(0.5)`."""
+        label = self.names.get(latent) or f"latent {latent}"
+        return HeatMap(self.map(latent, image, step), label)
 
     def maps(self, latents: Sequence[int], image: int = 0, step: int | None = None) -> Tensor:
         """`map` of several latents, [latents, height, width]."""

@@ -1,0 +1,97 @@
+"""`sparsefeat evaluate scenes`: the table of segmenters, of one pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sparsefeat.assets import emojiscenes
+from sparsefeat.attention import HeatMaps
+from sparsefeat.attention.reading import KINDS
+from sparsefeat.evaluation import scenes
+from sparsefeat.evaluation.generation import TEST, VALIDATION
+from sparsefeat.evaluation.pixel_judge import PixelJudge, pixel_judge_report
+from sparsefeat.measure.machine import device_name, versions
+from sparsefeat.pipeline import attach
+from sparsefeat.sae import SAE
+
+# Seeds of the pictures that thresholds and latents are chosen on, and of those that are scored.
+FIT, SCORED = 1_000, 2_000
+
+
+def evaluate_scenes(
+    pipe: Any,
+    name: str,
+    judge: PixelJudge,
+    saes: Sequence[SAE] = (),
+    n: int = 100,
+    draws_scenes: bool = True,
+    said: Callable[[str], object] = lambda line: None,
+) -> dict[str, Any]:
+    """Every method on every split: real scenes of held-out pairs, and what the pipeline draws: held-out scenes, or single
+    drawings where it has learnt nothing else (`draws_scenes` False). `n` pictures a split are scored, as many real ones
+    and half as many drawn ones chosen on.
+    """
+    judged = judge
+    splits: list[tuple[str, Any, list[scenes.Picture], list[scenes.Picture], PixelJudge | None]] = [
+        (
+            "real scenes, held-out pairs",
+            scenes.image_to_image(pipe),
+            scenes.real(n, emojiscenes.TRAIN, FIT),
+            scenes.real(n, emojiscenes.HELD_OUT, SCORED),
+            None,
+        )
+    ]
+    if draws_scenes:
+        drawn = scenes.generated(-(-n // 2), emojiscenes.TRAIN, FIT), scenes.generated(n, emojiscenes.HELD_OUT, SCORED)
+        splits.append(("drawn scenes, held-out pairs", pipe, *drawn, judged))
+    else:
+        splits.append(("drawings", pipe, scenes.drawings(-(-n // 2), VALIDATION), scenes.drawings(n, TEST), judged))
+    rows = []
+    for split, own, fit, test, masked_by in splits:
+        methods = [scenes.nothing(), scenes.chance(), *_of_attention(own)]
+        for sae in saes:
+            chosen = scenes.latents_of_objects(own, sae, fit, masked_by)
+            wanted = {index for picture in (*fit, *test) for index in picture.objects}
+            if wanted <= set(chosen):
+                methods.append(scenes.latents(f"a latent an object, {sae.config.hookpoint}", sae, chosen))
+            else:
+                said(f"{split}: {sae.config.hookpoint} has no latent for {len(wanted - set(chosen))} objects; left out")
+        for method in methods:
+            line = scenes.row(own, name, method, split, fit, test, masked_by)
+            if method.name == "no maps":  # nothing to score
+                line |= dict.fromkeys(
+                    ("miou", "oracle_miou", "share_of_oracle", "accuracy", "map", "pointing", "threshold")
+                )
+            rows.append(line)
+            said(f"{split}: {method.name}: {line['miou']} of {line['oracle_miou']}, {line['seconds']} s")
+    report = pixel_judge_report()
+    return {
+        "device": device_name(),
+        "versions": versions(),
+        "n_pictures": n,
+        "pixel_judge_miou": report["held_out_pairs_real"]["miou"],
+        "rows": rows,
+    }
+
+
+def _of_attention(pipe: Any) -> list[scenes.Method]:
+    """Every kind of map that the pipeline has, as it is and refined; of cross-attention DAAM's, ours and eager."""
+    found = []
+    for kind in KINDS:
+        if kind == "concept":
+            continue
+        try:
+            attach(pipe, HeatMaps(kind)).close()
+        except ValueError:
+            continue
+        found += [scenes.heat_maps(kind), scenes.heat_maps(kind, refined=1), scenes.heat_maps(kind, refined=3)]
+        if kind == "cross":
+            found += [scenes.heat_maps(kind, exact=True)]
+    if getattr(pipe, "unet", None) is not None:
+        found.append(scenes.eager_daam())
+    try:
+        attach(pipe, HeatMaps(concepts=["fox", "background"])).close()
+    except ValueError:
+        return found
+    return [*found, scenes.concepts()]

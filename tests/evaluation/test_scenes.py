@@ -1,0 +1,96 @@
+"""Heat maps as segmenters: what is eager, what is scored, and one row of the table on the embedded pipeline."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparsefeat.assets import emojicanvas, emojiscenes
+from sparsefeat.attention import HeatMaps
+from sparsefeat.evaluation import scenes
+from sparsefeat.evaluation.eager_daam import EagerDAAM
+from sparsefeat.evaluation.pixel_judge import load_pixel_judge
+from sparsefeat.pipeline import attach
+from tests.tiny import pixels, tiny_sd
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_eager_daam_has_the_maps_of_the_exact_kernels_and_draws_the_same(guidance):
+    pipe = tiny_sd()
+    call = {"guidance_scale": guidance, "height": 64, "width": 96, "num_images_per_prompt": 2}
+    maps = HeatMaps(daam_exact=True)
+    with attach(pipe, maps) as run:
+        drawn = pixels(pipe, "a fox and a cat", **call)
+    processors = pipe.unet.attn_processors
+    with EagerDAAM(guidance > 1).attached(pipe) as daam:
+        again = pixels(pipe, "a fox and a cat", **call)
+    np.testing.assert_allclose(again, drawn, atol=1e-4)
+    assert pipe.unet.attn_processors == processors
+    for image in range(2):
+        torch.testing.assert_close(daam.maps(image), run[maps].tensor(image), rtol=1e-4, atol=1e-5)
+        for word in ("fox", "cat"):
+            found = daam.word(image, pipe.tokenizer, "a fox and a cat", word)
+            torch.testing.assert_close(found, run[maps].word(word, image).values, rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_are_the_same_for_the_same_seed_and_no_held_out_pair_is_chosen_on():
+    again = [scenes.real(6, emojiscenes.HELD_OUT, 3) for _ in range(2)]
+    assert [one.prompt for one in again[0]] == [one.prompt for one in again[1]]
+    assert all(emojiscenes.held_out_pair(*one.objects) for one in again[0])
+    assert not any(emojiscenes.held_out_pair(*one.objects) for one in scenes.generated(6, emojiscenes.TRAIN, 3))
+    single = scenes.drawings(60, 2)
+    assert {one.objects[0] for one in single} == set(range(50))
+    assert len({one.seed for one in single}) == 60
+    assert all(word in one.prompt for one in (*again[0], *single) for word in one.words)
+
+
+def test_a_method_that_knows_the_mask_is_the_oracle_and_nothing_is_worse_than_chance():
+    """Maps that are the exact masks on a grid score what the oracle scores."""
+    pictures = scenes.real(4, emojiscenes.HELD_OUT, 5)
+    by_prompt = {picture.prompt: picture for picture in pictures}
+
+    class Pipe:
+        def __call__(self, prompts, **call):
+            assert call["strength"] == 0.5
+            assert all(isinstance(image, Image.Image) for image in call["image"])
+            assert [by_prompt[prompt].image for prompt in prompts] == call["image"]
+            return type("Output", (), {"images": torch.zeros(len(prompts), 1)})
+
+    def opened(pipe, guidance, chunk):
+        import contextlib
+
+        def read(image, picture):
+            return torch.nn.functional.interpolate(picture.masks[None], size=(8, 8), mode="area")[0]
+
+        return contextlib.nullcontext(read)
+
+    own, oracle, _, unseen = scenes.scored(Pipe(), scenes.Method("knows", opened), pictures, None)
+    assert unseen == 0
+    for threshold in scenes.THRESHOLDS:
+        assert own.scores(threshold) == pytest.approx(oracle.scores(threshold))
+    lost, *_ = scenes.scored(Pipe(), scenes.chance(), pictures, None)
+    assert lost.scores().miou < own.scores("mean").miou
+    assert lost.scores().pointing < own.scores().pointing
+
+
+@pytest.mark.embedded
+def test_a_row_of_the_embedded_pipeline_has_every_column():
+    from sparsefeat.assets import load_pipeline
+
+    pipe = load_pipeline()
+    fit, test = scenes.real(4, emojiscenes.TRAIN, 1), scenes.real(4, emojiscenes.HELD_OUT, 2)
+    own = scenes.image_to_image(pipe)
+    row = scenes.row(own, "embedded", scenes.heat_maps("cross", refined=1), "real", fit, test, None)
+    assert row["method"] == "cross maps, refined 1 x"
+    assert row["n_maps"] == 8
+    assert 0 < row["miou"] <= 1
+    assert row["share_of_oracle"] == pytest.approx(row["miou"] / row["oracle_miou"], abs=1e-3)
+    assert row["seconds"] > 0
+    assert row["peak_bytes"] >= 0
+    drawn = scenes.drawings(2, 2)
+    masks, _ = scenes.called(pipe, drawn, load_pixel_judge())
+    assert [len(mask) for mask in masks] == [1, 1]
+    assert masks[0].shape[-2:] == (64, 64)
+    assert len(emojicanvas.OBJECTS) == 50
