@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WRITTEN_BY_SPARSIFY = ROOT / "tests" / "sae" / "formats" / "fixtures" / "sparsify" / "readme"
 PAGES = (
     "README.md",
+    "docs/attention.md",
     "docs/embedded.md",
     "docs/features.md",
     "docs/instruments.md",

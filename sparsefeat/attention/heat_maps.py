@@ -61,7 +61,7 @@ class HeatMaps(Instrument):
             Default: "cross" where text is attended to apart, else "joint"; "concept" where concepts are given.
         concepts: what to find, in or outside the prompt, of one or several tokens; what is left over goes to the nearest,
             so name the background too, concepts=["fox", "snow", "sky"].
-        words: the words that will be asked for; only their tokens are added up. Default: every token.
+        words: the words that will be asked for, or positions of tokens; only their tokens are added up. Default: every token.
         layers: module paths (or parts of them) of the attention modules to read, e.g. `"up_blocks.1"`. Default: every one;
             of a UNet those of the down and up blocks, as in DAAM; for concepts every block with a text stream, of FLUX
             the last fifth of those (15 to 18 of 19), as published.
@@ -87,7 +87,7 @@ class HeatMaps(Instrument):
         kind: Kind | None = None,
         *,
         concepts: Sequence[str] | None = None,
-        words: Sequence[str] | None = None,
+        words: Sequence[str | int] | None = None,
         layers: str | Sequence[str] | None = None,
         steps: Steps = None,
         condition: str = "cond",
@@ -105,7 +105,7 @@ class HeatMaps(Instrument):
         if condition not in ("cond", "uncond"):
             raise ValueError(f"condition={condition!r} is not known; use 'cond' or, for the negative prompt, 'uncond'.")
         self.kind, self.direction, self.condition = kind, direction, condition
-        self.words = _names("words", words, "words=['fox']")
+        self.words = _words(words)
         self.concepts = _names("concepts", concepts, "concepts=['fox', 'snow']")
         self.layers = _names("layers", layers, "layers='up_blocks.1'")
         self.window = StepWindow.parse(steps)
@@ -320,21 +320,24 @@ class HeatMaps(Instrument):
         """Those of the tokens of `words`, in any of the prompts."""
         if self.words is None:
             return None
+        found = {word for word in self.words if isinstance(word, int)}
+        if max(found, default=0) >= self._n_tokens:
+            raise ValueError(f"words={list(self.words)!r} names a position past the {self._n_tokens} tokens there are.")
+        named = [word for word in self.words if isinstance(word, str)]
         prompts = None if self._call is None else self._prompts(self._call)
-        if prompts is None:
+        if prompts is None and named:
             raise ValueError(
                 "words= cannot be found, as the prompts of this call are not known (it was given embeddings, not text): "
-                "leave words= out and name token positions, .map([2, 3])."
+                "name token positions instead, words=[2, 3] and .map([2, 3])."
             )
-        found: set[int] = set()
-        for word in self.words:
+        for word in named:
             errors = []
-            for prompt in prompts:
+            for prompt in prompts or ():
                 try:
                     found |= set(prompt.indices(self._n_tokens, word))
                 except ValueError as error:
                     errors.append(error)
-            if len(errors) == len(prompts):
+            if len(errors) == len(prompts or ()):
                 raise errors[0]
         return tuple(sorted(found))
 
@@ -485,6 +488,15 @@ def _names(name: str, given: str | Sequence[str] | None, example: str) -> tuple[
         what = "a module path or a list of them" if name == "layers" else "a word or a list of them"
         raise ValueError(f"{name}={given!r} must be {what}, as in {example}.")
     return names
+
+
+def _words(given: Sequence[str | int] | None) -> tuple[str | int, ...] | None:
+    """Words, and positions of tokens."""
+    if given is None or isinstance(given, str) or not isinstance(given, Sequence):
+        return _names("words", given, "words=['fox']")  # type: ignore[arg-type]
+    places = tuple(whole(f"words[{i}]", word, 0) for i, word in enumerate(given) if not isinstance(word, str))
+    named = [word for word in given if isinstance(word, str)]
+    return (*places, *(_names("words", named, "words=['fox']") or ())) if named or not places else places
 
 
 def _kept(keep: Sequence[str]) -> tuple[str, ...]:

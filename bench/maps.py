@@ -1,0 +1,277 @@
+"""Maps of attention beside attention-map-diffusers, in the environment that `make peers` builds.
+
+    python -m bench.maps agree    the same map of every layer and step, on tiny pipelines of each family
+    python -m bench.maps cost     a step of a UNet of SD 1.5's size and a FLUX block, without maps, with ours, with theirs
+
+Both write to bench/results/maps.json.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch.nn import functional as F
+
+import sparsefeat as sf
+from bench.peers import importable
+from sparsefeat.evaluation.sd_sized import sd_sized_pipeline
+from sparsefeat.measure.machine import device_name
+from sparsefeat.measure.timing import resident_peak_beyond, versions
+from sparsefeat.pipeline import AttentionCall, Context
+from sparsefeat.pipeline.visits import Visits
+from tests.families import families
+
+RESULTS = Path(__file__).parent / "results" / "maps.json"
+FAMILIES = ("sd", "sdxl", "sana", "wan", "sd3", "flux", "flux2", "z_image", "cogvideox", "hunyuan_video")
+RELATIONS = {"image_to_text": ("image->text", "video->text"), "text_to_image": ("text->image", "text->video")}
+ROUNDS = 3
+EIGHT = list(range(1, 9))
+"""Eight tokens."""
+
+
+def captured(pipe: Any, relations: tuple[str, ...], run: Callable[[], Any], **options: Any) -> Any:
+    from attention_map_diffusers import AttentionCapture
+
+    with AttentionCapture(pipe, relations=relations, heads="mean", **options) as capture:
+        run()
+    return capture.compute()
+
+
+# ------------------------------------------------------------------------------------------------------------ agreement
+
+
+def agreement(name: str, direction: str) -> dict[str, Any]:
+    """The largest difference of a map of one layer and step; or why there is nothing to compare."""
+    tiny = families()[name]
+    pipe = tiny.build()
+    runs, paths = tiny.runs(tiny.guidance == "cfg"), RELATIONS[direction]
+
+    def run() -> Any:
+        size = "wide" if name == "z_image" else "square"  # theirs keeps what pads an image to 32 tokens
+        return tiny.call(pipe, ["red fox"], guidance=tiny.guidance == "cfg", size=size, steps=2)
+
+    row = {"family": name, "direction": direction}
+    try:
+        maps = sf.HeatMaps(direction=direction, keep=["layers", "steps"])  # type: ignore[arg-type]
+        with sf.attach(pipe, maps) as session:
+            run()
+    except ValueError as error:
+        return {**row, "note": f"ours: {error}"}
+    try:
+        records = captured(pipe, paths, run, timesteps="all", mode="exact", allow_large_maps=True).records
+    except Exception as error:  # whatever it raises on a pipeline
+        return {**row, "note": f"theirs: {type(error).__name__}: {error}"[:200]}
+    theirs: dict[str, list[torch.Tensor]] = {}
+    for record in records:
+        if record.relation in paths and record.data is not None:
+            theirs.setdefault(record.layer_id, []).append(record.data)
+    differences, shapes, compared = [], set(), 0
+    for part, held in session[maps].sums.items():
+        assert part.layer is not None
+        assert part.step is not None
+        own = held.total[0, 0] / held.count[0]
+        for index, data in enumerate(theirs.get(part.layer, [])):
+            chunks = runs[index % len(runs)]
+            if index // len(runs) == part.step and "cond" in chunks:
+                found = data[chunks.index("cond") * data.shape[0] // len(chunks), 0]
+                found = found if direction == "image_to_text" else found.T
+                if found.shape != own.shape:
+                    shapes.add(f"theirs {tuple(found.shape)}, ours {tuple(own.shape)}")
+                    continue
+                compared += 1
+                differences.append(float((found - own).abs().max() / own.abs().max()))
+    note = "; ".join(sorted(shapes)) or ("" if compared else "no map of a layer that both have")
+    largest = max(differences, default=None)
+    missing = len({part.layer for part in session[maps].sums} - set(theirs))
+    return {**row, "maps": compared, "largest_relative_difference": largest, "layers_only_ours": missing, "note": note}
+
+
+# ----------------------------------------------------------------------------------------------------------------- cost
+
+
+def sd_step() -> tuple[Any, Callable[[], Any]]:
+    pipe = sd_sized_pipeline()
+    embeds = torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(0))
+    given = {"prompt_embeds": embeds, "negative_prompt_embeds": embeds.flip(1), "num_inference_steps": 1}
+    return pipe, lambda: pipe(**given, generator=torch.Generator().manual_seed(1), output_type="latent")
+
+
+def flux_block() -> tuple[Any, Callable[[], Any]]:
+    """One double block of FLUX.1 at 1024 x 1024: 4,096 image tokens and 512 of text."""
+    torch.manual_seed(0)
+    transformer = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=0, guidance_embeds=False).eval()
+    vae = diffusers.AutoencoderKL(latent_channels=16, block_out_channels=(4,) * 4, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)  # fmt: skip
+    pipe = diffusers.FluxPipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    given = {"prompt_embeds": torch.randn(1, 512, 4096), "pooled_prompt_embeds": torch.randn(1, 768)}
+    size = {"height": 1024, "width": 1024, "num_inference_steps": 1, "output_type": "latent"}
+    return pipe, lambda: pipe(**given, **size, generator=torch.Generator().manual_seed(1))
+
+
+@contextmanager
+def attention_seconds(pipe: Any, paths: tuple[str, ...]) -> Iterator[list[float]]:
+    """How long each call of `F.scaled_dot_product_attention` in the modules at `paths` takes."""
+    found: list[float] = []
+    inside: list[None] = []
+    original, handles = F.scaled_dot_product_attention, []
+
+    def timed(*args: Any, **kwargs: Any) -> torch.Tensor:
+        began = time.perf_counter()
+        result = original(*args, **kwargs)
+        if inside:
+            found.append(time.perf_counter() - began)
+        return result
+
+    for path in paths:
+        root, _, inner = path.partition(".")
+        module = getattr(pipe, root).get_submodule(inner)
+        handles.append(module.register_forward_pre_hook(lambda *_: inside.append(None)))
+        handles.append(module.register_forward_hook(lambda *_: inside.pop() and None))
+    F.scaled_dot_product_attention = timed
+    try:
+        yield found
+    finally:
+        F.scaled_dot_product_attention = original
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def map_seconds() -> Iterator[list[float]]:
+    """How long what a session does at each attention takes."""
+    found: list[float] = []
+    original = Visits.attention
+
+    def timed(self: Visits, *args: Any) -> None:
+        began = time.perf_counter()
+        original(self, *args)
+        found.append(time.perf_counter() - began)
+
+    Visits.attention = timed  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        Visits.attention = original  # type: ignore[method-assign]
+
+
+class Kept(sf.HeatMaps):
+    """The last attention, to do its maps again alone."""
+
+    largest: tuple[AttentionCall, Context] | None = None
+
+    def at_attention(self, call: AttentionCall, context: Context) -> None:
+        if self.largest is None or call.query.numel() >= self.largest[0].query.numel():
+            self.largest = call, context
+        super().at_attention(call, context)
+
+
+def peak_of_a_map(pipe: Any, run: Callable[[], Any]) -> int:
+    """What the process takes more while the maps of the largest attention are added up, buffers included."""
+    kept = Kept(words=EIGHT)
+    with sf.attach(pipe, kept):
+        run()
+    assert kept.largest is not None
+    call, context = kept.largest
+    alone = sf.HeatMaps(words=EIGHT)
+    alone.attentions(pipe)
+    return resident_peak_beyond(lambda: alone.at_attention(call, context))
+
+
+def cost(name: str, build: Callable[[], tuple[Any, Callable[[], Any]]]) -> list[dict[str, Any]]:
+    pipe, run = build()
+    maps = sf.HeatMaps(words=EIGHT)
+    paths = maps.attentions(pipe)
+    peer = importable("attention_map_diffusers")
+    seconds: dict[str, list[float]] = {"none": [], "sparsefeat": [], "attention-map-diffusers": []}
+    attention, at_maps, stored = [], [], 0
+    run()
+    for _ in range(ROUNDS):
+        with attention_seconds(pipe, paths) as watched:
+            began = time.perf_counter()
+            run()
+            seconds["none"].append(time.perf_counter() - began)
+        attention.append(sum(watched))
+        with sf.attach(pipe, maps) as session, map_seconds() as ours:
+            began = time.perf_counter()
+            run()
+            seconds["sparsefeat"].append(time.perf_counter() - began)
+        at_maps.append(sum(ours))
+        if not peer:
+            began = time.perf_counter()
+            found = captured(pipe, RELATIONS["image_to_text"], run, timesteps="last", tokens=EIGHT)
+            seconds["attention-map-diffusers"].append(time.perf_counter() - began)
+            stored = sum(r.data.numel() * r.data.element_size() for r in found.records if r.data is not None)
+    plain = statistics.median(seconds["none"])
+    rows = [{"case": name, "method": "none", "seconds": plain, "attention_seconds": statistics.median(attention)}]
+    in_maps = statistics.median(at_maps)
+    rows.append({
+        "case": name,
+        "method": "sparsefeat",
+        "seconds": statistics.median(seconds["sparsefeat"]),
+        "map_seconds": in_maps,
+        "share_of_step": in_maps / plain,
+        "share_of_attention": in_maps / statistics.median(attention),
+        "held_bytes": session[maps].bytes,
+        "peak_bytes": peak_of_a_map(pipe, run),
+    })  # fmt: skip
+    if peer:
+        rows.append({"case": name, "method": "attention-map-diffusers", "note": peer})
+    else:
+        theirs = statistics.median(seconds["attention-map-diffusers"])
+        more = theirs - plain
+        rows.append({
+            "case": name,
+            "method": "attention-map-diffusers",
+            "seconds": theirs,
+            "map_seconds": more,
+            "share_of_step": more / plain,
+            "share_of_attention": more / statistics.median(attention),
+            "held_bytes": stored,
+        })  # fmt: skip
+    return rows
+
+
+def write(key: str, rows: list[dict[str, Any]]) -> None:
+    before = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    machine = {"device": device_name(), "threads": torch.get_num_threads(), "versions": versions()}
+    made = {"command": f"python -m bench.maps {key}", "date": date.today().isoformat(), **machine, "rows": rows}
+    RESULTS.write_text(json.dumps({**before, key: made}, indent=1) + "\n")
+
+
+@torch.no_grad()
+def main(what: str) -> None:
+    rows = []
+    if what == "agree":
+        made: Iterator[Any] = ([agreement(n, d)] for n in FAMILIES for d in RELATIONS)
+    else:
+        made = (cost(n, build) for n, build in (("SD 1.5 step", sd_step), ("FLUX block", flux_block)))
+    for some in made:
+        for row in some:
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    write(what, rows)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1] not in ("agree", "cost"):
+        raise SystemExit(__doc__)
+    main(sys.argv[1])
