@@ -87,7 +87,7 @@ $(PEERS)/.installed: constraints.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt torch
 	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt eai-sparsify sae-lens dictionary-learning overcomplete
-	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt matplotlib pytest pytest-benchmark typer
+	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt diffusers matplotlib pytest pytest-benchmark typer
 	$(PEERS)/bin/python -m pip install --quiet --no-deps attention-map-diffusers==1.0.0
 	$(PEERS)/bin/python -m pip install --quiet --no-deps -e .
 	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision

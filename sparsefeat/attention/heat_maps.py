@@ -493,7 +493,7 @@ def _names(name: str, given: str | Sequence[str] | None, example: str) -> tuple[
 def _words(given: Sequence[str | int] | None) -> tuple[str | int, ...] | None:
     """Words, and positions of tokens."""
     if given is None or isinstance(given, str) or not isinstance(given, Sequence):
-        return _names("words", given, "words=['fox']")  # type: ignore[arg-type]
+        return _names("words", given, "words=['fox']")
     places = tuple(whole(f"words[{i}]", word, 0) for i, word in enumerate(given) if not isinstance(word, str))
     named = [word for word in given if isinstance(word, str)]
     return (*places, *(_names("words", named, "words=['fox']") or ())) if named or not places else places
