@@ -22,7 +22,7 @@ def start(line: list[str], folder: Path) -> subprocess.Popen:
     return subprocess.Popen([*COMMAND, *line], cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(condition, process: subprocess.Popen, seconds: float = 900) -> None:
     ends = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -32,7 +32,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
 
 def end(process: subprocess.Popen, number: signal.Signals) -> str:
     process.send_signal(number)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == 128 + number
     return said.strip().splitlines()[-1]
 

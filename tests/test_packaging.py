@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -95,6 +96,29 @@ def test_the_wheel_holds_both_packages_their_types_and_every_asset(wheel):
         if path.is_file() and "__pycache__" not in path.parts:
             assert path.relative_to(ROOT).as_posix() in names, path
     assert any(name.endswith("licenses/NOTICE") for name in names)
+
+
+def test_the_metadata_has_no_link_that_leads_nowhere_and_the_guides_are_in_the_wheel(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        metadata = archive.read(next(name for name in names if name.endswith(".dist-info/METADATA"))).decode()
+    body = metadata.partition("\n\n")[2]
+    assert "# sparsefeat" in body
+    assert [t for t in re.findall(r"\]\(([^)]+)\)", body) if not t.startswith(("http", "#"))] == []
+    guides = {name.rpartition("/")[2] for name in names if "/share/doc/sparsefeat/" in name}
+    assert guides == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_links_are_absolute_where_the_repository_has_an_address():
+    made = importlib.util.spec_from_file_location("setup_of_sparsefeat", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(made)
+    made.loader.exec_module(module)
+    text = "![p](docs/demo.png) [`docs/a.md`](docs/a.md) [there](https://example.org) [here](#top)"
+    assert module.long_description(text, "https://example.org/s") == (
+        "![p](https://example.org/s/raw/HEAD/docs/demo.png) [`docs/a.md`](https://example.org/s/blob/HEAD/docs/a.md)"
+        " [there](https://example.org) [here](#top)"
+    )
+    assert module.long_description(text, None) == " `docs/a.md` [there](https://example.org) [here](#top)"
 
 
 def test_the_wheel_works_outside_the_checkout(wheel, tmp_path):

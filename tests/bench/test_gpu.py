@@ -44,17 +44,16 @@ def test_a_test_file_that_failed_is_run_again_and_one_that_passed_is_not(tmp_pat
 
 
 def test_a_command_is_stopped_at_its_limit_and_keeps_its_output():
-    code, output = children.command(["bash", "-c", "echo begun; sleep 30"], 1.0)
+    code, output = children.command(["bash", "-c", "echo begun; sleep 300"], 3.0)
     assert code is None
     assert "begun" in output
 
 
 def test_what_a_stopped_command_began_ends_with_it(tmp_path):
     """A sanitizer's child would keep the GPU that the next stage is timed on."""
-    began = time.perf_counter()
-    script = f"(sleep 8; touch {tmp_path}/late) & echo $! > {tmp_path}/pid; wait"
-    assert children.command(["bash", "-c", script], 1.0)[0] is None
-    assert time.perf_counter() - began < 6
+    script = f"(sleep 60; touch {tmp_path}/late) & echo $! > {tmp_path}/pid; wait"
+    assert children.command(["bash", "-c", script], 3.0)[0] is None
+    assert not (tmp_path / "late").exists()
     child = Path("/proc") / (tmp_path / "pid").read_text().strip()
     assert not child.exists() or "Z" in (child / "stat").read_text().split()[2]
 

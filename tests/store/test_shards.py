@@ -169,7 +169,7 @@ def test_a_killed_writer_loses_at_most_the_shard_in_hand_and_resumes(tmp_path):
     for _ in range(2):
         before = len(list(tmp_path.glob("*.safetensors")))
         process = subprocess.Popen([sys.executable, "-c", WRITE_FOREVER, str(tmp_path)], env=environment)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while len(list(tmp_path.glob("*.safetensors"))) < before + 5:
             assert process.poll() is None
             assert time.monotonic() < deadline
