@@ -163,6 +163,20 @@ def test_a_latent_that_chance_explains_is_not_said_to_stand_for_its_concept(page
         assert re.search(rf"Latent {latent}\s+No name\.", re.sub(r"\s*\n\s*", " ", source))
 
 
+def test_columns_of_counts_are_there_where_the_benchmark_has_counts(tmp_path: Path) -> None:
+    results, images = sample(n_features=2, n_examples=2)
+    columns = "Target seen, before → after", "Others right, before → after"
+    for there in (True, False):
+        source = write_page(tmp_path / str(there), results, images).read_text()
+        assert [name in source for name in columns] == [there, there]
+        table = source[source.index('id="benchmark"') :]
+        table = table[: table.index("</table>")]
+        rows = [row.count("<td") for row in table.split("<tr>")[2:] if "<td" in row]
+        assert set(rows) == {table.count('scope="col" class="number"')}
+        for row in results["benchmark"]["erasure"]:
+            row.pop("before_after", None)
+
+
 def test_results_json_is_what_was_given_with_paths_for_image_keys(tmp_path: Path) -> None:
     results, images = sample(n_features=2, n_examples=2)
     given = copy.deepcopy(results)
