@@ -74,6 +74,7 @@ AT_ONCE = [
     ("steer a --add twelve=3", "--add 'twelve=3' must be LATENT=NUMBER, as in --add 12=8.0"),
     ("steer a --set 3", "--set '3' must be LATENT=NUMBER, as in --set 12=8.0"),
     ("steer a --scale 3=nan", "--scale '3=nan' must give a finite number, as in --scale 12=8.0"),
+    ("steer a --scale 3=1e39", "--scale '3=1e39' must give a finite number, as in --scale 12=8.0"),
     ("steer a --add=-1=3", "--add '-1=3' must name a latent, counted from 0"),
     ("steer a --scale 391=2 --scale 391=3", "--scale names latent 391 twice; give it once"),
     ("steer a --scale 391=2 --set 391=3", "latent 391 is in --scale and in --set; give it one of them"),
@@ -94,8 +95,10 @@ AT_ONCE = [
     ),
     ("erase a --concept fox --latents 0", "'--latents': Input should be greater than or equal to 1"),
     ("erase a --concept fox --gamma nan", "'--gamma': nan is not a finite number"),
+    ("erase a --concept fox --gamma 1e300", "'--gamma': 1e+300 is not a finite number of 32 bits"),
     ("erase a --concept fox --concepts nothere.json", "--concepts nothere.json cannot be read"),
-    ("erase a --concept fox --concepts broken.json", "--concepts broken.json is not JSON"),
+    ("erase a --concept fox --concepts broken.json", "--concepts broken.json cannot be used (Unterminated string"),
+    ("erase a --concept fox --concepts twice.json", "--concepts twice.json cannot be used ('fox' stands there twice)"),
     ("erase a --concept fox --concepts list.json", "--concepts list.json must map each concept to a list of"),
     ("erase a --concept fox --concepts numbers.json", "--concepts numbers.json must map each concept to a list of"),
     ("erase a --concept fox --concepts blank.json", "--concepts blank.json must map each concept to a list of"),
@@ -161,6 +164,7 @@ AT_ONCE = [
     ("train --at a --window 0", "'--window': Input should be greater than or equal to 1"),
     ("evaluate imagenet", "'imagenet' is not one of 'emoji', 'overhead'"),
     ("evaluate overhead --work x", "--work is of the emoji benchmark; overhead has no parts to keep, leave it out"),
+    ("evaluate emoji --work file", "--work file is a file; name a folder"),
     ("evaluate overhead --out empty", "--out empty is a folder; name a file"),
     ("bench --only topk", "--only 'topk' is no op; choose one of topk_encode"),
     ("bench --device tpu", "--device 'tpu' cannot be measured; choose cpu"),
@@ -184,6 +188,9 @@ LATER = [
     ("features a --sae empty", "empty holds no SAE"),
     ("train --activations empty", "--activations empty has no activations; name the folder that `sparsefeat collect` wrote"),
     ("train --at unet.mid_blok --limit 2", "has no module 'unet.mid_blok'; the nearest are unet.mid_block"),
+    ("features a --at unet --steps 1", "Record needs activations of width 64, but unet is 4 wide: its SAE was made for"),
+    ("steer a --add 391=1e30 --steps 1", "the image came out as NaN, numbers beyond all bounds; take smaller ones"),
+    ("features a --guidance 1e38 --steps 2", "the image came out as NaN, numbers beyond all bounds; take smaller ones"),
     ("collect --at unet.mid_blok --prompts lines.txt", "has no module 'unet.mid_blok'; the nearest are unet.mid_block"),
     ("demo --out full --force", "--out full exists and holds no earlier report, so it is left alone; choose another folder"),
     pytest.param(
@@ -207,6 +214,7 @@ def furnish(folder: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(content))
     for name, content in (("blank.txt", "\n"), ("lines.txt", "a fox\n"), ("table.csv", "id,who\n1,a\n")):
         (folder / name).write_text(content)
+    (folder / "twice.json").write_text('{"fox": ["a fox"], "fox": ["the fox"], "owl": ["an owl"]}')
     (folder / "broken.json").write_text('{"fox')
 
 
@@ -238,6 +246,14 @@ def test_the_shell_refuses_it_in_one_sentence_with_exit_code_2_and_loses_nothing
         assert len(result.output.splitlines()) == 1
         assert not OF_PYTHON.search(result.output)  # whoever reads the shell is told options
     assert everything(furnished) == before
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize(("edit", "changes"), [("--add 391=0", False), ("--scale 391=1", False), ("--add 391=9", True)])
+def test_an_edit_that_changed_nothing_says_so(edit, changes, furnished):
+    result = CliRunner().invoke(app, shlex.split(f"steer 'a fox' {edit} --steps 1"))
+    assert result.exit_code == 0, result.output
+    assert ("the edit changed nothing of this image" in plain(result.output)) is not changes
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+LARGEST = 3.4e38  # of 32-bit floats, which is what pipelines calculate with
+
 
 def finite(number: float | None) -> float | None:
-    """Typer callback: no NaN and no infinity."""
-    if number is not None and not math.isfinite(number):
-        raise typer.BadParameter(f"{number} is not a finite number")
+    """Typer callback: no NaN, and nothing that is infinite in 32 bits."""
+    if number is not None and not abs(number) <= LARGEST:
+        raise typer.BadParameter(f"{number} is not a finite number of 32 bits")
     return number
 
 

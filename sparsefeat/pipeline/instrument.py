@@ -67,6 +67,11 @@ class Activations:
             self._rows = rows_of(self.tensor)
         return self._rows
 
+    @property
+    def width(self) -> int:
+        """The channels of a row."""
+        return self.tensor.shape[1 if self.tensor.ndim > 3 else -1]
+
     def code(self, sae: Any) -> Any:
         """`sae.encode(rows)`, computed once for all instruments here that hold this same SAE object.
 

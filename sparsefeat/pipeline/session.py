@@ -17,7 +17,7 @@ from sparsefeat.pipeline.context import CONDITIONS, Call
 from sparsefeat.pipeline.families.registry import family_of
 from sparsefeat.pipeline.hookpoints import Hookpoint, Target, components, resolve
 from sparsefeat.pipeline.instrument import Instrument
-from sparsefeat.pipeline.visits import Place, Tap
+from sparsefeat.pipeline.visits import Place, Tap, check_width
 from sparsefeat.pipeline.wiring import Wiring
 
 
@@ -258,12 +258,9 @@ def _place(pipe: Any, instrument: Instrument, hookpoint: Hookpoint) -> Place:
     family = target.family.stating(hookpoint.rows)
     target = replace(target, family=family)
     io = "input" if hookpoint.io == "input" else "output"
-    width, wanted = family.width(target.module, io), instrument.expected_width(hookpoint)
-    if width is not None and wanted is not None and width != wanted:
-        raise ValueError(
-            f"{type(instrument).__name__} needs activations of width {wanted}, but {hookpoint} is {width} wide in "
-            f"this {type(pipe).__name__}: its SAE was made for another model or another hookpoint"
-        )
+    width = family.width(target.module, io)
+    if width is not None:
+        check_width(instrument, hookpoint, width, f" in this {type(pipe).__name__}")
     differs = difference(pipe, instrument.base_model(), target.path)
     if differs is not None:
         warnings.warn(f"{type(instrument).__name__} at {hookpoint}: {differs}", stacklevel=4)

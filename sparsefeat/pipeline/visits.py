@@ -49,6 +49,15 @@ class Place:
         return id(self.target.module), "before" if self.hookpoint.io == "input" else "after"
 
 
+def check_width(instrument: Instrument, hookpoint: Hookpoint, width: int, where: str = "") -> None:
+    wanted = instrument.expected_width(hookpoint)
+    if wanted is not None and width != wanted:
+        raise ValueError(
+            f"{type(instrument).__name__} needs activations of width {wanted}, but {hookpoint} is {width} wide{where}: its "
+            "SAE was made for another model or another hookpoint"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Tap:
     """One instrument at one attention module, or listening to one component."""
@@ -175,6 +184,7 @@ class Visits:
                 context = replace(context, hookpoint=hookpoint)
                 if not _is_its_turn(running, place.instrument, context):
                     return None
+            check_width(place.instrument, hookpoint, seen.width)  # of a family that could not say it before
             answer = place.instrument.at_hookpoint(seen, context)
         if answer is None:
             return None

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsefeat.cli.drawing import draw_before_and_after
 from sparsefeat.cli.failures import keeping
 from sparsefeat.cli.opening import PipelineChoice, SAEChoice, check_hookpoint
 from sparsefeat.cli.options import At, Device, Guidance, Out, Pipeline, Saes, Seed, Steps, Subfolders, finite, path
@@ -94,12 +95,7 @@ def erase(
                 if kept is not None:
                     for i, instrument in enumerate(instruments):
                         instrument.save(kept if len(instruments) == 1 else kept / str(i))
-        from sparsefeat.pipeline import attach
-        from sparsefeat.report import enlarge
-
-        enlarge(pipe(prompt, **choice.call_options(guidance, seed)).images[0]).save(folder / "before.png")
-        with attach(pipe, *instruments):
-            enlarge(pipe(prompt, **choice.call_options(guidance, seed)).images[0]).save(folder / "after.png")
+        draw_before_and_after(pipe, prompt, lambda: choice.call_options(guidance, seed), instruments, folder)
     typer.echo(f"{out / 'before.png'}\n{out / 'after.png'}")
 
 
@@ -138,13 +134,23 @@ def concept_prompts(concept: str, concepts: Path | None, pipeline: str | None) -
     )
 
 
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice!r} stands there twice")
+    return dict(pairs)
+
+
 def read_concepts(concept: str, file: Path) -> dict[str, list[str]]:
     try:
-        given = json.loads(file.read_text())
+        given = json.loads(file.read_text(), object_pairs_hook=each_once)
     except OSError as error:
         raise ValueError(f"--concepts {file} cannot be read ({error.strerror}); give a JSON file") from None
     except ValueError as error:
-        raise ValueError(f"--concepts {file} is not JSON ({error}); map each concept to its prompts") from None
+        raise ValueError(
+            f"--concepts {file} cannot be used ({error}); map each concept to its prompts, in JSON"
+        ) from None
     fits = isinstance(given, dict) and all(
         isinstance(prompts, list) and prompts and all(isinstance(p, str) and p.strip() for p in prompts)
         for prompts in given.values()

@@ -54,6 +54,8 @@ def evaluate(
         raise ValueError(f"--out {out} is a folder; name a file")
     check_writable(out, "--out")
     work = work or Path("build/evaluation")
+    if work.exists() and not work.is_dir():
+        raise ValueError(f"--work {work} is a file; name a folder")
     quiet_libraries()
     from sparsefeat.assets import embedded, load_pipeline
     from sparsefeat.evaluation.emoji import write_json

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsefeat.cli.drawing import draw
 from sparsefeat.cli.opening import PipelineChoice, SAEChoice, check_hookpoint
 from sparsefeat.cli.options import At, Device, Guidance, Json, Out, Pipeline, Saes, Seed, Steps, Subfolders
 from sparsefeat.cli.outputs import print_json
@@ -39,7 +40,7 @@ def features(
         records = [Record(one, at) for one in saes.open(device)]
         pipe = choice.open()
         with attach(pipe, *records) as run:
-            image = pipe(prompt, **choice.call_options(guidance, seed)).images[0]
+            image = draw(pipe, prompt, choice.call_options(guidance, seed))
         enlarge(image).save(folder / "image.png")
         found: list[dict[str, Any]] = []
         for record in records:

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from sparsefeat.cli.drawing import draw
 from sparsefeat.cli.failures import in_options
 from sparsefeat.cli.opening import PipelineChoice
 from sparsefeat.cli.options import Device, Guidance, Out, Pipeline, Seed, Steps
@@ -41,7 +42,7 @@ def heatmap(
         pipe = choice.open()
         maps = HeatMaps()
         with attach(pipe, maps) as run:
-            image = pipe(prompt, **choice.call_options(guidance, seed)).images[0]
+            image = draw(pipe, prompt, choice.call_options(guidance, seed))
         found = {}
         for one in word or dict.fromkeys(words_of(prompt)):
             try:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from sparsefeat.cli.drawing import draw_before_and_after
 from sparsefeat.cli.opening import PipelineChoice, SAEChoice, check_hookpoint
-from sparsefeat.cli.options import At, Condition, Device, Guidance, Out, Pipeline, Saes, Seed, Steps, Subfolders
+from sparsefeat.cli.options import (
+    LARGEST,
+    At,
+    Condition,
+    Device,
+    Guidance,
+    Out,
+    Pipeline,
+    Saes,
+    Seed,
+    Steps,
+    Subfolders,
+)
 from sparsefeat.whole import whole_folder
 
 
@@ -51,15 +63,10 @@ def steer(
     if sae is not None and len(sae) > 1:
         raise ValueError("--sae was given more than once; steer edits the latents of one SAE")
     with whole_folder(out, "--out") as folder:
-        from sparsefeat.pipeline import attach
-        from sparsefeat.report import enlarge
         from sparsefeat.steering import Steer
 
         edit = Steer(saes.open(device)[0], **edits, steps=fractions, condition=condition.value, at=at)
-        pipe = choice.open()
-        enlarge(pipe(prompt, **choice.call_options(guidance, seed)).images[0]).save(folder / "before.png")
-        with attach(pipe, edit):
-            enlarge(pipe(prompt, **choice.call_options(guidance, seed)).images[0]).save(folder / "after.png")
+        draw_before_and_after(choice.open(), prompt, lambda: choice.call_options(guidance, seed), [edit], folder)
     typer.echo(f"{out / 'before.png'}\n{out / 'after.png'}")
 
 
@@ -74,7 +81,7 @@ def parse_pairs(given: list[str], option: str) -> dict[int, float]:
             raise ValueError(f"{option} {item!r} must be LATENT=NUMBER, as in {option} 12=8.0") from None
         if key < 0:
             raise ValueError(f"{option} {item!r} must name a latent, counted from 0")
-        if not math.isfinite(number):
+        if not abs(number) <= LARGEST:
             raise ValueError(f"{option} {item!r} must give a finite number, as in {option} 12=8.0")
         if key in pairs:
             raise ValueError(f"{option} names latent {key} twice; give it once")
