@@ -15,15 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LARGEST = torch.finfo(torch.float32).max
+
 
 def number(name: str, given: Any, low: float = -math.inf, high: float = math.inf, *, above: bool = False) -> float:
-    """A finite number from `low` to `high`; `above`: larger than `low`."""
+    """A finite number from `low` to `high`, which 32 bits hold; `above`: larger than `low`."""
     try:
         value = math.nan if isinstance(given, (str, bytes, bool)) else float(given)
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
         value = math.nan
     if not math.isfinite(value) or not low <= value <= high or (above and value == low):
         raise ValueError(f"{name}={given!r} must be {_wanted('a finite number', low, high, above)}.")
+    if abs(value) > LARGEST:
+        raise ValueError(
+            f"{name}={given!r} is infinite in 32 bits, which pipelines calculate with; give a smaller number."
+        )
     return value
 
 
@@ -103,10 +109,11 @@ def image_map(name: str, given: Any) -> Tensor:
         raise ValueError(f"{name} has shape {shape}; give [height, width] for all images or [images, height, width].")
     if len(shape) == 3 and shape[2] in (3, 4) and shape[0] > 4:
         raise ValueError(f"{name} has shape {shape}, an image in colours; give one number a pixel, [height, width].")
-    if tensor.dtype == torch.uint8 and int(tensor.max()) > 1:
-        raise ValueError(
-            f"{name} is uint8 with values up to {int(tensor.max())}; divide it by 255 for weights of 0 to 1."
-        )
     if tensor.is_complex():
         raise ValueError(f"{name} has dtype {tensor.dtype}; give real numbers.")
+    if not tensor.is_floating_point() and int(tensor.max()) > 1:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{name} is {dtype} with values up to {int(tensor.max())}; divide it by 255 for weights of 0 to 1."
+        )
     return finite(name, tensor if tensor.dtype == torch.float64 else tensor.float())

@@ -32,7 +32,7 @@ from sparsefeat.features.statistics import (
     check_statistics,
     collect_statistics,
 )
-from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint
+from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint
 from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.sae import SAE
@@ -179,7 +179,6 @@ class Erase(SavableInstrument):
         self.condition = check_condition(condition)
         self.window = StepWindow.parse(steps)
         self.at = hookpoint_of(sae, at)
-        self._acted = False
 
     @classmethod
     def from_statistics(
@@ -306,16 +305,8 @@ class Erase(SavableInstrument):
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (self.at,)
 
-    def begin_call(self, call: Call) -> None:
-        self._acted = False
-
     def active(self, context: Context) -> bool:
-        acts = self.window.contains(context)
-        self._acted |= acts
-        return acts
-
-    def end_call(self, call: Call) -> None:
-        self.window.warn_if_closed(self._acted, call)
+        return self.window.contains(context)
 
     def selection_at(self, timestep: float | None) -> Selection:
         """The selection of the nearest timestep (of two equally near ones the smaller)."""

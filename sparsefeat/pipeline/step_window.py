@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from sparsefeat.pipeline.context import Call, Context
+from sparsefeat.pipeline.context import Context
 
 Steps: TypeAlias = tuple[float, float] | Iterable[int] | None
 
@@ -59,16 +58,6 @@ class StepWindow:
             fraction = context.step / (context.n_steps or 1)
         # The fraction a step began at, with room for its rounding: step 3 of 10 lies in (0.3, 0.5) and not in (0, 0.3).
         return start - 1e-6 <= fraction and (fraction < stop - 1e-6 or stop == 1)
-
-    def warn_if_closed(self, acted: bool, call: Call) -> None:
-        """Warn at the end of a call of which no step lay in the window."""
-        if not acted and call.n_steps is not None:
-            said = self.fractions if self.fractions is not None else sorted(self.indices or ())
-            warnings.warn(
-                f"nothing was edited: steps={said} holds none of the call's {call.n_steps} steps; widen it, or take more "
-                "steps",
-                stacklevel=2,
-            )
 
     def to_json(self) -> Any:
         if self.fractions is not None:

@@ -305,3 +305,5 @@ class SAE(nn.Module):
 def _check_tensor(x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x is {type(x).__name__}, not a tensor: pass torch.as_tensor(x)")
+    if x.is_complex():
+        raise TypeError(f"x has dtype {x.dtype}: pass real numbers")

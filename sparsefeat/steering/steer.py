@@ -90,7 +90,6 @@ class Steer(SavableInstrument):
         self.mask = mask if mask is None or callable(mask) else image_map("mask", mask)
         self.condition = check_condition(condition)
         self._n_images = 0
-        self._acted = False
         self._change: Tensor | None = None
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
@@ -98,16 +97,10 @@ class Steer(SavableInstrument):
 
     def begin_call(self, call: Call) -> None:
         self._n_images = call.n_images or 1
-        self._acted = False
         self._change = None
 
     def active(self, context: Context) -> bool:
-        acts = self.window.contains(context)
-        self._acted |= acts
-        return acts
-
-    def end_call(self, call: Call) -> None:
-        self.window.warn_if_closed(self._acted, call)
+        return self.window.contains(context)
 
     def at_hookpoint(self, activations: Activations, context: Context) -> Delta | None:
         if context.hookpoint == self.writes != self.at:  # of the run whose input was just seen
@@ -189,7 +182,6 @@ class Steer(SavableInstrument):
         steer.at = Hookpoint.parse(*config["at"])
         steer.writes = _written(sae, steer.at, len(steer.rule) > 0)
         steer._n_images = 0
-        steer._acted = False
         steer._change = None
         return steer
 
