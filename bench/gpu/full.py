@@ -74,8 +74,7 @@ TEST_THREADS = 2  # of torch on the CPU, a test process: the fp64 references are
 # A figure that ended its process is not begun again, and so many times the rest is.
 BENCH_LIVES = 4
 STARTING_S = 20.0  # until a process has imported torch and begins
-# The ahead-of-time test compiles for other GPUs and needs none.
-SKIPPED = ("test_ahead_of_time.py",)
+SKIPPED = "test_ahead_of_time"  # they compile for other GPUs and need none
 # Offloading and half precision of whole pipelines, where diffusers is installed.
 ATTACH = ROOT / "tests" / "pipeline" / "test_gpu.py"
 KERNELS = {"SPARSEFEAT_FORCE_TRITON": "1"}  # what is measured and watched here, whatever the default on this device
@@ -93,25 +92,33 @@ def last_line(output: str) -> str:
 
 def files_to_test() -> list[Path]:
     """What is run, in the order in which it is begun."""
-    files = [path for path in sorted((ROOT / "tests" / "kernels").rglob("test_*.py")) if path.name not in SKIPPED]
+    files = [
+        path for path in sorted((ROOT / "tests" / "kernels").rglob("test_*.py")) if not path.name.startswith(SKIPPED)
+    ]
     files.sort(key=lambda path: TESTS_FIRST.index(path.name) if path.name in TESTS_FIRST else len(TESTS_FIRST))
     return [*files, ATTACH] if importlib.util.find_spec("diffusers") is not None else files
+
+
+def within_tests(path: Path) -> str:
+    return path.relative_to(ROOT / "tests").as_posix()
 
 
 def tests(record: Record) -> None:
     """Each file's exit code and closing line in gpu.json, their outputs in tests.log."""
     results: dict[str, Any] = record.done.get("tests", {})
-    files = [path for path in files_to_test() if results.get(path.name, {}).get("code") != 0]
+    files = [path for path in files_to_test() if results.get(within_tests(path), {}).get("code") != 0]
     deadline = time.monotonic() + share(record, "tests")
 
     def one(path: Path) -> tuple[str, int | None, str]:
         limit = min(TEST_FILE_S, deadline - time.monotonic())
         if limit < 5:
-            return path.name, None, "not begun: no time was left"
+            return within_tests(path), None, "not begun: no time was left"
         arguments = [sys.executable, "-m", "pytest", str(path), "-q", "--maxfail=5", "-p", "no:cacheprovider"]
         arguments += ["-p", "bench.gpu.watchdog"]
         # Launches that block: the test that made an illegal access is the one that fails of it.
-        return path.name, *command(arguments, limit, OMP_NUM_THREADS=str(TEST_THREADS), CUDA_LAUNCH_BLOCKING="1")
+        return within_tests(path), *command(
+            arguments, limit, OMP_NUM_THREADS=str(TEST_THREADS), CUDA_LAUNCH_BLOCKING="1"
+        )
 
     def ops_once() -> tuple[str, int | None, str]:
         """What the sanitizer will watch is compiled here: under it that takes too long."""

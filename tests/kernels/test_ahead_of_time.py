@@ -1,4 +1,7 @@
-"""Every kernel, compiled without a GPU at published shapes with the launcher's own configuration and specialisation."""
+"""Every kernel, compiled without a GPU at published shapes with the launcher's own configuration and specialisation.
+
+What is checked of one architecture; each has a file of its own, test_ahead_of_time_*.py, so that test processes share them out.
+"""
 
 import hashlib
 import importlib.metadata
@@ -7,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,6 @@ import sparsefeat_kernels
 import torch
 from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
 
-pytestmark = pytest.mark.skipif(not TRITON_AVAILABLE, reason="Triton is not installed")
-
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 KERNELS = {
     "_attention_column_join_kernel",
     "_attention_column_kernel",
@@ -107,55 +106,55 @@ def compiled_for(architecture: str, folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in kept.read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What each architecture's compiler made of the kernels, as many at once as there are cores."""
-    folders = [tmp_path_factory.mktemp(architecture) for architecture in ARCHITECTURES]
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return dict(zip(ARCHITECTURES, pool.map(compiled_for, ARCHITECTURES, folders), strict=True))
+class Compiled:
+    """Of one architecture."""
+
+    architecture: str
+
+    @pytest.fixture(scope="class")
+    def rows(self, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+        if not TRITON_AVAILABLE:
+            pytest.skip("Triton is not installed")
+        return compiled_for(self.architecture, tmp_path_factory.mktemp(self.architecture))
+
+    def test_every_kernel_compiles_and_fits(self, rows: list[dict[str, Any]]):
+        prototypes = PROTOTYPES if self.architecture == "sm_90" and DESCRIPTORS else set()
+        assert {row["kernel"] for row in rows} == KERNELS | prototypes
+        for row in rows:
+            for_one_device = row.get("tuned") or row["kernel"] in PROTOTYPES
+            limits = TUNED_SHARED_LIMIT if for_one_device else SHARED_LIMIT
+            assert row["shared"] <= limits[self.architecture], row
+
+    def test_half_precision_products_run_on_matrix_units(self, rows: list[dict[str, Any]]):
+        products = [
+            row
+            for row in rows
+            if row["kernel"].endswith("_encode_product_kernel")
+            or row["kernel"] in ATTENTION | CANDIDATES | {"_prototype_product_kernel"}
+        ]
+        assert all(row["matrix_unit"] for row in products if row["dtype"] == "bfloat16")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_kernel_compiles_and_fits(compiled: dict[str, list[dict[str, Any]]], architecture: str):
-    rows = compiled[architecture]
-    assert {row["kernel"] for row in rows} == KERNELS | (
-        PROTOTYPES if architecture == "sm_90" and DESCRIPTORS else set()
-    )
-    for row in rows:
-        for_one_device = row.get("tuned") or row["kernel"] in PROTOTYPES
-        assert row["shared"] <= (TUNED_SHARED_LIMIT if for_one_device else SHARED_LIMIT)[architecture], row
+class CompiledInFull(Compiled):
+    """Of an architecture that the kernels are made for."""
+
+    def test_no_register_is_spilled(self, rows: list[dict[str, Any]]):
+        for row in rows:
+            assert row["spills"] == 0, row
+
+    def test_loads_of_the_large_tensors_are_128_bits_wide(self, rows: list[dict[str, Any]]):
+        large = (ATTENTION | CANDIDATES) | {
+            "_prefilter_rescore_kernel",
+            "_sparse_decode_sum_kernel",
+            "_threshold_encode_product_kernel",
+            "_topk_encode_product_kernel",
+            "_topk_encode_select_kernel",
+        }
+        for row in rows:
+            assert row["kernel"] not in large or row["wide_loads"] > 0, row
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_no_register_is_spilled(compiled: dict[str, list[dict[str, Any]]], architecture: str):
-    for row in compiled[architecture]:
-        assert row["spills"] == 0, row
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_half_precision_products_run_on_matrix_units(compiled: dict[str, list[dict[str, Any]]], architecture: str):
-    products = [
-        row
-        for row in compiled[architecture]
-        if row["kernel"].endswith("_encode_product_kernel")
-        or row["kernel"] in ATTENTION | CANDIDATES | {"_prototype_product_kernel"}
-    ]
-    assert all(row["matrix_unit"] for row in products if row["dtype"] == "bfloat16")
-
-
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_loads_of_the_large_tensors_are_128_bits_wide(compiled: dict[str, list[dict[str, Any]]], architecture: str):
-    large = (ATTENTION | CANDIDATES) | {
-        "_prefilter_rescore_kernel",
-        "_sparse_decode_sum_kernel",
-        "_threshold_encode_product_kernel",
-        "_topk_encode_product_kernel",
-        "_topk_encode_select_kernel",
-    }
-    for row in compiled[architecture]:
-        assert row["kernel"] not in large or row["wide_loads"] > 0, row
-
-
+@pytest.mark.skipif(not TRITON_AVAILABLE, reason="Triton is not installed")
 def test_no_kernel_is_compiled_again_because_the_number_of_rows_is_another(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "again"], capture_output=True, text=True, env=environment(tmp_path)
