@@ -231,6 +231,24 @@ def test_heatmap_writes_one_map_a_word_and_refuses_a_word_that_is_not_there(tmp_
     assert "rocket" in result.output
 
 
+@pytest.mark.embedded
+def test_heatmap_makes_sheets_over_steps_and_layers_and_a_film_of_each_word(tmp_path):
+    base = ["heatmap", "a noto emoji of a fox", "--steps", "3", "--word", "fox", "--refine", "1"]
+    result = runner.invoke(app, [*base, "--by", "steps", "--out", str(tmp_path / "steps")])
+    assert result.exit_code == 0, result.output
+    names = {path.name for path in (tmp_path / "steps").iterdir()}
+    assert names == {"image.png", "words.png", "steps.png", "fox.png", "fox.gif"}
+    assert {Path(line).name for line in result.output.splitlines()} == names
+    with Image.open(tmp_path / "steps" / "fox.gif") as film:
+        assert film.n_frames == 3
+    result = runner.invoke(app, [*base, "--by", "layers", "--out", str(tmp_path / "layers")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "layers" / "layers.png").is_file()
+    result = runner.invoke(app, [*base, "--film", "mp4", "--out", str(tmp_path / "mp4")])
+    assert result.exit_code == 2
+    assert "add --by steps" in result.output
+
+
 def first_sae():
     from sparsefeat.assets import sae_folders
 

@@ -221,7 +221,7 @@ def called(pipe: Any, chunk: Sequence[Picture], judge: PixelJudge | None = None)
     seconds = time.perf_counter() - began
     if judge is None:
         return [picture.masks for picture in chunk if picture.masks is not None], seconds
-    labels = label_pixels(judge, drawn.float().cpu() * 2 - 1)
+    labels = label_pixels(judge, drawn.float().cpu())
     masks = [torch.stack([seen == o for o in p.objects]).float() for p, seen in zip(chunk, labels, strict=True)]
     return masks, seconds
 

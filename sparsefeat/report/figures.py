@@ -45,11 +45,11 @@ def enlarge(
     return image.resize((image.width * factor, image.height * factor), _RESAMPLING[resampling])
 
 
-def overlay(image: Image.Image, map: Any) -> Image.Image:
+def overlay(image: Image.Image, map: Any, limits: tuple[float, float] | None = None) -> Image.Image:
     """The image, dimmed, with `map` [h, w] glowing over it, enlarged for display.
 
-    `map` is anything `numpy.asarray` takes, on a grid of its own; it is scaled from its minimum to its maximum and
-    enlarged bicubically. A constant map says nothing about where, and shows only the dimmed image. Colours are
+    `map` is anything `numpy.asarray` takes, on a grid of its own; it is scaled from its minimum to its maximum, or from
+    `limits`, and enlarged bicubically. A constant map says nothing about where, and shows only the dimmed image. Colours are
     matplotlib's inferno, whose lightness grows evenly with the value. Raises ValueError on another rank, an empty map,
     NaN or infinity.
     """
@@ -59,7 +59,7 @@ def overlay(image: Image.Image, map: Any) -> Image.Image:
     if not np.isfinite(values).all():
         raise ValueError("map holds NaN or infinity; give finite values")
     base = enlarge(image)
-    low, high = float(values.min()), float(values.max())
+    low, high = limits or (float(values.min()), float(values.max()))
     scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
     grown = np.asarray(Image.fromarray(scaled).resize(base.size, Image.Resampling.BICUBIC)).clip(0, 1)
 

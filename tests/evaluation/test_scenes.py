@@ -92,5 +92,6 @@ def test_a_row_of_the_embedded_pipeline_has_every_column():
     drawn = scenes.drawings(2, 2)
     masks, _ = scenes.called(pipe, drawn, load_pixel_judge())
     assert [len(mask) for mask in masks] == [1, 1]
+    assert all(0.05 < float(mask.mean()) < 0.9 for mask in masks)  # the judge sees what was asked for
     assert masks[0].shape[-2:] == (64, 64)
     assert len(emojicanvas.OBJECTS) == 50
