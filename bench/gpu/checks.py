@@ -178,6 +178,7 @@ CHECKS: dict[str, Maker] = {
     "gradients": each(faults.gradients, published=sae_shape("SAeUron", 256)),
     "sparse_edit_delta": each(faults.edit),
     "attention_map, all options": each_attention(faults.maps),
+    "attention_map_gradient": each_attention(faults.map_gradient),
     "attention_rows": each_attention(faults.rows),
     "threshold_encode_csr": each(faults.threshold_csr),
     "matching_pursuit": sae_checks(dtypes=("float32",)),

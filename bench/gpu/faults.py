@@ -10,6 +10,7 @@ from typing import Any
 import sparsefeat_kernels as kernels
 import torch
 from sparsefeat_kernels.attention.map import reference as map_reference
+from sparsefeat_kernels.attention.map_gradient import reference as map_gradient_reference
 from sparsefeat_kernels.attention.rows import reference as rows_reference
 from sparsefeat_kernels.attention.rows import reference_column_sums
 from sparsefeat_kernels.attention.tap import reference as tap_reference
@@ -322,6 +323,24 @@ def maps(shape: tuple[int, ...], dtype: str, triton: bool) -> str:
     q, k, v = (t.double() for t in (query, key, value))
     wanted, wanted_out = map_reference(started.double(), q, k, v, scale, mask, weight.double(), group, tokens)
     return worst((alone, fused, out), (wanted, wanted, wanted_out), dtype)
+
+
+def map_gradient(shape: tuple[int, ...], dtype: str, triton: bool) -> str:
+    """The maps with gradients of queries and keys, of chosen tokens, against autograd through the reference."""
+    query, key, _ = heads_of(shape, dtype)
+    mask, weight, _, tokens = map_options(shape)
+    g = torch.Generator(device()).manual_seed(6)
+    grad = torch.randn(shape[0], shape[3], len(tokens), generator=g, device=device(), dtype=torch.float64)
+
+    def of(call: Any, wide: bool) -> tuple[Tensor, ...]:
+        q, k = ((t.double() if wide else t).detach().requires_grad_() for t in (query, key))
+        made = call(q, k, shape[-1] ** -0.5, mask, weight.to(q.dtype if wide else weight.dtype), tokens)
+        return (made.detach(), *torch.autograd.grad(made, (q, k), grad.to(made.dtype)))
+
+    with torch.enable_grad():
+        return worst(
+            by_triton(lambda: of(kernels.attention_map, False), triton), of(map_gradient_reference, True), dtype
+        )
 
 
 def rows(shape: tuple[int, ...], dtype: str, triton: bool) -> str:
