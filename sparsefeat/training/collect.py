@@ -257,7 +257,10 @@ class CollectActivations(Instrument):
         if self.rows_per_image is None or self.rows_per_image >= n:
             return torch.arange(n)
         first = (context.step or 0) * self.rows_per_image
-        order = self._order(f"{context.hookpoint!r}", n, image)
+        at = context.hookpoint
+        assert at is not None
+        # Not by its io: a module's input and its output are kept at the same positions, as transcoders need them.
+        order = self._order(f"{at.path}/{at.stream}/{at.rows}", n, image)
         return order[torch.arange(first, first + self.rows_per_image) % n].sort().values
 
     def _takes(self, image: int, context: Context) -> bool:

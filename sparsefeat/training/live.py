@@ -26,7 +26,8 @@ class PipelineRows:
     """Rows at `hookpoints` of one forward of the pipeline, as it draws the inputs of `drawing` over and over.
 
     window: images whose rows are in memory at once and shuffled among themselves, whole calls of `drawing.batch_size`; ranks
-    share them. rows_per_image, steps_per_image, condition, dtype: see `CollectActivations`.
+    share them. rows_per_image, steps_per_image, condition, dtype: see `CollectActivations`. targets: for transcoders, the
+    hookpoints that have what is to be made of the rows at each of `hookpoints`: the outputs of modules whose inputs those are.
     """
 
     def __init__(
@@ -39,9 +40,13 @@ class PipelineRows:
         steps_per_image: int | None = None,
         condition: str | None = "cond",
         dtype: torch.dtype = torch.float16,
+        targets: Sequence[Hookpoint | str] = (),
     ) -> None:
         self.drawing = drawing
         self.hookpoints = tuple(h if isinstance(h, Hookpoint) else Hookpoint.parse(h) for h in hookpoints)
+        self.targets = tuple(h if isinstance(h, Hookpoint) else Hookpoint.parse(h) for h in targets)
+        if self.targets and len(self.targets) != len(self.hookpoints):
+            raise ValueError(f"targets has {len(self.targets)} hookpoints for {len(self.hookpoints)}: give each one.")
         self.calls = -(-whole("window", window) // drawing.batch_size)
         self.kept: dict[str, Any] = {
             "rows_per_image": rows_per_image,
@@ -93,14 +98,19 @@ class PipelineRows:
             )
         drawing, calls, first = self.drawing, ranks.part(self.calls), number * self.images
         start, stop = (first + call * drawing.batch_size for call in (calls.start, calls.stop))
-        collect = CollectActivations(*self.hookpoints, **self.kept, first_image=start, max_bytes=2**62)
+        places = (*self.hookpoints, *self.targets)
+        collect = CollectActivations(*places, **self.kept, first_image=start, max_bytes=2**62)
         with attach(drawing.pipe, collect):
-            for _ in drawing.draw(start, stop, self.hookpoints):
+            for _ in drawing.draw(start, stop, places):
                 pass
         windows = []
-        for rows in map(collect.collected, self.hookpoints):
+        targets = self.targets or (None,) * len(self.hookpoints)
+        for rows, target in zip(map(collect.collected, self.hookpoints), targets, strict=True):
+            made = None if target is None else collect.collected(target)
+            if made is not None and not torch.equal(rows.position, made.position):
+                raise ValueError(f"{target} has other positions than its input: name the output of the same module.")
             before = ranks.gather(len(rows.rows))
-            windows.append(_Window(rows, sum(before), sum(before[: ranks.rank])))
+            windows.append(_Window(rows, None if made is None else made.rows, sum(before), sum(before[: ranks.rank])))
         # The first one's rows are needed twice: for the start values, and to begin.
         self._first = (ranks, windows) if number == 0 else None
         return windows
@@ -111,6 +121,7 @@ class _Window:
     """This rank's rows of a window, `n_rows` over all ranks, of which its first is number `first`."""
 
     rows: CollectedRows
+    target: Tensor | None
     n_rows: int
     first: int
 
@@ -118,15 +129,17 @@ class _Window:
         order = torch.randperm(self.n_rows, generator=epoch_generator(seed, window))
         for number in numbers:
             own = self._own(order[number * batch_size : (number + 1) * batch_size])[1]
-            yield Batch(self.rows.rows[own], None, self.rows.timestep[own])
+            target = None if self.target is None else self.target[own]
+            yield Batch(self.rows.rows[own], target, self.rows.timestep[own])
 
     def sample(self, n: int, seed: int, ranks: Ranks) -> Batch:
         order = torch.randperm(self.n_rows, generator=torch.Generator().manual_seed(seed))[:n]
         place, own = self._own(order)
-        found = ranks.gather((place, self.rows.rows[own], self.rows.timestep[own]))
-        place, rows, timestep = (torch.cat(part) for part in zip(*found, strict=True))
+        parts = [self.rows.rows, self.rows.timestep, *([] if self.target is None else [self.target])]
+        found = ranks.gather((place, *(part[own] for part in parts)))
+        place, rows, timestep, *target = (torch.cat(part) for part in zip(*found, strict=True))
         back = place.argsort()
-        return Batch(rows[back], None, timestep[back])
+        return Batch(rows[back], target[0][back] if target else None, timestep[back])
 
     def _own(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Which of the rows of these numbers are here, and where."""

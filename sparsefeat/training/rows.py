@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -70,15 +70,23 @@ class TensorRows:
 
 
 class StoreRows:
-    """The rows of one field of a store, shuffled as `ShardReader.batches` shuffles; its fields "target" and "timestep", if it
-    has them, go with them. A rank reads its own part of every shard and nothing else."""
+    """The rows of one field of a store, shuffled as `ShardReader.batches` shuffles; its field "timestep", if it has one, goes
+    with them. A rank reads its own part of every shard and nothing else.
 
-    def __init__(self, reader: ShardReader, field: str = "rows") -> None:
+    target: the store of what a transcoder makes of each row, collected in one run with it.
+    """
+
+    def __init__(self, reader: ShardReader, field: str = "rows", target: ShardReader | None = None) -> None:
         if field not in reader.schema or len(reader.schema[field].shape) != 1:
             offered = [name for name, spec in reader.schema.items() if len(spec.shape) == 1]
             raise ValueError(f"field {field!r} is no field of rows in {reader.folder}: choose one of {offered}")
         self.reader, self.field = reader.check(), field
-        self.beside = [name for name in ("target", "timestep") if name in reader.schema and name != field]
+        self.beside = [name for name in ("timestep",) if name in reader.schema and name != field]
+        self.target = None if target is None else target.check()
+        if self.target is not None and not _same_rows(reader, self.target):
+            raise ValueError(
+                f"{self.target.folder} has other rows than {reader.folder}: collect a module's input and output in one run"
+            )
 
     @property
     def n_rows(self) -> int:
@@ -91,11 +99,29 @@ class StoreRows:
     def batches(
         self, batch_size: int, *, seed: int, epoch: int = 0, skip: int = 0, ranks: Ranks = ALONE
     ) -> Iterator[Batch]:
-        fields, part = [self.field, *self.beside], (ranks.rank, ranks.world)
-        for batch in self.reader.batches(
-            batch_size, fields=fields, seed=seed, epoch=epoch, skip=skip, drop_last=True, part=part
-        ):
-            yield Batch(batch[self.field], batch.get("target"), batch.get("timestep"))
+        how: dict[str, Any] = {"seed": seed, "epoch": epoch, "skip": skip, "drop_last": True}
+        how["part"] = (ranks.rank, ranks.world)
+        own = self.reader.batches(batch_size, fields=[self.field, *self.beside], **how)
+        if self.target is None:
+            for batch in own:
+                yield Batch(batch[self.field], None, batch.get("timestep"))
+            return
+        for batch, made in zip(own, self.target.batches(batch_size, fields=[self.field], **how), strict=True):
+            yield Batch(batch[self.field], made[self.field], batch.get("timestep"))
+
+
+def _same_rows(one: ShardReader, other: ShardReader) -> bool:
+    """Whether row i of both is of the same image, step and position, as far as the first and the last shard show."""
+    if [shard.n_rows for shard in one.shards] != [shard.n_rows for shard in other.shards]:
+        return False
+    labels = [name for name in ("image", "step", "position", "condition") if name in one.schema]
+    if not set(labels) <= set(other.schema):
+        return False
+    for number in {0, len(one.shards) - 1} if labels and one.shards else ():
+        here, there = (reader.read_shard(number, labels) for reader in (one, other))
+        if any(not torch.equal(here[name], there[name]) for name in labels):
+            return False
+    return True
 
 
 class Source(Protocol):

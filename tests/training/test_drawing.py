@@ -14,8 +14,9 @@ from PIL import Image
 
 from sparsefeat.inputs import Inputs, read_images, read_prompts
 from sparsefeat.pipeline.context import CONDITIONS
+from sparsefeat.sae import SAE, SAEConfig
 from sparsefeat.store import ShardReader
-from sparsefeat.training import drawing
+from sparsefeat.training import PipelineRows, SAETrainer, StoreRows, TrainConfig, drawing
 from sparsefeat.training.drawing import PART_IMAGES, Drawing, collect_activations
 from sparsefeat.training.ranks import Ranks
 from tests import killing
@@ -102,6 +103,31 @@ def test_images_are_noised_to_a_step_and_seen_once(pipe, tmp_path):
     pipe.scheduler.set_timesteps(4)
     # Four images a batch each, four steps: every step once, each image at one of them.
     assert sorted(rows["timestep"].unique().tolist()) == sorted(pipe.scheduler.timesteps.float().tolist())
+
+
+FEED_FORWARD = "unet.up_blocks.1.attentions.1.transformer_blocks.0.ff"
+
+
+def test_a_modules_input_and_output_are_kept_at_the_same_positions_and_train_a_transcoder(pipe, tmp_path):
+    collected = collect(pipe, tmp_path, f"{FEED_FORWARD}:input", FEED_FORWARD, prompts=PROMPTS[:9], dtype=torch.float32)
+    given, made = collected.values()
+    module = pipe.unet.up_blocks[1].attentions[1].transformer_blocks[0].ff
+    for rows, target in ((given.rows(range(len(given))), made.rows(range(len(made)))),):
+        for name in ("image", "step", "position", "condition"):
+            assert torch.equal(rows[name], target[name])
+        with torch.no_grad():
+            torch.testing.assert_close(module(rows["rows"]), target["rows"], rtol=1e-4, atol=1e-5)
+    width = given.schema["rows"].shape[0]
+    config = TrainConfig(steps=60, batch_size=32, lr=1e-2)
+    skipping = SAEConfig(width, 64, k=4, transcoder=True, skip=True)
+    stored = SAETrainer(SAE(skipping), StoreRows(given, target=made), config)
+    drawn = Drawing(pipe, Inputs(PROMPTS[:9]), 8, call=CALL)
+    live = PipelineRows(drawn, [f"{FEED_FORWARD}:input"], 8, rows_per_image=4, targets=[FEED_FORWARD])
+    for trainer in (stored, SAETrainer(SAE(skipping), live, config)):
+        trainer.fit(progress=False)
+        assert trainer.log[-1]["fvu"] < 1
+    with pytest.raises(ValueError, match=r"has other rows than .*: collect a module's input and output in one run"):
+        StoreRows(given, target=next(iter(collect(pipe, tmp_path / "b", MIDDLE, prompts=PROMPTS[:9]).values())))
 
 
 def test_a_condition_that_no_row_has_is_said(pipe, tmp_path):

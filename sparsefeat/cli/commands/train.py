@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,6 +60,8 @@ PRESETS = (
     "itda",
 )
 SETTINGS = "train.json"
+INPUT = re.compile(r":input(?=$|:)")
+TRANSCODERS = ("transcoder", "skip-transcoder")
 
 
 class Optimizer(str, Enum):
@@ -161,6 +164,9 @@ def train(
             raise ValueError(f"--preset {name!r} is not known; choose one of {', '.join(PRESETS)}")
     if len(set(presets)) != len(presets):
         raise ValueError("--preset names one twice; give each once")
+    transcoding = any(name in TRANSCODERS for name in presets)
+    if transcoding:
+        check_transcoders(presets, at)
     choice = PipelineChoice(pipeline, device, steps)
     drawn = {"--prompts": prompts, "--images": images, "--pipeline": pipeline, "--steps": steps, "--guidance": guidance}
     if activations is not None:
@@ -210,7 +216,7 @@ def train(
     with ranks.joined(device), keeping(lambda: f"checkpoints are in {out}, and the same command goes on from them"):
         source: Source
         if inputs is None:
-            source, places, base_model = of_stores(Path(activations or "").expanduser(), at)
+            source, places, base_model = of_stores(Path(activations or "").expanduser(), at, transcoding)
         else:
             choice = PipelineChoice(pipeline, device, steps)
             drawing = Drawing(choice.open(), inputs, batch, seed, choice.call_settings(guidance, height, width))
@@ -221,6 +227,7 @@ def train(
                 rows_per_image=rows_per_image or None,
                 steps_per_image=steps_per_image,
                 condition=None if condition is Rows.all else condition.value,
+                targets=[output_of(name) for name in at or []] if transcoding else (),
             )
             places, base_model = [str(hookpoint) for hookpoint in source.hookpoints], choice.base_model
         found = train_presets(
@@ -240,8 +247,27 @@ def train(
             typer.echo(f"the page: {write_training_page(out, {one.folder.name: one.entries for one in found})}")
 
 
-def of_stores(folder: Path, at: list[str] | None) -> tuple[Source, list[str], str | None]:
+def check_transcoders(presets: list[str], at: list[str] | None) -> None:
+    other = next((name for name in presets if name not in TRANSCODERS), None)
+    if other is not None:
+        raise ValueError(
+            f"--preset {other!r} is of rows alone, and a transcoder of a module's input and output; train apart"
+        )
+    for name in at or []:
+        if not INPUT.search(name):
+            raise ValueError(
+                f"--at {name!r} must be a module's input for a transcoder, of which it makes the output; write PATH:input"
+            )
+
+
+def output_of(hookpoint: str) -> str:
+    """Of the module whose input it is; an output is written without saying so."""
+    return INPUT.sub("", hookpoint)
+
+
+def of_stores(folder: Path, at: list[str] | None, transcoding: bool) -> tuple[Source, list[str], str | None]:
     """The stores that `collect` wrote for these hookpoints, in their order, or for all; their hookpoints, and what they are of."""
+    from sparsefeat.pipeline import Hookpoint
     from sparsefeat.store import ShardReader
     from sparsefeat.training.rows import SideBySide, StoreRows
 
@@ -249,9 +275,19 @@ def of_stores(folder: Path, at: list[str] | None) -> tuple[Source, list[str], st
     by_name = {str(reader.metadata.get("hookpoint")): reader for reader in readers}
     if not by_name:
         raise ValueError(f"--activations {folder} has no activations; name the folder that `sparsefeat collect` wrote")
-    missing = [name for name in at or [] if name not in by_name]
+    chosen = (
+        [str(Hookpoint.parse(name)) for name in at]
+        if at
+        else [n for n in by_name if not transcoding or INPUT.search(n)]
+    )
+    targets = [output_of(name) for name in chosen] if transcoding else []
+    missing = [name for name in (*chosen, *targets) if name not in by_name]
     if missing:
         raise ValueError(f"--at {missing[0]!r} was not collected in {folder}, which has {', '.join(by_name)}")
-    chosen = {name: by_name[name] for name in at or by_name}
-    base_model = next(iter(chosen.values())).metadata.get("base_model")
-    return SideBySide(*map(StoreRows, chosen.values())), list(chosen), base_model
+    made = [by_name[name] for name in targets] if transcoding else [None] * len(chosen)
+    if not chosen:
+        raise ValueError(
+            f"--activations {folder} has no module's input, which a transcoder needs; collect PATH:input and PATH"
+        )
+    sources = [StoreRows(by_name[name], target=target) for name, target in zip(chosen, made, strict=True)]
+    return SideBySide(*sources), chosen, by_name[chosen[0]].metadata.get("base_model")
