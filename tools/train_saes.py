@@ -1,6 +1,9 @@
 """Train the embedded SAEs on the embedded pipeline's own activations.
 
-    python tools/train_saes.py                   # a few minutes on two cores; resumable
+    python tools/train_saes.py                               # into the package; minutes on two cores; resumable
+    python tools/train_saes.py --out build/saes              # beside it, and compared with what the package carries
+
+What came of it, and of the SAEs that the package carries on the same held-out rows, is written to --results.
 
 Activations: conditional rows of all twenty steps while the pipeline draws four fifths of the grid, two images a cell
 (the other fifth is what the evaluation measures on); of the text encoder, every token of the prompts. One TopK SAE for each hookpoint, 8 times as many latents as the
@@ -10,7 +13,9 @@ block is wide and an eighth of its width active.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +26,13 @@ from training_run import save_atomically
 
 from sparsefeat.assets import GUIDANCE, emojicanvas, load_pipeline
 from sparsefeat.assets.embedded import EMBEDDED_NAME, PIPELINE, SAES
+from sparsefeat.evaluation.emoji import write_json
 from sparsefeat.evaluation.generation import STATISTICS, TEST, held_out, whole_grid
 from sparsefeat.evaluation.run_emoji import activation_rows
 from sparsefeat.evaluation.sae_metrics import measure_sae, pca_fvu
+from sparsefeat.measure.machine import device_name
 from sparsefeat.pipeline import attach
-from sparsefeat.sae import SAE, SAEConfig
+from sparsefeat.sae import SAE, SAEConfig, load_sae
 from sparsefeat.training import CollectActivations, Objective, SAETrainer, TrainConfig
 
 # Two whole blocks; the cross-attention of the layers at full resolution, through which nearly all goes that the text
@@ -66,12 +73,16 @@ def main() -> None:
     parser.add_argument("--expansion", type=int, default=8, help="latents, as a multiple of the width")
     parser.add_argument("--active", type=int, default=8, help="k is the width divided by this")
     parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--work", type=Path, help="rows and checkpoints; default: build/training/saes-EXPANSION-ACTIVE")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "retrained.json")
     arguments = parser.parse_args()
 
     pipe = load_pipeline(arguments.pipeline)
     seen = [t for repeat in (0, 1) for t in whole_grid(STATISTICS, repeat) if not held_out(t)]
     unseen = [t for t in whole_grid(TEST) if held_out(t)]
-    folder = ROOT / "build" / "training" / f"saes-{arguments.expansion}-{arguments.active}"
+    folder = arguments.work or ROOT / "build" / "training" / f"saes-{arguments.expansion}-{arguments.active}"
+    started, cpu = time.perf_counter(), time.process_time()
+    results: list[dict[str, Any]] = []
     collected = {}
     for name, tasks, rows_per_image in (("seen", seen, 40), ("unseen", unseen, 64)):
         caches = {h: folder / "rows" / f"{h}-{name}.pt" for h in arguments.hookpoints}
@@ -105,10 +116,38 @@ def main() -> None:
             checkpoint_every=200,
         )
         sae = SAETrainer(SAE(config), rows, training, folder / name).fit()
-        print(
-            f"{hookpoint}: {measure_sae(sae, held)}; PCA with {config.k}: FVU {pca_fvu(held, width // arguments.active):.4f}"
-        )
+        carried = load_sae(SAES / name) if (SAES / name).is_dir() else None
         sae.save(arguments.out / name, dtype=torch.float16, overwrite=True)
+        found, before = (
+            None if one is None else measure_sae(one, held) for one in (load_sae(arguments.out / name), carried)
+        )
+        assert found is not None
+        components = pca_fvu(held, width // arguments.active)
+        results.append(
+            {
+                "hookpoint": hookpoint,
+                "fvu": found.fvu,
+                "fvu_carried": None if before is None else before.fvu,
+                "dead": found.dead,
+                "dead_carried": None if before is None else before.dead,
+                "fvu_pca": components,
+                "l0": found.l0,
+                "held_out_rows": found.rows,
+            }
+        )
+        print(f"{hookpoint}: {found}; carried: {before}; PCA with {config.k}: FVU {components:.4f}", flush=True)
+    seconds, of_processor = time.perf_counter() - started, time.process_time() - cpu
+    print(f"{seconds:.0f} s, {of_processor:.0f} s of processor time", flush=True)
+    write_json(
+        arguments.results,
+        {
+            "device": device_name(),
+            "date": date.today().isoformat(),
+            "seconds": seconds,
+            "processor_seconds": of_processor,
+            "saes": results,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ from sparsefeat.cli.commands.bench import bench
 from sparsefeat.cli.commands.collect import collect
 from sparsefeat.cli.commands.demo import demo
 from sparsefeat.cli.commands.erase import erase
-from sparsefeat.cli.commands.evaluate import evaluate
+from sparsefeat.cli.commands.evaluate.emoji import emoji
+from sparsefeat.cli.commands.evaluate.overhead import overhead
+from sparsefeat.cli.commands.evaluate.saes import saes
+from sparsefeat.cli.commands.evaluate.scenes import scenes
 from sparsefeat.cli.commands.features import features
 from sparsefeat.cli.commands.heatmap import heatmap
 from sparsefeat.cli.commands.hookpoints import hookpoints
@@ -25,7 +28,8 @@ from sparsefeat.cli.commands.steer import steer
 from sparsefeat.cli.commands.train import train
 from sparsefeat.cli.failures import plain_errors
 
-COMMANDS = (demo, features, steer, erase, heatmap, hookpoints, collect, train, evaluate, bench)
+COMMANDS = (demo, features, steer, erase, heatmap, hookpoints, collect, train, bench)
+EVALUATE_COMMANDS = (emoji, overhead, saes, scenes)
 SAE_COMMANDS = (info, list_saes, check, verify, names, convert)
 
 app = typer.Typer(
@@ -36,7 +40,9 @@ app = typer.Typer(
 )
 sae_app = typer.Typer(help="Look at sparse autoencoders and convert them.", no_args_is_help=True)
 app.add_typer(sae_app, name="sae")
-for group, commands in ((app, COMMANDS), (sae_app, SAE_COMMANDS)):
+evaluate_app = typer.Typer(help="Measure SAEs, erasure and what attaching costs.", no_args_is_help=True)
+app.add_typer(evaluate_app, name="evaluate")
+for group, commands in ((app, COMMANDS), (sae_app, SAE_COMMANDS), (evaluate_app, EVALUATE_COMMANDS)):
     for command in commands:
         group.command()(plain_errors(command))
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from sparsefeat.whole import check_writable
+
 LARGEST = 3.4e38  # of 32-bit floats, which is what pipelines calculate with
 
 
@@ -23,6 +25,13 @@ def path(given: str | Path) -> Path:
     if not str(given).strip():
         raise typer.BadParameter("it is empty; name a folder or file")
     return Path(given).expanduser()
+
+
+def results_file(out: Path) -> None:
+    """Refuse what no file can be written to, before anything is measured."""
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name a file")
+    check_writable(out, "--out")
 
 
 class Condition(str, Enum):
@@ -56,4 +65,5 @@ Device = Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")]
 Out = Annotated[
     Path, typer.Option(parser=path, metavar="FOLDER", help="Folder for what is written; it must not exist yet.")
 ]
+Results = Annotated[Path, typer.Option("--out", parser=path, metavar="FILE", help="Where the results go.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document in the place of text.")]

@@ -9,7 +9,8 @@ not compare.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,14 +18,20 @@ from sparsefeat_kernels import SparseCode
 from torch import Tensor
 
 from sparsefeat.sae import SAE
+from sparsefeat.sae.config import PURSUITS
 from sparsefeat.sae.random import randomise
+from sparsefeat.training import Batch
+
+DENSE = 0.1  # a latent that fires on a larger share of the rows is dense
+DECADES = 7  # of the histogram of densities, the last up to 1
 
 
 @dataclass(frozen=True)
 class SAEQuality:
     """fvu: above. cosine: mean cos(x, x_hat). norm_ratio: mean |x_hat| / |x| (below 1: shrinkage). l0: mean number of
     non-zero latents a row. density [n_latents]: share of rows a latent fires on. dead: share of latents that never
-    fired on these rows; meaningful for many more rows than latents."""
+    fired on these rows; meaningful for many more rows than latents. dense: share of latents that fire on more than a
+    tenth of them."""
 
     rows: int
     fvu: float
@@ -32,7 +39,14 @@ class SAEQuality:
     norm_ratio: float
     l0: float
     dead: float
+    dense: float
     density: Tensor
+
+    def histogram(self) -> list[float]:
+        """Shares of the latents, by density: 0 first, then by decade from 1e-7 up; the last is from 0.1 to 1."""
+        place = torch.where(self.density > 0, (self.density.log10().floor() + DECADES).clamp(0, DECADES - 1) + 1, 0)
+        counts = torch.bincount(place.long(), minlength=DECADES + 1)
+        return (counts.double() / len(self.density)).tolist()
 
     def __str__(self) -> str:
         return f"FVU {self.fvu:.4f}, L0 {self.l0:.2f}, dead {self.dead:.1%} on {self.rows:,} rows"
@@ -72,6 +86,7 @@ class SAEMetrics:
             norm_ratio=float(self._norm_ratio / self.rows),
             l0=float(self._fired.sum() / self.rows),
             dead=float((self._fired == 0).double().mean()),
+            dense=float((self._fired > DENSE * self.rows).double().mean()),
             density=(self._fired.double() / self.rows).float().cpu(),
         )
 
@@ -113,20 +128,26 @@ class Moments:
 
 
 @torch.no_grad()
-def measure_sae(sae: SAE, rows: Tensor | Iterable[Tensor], batch_size: int = 8192) -> SAEQuality:
-    """Quality on `rows`: a tensor `[..., d_model]`, or batches of rows such as a store gives."""
-    if sae.config.normalizer == "timestep":
-        raise ValueError(
-            "the SAE depends on the timestep, which rows do not say: record it with attach, which knows the step"
-        )
+def measure_sae(sae: SAE, rows: Tensor | Batch | Iterable[Tensor | Batch], batch_size: int = 8192) -> SAEQuality:
+    """Quality on `rows`: a tensor `[..., d_model]`, or batches of rows such as a store gives. A transcoder is measured
+    against its target, and an SAE that depends on the timestep at each row's: pass a `Batch` with these."""
     metrics = SAEMetrics(sae.d_model, sae.n_latents, sae.device)
     training = sae.training
     sae.eval()  # batch_topk encodes as it will be used
     try:
-        for batch in _batches(rows, batch_size):
-            x = batch.reshape(-1, batch.shape[-1]).to(sae.device)
+        for batch in _parts(rows, batch_size):
+            x = batch.rows.reshape(-1, batch.rows.shape[-1]).to(sae.device)
+            if sae.config.normalizer == "timestep":
+                if batch.timestep is None:
+                    raise ValueError(
+                        "the SAE depends on the timestep, which rows do not say: pass Batch(rows, timestep=...)"
+                    )
+                sae.at_timestep(batch.timestep)
+            if sae.config.transcoder and batch.target is None:
+                raise ValueError("a transcoder is measured against its module's output: pass Batch(rows, target)")
+            y = x if batch.target is None else batch.target.reshape(x.shape).to(x.device)
             code = sae.encode(x)
-            metrics.update(x, sae.decode(code, like=x), code)
+            metrics.update(y, sae.decode(code, like=x), code)
     finally:
         sae.train(training)
     return metrics.result()
@@ -156,16 +177,30 @@ def pca_fvu(
 
 
 @torch.no_grad()
-def random_control(sae: SAE, rows: Tensor, seed: int = 0) -> SAE:
+def random_control(sae: SAE, rows: Tensor | Batch, seed: int = 0) -> SAE:
     """An untrained SAE of the same config, with random directions and the trained one's output bias.
 
-    Its encoder is scaled to reconstruct `rows` as well as it can: a random SAE need not be worse than it is.
+    Its encoder is scaled to reconstruct `rows` as well as it can: a random SAE need not be worse than it is. Where the
+    trained one compares with thresholds, it selects as many latents a row as that has on average.
     """
-    control = SAE(sae.config).to(sae.device, sae.dtype).eval()
-    control.b_out.copy_(sae.b_out)
-    if sae.config.normalizer != "none":
+    batch = rows if isinstance(rows, Batch) else Batch(rows.reshape(-1, sae.d_model))
+    config = sae.config
+    if config.uses_threshold:
+        k = min(config.n_latents, max(1, round(measure_sae(sae, batch).l0)))
+        config = dataclasses.replace(config, activation="topk", k=k, inference="topk")
+    control = SAE(config).to(sae.device, sae.dtype).eval()
+    state, wanted = sae.state_dict(), control.state_dict()
+    learned = ("W_enc", "b_enc", "W_dec", "threshold")
+    control.load_state_dict({name: wanted[name] if name in learned else state[name] for name in wanted})
+    if config.normalizer != "none":
         control.b_pre.copy_(sae.b_out)
-    return randomise(control, rows, seed)
+    if config.activation in PURSUITS:
+        directions = torch.randn(control.W_dec.shape, generator=torch.Generator().manual_seed(seed))
+        control.W_dec.copy_(directions / directions.norm(dim=1, keepdim=True))
+        return control
+    if batch.timestep is not None:
+        control.at_timestep(batch.timestep)
+    return randomise(control, batch.rows, seed, target=batch.target)
 
 
 def max_cosines(directions: Tensor, found: Tensor) -> Tensor:
@@ -189,3 +224,13 @@ def _batches(rows: Tensor | Iterable[Tensor], batch_size: int) -> Iterable[Tenso
     if not isinstance(rows, Tensor):
         return rows
     return rows.reshape(-1, rows.shape[-1]).split(batch_size) if rows.numel() else ()
+
+
+def _parts(rows: Tensor | Batch | Iterable[Tensor | Batch], batch_size: int) -> Iterator[Batch]:
+    if isinstance(rows, Batch):
+        for part in torch.arange(len(rows.rows)).split(batch_size):
+            yield Batch(*(None if tensor is None else tensor[part] for tensor in rows))
+    elif isinstance(rows, Tensor):
+        yield from map(Batch, _batches(rows, batch_size))
+    else:
+        yield from (batch if isinstance(batch, Batch) else Batch(batch) for batch in rows)

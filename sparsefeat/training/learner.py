@@ -66,7 +66,7 @@ class Learner(nn.Module):
         elif objective.decoder == "archetypal":
             self.dictionary = Archetypal(sae, objective.archetypes or sae.n_latents, objective.delta)
         jumping = config.activation == "jumprelu" and not objective.gated
-        self.log_threshold = nn.Parameter(fresh(sae.n_latents)) if jumping else None
+        self.thresholds = nn.Parameter(fresh(sae.n_latents)) if jumping else None
         self.log_factor = nn.Parameter(fresh(sae.n_latents)) if objective.gated else None
         self.gate_bias = nn.Parameter(fresh(sae.n_latents)) if objective.gated else None
 
@@ -86,7 +86,7 @@ class Learner(nn.Module):
                 yield f"sae.{name}", self.sae.get_parameter(name)
         if self.dictionary is not None:
             yield from self.dictionary.named_parameters(prefix="dictionary")
-        for name in ("log_threshold", "log_factor", "gate_bias"):
+        for name in ("thresholds", "log_factor", "gate_bias"):
             if getattr(self, name) is not None:
                 yield name, getattr(self, name)
 
@@ -112,9 +112,9 @@ class Learner(nn.Module):
         if units.timestep is not None:
             sae.at_timestep(units.timestep)
         initialise(sae, units.rows, seed, target=units.target)
-        if self.log_threshold is not None and sae.threshold is not None:
-            self.log_threshold.fill_(math.log(objective.first_threshold))
-            sae.threshold.copy_(self.log_threshold.exp())
+        if self.thresholds is not None and sae.threshold is not None:
+            self.thresholds.fill_(objective.first_threshold)
+            sae.threshold.copy_(self.thresholds)
         if self.dictionary is not None:
             self.dictionary.begin(sae, sae.normalize(units.rows) if target is None else units.target, seed)
             remake(self.dictionary, sae)
@@ -155,7 +155,7 @@ class Learner(nn.Module):
             x,
             objective,
             weight,
-            log_threshold=self.log_threshold,
+            thresholds=self.thresholds,
             gate=gate,
             target=target,
             timestep=timestep if sae.config.normalizer == "timestep" else None,
@@ -164,7 +164,7 @@ class Learner(nn.Module):
 
     def gradients(self, loss: Loss) -> list[Tensor]:
         """Of `trained`, in that order."""
-        extras = [p for p in (self.log_threshold, self.log_factor, self.gate_bias) if p is not None]
+        extras = [p for p in (self.thresholds, self.log_factor, self.gate_bias) if p is not None]
         names = self._of_sae()
         found = torch.autograd.grad(loss.total, [*map(self.sae.get_parameter, names), *extras])
         of_sae = dict(zip(names, found, strict=False))
@@ -193,8 +193,8 @@ class Learner(nn.Module):
             remake(self.dictionary, sae)
         else:
             sae.W_dec /= torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True)
-        if self.log_threshold is not None and sae.threshold is not None:
-            sae.threshold.copy_(self.log_threshold.exp())
+        if self.thresholds is not None and sae.threshold is not None:
+            sae.threshold.copy_(self.thresholds.clamp_(min=0))
         above = objective.fired_above
         if above is None and sae.config.activation == "batch_topk":
             above = 0.0  # codes are padded: of those entries the activation is 0, and nothing chose them
@@ -208,7 +208,7 @@ class Learner(nn.Module):
         since.masked_fill_(counts > 0, 0)
         if sae.config.activation == "batch_topk" and loss.code is not None and step >= objective.threshold_after:
             self._follow_threshold(loss.code.values.detach(), first=step == objective.threshold_after)
-        if objective.l0_target is not None:
+        if objective.l0_target is not None and objective.penalty != "l0":
             excess = (l0 / objective.l0_target - 1).clamp(-1, 1)
             self.get_buffer("log_weight").add_(LOG_WEIGHT_STEP * excess)
         return l0
@@ -248,12 +248,11 @@ class Learner(nn.Module):
             (sae.b_pre, s),
             (sae.b_out, t),
             (sae.threshold, t),
+            (self.thresholds, t),
             (self.gate_bias, t),
         ):
             if tensor is not None:
                 tensor *= factor
-        if self.log_threshold is not None:
-            self.log_threshold += t.log()
         if config.skip:
             sae.W_skip *= t / s
         if config.time_width is not None:  # the shift of the modulated rows is in their units

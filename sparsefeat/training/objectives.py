@@ -39,8 +39,9 @@ bandwidth of f, -1 / bandwidth of H. `pre_act`, of L_pre = sum relu(threshold - 
 `gated` (arXiv 2404.16014): gate and magnitude share directions; the penalty is of the gate's positive part, which
 reconstructs too, through the decoder held constant. The trained SAE is a JumpReLU SAE (`SAEConfig`).
 
-`l0_target`: the weight of the penalty grows by up to LOG_WEIGHT_STEP a step while more latents are active, and shrinks
-while fewer are: how one weight serves all hookpoints.
+`l0_target`: under the penalty l0 it is (mean H / l0_target - 1)^2, as the JumpReLU paper has it; under the others the
+weight grows by up to LOG_WEIGHT_STEP (of its logarithm) a step while more latents are active, and shrinks while fewer
+are: how one weight serves all hookpoints.
 
 `decoder`: "unit" rows (the gradient along a row is removed, the row renormalised after every step); "free" rows, with
 selection, penalties and dead latents judged by activation times norm (the saved SAE has unit rows all the same);
@@ -63,7 +64,7 @@ SORTED = ("topk", "signed_topk", "raw_topk")  # whose code of more latents begin
 SELECTING = (*SORTED, "batch_topk")
 AUXK = 1 / 32
 TANH_SCALE = 4.0
-LOG_WEIGHT_STEP = 0.02
+LOG_WEIGHT_STEP = 0.03
 
 
 @dataclass(frozen=True)

@@ -84,13 +84,13 @@ def penalised_loss(
     objective: Objective,
     weight: Tensor | float,
     *,
-    log_threshold: Tensor | None = None,
+    thresholds: Tensor | None = None,
     gate: Gate | None = None,
     target: Tensor | None = None,
     timestep: Tensor | None = None,
     ranks: Across = ONE,
 ) -> Loss:
-    """The loss of a batch `x [rows, d_model]` for a ReLU, JumpReLU (`log_threshold [n_latents]`) or gated SAE.
+    """The loss of a batch `x [rows, d_model]` for a ReLU, JumpReLU (`thresholds [n_latents]`) or gated SAE.
 
     weight: of the penalty. target: what is reconstructed, None for `x`. timestep: of each row.
     """
@@ -103,11 +103,16 @@ def penalised_loss(
         part = slice(first, first + at_once)
         if timestep is not None:
             sae.at_timestep(timestep[part])
-        return _sums(sae, x[part], y[part], objective, log_threshold, gate, spread)
+        return _sums(sae, x[part], y[part], objective, thresholds, gate, spread)
 
     found = [sums_of(0)] if len(parts) == 1 else [checkpoint(sums_of, p, use_reentrant=False) for p in parts]
     summed = _Sums(*(torch.stack(column).sum(0) for column in zip(*found, strict=True)))
     penalty, pre_act = summed.penalty / spread.rows, summed.pre_act / spread.rows
+    if objective.penalty == "l0" and objective.l0_target is not None:
+        # Of the square of all processes' mean this one's part: its rows' share, with the gradient of its penalty.
+        excess = ranks.sum(penalty.detach().clone()) / objective.l0_target - 1
+        share = x.shape[0] / spread.rows * excess.square()
+        penalty = share + 2 * excess / objective.l0_target * (penalty - penalty.detach())
     total = summed.error + weight * penalty + objective.pre_act * pre_act + summed.frozen
     reported = {"penalty": penalty, "pre_act": pre_act, "gate": summed.frozen}
     absent = {"pre_act": not objective.pre_act, "gate": gate is None, "penalty": False}
@@ -125,15 +130,15 @@ def _sums(
     x: Tensor,
     y: Tensor,
     objective: Objective,
-    log_threshold: Tensor | None,
+    thresholds: Tensor | None,
     gate: Gate | None,
     spread: Spread,
 ) -> _Sums:
     rows = sae.normalize(x) - sae.b_pre
     if gate is None:
         pre = torch.addmm(sae.b_enc, rows, sae.W_enc.T)
-        threshold = pre.new_zeros(()) if log_threshold is None else log_threshold.exp()
-        active = pre.relu() if log_threshold is None else _JumpReLU.apply(pre, threshold, objective.bandwidth)
+        threshold = pre.new_zeros(()) if thresholds is None else thresholds
+        active = pre.relu() if thresholds is None else _JumpReLU.apply(pre, threshold, objective.bandwidth)
         penalised = active
     else:
         shared = rows @ sae.W_enc.T

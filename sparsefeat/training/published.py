@@ -205,13 +205,13 @@ PUBLISHED: dict[str, _Published] = {
         decay=0,
     ),
     "jumprelu": _Published(
-        "arXiv 2407.14435; the weight is found by the number of active latents",
+        "arXiv 2407.14435, trained to a number of active latents as dictionary_learning does",
         16,
         32,
         {"activation": "jumprelu"},
         lambda d, n, k, s: Objective(
             "mse",
-            sparsity=1e-3,
+            sparsity=1.0,
             penalty="l0",
             l0_target=k,
             sparsity_warmup=min(10_000, max(1, s // 10)),

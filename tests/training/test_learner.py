@@ -24,6 +24,8 @@ def learner_of(objective: Objective, activation: str = "topk", **config) -> Lear
     with torch.no_grad():
         for parameter in learner.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, dtype=torch.float64))
+        if learner.thresholds is not None:
+            learner.thresholds.abs_().add_(0.5)
         learner.sae.W_dec /= learner.sae.W_dec.norm(dim=1, keepdim=True)
         if config.get("normalizer") == "none":
             learner.sae.b_pre.zero_()
@@ -157,7 +159,7 @@ def test_jumprelu_and_its_straight_through_gradients(penalty):
     band, weight, pre_act = 0.7, 0.3, 0.05
     objective = Objective("mse", sparsity=weight, penalty=penalty, bandwidth=band, pre_act=pre_act)
     learner, x = learner_of(objective, "jumprelu"), rows_of()
-    sae, t = learner.sae, learner.log_threshold.detach().exp()
+    sae, t = learner.sae, learner.thresholds.detach()
     with torch.no_grad():
         pre = (x - sae.b_pre) @ sae.W_enc.T + sae.b_enc
         on = ((pre > t) & (pre > 0)).double()
@@ -178,7 +180,7 @@ def test_jumprelu_and_its_straight_through_gradients(penalty):
             "sae.b_enc": by_pre.sum(0),
             "sae.W_dec": 2 * z.T @ e / (ROWS * D),
             "sae.b_out": 2 * e.sum(0) / (ROWS * D),
-            "log_threshold": by_t * t,
+            "thresholds": by_t,
         }
         assert 0 < rectangle.sum() < rectangle.numel()
         assert 0 < on.sum() < on.numel()
@@ -186,6 +188,23 @@ def test_jumprelu_and_its_straight_through_gradients(penalty):
     torch.testing.assert_close(loss.total.detach(), total)
     for name, gradient in zip(learner.names, learner.gradients(loss), strict=True):
         torch.testing.assert_close(gradient, wanted[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_jumprelu_trained_to_a_number_of_active_latents():
+    objective = Objective("mse", sparsity=0.3, penalty="l0", bandwidth=0.7, l0_target=2.5)
+    learner, x = learner_of(objective, "jumprelu"), rows_of()
+    free = Learner(learner.sae, Objective("mse", sparsity=1e-9, penalty="l0", bandwidth=0.7)).double()
+    linear = Learner(learner.sae, Objective("mse", sparsity=1.0, penalty="l0", bandwidth=0.7)).double()
+    with torch.no_grad():
+        free.thresholds.copy_(learner.thresholds)
+        linear.thresholds.copy_(learner.thresholds)
+    l0 = float(linear.loss(x, 0).parts["penalty"])
+    loss = learner.loss(x, 0)
+    expected = float(free.loss(x, 0).total.detach()) + 0.3 * (l0 / 2.5 - 1) ** 2
+    assert float(loss.total.detach()) == pytest.approx(expected, rel=1e-6)
+    by_error, by_both = (one.gradients(one.loss(x, 0))[-1] for one in (free, linear))
+    wanted = by_error + 0.3 * 2 * (l0 / 2.5 - 1) / 2.5 * (by_both - by_error)
+    torch.testing.assert_close(learner.gradients(loss)[-1], wanted, rtol=1e-6, atol=1e-9)
 
 
 def test_gated_trains_the_gate_by_what_it_reconstructs_alone_and_is_a_jumprelu_sae(tmp_path):
@@ -372,10 +391,10 @@ def test_the_penalty_grows_while_more_latents_than_wanted_are_active():
     learner, x = learner_of(Objective(sparsity=0.1, l0_target=2.0), "relu"), rows_of()
     l0 = learner.settle(learner.loss(x, 0), 0)
     assert float(l0) > 4
-    assert float(learner.log_weight) == pytest.approx(0.02)
+    assert float(learner.log_weight) == pytest.approx(0.03)
     learner.objective = Objective(sparsity=0.1, l0_target=float(l0) * 2)
     learner.settle(learner.loss(x, 1), 1)
-    assert float(learner.log_weight) == pytest.approx(0.02 - 0.02 * 0.5, abs=1e-3)
+    assert float(learner.log_weight) == pytest.approx(0.03 - 0.03 * 0.5, abs=1e-3)
 
 
 def test_itda_s_atoms_are_rows_that_the_dictionary_did_not_reconstruct(tmp_path):

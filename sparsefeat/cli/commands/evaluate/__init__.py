@@ -1,0 +1,1 @@
+"""`sparsefeat evaluate`: a file a benchmark."""

@@ -1,0 +1,156 @@
+"""What the denoiser loses when a block's activations are replaced: its own training loss, by time.
+
+The pipeline draws its prompts once. Then it is called again, and in every step its denoiser is given, in the place of what
+the loop would give it, the finished latents with fresh noise of that step's strength: the loss is the mean squared
+distance of its output from what it was trained to say of that noise. Everything else of the call is the pipeline's own.
+
+    recovered = (L_ablated - L_spliced) / (L_ablated - L_untouched)
+
+is 1 where the reconstruction serves as well as the activations and 0 where it serves no better than the mean row (or
+zeros), for every bin of the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LATENTS = ("sample", "hidden_states", "x")
+
+
+@dataclass(frozen=True)
+class DenoisingLoss:
+    """loss `[steps]`, fp64, each the mean over images and dimensions."""
+
+    timesteps: tuple[float, ...]
+    loss: Tensor
+
+
+def recovered(untouched: DenoisingLoss, spliced: DenoisingLoss, ablated: DenoisingLoss, bins: int = 4) -> list[float]:
+    """By bin of equally many steps, from noise to image; NaN where ablation loses nothing."""
+    found = []
+    for part in torch.arange(len(untouched.loss)).chunk(bins):
+        lost = (ablated.loss - untouched.loss)[part].sum()
+        found.append(float((ablated.loss - spliced.loss)[part].sum() / lost) if lost > 0 else float("nan"))
+    return found
+
+
+def finished_latents(pipe: Any, prompts: Sequence[str], seed: int, **call: Any) -> Tensor:
+    """What the pipeline draws, before it is decoded, in the layout in which its denoiser takes it."""
+    drawn = pipe(list(prompts), generator=torch.Generator().manual_seed(seed), output_type="latent", **call).images
+    if not isinstance(drawn, Tensor):
+        raise ValueError("the pipeline gives no latents with output_type='latent': this loss cannot be measured on it")
+    return drawn
+
+
+@torch.no_grad()
+def denoising_loss(
+    pipe: Any,
+    prompts: Sequence[str],
+    latents: Tensor,
+    *,
+    seed: int = 0,
+    during: Callable[[], AbstractContextManager] = nullcontext,
+    **call: Any,
+) -> DenoisingLoss:
+    """The loss at every step of the pipeline's schedule, with the noise that `seed` gives: the same for every `during`, such
+    as `lambda: attach(pipe, Splice(sae))`.
+
+    latents: of `finished_latents`. call: further arguments of the pipeline's call. Guidance is switched off where the
+    pipeline has a `guidance_scale` that does so: the conditional prediction is what is measured.
+
+    Raises:
+        ValueError: the scheduler says neither how noise is added nor what is predicted.
+    """
+    denoiser, scheduler = _denoiser(pipe), pipe.scheduler
+    losses: list[Tensor] = []
+    times: list[float] = []
+    generator = torch.Generator().manual_seed(seed)
+    with during(), _given_noised(denoiser, scheduler, latents, generator, losses, times):
+        pipe(
+            list(prompts),
+            generator=torch.Generator().manual_seed(seed),
+            output_type="latent",
+            **{"guidance_scale": 1.0, **call},
+        )
+    return DenoisingLoss(tuple(times), torch.stack(losses))
+
+
+def _denoiser(pipe: Any) -> nn.Module:
+    for name in ("transformer", "unet"):
+        module = getattr(pipe, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise ValueError("the pipeline has neither a unet nor a transformer: its denoising loss cannot be measured")
+
+
+@contextmanager
+def _given_noised(
+    denoiser: nn.Module,
+    scheduler: Any,
+    latents: Tensor,
+    generator: torch.Generator,
+    losses: list[Tensor],
+    times: list[float],
+) -> Iterator[None]:
+    """Within, every call of the denoiser is given noised latents, and its loss is noted."""
+    aims: list[Tensor] = []
+
+    def give(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        name = next((n for n in LATENTS if n in kwargs), LATENTS[0])
+        given = args[0] if args else kwargs[name]
+        if given.shape[1:] != latents.shape[1:] or given.shape[0] % latents.shape[0]:
+            raise ValueError(
+                f"the denoiser takes {list(given.shape)} and the pipeline's latents are {list(latents.shape)}: its loss "
+                "cannot be measured"
+            )
+        step = len(losses)
+        timestep = scheduler.timesteps[step : step + 1]
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        noised, aim = _noised(scheduler, latents, noise, timestep)
+        repeat = given.shape[0] // latents.shape[0]
+        noised = torch.cat([noised] * repeat).to(given)
+        aims.append(aim)
+        times.append(float(timestep))
+        if args:
+            return (noised, *args[1:]), kwargs
+        return args, {**kwargs, name: noised}
+
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        said = output if isinstance(output, Tensor) else output[0]
+        aim = aims.pop()
+        said = said[-len(aim) :, : aim.shape[1]] if said.ndim == 4 else said[-len(aim) :]
+        losses.append((said.double() - aim.double()).square().mean().cpu())
+
+    hooks = [
+        denoiser.register_forward_pre_hook(give, with_kwargs=True, prepend=True),
+        denoiser.register_forward_hook(note, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _noised(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """What the denoiser sees at that time, and what it should say."""
+    if hasattr(scheduler, "scale_noise"):  # flow matching: velocity
+        return scheduler.scale_noise(latents, timestep, noise), noise - latents
+    predicts = getattr(getattr(scheduler, "config", None), "prediction_type", None)
+    if not hasattr(scheduler, "add_noise") or predicts not in ("epsilon", "sample", "v_prediction"):
+        raise ValueError(
+            f"{type(scheduler).__name__} does not say how noise is added, or predicts {predicts!r}: exchange it for a "
+            "scheduler of diffusers that does, such as DDIMScheduler"
+        )
+    noised = scheduler.add_noise(latents, noise, timestep)
+    # Schedulers that count their own steps scale by where they are, which is here.
+    seen = scheduler.scale_model_input(noised, timestep[0]) if hasattr(scheduler, "scale_model_input") else noised
+    if predicts == "epsilon":
+        return seen, noise
+    return seen, latents if predicts == "sample" else scheduler.get_velocity(latents, noise, timestep)
