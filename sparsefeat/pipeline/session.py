@@ -233,8 +233,10 @@ class Session:
 
     def find_wrapped(self) -> None:
         """Hook the wrapper in a module's place where one was put around it since (LoRA): the model goes on with its output
-        (the wiring does this).
+        (the wiring does this). A model that was made to share its sequence out since is refused.
         """
+        for target in [place.target for place in self.places] + [tap.target for tap in self.taps]:
+            _refuse_a_shared_sequence(target)
         self.places = tuple(replace(place, target=_wrapped(place.target)) for place in self.places)
         self.taps = tuple(replace(tap, target=_wrapped(tap.target)) for tap in self.taps)
 
@@ -280,7 +282,17 @@ def _place(pipe: Any, instrument: Instrument, hookpoint: Hookpoint) -> Place:
 
 def _checked(target: Target) -> Target:
     refuse_compiled(target)
+    _refuse_a_shared_sequence(target)
     return target
+
+
+def _refuse_a_shared_sequence(target: Target) -> None:
+    config = getattr(getattr(target.root, "_orig_mod", target.root), "_parallel_config", None)
+    if getattr(config, "context_parallel_config", None) is not None:
+        raise RuntimeError(
+            f"{target.root_name} shares its sequence out among several processes (context parallelism), so that {target.path} "
+            "sees some of the rows: attach to a pipeline without it, and give each process prompts of its own"
+        )
 
 
 def _wrapped(target: Target) -> Target:

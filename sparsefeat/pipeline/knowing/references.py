@@ -103,7 +103,7 @@ class References:
         of_call = self.call.prompts
         if not prompts or of_call is None or negatives or arguments.get("do_classifier_free_guidance"):
             return None
-        is_prompt = all(text and any(text in whole or whole in text for whole in of_call) for text in prompts)
+        is_prompt = all(any(_is_of(text, whole) for whole in of_call) for text in prompts)
         if is_prompt == self._is_negative(prompts):  # neither, or the same words for both
             return UNKNOWN
         return "cond" if is_prompt else "uncond"
@@ -148,6 +148,11 @@ class References:
         elif len(rows) * each != n_images:
             return  # several conditions in one tensor: which is which, the name does not say
         self.found += [Reference(condition, i * each, each, row.detach()) for i, row in enumerate(rows)]
+
+
+def _is_of(text: str, prompt: str) -> bool:
+    """Whether a text is the prompt, a part of it, or the prompt with more around it."""
+    return text == prompt or bool(text and prompt and (text in prompt or prompt in text))
 
 
 def rows_of_texts(value: Any) -> list[torch.Tensor]:

@@ -269,6 +269,7 @@ def test_images_are_counted_by_what_stands_in_the_prompts_place(argument):
         ({"order": ["", "a red fox"]}, ["uncond", "unknown"]),
         ({"order": ["", "a fox in the snow"]}, ["uncond", "cond"]),
         ({"order": ["bad", "prompt"], "bad": "cat"}, ["unknown", "unknown"]),
+        ({"order": ["", "prompt"], "prompt": ""}, ["unknown", "unknown"]),
     ],
     ids=str,
 )
