@@ -3,7 +3,8 @@
 Every CPU op, and the bare matrix product of an SAE, in turns: on the quiet machine, then beside two other torch processes
 of as many threads as there are cores, which do small element-wise ops as fast as they can. Written to
 bench/results/busy-<device>.json and .md: each op's time over the bare product's, quiet and busy, and the one over the other.
-1 means that an op suffers from its neighbours as the product does, which is one large piece of work.
+1 means that an op suffers from its neighbours as the product does, which is one large piece of work. With --demo not the ops
+but the whole demo, quiet and busy: some five minutes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import contextlib
 import json
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import date
@@ -100,6 +103,22 @@ def measure_busy(figures: list[Figure], seconds: float) -> list[dict[str, Any]]:
     ]
 
 
+def demo_seconds() -> float:
+    """Of `sparsefeat demo`, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        command = [sys.executable, "-m", "sparsefeat.cli", "demo", "--out", str(Path(folder) / "demo")]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return time.perf_counter() - began
+
+
+def measure_demo() -> dict[str, float]:
+    quiet = demo_seconds()
+    with neighbours():
+        busy = demo_seconds()
+    return {"quiet_s": quiet, "busy_s": busy, "busy_over_quiet": busy / quiet}
+
+
 def table(content: Mapping[str, Any]) -> str:
     lines = [
         "| op | shape | quiet | busy | quiet / product | busy / product | busy / quiet |",
@@ -111,6 +130,13 @@ def table(content: Mapping[str, Any]) -> str:
             f"| `{r['op']}`{kept} | {shape_text(r['shape'])} | {r['quiet_ms']:.1f} ms | {r['busy_ms']:.1f} ms | "
             f"{r['quiet_ratio']:.2f} | {r['busy_ratio']:.2f} | {r['busy_over_quiet']:.2f} |"
         )
+    demo = content.get("demo")
+    if demo is not None:
+        lines += [
+            "",
+            f"The demo (`python -m bench.busy --demo`): {demo['quiet_s']:.0f} s quiet, {demo['busy_s']:.0f} s busy, "
+            f"{demo['busy_over_quiet']:.2f} times as long.",
+        ]
     rows, d, n = PRODUCT_SHAPE
     return "\n".join(
         [
@@ -125,17 +151,24 @@ def table(content: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.busy", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", metavar="OP", choices=available(), nargs="+", help="measure these ops")
+    parser.add_argument("--demo", action="store_true", help="measure the demo, and keep the figures of the ops")
     parser.add_argument("--seconds", type=float, default=2.0, help="of rounds, an op, quiet and busy each (default 2)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     arguments = parser.parse_args()
-    wanted = [op for op in available() if arguments.only is None or op in arguments.only]
-    figures = [beside_the_product(build(op, HERE[op], "float32", "cpu")) for op in wanted]
-    content = {
-        "device": device_name(), "date": date.today().isoformat(), "command": "python -m bench.busy",
-        "neighbours": NEIGHBOURS, "versions": versions(), "ratios": measure_busy(figures, arguments.seconds),
-    }  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"busy-{file_name(device_name())}.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    kept = {key: before[key] for key in ("ratios", "demo") if key in before}
+    if arguments.demo:
+        new: dict[str, Any] = {"demo": measure_demo()}
+    else:
+        wanted = [op for op in available() if arguments.only is None or op in arguments.only]
+        figures = [beside_the_product(build(op, HERE[op], "float32", "cpu")) for op in wanted]
+        new = {"ratios": measure_busy(figures, arguments.seconds)}
+    content = {
+        "device": device_name(), "date": date.today().isoformat(), "command": "python -m bench.busy",
+        "neighbours": NEIGHBOURS, "versions": versions(), "ratios": [], **kept, **new,
+    }  # fmt: skip
     path.write_text(json.dumps(content, indent=1) + "\n")
     path.with_suffix(".md").write_text(table(content) + "\n")
     print(table(content))

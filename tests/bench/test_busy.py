@@ -1,5 +1,7 @@
 """The busy figure: neighbours that really work while it measures and end with it, and ratios of the same rounds."""
 
+import contextlib
+import json
 import os
 import time
 
@@ -57,3 +59,16 @@ def test_small_figures_are_measured_and_written_as_a_table():
     assert all(r["quiet_ms"] > 0 and r["busy_ratio"] > 0 for r in records)
     content = {"ratios": records, "date": "2026-01-02", "device": "a machine", "neighbours": 2, "command": "this"}
     assert "| `topk_encode`, weights prepared | 8 rows, 16 → 64, k = 3 |" in table(content)
+
+
+def test_the_demo_is_measured_beside_the_ops_that_were_measured_before(tmp_path, monkeypatch):
+    took = iter([60.0, 90.0])
+    monkeypatch.setattr(busy, "demo_seconds", lambda: next(took))
+    monkeypatch.setattr(busy, "neighbours", contextlib.nullcontext)
+    monkeypatch.setattr(busy, "measure_busy", lambda figures, seconds: [])
+    for option in ("--only=topk_encode", "--demo", "--only=topk_encode"):
+        monkeypatch.setattr("sys.argv", ["bench.busy", option, "--out", str(tmp_path)])
+        busy.main()
+    content = json.loads(next(tmp_path.glob("busy-*.json")).read_text())
+    assert content["demo"] == {"quiet_s": 60.0, "busy_s": 90.0, "busy_over_quiet": 1.5}
+    assert "60 s quiet, 90 s busy, 1.50 times as long" in next(tmp_path.glob("busy-*.md")).read_text()
