@@ -338,6 +338,20 @@ def test_prepared_weights_are_passed_over_where_the_phases_cost_more_than_they_s
     assert bool(products) == prefiltered
 
 
+@pytest.mark.parametrize(("k", "prefiltered"), [(32, True), (33, False)])
+def test_a_large_share_of_the_latents_goes_the_plain_way(k, prefiltered, monkeypatch):
+    """The border lies where there are eight groups of four for each of the k: at 32 of 1,024."""
+    x, w, b, c = case("plain")
+    products, inner = [], RoundedEncoder.product
+    monkeypatch.setattr(survivors, "PREFILTERED_PRODUCT", 1)
+    monkeypatch.setattr(RoundedEncoder, "product", lambda *a: products.append(1) or inner(*a))
+    values, indices = topk_encode(x, w, b, c, k, prepared=prepare_encoder(w, b))
+    expected = reference(x.double(), w.double(), b.double(), c.double(), k)
+    assert torch.equal(indices, expected[1])
+    torch.testing.assert_close(values.double(), expected[0], atol=1e-5, rtol=1e-5)
+    assert bool(products) == prefiltered
+
+
 @pytest.mark.parametrize("offset", [0.7, 0.0, -1.0, -8.0, 8.0])
 def test_the_maxima_of_groups_are_those_of_their_floats(offset: float):
     """Of integers with the floats' bits, where a group has a float that is not negative: no, few, many, all groups have none."""
