@@ -1,7 +1,8 @@
 """Maps of attention beside attention-map-diffusers, in the environment that `make peers` builds.
 
     python -m bench.maps agree    the same map of every layer and step, on tiny pipelines of each family
-    python -m bench.maps cost     a step of a UNet of SD 1.5's size and a FLUX block, without maps, with ours, with theirs
+    python -m bench.maps cost     a step of a UNet of SD 1.5's size and a FLUX block, without maps, with ours, with theirs;
+                                  in seconds of the processor, of one thread (OMP_NUM_THREADS=1)
 
 Both write to bench/results/maps.json.
 """
@@ -34,7 +35,7 @@ from tests.families import families
 RESULTS = Path(__file__).parent / "results" / "maps.json"
 FAMILIES = ("sd", "sdxl", "sana", "wan", "sd3", "flux", "flux2", "z_image", "cogvideox", "hunyuan_video")
 RELATIONS = {"image_to_text": ("image->text", "video->text"), "text_to_image": ("text->image", "text->video")}
-ROUNDS = 3
+ROUNDS = 2
 EIGHT = list(range(1, 9))
 """Eight tokens."""
 
@@ -135,10 +136,10 @@ def attention_seconds(pipe: Any, paths: tuple[str, ...]) -> Iterator[list[float]
     original, handles = F.scaled_dot_product_attention, []
 
     def timed(*args: Any, **kwargs: Any) -> torch.Tensor:
-        began = time.perf_counter()
+        began = time.process_time()
         result = original(*args, **kwargs)
         if inside:
-            found.append(time.perf_counter() - began)
+            found.append(time.process_time() - began)
         return result
 
     for path in paths:
@@ -162,9 +163,9 @@ def map_seconds() -> Iterator[list[float]]:
     original = Visits.attention
 
     def timed(self: Visits, *args: Any) -> None:
-        began = time.perf_counter()
+        began = time.process_time()
         original(self, *args)
-        found.append(time.perf_counter() - began)
+        found.append(time.process_time() - began)
 
     Visits.attention = timed  # type: ignore[method-assign]
     try:
@@ -206,19 +207,19 @@ def cost(name: str, build: Callable[[], tuple[Any, Callable[[], Any]]]) -> list[
     run()
     for _ in range(ROUNDS):
         with attention_seconds(pipe, paths) as watched:
-            began = time.perf_counter()
+            began = time.process_time()
             run()
-            seconds["none"].append(time.perf_counter() - began)
+            seconds["none"].append(time.process_time() - began)
         attention.append(sum(watched))
         with sf.attach(pipe, maps) as session, map_seconds() as ours:
-            began = time.perf_counter()
+            began = time.process_time()
             run()
-            seconds["sparsefeat"].append(time.perf_counter() - began)
+            seconds["sparsefeat"].append(time.process_time() - began)
         at_maps.append(sum(ours))
         if not peer:
-            began = time.perf_counter()
+            began = time.process_time()
             found = captured(pipe, RELATIONS["image_to_text"], run, timesteps="last", tokens=EIGHT)
-            seconds["attention-map-diffusers"].append(time.perf_counter() - began)
+            seconds["attention-map-diffusers"].append(time.process_time() - began)
             stored = sum(r.data.numel() * r.data.element_size() for r in found.records if r.data is not None)
     plain = statistics.median(seconds["none"])
     rows = [{"case": name, "method": "none", "seconds": plain, "attention_seconds": statistics.median(attention)}]

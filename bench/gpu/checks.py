@@ -169,6 +169,7 @@ CHECKS: dict[str, Maker] = {
     "attention_tap": attention_checks(
         {name: {**JOINT[name], "selected": SELECTED} for name in ("FLUX", "SD 3.5 medium")}
     ),
+    "concept_attention": attention_checks({"FLUX": {"batch": 1, "heads": 24, "n": 4096, "t": 8, "d": 128}}),
     "sparse_edit": sae_checks(),
     "weight_gradient": sae_checks(),
     "feature_stats": sae_checks(dtypes=("float32",), double=False),

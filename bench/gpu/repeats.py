@@ -26,7 +26,7 @@ OTHER_PATHS: dict[str, tuple[Callable[[SAECase], tuple[Tensor, Tensor]], tuple[s
 
 
 def shape_of(op: str, sae: dict[str, int]) -> dict[str, int]:
-    if not op.startswith("attention"):
+    if "attention" not in op:
         return dict(sae)
     return {**SMALL_ATTENTION, "selected": 7} if op == "attention_tap" else dict(SMALL_ATTENTION)
 

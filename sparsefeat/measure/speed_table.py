@@ -15,7 +15,7 @@ Record = Mapping[str, Any]
 OURS = "sparsefeat"
 OPS = (
     "topk_encode", "sparse_decode", "forward", "training_step", "sparse_edit", "feature_stats", "weight_gradient",
-    "threshold_encode", "matching_pursuit", "attention_map", "attention_tap",
+    "threshold_encode", "matching_pursuit", "attention_map", "attention_tap", "concept_attention",
 )  # fmt: skip
 COMMITTED = Path(__file__).resolve().parents[1] / "assets" / "results"  # what the package carries
 HEADER = [

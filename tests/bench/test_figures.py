@@ -25,7 +25,7 @@ CROSS = {"batch": 2, "heads": 3, "n": 33, "t": 11, "d": 8}
 def small(op: str) -> dict[str, int]:
     if op == "attention_tap":
         return {**CROSS, "selected": 4}
-    return CROSS if op.startswith("attention") else SAE
+    return CROSS if "attention" in op else SAE
 
 
 def answers(op: str):

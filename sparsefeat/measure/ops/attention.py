@@ -141,7 +141,57 @@ def _joint_inputs(shape: Shape, dtype: str, device: str, seed: int) -> Attention
     return attention_case(**shape, joint=True, dtype=dtype, device=device, seed=seed)
 
 
+@dataclass(frozen=True)
+class ConceptCase:
+    """query, key, value [batch, heads, concepts, width] of a few concepts, and the image's keys and values."""
+
+    own: tuple[Tensor, Tensor, Tensor]
+    image: tuple[Tensor, Tensor]
+    dtype: str
+
+    def joined(self) -> tuple[Tensor, Tensor, Tensor]:
+        query, *rest = self.own
+        key, value = (torch.cat(pair, dim=2) for pair in zip(rest, self.image, strict=True))
+        return query, key, value
+
+
+def _concept_inputs(shape: Shape, dtype: str, device: str, seed: int) -> ConceptCase:
+    """`t` concepts beside `n` positions."""
+    g = torch.Generator(device).manual_seed(seed)
+    batch, heads, n, t, d = (shape[name] for name in ("batch", "heads", "n", "t", "d"))
+    query, key, value, image_key, image_value = (
+        torch.randn(batch, length, heads, d, generator=g, device=device).to(torch_dtype(dtype)).transpose(1, 2)
+        for length in (t, t, t, n, n)
+    )
+    return ConceptCase((query, key, value), (image_key, image_value), dtype)
+
+
+def _concept_fault(case: ConceptCase, answer: Tensor) -> str:
+    query, key, value = (tensor.double() for tensor in case.joined())
+    p = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
+    return output_fault(answer, p @ value, case.dtype)
+
+
+def _eager_concepts(case: ConceptCase) -> Tensor:
+    query, key, value = case.joined()
+    return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1) @ value
+
+
+def _concept_providers() -> list[Provider]:
+    return [
+        Provider(OURS, lambda case: kernels.concept_attention(*case.own, *case.image)),
+        Provider("SDPA of keys put together", lambda case: F.scaled_dot_product_attention(*case.joined())),
+        Provider(DENSE, _eager_concepts, note="eager: all probabilities in memory"),
+    ]
+
+
+def _concept_cost(s: Shape, size: int) -> tuple[float, float]:
+    b, h, n, t, d = (s[name] for name in ("batch", "heads", "n", "t", "d"))
+    return 4.0 * b * h * t * (t + n) * d, size * b * h * d * (2.0 * n + 4 * t)
+
+
 OPS = {
+    "concept_attention": Op(_concept_providers, _concept_fault, _concept_cost, _concept_inputs),
     "attention_map": Op(
         lambda: _attention_providers(_our_cross_attention), attention_fault, _cross_cost, _cross_inputs
     ),
