@@ -119,6 +119,16 @@ def each_attention(run: Callable[..., str]) -> Maker:
     return of
 
 
+def resize_checks(_: str, rehearse: bool) -> Made:
+    for name, shape in (
+        {"odd": (2, 3, 5, 7)} if rehearse else {"odd": (3, 77, 15, 9), "SD 1.5": (8, 77, 32, 32)}
+    ).items():
+        for dtype in ("float32", "float64"):
+            if dtype == "float32":
+                yield f"{name}, {dtype}", partial(faults.resized, shape, dtype, True)
+            yield f"{name}, {dtype}, plain torch", partial(faults.resized, shape, dtype, False)
+
+
 def encode_checks(op: str, rehearse: bool) -> Made:
     yield from sae_checks(shapes=tuple(PUBLISHED))(op, rehearse)
     shape, dtype = (TINY_ODD, "float32") if rehearse else (ODD, "bfloat16")
@@ -181,6 +191,8 @@ CHECKS: dict[str, Maker] = {
     "attention_map, all options": each_attention(faults.maps),
     "attention_map_gradient": each_attention(faults.map_gradient),
     "attention_rows": each_attention(faults.rows),
+    "concept_map": each_attention(faults.concepts),
+    "resize_add": resize_checks,
     "threshold_encode_csr": each(faults.threshold_csr),
     "matching_pursuit": sae_checks(dtypes=("float32",)),
     "latent_major": each(faults.by_latent, dtypes=("float32",), double=False),

@@ -9,8 +9,11 @@ from typing import Any
 
 import sparsefeat_kernels as kernels
 import torch
+from sparsefeat_kernels.attention.concept import reference as concept_reference
+from sparsefeat_kernels.attention.concept import reference_map as concept_map_reference
 from sparsefeat_kernels.attention.map import reference as map_reference
 from sparsefeat_kernels.attention.map_gradient import reference as map_gradient_reference
+from sparsefeat_kernels.attention.resize import reference as resize_reference
 from sparsefeat_kernels.attention.rows import reference as rows_reference
 from sparsefeat_kernels.attention.rows import reference_column_sums
 from sparsefeat_kernels.attention.tap import reference as tap_reference
@@ -341,6 +344,48 @@ def map_gradient(shape: tuple[int, ...], dtype: str, triton: bool) -> str:
         return worst(
             by_triton(lambda: of(kernels.attention_map, False), triton), of(map_gradient_reference, True), dtype
         )
+
+
+def concepts(shape: tuple[int, ...], dtype: str, triton: bool) -> str:
+    """concept_attention, and concept_map_ of its output and the image's."""
+    batch, heads, _, n, t, _ = shape
+    image, *own = heads_of((batch, heads, heads, n, t, shape[5]), dtype)
+    _, weight, group, _ = map_options(shape)
+    given = (own[0], own[0], own[1], image, image)
+    out = by_triton(lambda: kernels.concept_attention(*given), triton)
+    wanted = concept_reference(*(tensor.double() for tensor in given), shape[-1] ** -0.5)
+    if fault := worst(out, wanted, dtype):
+        return f"concept_attention: {fault}"
+    answers, references = [], []
+    for softmax in (True, False):
+        started = torch.ones(batch, n, t, device=device(), dtype=WIDE.get(dtype, torch.float32))
+        into = started.clone()
+        by_triton(partial(kernels.concept_map_, into, image, out, weight, group, softmax), triton)
+        answers.append(into)
+        doubles = (started.double(), image.double(), out.double(), weight.double())
+        references.append(concept_map_reference(*doubles, group, softmax))
+    return worst(tuple(answers), tuple(references), dtype)
+
+
+def resized(shape: tuple[int, ...], dtype: str, triton: bool) -> str:
+    """resize_add_: maps [m, t, h, w] onto another grid, with weights and the clamp; and without."""
+    m, t, height, width = shape
+    g = torch.Generator(device()).manual_seed(7)
+    drawn = torch.randn(m, height, width, t, generator=g, device=device(), dtype=torch.float64)
+    maps = drawn.to(getattr(torch, dtype)).permute(0, 3, 1, 2)
+    weight = torch.linspace(-0.5, 2, m, device=device())
+    answers, references = [], []
+    for options in ((weight, True), (None, False)):
+        sums = torch.ones(t, 2 * height + 1, 3 * width, device=device(), dtype=maps.dtype)
+        into = sums.clone()
+        by_triton(partial(kernels.resize_add_, into, maps, *options), triton)
+        answers.append(into)
+        references.append(resize_reference(sums.double().cpu(), maps.double().cpu(), _cpu(options[0]), options[1]))
+    return worst(tuple(answer.cpu() for answer in answers), tuple(references), dtype)
+
+
+def _cpu(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.double().cpu()
 
 
 def rows(shape: tuple[int, ...], dtype: str, triton: bool) -> str:
