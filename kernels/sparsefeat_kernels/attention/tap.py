@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import implementation, jit, next_power_of_2, ops, register, tl
+from ..dispatch import block_bytes, implementation, jit, next_power_of_2, ops, register, row_chunks, tl
 from .scores import (
+    BLOCK_BYTES,
     LOG2_E,
     add_to_group,
     additive,
@@ -130,6 +131,9 @@ def _check(
     check_accumulator("maps", maps, (query.shape[2], key.shape[2]), query, head_weight, group)
 
 
+ROOM_OF_KEYS = 64  # whose scores of all heads are one block; of more, blocks of fewer heads
+
+
 def _attention_tap_cpu(
     maps: Tensor,
     query: Tensor,
@@ -142,11 +146,19 @@ def _attention_tap_cpu(
 ) -> None:
     bias, weight = additive(mask, query, key), head_weights(head_weight, query)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # exp(score - inf) is 0
+    (_, heads, n, d), n_tokens, wide = query.shape, key.shape[2], weight.dtype
+    shared = heads // key.shape[1]
+    # Keys are few: with them for rows the product is three times as fast (8 x 40 by 40 x 4096: 0.4 ms for 1.2).
+    a_position = heads * wide.itemsize * (min(n_tokens, ROOM_OF_KEYS) + (d if query.dtype != wide else 0))
+    parts = row_chunks(n, a_position, block_bytes(query, BLOCK_BYTES), block=16)
     for b, g in counted_rows(group, maps.shape[0]):
-        for block, rows, scores in score_blocks(query[b], key[b], scale, None if bias is None else bias[b]):
-            probabilities = scores.sub_(lse[b, block, rows, None]).exp_()
-            summed = torch.mv(probabilities.view(scores.shape[0], -1).T, weight[block])
-            add_to_group(maps[:, rows], g, summed.view(scores.shape[1:]))
+        keys = key[b] if shared == 1 else key[b, [h // shared for h in range(heads)]]
+        for part in parts:
+            of_part = None if bias is None else bias[b][:, part].mT
+            for block, tokens, scores in score_blocks(keys, query[b][:, part], scale, of_part):
+                probabilities = scores.sub_(lse[b, block, None, part]).exp_()
+                summed = torch.mv(probabilities.view(scores.shape[0], -1).T, weight[block])
+                add_to_group(maps[:, part, tokens].mT, g, summed.view(scores.shape[1:]))
 
 
 # ------------------------------------------------------------------------------------------------------------ Triton
