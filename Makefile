@@ -56,10 +56,16 @@ pytest: $(VENV)/.tests-installed
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --durations=10
 
 # The results are taken whether or not every promise was kept: the page says which were not.
-matrix: $(VENV)/.tests-installed
+matrix: $(VENV)/.tests-installed build/quantised/.installed
 	mkdir -p build
-	MATRIX=full MATRIX_RESULTS=build/matrix-newest.json $(BIN)/python -m pytest -q tests/pipeline/test_matrix.py; \
+	PYTHONPATH=build/quantised MATRIX=full MATRIX_RESULTS=build/matrix-newest.json $(BIN)/python -m pytest -q \
+		tests/pipeline/test_matrix.py tests/pipeline/test_quantised.py; \
 	failed=$$?; $(BIN)/python tools/write_pipelines.py --take newest build/matrix-newest.json; exit $$failed
+
+# Beside the environment: diffusers imports them wherever they are installed.
+build/quantised/.installed: $(CONSTRAINTS) $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) --no-deps --target build/quantised torchao bitsandbytes gguf
+	touch $@
 
 floor: $(FLOOR)/.installed
 	mkdir -p build

@@ -2,6 +2,7 @@
 
     python tools/write_pipelines.py                                # the page from docs/pipelines.json
     python tools/write_pipelines.py --take newest build/matrix.json   # first put a run's results into that file
+    python tools/write_pipelines.py --take newest FILE FILE           # a run whose families were shared out
     python tools/write_pipelines.py --take newest FILE --families krea2 mochi     # of some families alone
     python tools/write_pipelines.py --check                        # exit code 1 if the page is not what the file says
 
@@ -219,6 +220,15 @@ def versions(environment: dict[str, Any]) -> str:
     return ", ".join(f"{package} {found[package]}" for package in PACKAGES if found.get(package))
 
 
+def together(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The results of runs that shared the families out among them: each family's are those of the run that tried it."""
+    first = runs[0]
+    if any((run["versions"], run["cells"]) != (first["versions"], first["cells"]) for run in runs):
+        raise SystemExit("the files are of runs with other versions or configurations")
+    tried = {name: found for run in runs for name, found in run["families"].items() if found["promises"]}
+    return {**first, "families": {**first["families"], **tried}}
+
+
 def page(results: dict[str, Any]) -> str:
     parts = [INTRO.strip().replace("{modular}", ", ".join(results["newest"].get("modular", ["SDXL"])))]
     for name, title in ENVIRONMENTS.items():
@@ -250,20 +260,22 @@ def page(results: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--take", nargs=2, metavar=("ENVIRONMENT", "FILE"))
+    parser.add_argument("--take", nargs="+", metavar=("ENVIRONMENT", "FILE"))
     parser.add_argument("--families", nargs="+", metavar="NAME", help="take these families of the run, keep the others")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if arguments.take:
-        environment, file = arguments.take
+        environment, *files = arguments.take
         if environment not in ENVIRONMENTS:
             parser.error(f"--take {environment}: it is one of {', '.join(ENVIRONMENTS)}")
-        taken = json.loads(Path(file).read_text())
+        if not files:
+            parser.error(f"--take {environment} needs the file of a run")
+        taken = together([json.loads(Path(file).read_text()) for file in files])
         if arguments.families:
             known = results[environment]
             if taken["versions"] != known["versions"]:
-                parser.error(f"{file} is of other versions than the {environment} results; take all families")
+                parser.error(f"{files[0]} is of other versions than the {environment} results; take all families")
             some = {name: {**taken["families"][name], "cells": taken["cells"]} for name in arguments.families}
             taken = {**known, "families": {**known["families"], **some}}
         results[environment] = taken

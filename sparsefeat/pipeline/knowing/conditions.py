@@ -84,6 +84,7 @@ class Conditions:
     _first: dict[Any, tuple[Entries, torch.Tensor]] = field(default_factory=dict)
     _references: list[Reference] = field(default_factory=list)
     _n_found: int = 0
+    _passed: dict[Any, Any] = field(default_factory=dict)
     _assumed: list[torch.Tensor] = field(default_factory=list)
     _sizes: dict[str, dict[int, int]] = field(default_factory=dict)  # by component and loop: the images of its runs
 
@@ -134,9 +135,12 @@ class Conditions:
         given = dict(enumerate(given))
         batch = next((len(rows) for value in _flat(given.values()) if (rows := rows_of_texts(value))), 0)
         references = self._references_and_zeros()
-        pairs, distances = _measure(list(_texts(given, batch, references)), references)
-        if not pairs:
-            return
+        texts = list(_texts(given, batch, references))
+        key = tuple(map(_key, texts))
+        if not texts or key in self._passed:
+            return  # again in every step
+        self._passed[key] = texts  # kept, so that no other tensors get their memory
+        pairs, distances = _measure(texts, references)
         evidence, _ = _evidence(pairs, distances.tolist(), batch)
         made = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
         for rows in map(rows_of_texts, made):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from torch import nn
 
 from tests.tiny import tiny_sd
 
@@ -82,3 +83,41 @@ class OneByOne(StableDiffusionPipeline):
         texts = {"prompt": prompt, **texts}
         rows = [self.encode_prompt(texts.get(name, name), "cpu", 1, False)[0] for name in order]
         self.unet(torch.zeros(len(rows), 4, 16, 16), 1, encoder_hidden_states=torch.cat(rows))
+
+
+class Projector(nn.Module):
+    """What lies between a text encoder and a denoiser: texts go in, longer and other texts come out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(32, 32)
+
+    def forward(self, texts: torch.Tensor) -> torch.Tensor:
+        return self.mix(torch.cat([texts, texts], dim=1))
+
+
+class Between:
+    """No pipeline of diffusers': `order` are the rows of a run, each "cond" or "uncond"; some are zeros to the denoiser."""
+
+    def __init__(self) -> None:
+        base = tiny_sd()
+        self.unet, self.text_encoder, self.tokenizer = base.unet, base.text_encoder, base.tokenizer
+        torch.manual_seed(0)
+        self.projector = Projector()
+
+    def encode_prompt(self, prompt: list[str], negative_prompt: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        prompt_embeds, negative_prompt_embeds = (
+            self.text_encoder(
+                self.tokenizer(texts, padding="max_length", max_length=16, return_tensors="pt").input_ids
+            )[0]
+            for texts in (prompt, negative_prompt)
+        )
+        return prompt_embeds, negative_prompt_embeds
+
+    @torch.no_grad()
+    def __call__(self, prompt: list[str], negative_prompt: list[str], order: list[str], steps: int = 2) -> None:
+        cond, uncond = self.encode_prompt(prompt, negative_prompt)
+        texts = torch.cat([{"cond": cond, "uncond": uncond}[name] for name in order])
+        for timestep in range(steps):  # some pipelines do it once, and some in every step
+            rows = self.projector(texts)
+            self.unet(torch.zeros(len(rows), 4, 16, 16), timestep, encoder_hidden_states=rows)

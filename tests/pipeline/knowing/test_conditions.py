@@ -12,11 +12,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from sparsefeat import SAE, Record, SAEConfig, Steer
-from sparsefeat.pipeline import Call, UnknownConditionError, attach
+from sparsefeat.pipeline import Call, Hookpoint, UnknownConditionError, attach
 from sparsefeat.pipeline.knowing.conditions import Conditions, DenoiserRun, is_diffusers_own
 from sparsefeat.pipeline.knowing.references import Reference, References
-from tests.pipeline.instruments import Watch
-from tests.pipeline.knowing.loops import BLOCK, OneByOne, Own, Silent, build
+from tests.pipeline.instruments import Edit, Watch, push
+from tests.pipeline.knowing.loops import BLOCK, Between, OneByOne, Own, Silent, build
 from tests.tiny import pixels, tiny_sd
 
 RUNS = {
@@ -283,3 +283,23 @@ def test_the_same_words_for_both_in_a_loop_of_ones_own_are_unknown():
     for order in (["prompt", "negative_prompt"], ["negative_prompt", "prompt"]):
         said = labels(build(OneByOne), prompt="a fox", negative_prompt="a fox", order=order)
         assert {condition for condition, _ in said[0]} == {"unknown"}
+
+
+# A component between the text encoder and the denoiser
+
+
+@pytest.mark.parametrize("order", [["cond", "uncond"], ["uncond", "cond"], ["cond"], ["uncond"]], ids=str)
+def test_what_a_component_makes_of_a_text_is_that_texts(order):
+    call = {"prompt": ["a fox", "red cat"], "negative_prompt": ["no", "dog"]}
+    expected = [(condition, image) for condition in order for image in range(2)]
+    pipe = Between()
+    assert labels(pipe, **call, order=order) == [expected, expected]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipe.projector.modules())
+
+
+def test_an_edit_of_what_lies_between_is_made_before_it_is_compared():
+    pipe, call = Between(), {"prompt": ["a fox"], "negative_prompt": ["no"], "order": ["cond", "uncond"]}
+    edit = Edit(push(), Hookpoint("projector.mix", rows=(0, None)))
+    with attach(pipe, edit, watch := Watch(BLOCK)):
+        pipe(**call)
+    assert [c.condition for c in watch.contexts] == [("cond", "uncond")] * 2
