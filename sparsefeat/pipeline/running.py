@@ -293,7 +293,8 @@ class RunningCall:
         refused = any(getattr(target.root, f"use_{part}", False) for part in ("tiling", "slicing"))  # by its family
         if refused or target.family.stated_rows is not None:
             return outside_entries(batch)
-        if not shares or (is_video and tensor is not None and tensor.ndim < 5) or (parts and not _encodes(target)):
+        in_parts = is_video and tensor is not None and (tensor.ndim < 5 or (parts and not _encodes(target)))
+        if not shares or in_parts:
             raise UnknownRowsError(
                 target.path,
                 target.module,

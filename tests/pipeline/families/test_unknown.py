@@ -221,3 +221,17 @@ def test_a_component_that_is_no_denoiser_no_text_encoder_and_no_vae_is_refused()
     pipe.image_encoder = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(UnknownRowsError, match="does not know the model"):
         attach(pipe, Watch("image_encoder.0"))
+
+
+def test_a_vae_that_decodes_all_images_again_is_read_again():
+    """A preview in every step, by a callback."""
+    pipe = tiny_sd()
+    pipe.vae = tiny_kl(4)
+
+    def preview(pipe, step, timestep, tensors):
+        pipe.vae.decode(tensors["latents"])
+        return tensors
+
+    with attach(pipe, watch := Watch("vae.decoder.mid_block")):
+        pixels(pipe, steps=2, callback_on_step_end=preview)
+    assert [(c.prompt_index, c.step) for c in watch.contexts] == [((0,), None)] * 3
