@@ -4,7 +4,8 @@ Every codec of the table has as many latents and as many of them active a row, s
 many steps at the same learning rate, and is trained twice, from two seeds. ITDA, PCA and NMF are fitted to the same rows.
 Reconstruction is measured on prompts that none was trained on; the rest as in `sparsefeat.evaluation.evaluate_saes`.
 
-Writes bench/results/codecs.json after every codec; `--table` prints the table of docs/training.md from it.
+Writes bench/results/codecs.json after every codec; `python tools/write_tables.py` makes the table of docs/training.md
+from it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from sparsefeat.sae import SAE, SAEConfig
 from sparsefeat.training import CollectedRows, SAETrainer, TensorRows, build_itda, recipe
 
 HOOKPOINT = "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2"
-N_LATENTS, K, STEPS, BATCH, LR = 512, 8, 900, 1024, 2e-3
+N_LATENTS, K, STEPS, BATCH, LR = 512, 8, 600, 1024, 2e-3
 RECIPES = {
     "TopK": "topk",
     "BatchTopK": "batch-topk",
@@ -237,39 +238,11 @@ def run(out: Path, work: Path) -> None:
         write_json(out, results)
 
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown."""
-    head = ["codec", "FVU", "cosine", "L0", "dead", "dense", "loss recovered", "image change", "probe 1 / 5", "separability",
-            "named", "word AUC", "stability"]  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-
-    def number(one: dict[str, Any], name: str, form: str = ".3f") -> str:
-        value = one.get(name)
-        return "–" if value is None else format(value, form)
-
-    for name, one in {**results["codecs"], **results["controls"]}.items():
-        if name == "ablation":
-            continue
-        stable = one.get("stability", {}).get("cosine")
-        cells = [
-            name, number(one, "fvu", ".4f"), number(one, "cosine"), number(one, "l0", ".1f"), number(one, "dead", ".1%"),
-            number(one, "dense", ".1%"), number(one, "recovered_mean_overall"), number(one, "image_change"),
-            f"{one['probe_1']:.2f} / {one['probe_5']:.2f}", number(one, "separability"), number(one, "named", ".1%"),
-            number(one, "word_auc"), "–" if stable is None else f"{stable:.2f}",
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS / "codecs.json")
     parser.add_argument("--work", type=Path, default=Path("build/codecs"))
-    parser.add_argument("--table", action="store_true", help="print the table and measure nothing")
     arguments = parser.parse_args()
-    if arguments.table:
-        print(table(json.loads(arguments.out.read_text())))
-        return
     run(arguments.out, arguments.work)
 
 

@@ -1,7 +1,8 @@
-"""Write the README's tables from the measured results, and the copy of the results that the package carries.
+"""Write the tables of the README and of docs/training.md from the measured results, and the copy of the results that the
+package carries.
 
-    python tools/write_tables.py            # after `sparsefeat evaluate emoji` or `overhead`, `make bench`, `bench.itd`, `bench.gpu`
-    python tools/write_tables.py --check    # exit code 1 if the README is not what the results say
+    python tools/write_tables.py            # after `sparsefeat evaluate emoji` or `overhead`, `make bench`, `bench.itd`, ...
+    python tools/write_tables.py --check    # exit code 1 if a page is not what the results say
 
 Each table stands between `<!-- table: NAME -->` and `<!-- end -->`. A test runs the check.
 """
@@ -16,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from sparsefeat.measure.speed_table import A_TABLES_ROWS_AN_OP, load_results, speed_markdown
+from sparsefeat.training import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "training.md")
 MEASURED = ROOT / "bench" / "results"
 CARRIED = ROOT / "sparsefeat" / "assets" / "results"
 EMOJI, OVERHEAD, ITD = "emoji.json", "overhead.json", "itd.json"
+CODECS, RETRAINED = "codecs.json", "retrained.json"
 
 
 def percent(share: float) -> str:
@@ -125,6 +129,64 @@ def itd(results: dict[str, Any]) -> str:
     return table(header, rows) + f"\n\n{where(results, 'python -m bench.itd')}"
 
 
+def codecs(results: dict[str, Any]) -> str:
+    def number(one: dict[str, Any], name: str, form: str = ".3f") -> str:
+        value = one.get(name)
+        return "–" if value is None else format(value, form)
+
+    rows = []
+    for name, one in {**results["codecs"], **results["controls"]}.items():
+        if name == "ablation":
+            continue
+        stable = one.get("stability", {}).get("cosine")
+        rows.append(
+            [
+                name,
+                number(one, "fvu"),
+                number(one, "cosine"),
+                number(one, "l0", ".1f"),
+                number(one, "dead", ".1%"),
+                number(one, "dense", ".1%"),
+                number(one, "recovered_mean_overall"),
+                number(one, "image_change"),
+                f"{one['probe_1']:.2f}, {one['probe_5']:.2f}",
+                number(one, "separability"),
+                number(one, "named", ".0%"),
+                number(one, "word_auc", ".2f"),
+                "–" if stable is None else f"{stable:.2f}",
+            ]
+        )
+    head = ["codec", "FVU", "cosine", "L0", "dead", "dense", "loss recovered", "image change", "probe of 1, of 5", "separability"]  # fmt: skip
+    head += ["named", "word AUC", "stability"]
+    size = (
+        f"At `{results['hookpoint']}`: {results['n_latents']} latents, {results['k']} active, {results['steps']} steps of "
+        f"{results['batch_size']} rows, {results['held_out_rows']:,} held-out rows, {results['images']} images."
+    )
+    return f"{table(head, rows)}\n\n{size} {where(results, 'python -m bench.codecs')}"
+
+
+def recipes() -> str:
+    rows = [[f"`{name}`", one.source, f"{one.n} × d", str(one.k)] for name, one in PUBLISHED.items()]
+    return table(["`--preset`", "from", "latents", "active"], rows)
+
+
+def retrained(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"`{s['hookpoint']}`",
+            f"{s['fvu']:.3f}",
+            f"{s['fvu_carried']:.3f}",
+            f"{s['fvu_pca']:.3f}",
+            percent(s["dead"]),
+            percent(s["dead_carried"]),
+        ]
+        for s in results["saes"]
+    ]
+    head = ["hookpoint", "FVU", "FVU, the package's", "FVU, PCA with k", "dead", "dead, the package's"]
+    cost = f"{results['processor_seconds'] / 60:.0f} minutes of processor time, all six from nothing."
+    return f"{table(head, rows)}\n\n{cost} {where(results, 'python tools/train_saes.py --out build/saes')}"
+
+
 def speed(devices: dict[str, dict[str, Any]]) -> str:
     """A table a device that was measured; a device that nobody measured has none."""
     parts = []
@@ -141,12 +203,17 @@ TABLES = {
     "erasure": (EMOJI, erasure),
     "overhead": (OVERHEAD, overhead),
     "itd": (ITD, itd),
+    "codecs": (CODECS, codecs),
+    "retrained": (RETRAINED, retrained),
 }
 
 
 def filled(text: str, devices: dict[str, dict[str, Any]]) -> str:
-    contents = {name: make(json.loads((MEASURED / file).read_text())) for name, (file, make) in TABLES.items()}
-    contents["speed"] = speed(devices)
+    contents = {
+        name: make(json.loads((MEASURED / file).read_text())) if (MEASURED / file).is_file() else "Not measured yet."
+        for name, (file, make) in TABLES.items()
+    }
+    contents |= {"speed": speed(devices), "recipes": recipes()}
     for name, content in contents.items():
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
         text = pattern.sub(lambda m, content=content: m.group(1) + content + m.group(2), text)
@@ -161,23 +228,23 @@ def carried(devices: dict[str, dict[str, Any]]) -> Iterator[tuple[Path, Path]]:
 
 def main() -> None:
     devices = load_results(MEASURED)
-    text = README.read_text()
-    wanted = filled(text, devices)
+    pages = {page: filled(page.read_text(), devices) for page in PAGES}
     if "--check" in sys.argv[1:]:
         stale = [
             source.name
             for source, copy in carried(devices)
             if not copy.is_file() or copy.read_text() != source.read_text()
         ]
-        stale += [README.name] if text != wanted else []
+        stale += [page.name for page, wanted in pages.items() if page.read_text() != wanted]
         if stale:
             raise SystemExit(f"{', '.join(stale)}: not what bench/results says; run `python tools/write_tables.py`")
         return
-    README.write_text(wanted)
+    for page, wanted in pages.items():
+        page.write_text(wanted)
     CARRIED.mkdir(parents=True, exist_ok=True)
     for source, copy in carried(devices):
         copy.write_text(source.read_text())
-    print(f"tables written into {README.name}")
+    print(f"tables written into {', '.join(page.name for page in pages)}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from sparsefeat.features.chance import midranks, name_of
 BINS = 16
 DEALT = 3
 SHUFFLES = 1000  # of the null of a name
-NAMED_AT_MOST = 128  # units that are tried, of which a share is reported
+NAMED_AT_MOST = 64  # units that are tried, of which a share is reported
 
 
 def halves(n: int, member: Tensor, seed: int = 0) -> Tensor:

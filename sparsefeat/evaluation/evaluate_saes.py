@@ -39,8 +39,8 @@ from sparsefeat.training import Batch, CollectActivations, CollectedRows, Object
 # Of the control that is trained on a pipeline with random weights.
 CONTROL_STEPS, CONTROL_BATCH = 300, 1024
 BATCH = 25  # images a call
-SPLICED = 48  # images that are drawn with activations replaced
-DENOISED = 24  # images that the denoising loss is of
+SPLICED = 24  # images that are drawn with activations replaced
+DENOISED = 12  # images that the denoising loss is of
 # A word is a concept if so many of the images have it and so many do not.
 LEAST_IMAGES = 4
 MOST_WORDS = 64

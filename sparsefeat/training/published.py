@@ -152,7 +152,7 @@ PUBLISHED: dict[str, _Published] = {
         64,
         {"activation": "raw_topk", "normalizer": "pca", "clip": 10.0},
         lambda d, n, k, s: Objective("mse", aux="fae", k_aux=64, fired_above=1.0, dead_after=max(1, 1024 * n // k)),
-        {"lr": 2e-4, "betas": (0.0, 0.99), "grad_clip": 10.0, "batch_size": 1024},
+        {"lr": 2e-4, "betas": (0.0, 0.99), "grad_clip": 10.0, "batch_size": 1024, "ema": 0.995},
         steps=30_000,
         warmup=50,
         decay=0,

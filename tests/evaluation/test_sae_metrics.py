@@ -6,8 +6,9 @@ import pytest
 import torch
 from sparsefeat_kernels import SparseCode
 
-from sparsefeat.evaluation.sae_metrics import SAEMetrics, max_cosines, measure_sae, pca_fvu, random_control
+from sparsefeat.evaluation.sae_metrics import SAEMetrics, SAEQuality, max_cosines, measure_sae, pca_fvu, random_control
 from sparsefeat.sae import SAE, SAEConfig
+from sparsefeat.training import Batch
 
 
 def example(n_rows: int = 217, activation: str = "topk") -> tuple[SAE, torch.Tensor]:
@@ -124,3 +125,50 @@ def test_what_users_get_wrong_is_said():
         pca_fvu(x, 11)
     with pytest.raises(ValueError, match="rows is empty"):
         pca_fvu(x[:0], 2)
+
+
+def test_the_random_control_of_an_sae_with_thresholds_has_as_many_active_latents():
+    torch.manual_seed(3)
+    rows = torch.randn(600, 10)
+    for config in (SAEConfig(10, 50, "jumprelu"), SAEConfig(10, 50, "batch_topk", k=4, inference="threshold")):
+        sae = SAE(config).eval()
+        with torch.no_grad():
+            sae.threshold.fill_(1.5)
+        l0 = measure_sae(sae, rows).l0
+        assert 2 < l0 < 12
+        assert measure_sae(random_control(sae, rows), rows).l0 == pytest.approx(round(l0), abs=0.2)
+    itda = SAE(SAEConfig(10, 50, "matching_pursuit", k=4, normalizer="unit_norm")).eval()
+    control = random_control(itda, rows, seed=1)
+    assert 3 < measure_sae(control, rows).l0 <= 4  # a step may choose an atom again
+    assert not torch.equal(control.W_dec, itda.W_dec)
+
+
+def test_transcoders_and_temporal_saes_are_measured_with_what_they_need():
+    torch.manual_seed(4)
+    x, y = torch.randn(60, 8), torch.randn(60, 8)
+    transcoder = SAE(SAEConfig(8, 30, k=3, transcoder=True)).eval()
+    found = measure_sae(transcoder, Batch(x, y), batch_size=17)
+    with torch.no_grad():
+        expected = (y - transcoder(x)).double().square().sum() / (y - y.mean(0)).double().square().sum()
+    assert found.fvu == pytest.approx(float(expected), rel=1e-5)
+    with pytest.raises(ValueError, match="pass Batch\\(rows, target\\)"):
+        measure_sae(transcoder, x)
+    timed = SAE(SAEConfig(8, 30, k=3, normalizer="timestep", time_width=4)).eval()
+    with torch.no_grad():
+        timed.modulation_bias.normal_()
+        timed.modulation_weight.normal_()
+    timestep = torch.arange(60.0)
+    found = measure_sae(timed, Batch(x, None, timestep), batch_size=17)
+    with torch.no_grad():
+        expected = (x - timed.at_timestep(timestep)(x)).double().square().sum() / (
+            x - x.mean(0)
+        ).double().square().sum()
+    assert found.fvu == pytest.approx(float(expected), rel=1e-5)
+    with pytest.raises(ValueError, match="depends on the timestep"):
+        measure_sae(timed, x)
+
+
+def test_densities_are_counted_by_decade():
+    density = torch.tensor([0.0, 0.0, 2e-9, 3e-5, 0.02, 0.05, 0.5, 1.0])
+    quality = SAEQuality(1000, 0.1, 0.9, 1.0, 1.6, 0.25, 0.25, density)
+    assert quality.histogram() == [2 / 8, 1 / 8, 0, 1 / 8, 0, 0, 2 / 8, 2 / 8]

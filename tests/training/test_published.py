@@ -86,6 +86,7 @@ def test_recipes_have_the_published_constants():
     flux = recipe("flux-sae", 3072, n_latents=65536)
     assert flux.train.objective.dead_after == 1024 * 65536 // 64
     assert (flux.sae.clip, flux.train.betas, flux.train.grad_clip, flux.train.warmup_steps) == (10, (0, 0.99), 10, 50)
+    assert flux.train.ema == 0.995
     assert recipe("matryoshka", 64).train.objective.prefixes == (32, 96, 224, 480, 1024)
     with pytest.raises(ValueError, match="recipe 'sae' is not known: choose one of topk"):
         recipe("sae", 8)

@@ -23,7 +23,7 @@ from sparsefeat.cli.options import (
 )
 from sparsefeat.inputs import Inputs, read_prompts
 
-AN_EMBEDDED_STEP = 2  # every other prompt of the embedded pipeline's grid
+EMBEDDED_OBJECTS = 25  # half of the embedded pipeline's, each in every style
 
 
 def saes(
@@ -83,5 +83,5 @@ def _inputs(prompts: str | None, column: str | None, limit: int | None, pipeline
         return read_prompts(prompts, column, None, limit)
     if pipeline is not None:
         raise ValueError("--prompts is missing; name a file of prompts for this pipeline")
-    grid = [emojicanvas.prompt(o, s) for s in emojicanvas.STYLES for o in emojicanvas.OBJECTS]
-    return Inputs(tuple(grid[::AN_EMBEDDED_STEP][:limit]))
+    grid = [emojicanvas.prompt(o, s) for o in emojicanvas.OBJECTS[:EMBEDDED_OBJECTS] for s in emojicanvas.STYLES]
+    return Inputs(tuple(grid[:limit]))
