@@ -84,6 +84,7 @@ $(FLOOR)/.installed: constraints-floor.txt
 bench: $(VENV)/.tests-installed
 	$(MEASURE) -m bench.run
 	$(MEASURE) -m bench.busy
+	$(MEASURE) -m bench.training
 
 peers: $(PEERS)/.installed
 

@@ -74,3 +74,60 @@ def test_what_was_killed_outright_does_not_block_the_next_run(tmp_path):
     process = start(line, tmp_path)
     wait_for(lambda: len(list(tmp_path.glob(".out.*.unfinished"))) == 2, process)  # it was let in
     end(process, signal.SIGTERM)
+
+
+@pytest.mark.embedded
+def test_training_that_is_ended_saves_says_so_and_goes_on(tmp_path):
+    line = [
+        "train",
+        "--at",
+        "unet.mid_block.attentions.0",
+        "--limit",
+        "4",
+        "--steps",
+        "2",
+        "--latents",
+        "64",
+        "--k",
+        "4",
+    ]
+    line += [
+        "--batch-size",
+        "64",
+        "--rows-per-image",
+        "16",
+        "--window",
+        "4",
+        "--checkpoint-every",
+        "2",
+        "--log-every",
+        "1",
+    ]
+    process = start([*line, "--train-steps", "100000", "--lr", "1e-3", "--decay-steps", "0"], tmp_path)
+    run = tmp_path / "saes" / "unet.mid_block.attentions.0"
+    wait_for(lambda: list(run.glob("checkpoint-*")), process)
+    said = end(process, signal.SIGTERM)
+    assert said == "interrupted; checkpoints are in saes, and the same command goes on from them"
+    (checkpoint,) = run.glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    assert [json.loads(text)["step"] for text in (run / "metrics.jsonl").read_text().splitlines()] == list(
+        range(1, step + 1)
+    )
+    process = start([*line, "--train-steps", "100000", "--lr", "1e-3", "--decay-steps", "0"], tmp_path)
+    wait_for(lambda: [path for path in run.glob("checkpoint-*") if int(path.name.split("-")[1]) > step], process)
+    end(process, signal.SIGINT)
+
+
+@pytest.mark.embedded
+def test_collecting_that_is_ended_keeps_what_is_complete_and_says_so(tmp_path):
+    line = ["collect", "--at", "unet.mid_block.attentions.0", "--steps", "2", "--batch", "2", "--rows-per-image", "4"]
+    process = start(line, tmp_path)
+    store = tmp_path / "activations" / "unet.mid_block.attentions.0-output-image"
+    wait_for(lambda: list(store.glob("w0000-*.safetensors")), process)
+    said = end(process, signal.SIGTERM)
+    assert said == "interrupted; what is complete is in activations, and the same command goes on from it"
+    shards = {path.name: path.read_bytes() for path in store.glob("*.safetensors")}
+    again = subprocess.run([*COMMAND, *line], cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "1,280 rows of width 128" in again.stdout
+    assert all((store / name).read_bytes() == content for name, content in shards.items())

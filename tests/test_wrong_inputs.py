@@ -199,6 +199,11 @@ LATER = [
     ("collect --at unet.mid_blok --prompts lines.txt", "has no module 'unet.mid_blok'; the nearest are unet.mid_block"),
     ("demo --out full --force", "--out full exists and holds no earlier report, so it is left alone; choose another folder"),
     pytest.param(
+        "train --at unet.mid_block.attentions.0 --device cuda",
+        "--device cuda cannot be used: torch finds none on this machine; choose cpu",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one on this machine"),
+    ),
+    pytest.param(
         "features a --device cuda",
         "--device cuda cannot be used: torch finds none on this machine; choose cpu",
         marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one on this machine"),

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sparsefeat.store.shards import Field, Shard, ShardReader, ShardWriter, check_metadata, last_marks
+from sparsefeat.store.shards import MANIFEST, Field, Shard, ShardReader, ShardWriter, check_metadata, last_marks
 
-__all__ = ["Field", "Shard", "ShardReader", "ShardWriter", "check_metadata", "last_marks"]
+__all__ = ["MANIFEST", "Field", "Shard", "ShardReader", "ShardWriter", "check_metadata", "last_marks"]

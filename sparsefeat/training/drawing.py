@@ -23,7 +23,7 @@ from sparsefeat.inputs import Inputs
 from sparsefeat.pipeline import Context, Hookpoint, Instrument, attach
 from sparsefeat.pipeline.call_arguments import check_arguments, check_values
 from sparsefeat.pipeline.hookpoints import resolve
-from sparsefeat.store import ShardReader, last_marks
+from sparsefeat.store import MANIFEST, ShardReader, last_marks
 from sparsefeat.training.collect import CollectActivations, store_of
 from sparsefeat.training.ranks import ALONE, Ranks
 from sparsefeat.whole import as_path, written_plainly
@@ -58,8 +58,15 @@ class Drawing:
         if self.inputs.images:
             pipe = _image_to_image(pipe)
             object.__setattr__(self, "pipe", pipe)
+        if "prompt" not in inspect.signature(type(pipe).__call__).parameters:
+            raise ValueError(
+                f"{type(pipe).__name__} takes no prompt, and is drawn from otherwise: use CollectActivations."
+            )
         checked = {name: self.call[name] for name in self.call if name not in SIZE or not self.inputs.images}
-        check_arguments(pipe, checked)
+        try:
+            check_arguments(pipe, checked)
+        except TypeError as error:  # of a call in Python; here it is a setting that does not fit the pipeline
+            raise ValueError(str(error)) from None
         check_values(pipe, checked)
 
     def only_text(self, hookpoints: Sequence[Hookpoint]) -> bool:
@@ -82,7 +89,7 @@ class Drawing:
             if self.inputs.images:
                 call |= self._noised(numbers, options)
             with torch.no_grad():
-                self.pipe([self.inputs.prompts[number % len(self.inputs)] for number in numbers], **call)
+                self.pipe(prompt=[self.inputs.prompts[number % len(self.inputs)] for number in numbers], **call)
             yield len(numbers)
 
     def _noised(self, numbers: range, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,7 +165,7 @@ def collect_activations(
     base_model: str | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[Hookpoint, ShardReader]:
-    """Write the rows of all inputs into a store for each hookpoint, and return their readers.
+    """Write the rows of all inputs into a store for each hookpoint, and return their readers, as far as other ranks are.
 
     Inputs are shared out over the ranks in parts of 64. Killed at any moment, or started with another number of ranks, the
     same call goes on with what is missing; other settings in the same folder are refused. The rows, their files and their
@@ -211,7 +218,8 @@ def collect_activations(
                     for _ in drawing.draw(collect.images_done, stop, places):
                         _check_rows(collect, places)
     _write_prompts(folder, inputs.prompts)
-    return {place: ShardReader(store_of(folder, place)) for place in places}
+    stores = {place: store_of(folder, place) for place in places}
+    return {place: ShardReader(store) for place, store in stores.items() if (store / MANIFEST).is_file()}
 
 
 def _check_rows(collect: CollectActivations, places: Sequence[Hookpoint]) -> None:
@@ -227,6 +235,7 @@ def _write_prompts(folder: Path, prompts: Sequence[str]) -> None:
     if path.is_file():
         return
     with written_plainly(path):
+        folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{Ranks.of_environment().rank}.unfinished")
         unfinished.write_text("".join(" ".join(prompt.split()) + "\n" for prompt in prompts), encoding="utf-8")
         unfinished.replace(path)

@@ -81,6 +81,7 @@ def test_so_many_steps_of_every_image_are_drawn_and_not_the_same_ones(pipe, tmp_
 def test_ranks_in_any_number_and_order_write_what_one_writes(pipe, tmp_path):
     assert len(PROMPTS) > PART_IMAGES
     collect(pipe, tmp_path / "one", BLOCK, MIDDLE)
+    assert collect(pipe, tmp_path / "two", BLOCK, MIDDLE, ranks=Ranks(3, 4)) == {}  # there are two parts
     collect(pipe, tmp_path / "two", BLOCK, MIDDLE, ranks=Ranks(1, 2))
     collect(pipe, tmp_path / "two", BLOCK, MIDDLE, ranks=Ranks(0, 3))
     collect(pipe, tmp_path / "two", BLOCK, MIDDLE)

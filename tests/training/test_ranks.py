@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +179,45 @@ def test_ranks_that_are_none_are_said(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"no ranks .*start it with torchrun"):
         Ranks.of_environment()
+
+
+@pytest.mark.embedded
+def test_the_commands_run_under_torchrun_and_write_what_one_process_writes(tmp_path):
+    """Collected by two ranks, trained by two, against one of each."""
+    place = "unet.mid_block.attentions.0"
+    collect = ["collect", "--at", place, "--limit", "70", "--batch", "2", "--steps", "1", "--rows-per-image", "8"]
+    train = [
+        "train",
+        "--activations",
+        "acts",
+        "--latents",
+        "64",
+        "--k",
+        "4",
+        "--train-steps",
+        "12",
+        "--batch-size",
+        "64",
+    ]
+    train += ["--lr", "1e-3", "--log-every", "1", "--dead-after", "100"]
+    losses = {}
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        alone, shared = (
+            ["-m", "sparsefeat.cli"],
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        )
+        for line in ([*collect, "--out", "acts"], [*train, "--out", "saes"]):
+            command = [sys.executable, *(alone if world == 1 else [*shared, *alone]), *line]
+            run = subprocess.run(
+                command, cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            )
+            assert run.returncode == 0, run.stderr
+            assert len(run.stdout.splitlines()) == (2 if "train" in line else 1)  # the first rank alone speaks
+        table = (folder / "saes" / place / "metrics.jsonl").read_text().splitlines()
+        losses[world] = torch.tensor([json.loads(line)["fvu"] for line in table])
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / w / "acts").rglob("*.safetensors")} for w in "12")
+    assert one == two
+    assert len(one) == 2
+    torch.testing.assert_close(losses[2], losses[1], rtol=2e-5, atol=0)

@@ -111,8 +111,10 @@ def collect(
             base_model=choice.base_model,
             ranks=ranks,
         )
-    for reader in stores.values():
-        typer.echo(f"{reader.folder}: {reader.n_rows:,} rows of width {reader.schema['rows'].shape[0]}")
+    if ranks.first:  # others may still be at it: ranks do not wait for one another
+        so_far = " so far" if ranks.shared else ""
+        for reader in stores.values():
+            typer.echo(f"{reader.folder}: {reader.n_rows:,} rows of width {reader.schema['rows'].shape[0]}{so_far}")
 
 
 def check_hookpoints(at: list[str] | None) -> list[str]:

@@ -26,7 +26,7 @@ from sparsefeat.cli.commands.collect import (
     read_inputs,
 )
 from sparsefeat.cli.failures import keeping
-from sparsefeat.cli.opening import PipelineChoice
+from sparsefeat.cli.opening import PipelineChoice, check_usable
 from sparsefeat.cli.options import Device, Guidance, Pipeline, Seed, Steps, finite, path
 from sparsefeat.whole import check_free, check_writable
 
@@ -213,6 +213,7 @@ def train(
     settings = {name: given for name, given in changed.items() if given is not None}
     ranks = Ranks.of_environment()
     device = ranks.device(device)
+    check_usable(device)
     with ranks.joined(device), keeping(lambda: f"checkpoints are in {out}, and the same command goes on from them"):
         source: Source
         if inputs is None:
