@@ -42,7 +42,8 @@ class Drawing:
     guidance_scale, height.
 
     Images of `inputs` are encoded by the VAE, noised to a step that the seed and the batch decide (each step equally often),
-    and the model is run once: this needs a pipeline that diffusers has an image-to-image one of.
+    and the model is run once; their step is 0, and the timestep says which it was. This needs a pipeline that diffusers has
+    an image-to-image one of.
     """
 
     pipe: Any
