@@ -168,7 +168,8 @@ class _LogSumExp(TorchDispatchMode):
         found = found[..., 0] if found.dim() == 4 else found  # cuDNN's, since torch 2.9
         if found.dim() != 3 or found.shape[:2] != (batch, heads) or found.shape[2] < rows:
             return None
-        return found[:, :, :rows]  # the memory-efficient kernel's is padded
+        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        return found[:, :, :rows].to(wide)  # the memory-efficient kernel's is padded
 
 
 def bypass(root_name: str, module: nn.Module) -> str | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sparsefeat as sf
 from tests.attention.eager import Ran, eager
@@ -184,3 +185,28 @@ def test_texts_of_different_lengths_in_one_sequence_keep_their_own_words():
     assert batch[both].word("dog", image=1).values.shape == batch[both].grid
     with pytest.raises(ValueError, match="'fox' is not in the prompt"):
         batch[both].word("fox", image=1)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "pixart"])
+def test_maps_are_the_same_where_torchs_kernel_gives_no_log_sum_exp(name):
+    tiny, pipe = built(name)
+    with sf.attach(pipe, maps := sf.HeatMaps()) as run:
+        tiny.call(pipe, ["red fox"], guidance=False)
+    with sdpa_kernel(SDPBackend.MATH), sf.attach(pipe, plain := sf.HeatMaps()) as again:
+        tiny.call(pipe, ["red fox"], guidance=False)
+    torch.testing.assert_close(run[maps].tensor(), again[plain].tensor(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3", "flux", "wan"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_maps_of_half_precision_are_sums_of_probabilities_in_fp32(name, dtype):
+    tiny, pipe = built(name)
+    pipe = pipe.to(dtype)
+    maps = sf.HeatMaps() if name in CROSS else sf.HeatMaps("text_renormalised")
+    whole = sf.HeatMaps(words=[WORD])
+    with sf.attach(pipe, maps, whole) as run:
+        tiny.call(pipe, ["red fox"], guidance=False)
+    assert next(iter(run[maps].sums.values())).total.dtype == torch.float32
+    every = run[maps].tensor(normalize="steps").sum(0)
+    torch.testing.assert_close(every, torch.ones_like(every), rtol=1e-2, atol=1e-2)  # of bf16 the lse has 8 bits less
+    assert (run[whole].word(WORD).values > 0).all()

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsefeat.pipeline import HookpointNotReachedError, UnknownHookpointError, attach
 from tests.pipeline.instruments import Watch, WatchAttention
@@ -197,3 +198,22 @@ def test_an_adapted_projection_is_in_the_queries(pipe):
     with attach(pipe, adapted):
         pixels(pipe, steps=1)
     torch.testing.assert_close(adapted.seen[0][0].query, plain.seen[0][0].query + 2.0)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_log_sum_exp_and_the_output_are_the_attentions_own(pipe, inference):
+    seen = WatchAttention(CROSS, SELF)
+    with torch.inference_mode(inference), attach(pipe, seen):
+        pixels(pipe, steps=1)
+    assert len(seen.seen) == 2
+    for call, _ in seen.seen:
+        scores = call.scale * call.query.double() @ call.key.double().transpose(-1, -2)
+        torch.testing.assert_close(call.lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(call.output.double(), scores.softmax(-1) @ call.value.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_where_torchs_kernel_gives_no_log_sum_exp_there_is_none(pipe):
+    seen = WatchAttention(CROSS)
+    with sdpa_kernel(SDPBackend.MATH), attach(pipe, seen):
+        pixels(pipe, steps=1)
+    assert seen.seen[0][0].lse is None
