@@ -5,6 +5,7 @@
 # make interop  other programs' SAE files made again by those programs, and compared: docs/interop.md
 # make matrix  every promise of attach in every configuration, ten minutes: docs/pipelines.md
 # make floor   the oldest supported versions, in an environment of their own: docs/pipelines.md too
+# make card    the kernels compiled by the Triton that the GPU machines have, in an environment of its own
 # make evaluate  the EmojiCanvas benchmark: bench/results/emoji.json
 
 PYTHON ?= python3
@@ -16,11 +17,12 @@ CONSTRAINTS := constraints$(shell $(PYTHON) -c 'import sys; print("-3.10" if sys
 
 PEERS ?= .venv-peers
 FLOOR ?= .venv-floor
+CARD ?= .venv-card
 ORBAX ?= .venv-orbax
 # What measures: the environment with the other libraries where there is one.
 MEASURE = $(if $(wildcard $(PEERS)/.installed),$(PEERS)/bin,$(BIN))/python
 
-.PHONY: demo test lint types contracts pytest matrix floor bench peers interop evaluate tables browser clean
+.PHONY: demo test lint types contracts pytest matrix floor card bench peers interop evaluate tables browser clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -81,6 +83,18 @@ $(FLOOR)/.installed: constraints-floor.txt
 	$(FLOOR)/bin/python -m pip install --quiet -c constraints-floor.txt accelerate ftfy hypothesis peft pytest pytest-benchmark scipy
 	touch $@
 
+card: $(CARD)/.installed
+	OMP_NUM_THREADS=1 $(CARD)/bin/python -m pytest -q tests/kernels/test_ahead_of_time.py tests/bench/test_predict.py
+	$(CARD)/bin/python -m bench.predict
+
+# torch first and pinned, as above; then the older Triton, whose interpreter needs an older numpy.
+$(CARD)/.installed: constraints.txt
+	$(PYTHON) -m venv $(CARD)
+	$(CARD)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(CARD)/bin/python -m pip install --quiet -c constraints.txt -e '.[test,bench]'
+	$(CARD)/bin/python -m pip install --quiet --no-deps 'triton==3.6.0' 'numpy<2.4'
+	touch $@
+
 bench: $(VENV)/.tests-installed
 	$(MEASURE) -m bench.run
 	$(MEASURE) -m bench.busy
@@ -124,4 +138,4 @@ browser:
 	{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(FLOOR) $(ORBAX) build/lib dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) $(FLOOR) $(CARD) $(ORBAX) build/lib dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
-from bench import prototypes
 from bench.gpu import faults
 from bench.gpu.children import Step
 from bench.gpu.faults import Shape, figure_fault
@@ -139,43 +138,29 @@ def encode_checks(op: str, rehearse: bool) -> Made:
     yield f"NaN, {dtype}, plain torch", partial(faults.not_finite, shape, dtype, False)
 
 
-def design_checks(_: str, rehearse: bool) -> Made:
-    published = {"tiny": TINY} if rehearse else PUBLISHED
-    dtype = "float32" if rehearse else "bfloat16"
-    for name, shape in published.items():
-        yield f"{name}, {dtype}", partial(faults.design, shape, dtype)
-    first = next(iter(published.values()))
-    yield f"rows without a certificate, {dtype}", partial(faults.design, first, dtype, kept=1)
-    if not rehearse:
-        for wide in ("float32", "float16"):
-            yield f"odd, {wide}", partial(faults.design, {**ODD, "n_latents": 2047}, wide)
+def path_checks(fault: Callable[[Shape, str], str]) -> Maker:
+    """Of a way of topk_encode that its own checks do not take, at every published shape."""
 
+    def of(_: str, rehearse: bool) -> Made:
+        dtype = "float32" if rehearse else "bfloat16"
+        for name, shape in ({"tiny": TINY} if rehearse else PUBLISHED).items():
+            yield f"{name}, {dtype}", partial(fault, shape, dtype)
+        if not rehearse:
+            for wide in ("float32", "float16"):
+                yield f"odd, {wide}", partial(fault, ODD, wide)
 
-def prefilter_checks(_: str, rehearse: bool) -> Made:
-    if not rehearse:  # it multiplies in bfloat16
-        yield "SAeUron, float32", partial(faults.prefilter_fault, sae_shape("SAeUron", 1024))
-
-
-def prototype_checks(_: str, rehearse: bool) -> Made:
-    for name, shape in ({"tiny": TINY} if rehearse else PUBLISHED).items():
-        for tile in (prototypes.LARGE, prototypes.SMALL):
-            dtype = "float32" if rehearse else "bfloat16"
-            yield (
-                f"{name}, {dtype}, {tile.BLOCK_LATENTS} wide",
-                partial(faults.prototype, shape, dtype, tile),
-            )
-    yield "product in parts, float32", partial(faults.in_parts, TINY if rehearse else sae_shape("SAeUron", 1024))
+    return of
 
 
 # Every op, the most wanted first: what no time is left for is the end.
 CHECKS: dict[str, Maker] = {
     "topk_encode": encode_checks,
-    "topk_encode, design B": design_checks,
+    "topk_encode, rows without a proof": path_checks(faults.unproved_fault),
+    "topk_encode, bias kept": path_checks(faults.bias_fault),
     "sparse_decode": sae_checks(shapes=("SAeUron", "FLUX")),
     "attention_map": attention_checks(CROSS),
     "threshold_encode": sae_checks(shapes=("SAeUron", "768 wide")),
     "training_step": sae_checks(dtypes=("bfloat16", "float32")),
-    "topk_encode, prototypes": prototype_checks,
     "attention_tap": attention_checks(
         {name: {**JOINT[name], "selected": SELECTED} for name in ("FLUX", "SD 3.5 medium")}
     ),
@@ -196,7 +181,6 @@ CHECKS: dict[str, Maker] = {
     "threshold_encode_csr": each(faults.threshold_csr),
     "matching_pursuit": sae_checks(dtypes=("float32",)),
     "latent_major": each(faults.by_latent, dtypes=("float32",), double=False),
-    "topk_encode, prefiltered": prefilter_checks,
 }
 
 

@@ -19,20 +19,17 @@ from sparsefeat_kernels.attention.rows import reference_column_sums
 from sparsefeat_kernels.attention.tap import reference as tap_reference
 from sparsefeat_kernels.decode.auxk_decode import reference as auxk_reference
 from sparsefeat_kernels.decode.sparse_edit import reference as edit_reference
-from sparsefeat_kernels.encode.gpu.candidates import default_blocks, topk_candidates_triton
 from sparsefeat_kernels.gradient.weight_gradient import reference as gradient_reference
 from torch import Tensor
 
-from bench import prototypes
 from sparsefeat.measure.answers import HALF, PREACTIVATION, output_fault
 from sparsefeat.measure.figures import build
-from sparsefeat.measure.ops.encode import code_fault, product_fault, threshold_fault, threshold_inputs
+from sparsefeat.measure.ops.encode import code_fault, threshold_fault, threshold_inputs
 from sparsefeat.measure.ops.training import COSINE
 from sparsefeat.measure.sae_case import SAECase, sae_case
 from sparsefeat.measure.timing import OURS
 
 Shape = Mapping[str, int]
-UNPROVED = 0.02  # of a prototype's rows, or one, which it does not compute again
 WIDE = {"float64": torch.float64}  # of sums and values; float32 for all others
 
 
@@ -74,38 +71,34 @@ def worst(answers: Any, references: Any, dtype: str) -> str:
     return ""
 
 
-def candidates(case: SAECase, kept: int | None = None) -> tuple[Tensor, Tensor]:
-    """topk_encode by design B, whatever a tuning table says. kept = 1: a third of the rows at SAeUron's shape then have no
-    certificate and are computed again."""
-    blocks = default_blocks(len(case.W_enc), case.k, case.x.dtype)
-    if blocks is None:
-        raise ValueError(f"design B does not run at {tuple(case.W_enc.shape)}, k = {case.k}; take another shape")
-    blocks = blocks if kept is None else replace(blocks, KEPT=kept)
-    return topk_candidates_triton(case.x, case.W_enc, case.b_enc, case.b, case.k, "relu", blocks)
+def unproved(case: SAECase) -> SAECase:
+    """The same with latents that are alike by the three, in one group: every row's best are as good as what its groups leave
+    out, and are computed again."""
+    W = case.W_enc.clone()
+    whole = W[: len(W) // 64 * 64].view(-1, 8, 8, W.shape[1])
+    whole[:, 1:3] = whole[:, :1]
+    return replace(case, W_enc=W)
 
 
-def design(sizes: Shape, dtype: str, kept: int | None = None) -> str:
+def unproved_fault(sizes: Shape, dtype: str) -> str:
+    case = unproved(case_of(sizes, dtype))
+    answer = by_triton(lambda: kernels.topk_encode(case.x, case.W_enc, case.b_enc, case.b, case.k))
+    return code_fault(case, answer)
+
+
+def with_bias(case: SAECase) -> tuple[SAECase, kernels.PreparedEncoder]:
+    """The bias is of the weights alone, and so is not timed."""
+    return case, by_triton(lambda: kernels.prepare_encoder(case.W_enc, case.b_enc, case.b))
+
+
+def encoded_with_bias(state: tuple[SAECase, kernels.PreparedEncoder]) -> tuple[Tensor, Tensor]:
+    case, prepared = state
+    return by_triton(lambda: kernels.topk_encode(case.x, case.W_enc, case.b_enc, case.b, case.k, prepared=prepared))
+
+
+def bias_fault(sizes: Shape, dtype: str) -> str:
     case = case_of(sizes, dtype)
-    return code_fault(case, candidates(case, kept))
-
-
-def prefiltered(case: SAECase) -> tuple[Tensor, Tensor]:
-    """topk_encode of float32 through the bf16 product, of prepared weights; every third row is infinite, cannot be proved
-    and is computed plainly."""
-    x = case.x.clone()
-    x[::3, 0] = torch.inf
-    prepared = kernels.prepare_encoder(case.W_enc, case.b_enc)
-    return kernels.topk_encode(x, case.W_enc, case.b_enc, case.b, case.k, prepared=prepared)
-
-
-def prefilter_fault(sizes: Shape) -> str:
-    case = case_of(sizes, "float32")
-    values, indices = by_triton(lambda: prefiltered(case))
-    unproved = torch.arange(len(case.x), device=case.x.device) % 3 == 0
-    if values[unproved].isfinite().all(1).any():
-        return "a row with an infinity has finite values"
-    case.__dict__["rows"] = case.rows[~unproved[case.rows]]
-    return code_fault(case, (values, indices))
+    return code_fault(case, encoded_with_bias(with_bias(case)))
 
 
 def selection(sizes: Shape, dtype: str, how: str, triton: bool) -> str:
@@ -407,27 +400,3 @@ def rows(shape: tuple[int, ...], dtype: str, triton: bool) -> str:
     tap = tap_reference(torch.zeros_like(tapped).double(), *common)
     columns = reference_column_sums(torch.zeros_like(sums).double(), *common)
     return worst((tapped, sums), (tap, columns), dtype)
-
-
-def proved_fault(case: SAECase, answer: tuple[Tensor, Tensor, Tensor]) -> str:
-    """Of the rows that are proved, of which there must be nearly all."""
-    values, indices, proved = answer
-    if (unproved := int((~proved).sum())) > max(1, UNPROVED * len(proved)):
-        return f"{unproved} of {len(proved)} rows are not proved"
-    among = replace(case)
-    among.__dict__["rows"] = case.rows[proved[case.rows]]
-    return code_fault(among, (values, indices))
-
-
-def prototype(sizes: Shape, dtype: str, tile: prototypes.Tile) -> str:
-    case = case_of(sizes, dtype)
-    bias = case.b_enc.float() - case.W_enc.float() @ case.b.float()
-    values, indices, proved = prototypes.candidates_encode(case.x, case.W_enc, bias, case.k, tile)
-    return proved_fault(case, (values, indices, proved))
-
-
-def in_parts(sizes: Shape) -> str:
-    case = case_of(sizes, "float32")
-    bias = case.b_enc - case.W_enc @ case.b
-    answer = prototypes.product_in_parts(case.x, case.W_enc, bias, "bf16x6" if device() == "cuda" else "ieee")
-    return product_fault(case, answer)

@@ -13,17 +13,16 @@ from typing import Any
 
 import sparsefeat_kernels as kernels
 import torch
-from sparsefeat_kernels.encode.gpu.scratch import topk_encode_triton
+from sparsefeat_kernels.encode.gpu.tiles import LARGE_TILE, default_tile
+from sparsefeat_kernels.encode.gpu.topk import topk_encode_triton
 from torch import Tensor
 
-from bench import prototypes
 from bench.gpu.checks import SMALLEST, TINY, TINY_ATTENTION
 from bench.gpu.children import Step
-from bench.gpu.faults import by_triton, candidates, device, proved_fault
+from bench.gpu.faults import by_triton, device, encoded_with_bias, with_bias
 from bench.measure import OURS, Ceilings, Figure, build, measure, measure_ceilings
 from bench.peers import compiled
 from bench.shapes import CROSS, sae_shape
-from sparsefeat.measure.ops.encode import product_fault
 from sparsefeat.measure.sae_case import SAECase
 from sparsefeat.measure.timing import DENSE, Provider
 
@@ -41,45 +40,19 @@ def by(figure: Figure, name: str, triton: bool) -> Provider:
     return replace(ours, name=name, run=lambda state: by_triton(lambda: ours.run(state), triton))
 
 
-def weights(case: SAECase) -> tuple[Tensor, Tensor, Tensor]:
-    return case.W_enc, case.b_enc, case.b
-
-
-def with_bias(case: SAECase) -> tuple[SAECase, Tensor]:
-    """The bias is of the weights alone, and so is not timed."""
-    return case, case.b_enc.float() - case.W_enc.float() @ case.b.float()
-
-
-def prototype(tile: prototypes.Tile) -> Provider:
-    return Provider(
-        f"{OURS}, prototype {tile.BLOCK_LATENTS} wide",
-        lambda state: prototypes.candidates_encode(state[0].x, state[0].W_enc, state[1], state[0].k, tile),
-        with_bias,
-        check=proved_fault,
-        note="not in the package; at most 2 % of rows are not proved, and these are not computed again",
-    )
-
-
-def in_parts() -> Provider:
-    precision = "bf16x6" if device() == "cuda" else "ieee"  # the interpreter knows no other
-    return Provider(
-        f"{OURS}, prototype product in parts",
-        lambda state: prototypes.product_in_parts(state[0].x, state[0].W_enc, state[1], precision),
-        with_bias,
-        check=product_fault,
-        note="not in the package; the product alone, in three bf16 parts a factor",
-    )
-
-
 def encode_providers(figure: Figure) -> list[Provider]:
-    ours = [
-        Provider(f"{OURS}, design A", lambda c: topk_encode_triton(c.x, *weights(c), c.k, "relu")),
-        Provider(f"{OURS}, design B", candidates),
+    return [
+        by(figure, f"{OURS}, Triton", triton=True),
+        Provider(f"{OURS}, Triton, bias kept", encoded_with_bias, with_bias),
+        Provider(f"{OURS}, Triton, {LARGE_TILE['BLOCK_LATENTS']} wide", of_large_tile),
         by(figure, PLAIN, triton=False),
     ]
-    if figure.dtype == "float32" and device() == "cuda":
-        return [*ours[:2], in_parts(), ours[2]]
-    return [*ours[:2], prototype(prototypes.LARGE), prototype(prototypes.SMALL), ours[2]]
+
+
+def of_large_tile(case: SAECase) -> tuple[Tensor, Tensor]:
+    """By the tile that only GPUs with the most shared memory have room for, whatever a tuning table says."""
+    tile = LARGE_TILE if case.x.dtype != torch.float32 else default_tile(case.x.dtype)
+    return topk_encode_triton(case.x, case.W_enc, case.b_enc, case.b, case.k, "relu", blocks=tile)
 
 
 def op_providers(figure: Figure) -> list[Provider]:

@@ -35,6 +35,7 @@ __all__ = [
     "backend",
     "block_bytes",
     "force_triton",
+    "has_copy_engine",
     "implementation",
     "jit",
     "jit_over_rows",
@@ -124,6 +125,12 @@ def register(
 def backend() -> Literal["cuda", "hip"]:
     """What the Triton kernels are compiled for: shared memory and pipelining differ."""
     return "hip" if torch.version.hip else "cuda"
+
+
+def has_copy_engine() -> bool:
+    """Whether the current GPU reads tiles through tensor descriptors: compute capability 9.0 and later."""
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
 
 
 @contextlib.contextmanager

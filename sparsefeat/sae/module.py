@@ -115,7 +115,7 @@ class SAE(nn.Module):
 
         `k` replaces the config's, for an activation that has one (Multi-TopK, sweeps over sparsity).
 
-        In float32 on a CPU with bf16 instructions, and on a GPU whose tuning table measured it to be faster, top-k
+        In float32 on a CPU with bf16 instructions top-k
         encodes of many rows in evaluation mode go through the kernel's certified prefilter with weights that are
         prepared once: a bf16 copy of the encoder (half the size of `W_enc`) is kept as long as the SAE lives, and made
         again when the weights have changed.
@@ -149,9 +149,9 @@ class SAE(nn.Module):
             return None
         if not prefilter_pays(W_enc, rows, self.config.k or 1):
             return None
-        found = _PREPARED.get(self)
-        if found is None or not found.is_current(W_enc, self.b_enc):
-            found = _PREPARED[self] = prepare_encoder(W_enc, self.b_enc, into=found)
+        found, weights = _PREPARED.get(self), (W_enc, self.b_enc, self.b_pre)
+        if found is None or not found.is_current(*weights):
+            found = _PREPARED[self] = prepare_encoder(*weights, into=found)
         return found
 
     def decode(self, code: SparseCode, like: Tensor | None = None) -> Tensor:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from sparsefeat_kernels import force_triton
 from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
-from sparsefeat_kernels.encode.gpu import prefilter as prefilter_gpu
 
 from bench import run, scaling
 from bench.gpu import children, faults, full, repeats
@@ -178,8 +177,6 @@ def test_scaling_measures_every_axis_beside_its_model(tmp_path):
 @pytest.mark.skipif(not TRITON_AVAILABLE, reason="Triton is not installed")
 @pytest.mark.parametrize("name", repeats.OTHER_PATHS)
 def test_paths_that_no_figure_runs_are_run_and_compared_bit_by_bit(name, monkeypatch):
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(prefilter_gpu, "LOW", torch.float32)  # the interpreter multiplies bfloat16 as integers
     monkeypatch.setattr(repeats, "REPEATS", 2)
     path, _ = repeats.OTHER_PATHS[name]
     calls = []
@@ -189,8 +186,6 @@ def test_paths_that_no_figure_runs_are_run_and_compared_bit_by_bit(name, monkeyp
     with force_triton():
         assert repeats.path_same_bits(name, {"rows": 4, "d_model": 20, "n_latents": 320, "k": 5}, faults.device())
     assert len(calls) == 2
-    if name.endswith("prefiltered"):  # rows that cannot be proved are among them
-        assert calls[0][0].isfinite().all(1).tolist() == [False, True, True, False]
 
 
 def test_a_test_that_hangs_ends_its_process_with_its_stack(tmp_path):

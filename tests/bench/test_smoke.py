@@ -16,7 +16,7 @@ from tests.bench.broken_op import BROKEN
 
 pytestmark = pytest.mark.skipif(not TRITON_AVAILABLE, reason="Triton is not installed")
 GOOD = ("auxk_decode",)
-KERNELS = ("sparsefeat, Triton", "sparsefeat, design A")  # what a default would run
+KERNELS = ("sparsefeat, Triton",)  # what a default would run
 # Ops that the checks of another one run.
 WITHIN = {
     "attention_column_sums": "attention_rows",
@@ -27,7 +27,7 @@ WITHIN = {
     "sparse_edit_grad_values": "sparse_edit_delta",
     "threshold_encode_csr_grad_weights": "threshold_encode_csr",
     "threshold_encode_csr_grad_x": "threshold_encode_csr",
-    "topk_encode_prefiltered": "topk_encode, prefiltered",
+    "topk_encode_prefiltered": "topk_encode",
 }
 
 
@@ -120,7 +120,7 @@ def test_times_are_of_ours_both_ways_beside_the_product_and_topk():
     figure = times.build("topk_encode", times.TINY, "float32", "cpu")
     ours = [provider.name for provider in times.encode_providers(figure)]
     assert [name.removeprefix("sparsefeat, ") for name in ours] == [
-        "design A", "design B", "prototype 256 wide", "prototype 128 wide", "plain torch",
+        "Triton", "Triton, bias kept", "Triton, 256 wide", "plain torch",
     ]  # fmt: skip
     shapes = times.wanted("topk_encode", False)
     assert {"SAeUron, bfloat16", "768 wide, bfloat16", "FLUX, bfloat16"} <= set(shapes)

@@ -35,10 +35,14 @@ from sparsefeat_kernels.tuning import table as tuning_table  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from bench.sass import Code, units  # noqa: E402
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TYPES = {
@@ -84,12 +88,13 @@ PRODUCTS = (
     "_concept_attention_kernel",
     "_concept_map_kernel",
     "_threshold_encode_product_kernel",
-    "_topk_candidates_again_kernel",
-    "_topk_candidates_product_kernel",
     "_topk_encode_product_kernel",
+    "_topk_encode_repair_kernel",
 )
 # Where spills are asserted, also the configuration of fp32 (the kernels that only read wider values are left out).
 FULL = ("sm_80", "sm_90")
+# Of what the others stand for in the rest.
+ENCODERS_ALONE = ("sm_89", "sm_120")
 ROWS = 128  # one chunk at every shape
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -129,15 +134,14 @@ def launches(
 ) -> list[tuple[Any, dict[str, Any]]]:
     """(kernel, arguments) of every call that the launchers make at this shape."""
     names = (
-        "encode.gpu.scratch",
-        "encode.gpu.candidates",
+        "encode.gpu.topk",
         "decode.sparse_decode",
         "decode.sparse_edit",
         "feature_stats",
         "gradient.weight_gradient",
         "encode.gpu.threshold",
     )
-    encode, candidates, decode, edit, stats, gradient, threshold = (
+    encode, decode, edit, stats, gradient, threshold = (
         importlib.import_module(f"sparsefeat_kernels.{name}") for name in names
     )
     d, n, k = SHAPES[shape]
@@ -150,8 +154,7 @@ def launches(
         group = torch.empty(rows, dtype=torch.int32)
         with recorded() as calls:
             encode.topk_encode_triton(x, W, b, c, k, "relu")
-            blocks = candidates.default_blocks(n, k, dtype)
-            candidates.topk_candidates_triton(x, W, b, c, k, "relu", blocks)
+            encode.topk_encode_triton(x, W, b, c, k, "signed")
             threshold.threshold_encode_triton(x, W, b, c, b, k)
             decode.sparse_decode_triton(values, indices, W, c)
             decode._grad_values_triton(x, values, indices, W)
@@ -159,18 +162,6 @@ def launches(
             edit._edit_triton(x, values, indices, latents, W[:8], rule, weight)
             stats._feature_stats_triton(*tables, values, indices, group)
             attention_launches(dtype, attention)
-    return calls
-
-
-def prefilter_launches(shape: str) -> list[tuple[Any, dict[str, Any]]]:
-    """Of fp32 rows through the bf16 product."""
-    prefilter = importlib.import_module("sparsefeat_kernels.encode.gpu.prefilter")
-    d, n, k = SHAPES[shape]
-    with torch.device("meta"), recorded() as calls:
-        weights = torch.empty(n, d), torch.empty(n), torch.empty(d)
-        rounded = torch.empty(n, d, dtype=torch.bfloat16), torch.empty(4, n)
-        sizes = prefilter.PrefilterSizes.of(n, k)
-        prefilter.topk_prefiltered_triton(torch.empty(ROWS, d), *weights, *rounded, k, "relu", sizes)
     return calls
 
 
@@ -248,6 +239,8 @@ def evidence(compiled: Any, architecture: str, folder: Path) -> dict[str, Any]:
     sass = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
     found["spills"] = len(re.findall(r"\b(?:STL|LDL)\b", sass))  # instructions on local memory
     found["matrix_unit"] = bool(re.search(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", sass))
+    found["copies"] = len(re.findall(r"\bUTMALDG", sass))
+    found["warp_groups"] = len(re.findall(r"\bHGMMA", sass))
     found["wide_loads"] = len(re.findall(r"\b(?:LDG|LDGSTS)\.[\w.]*128|\bUTMALDG", sass))
     return found
 
@@ -258,12 +251,12 @@ Launch = tuple[str, str, Any, dict[str, Any]]  # shape, dtype, kernel, arguments
 def all_launches(architecture: str) -> Iterator[Launch]:
     """Of the ops, with the blocks they take without a tuning table. See the top of the file for what is left out."""
     first, *others = SHAPES
+    if architecture in ENCODERS_ALONE:
+        calls = launches(first, torch.bfloat16, attention=())
+        yield from ((first, "bfloat16", *call) for call in calls if "encode" in call[0].fn.__name__)
+        return
     attention = ATTENTION if architecture in FULL else EXTREMES
     yield from ((first, "bfloat16", *call) for call in launches(first, torch.bfloat16, attention=attention))
-    for kernel, arguments in prefilter_launches(first):
-        # The bf16 product is told from the plain one, of the rows without a proof.
-        full = kernel.fn.__name__ != "_topk_encode_product_kernel" or arguments["LISTED"]
-        yield first, "float32" if full else "bfloat16", kernel, arguments
     if architecture in FULL:
         wide = launches(first, torch.float32, attention=EXTREMES)
         yield from ((first, "float32", *call) for call in wide if call[0].fn.__name__ in PRODUCTS)
@@ -274,25 +267,27 @@ def all_launches(architecture: str) -> Iterator[Launch]:
         with torch.device("meta"), recorded() as calls:
             attention_launches(torch.bfloat16, (ONE_WIDE_HEAD,))
         yield from (("d 512", "bfloat16", *call) for call in calls)
-    if architecture == "sm_90" and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None:
-        yield from ((first, "bfloat16", *call) for call in prototype_launches(first))
+    if architecture == "sm_90":
+        yield from ((first, "bfloat16", *call) for call in large_tile_launches(first))
 
 
-def prototype_launches(shape: str) -> list[tuple[Any, dict[str, Any]]]:
-    """Of what is timed beside the package's kernels and is not in it; it needs the copy engine of sm_90."""
-    prototypes = importlib.import_module("bench.prototypes")
+def large_tile_launches(shape: str) -> list[tuple[Any, dict[str, Any]]]:
+    """Of the tile that only the GPUs with the most shared memory have room for."""
+    encode = importlib.import_module("sparsefeat_kernels.encode.gpu.topk")
+    tiles = importlib.import_module("sparsefeat_kernels.encode.gpu.tiles")
     d, n, k = SHAPES[shape]
     with torch.device("meta"), recorded() as calls:
         x, W = torch.empty(ROWS, d, dtype=torch.bfloat16), torch.empty(n, d, dtype=torch.bfloat16)
-        for tile in (prototypes.LARGE, prototypes.SMALL):
-            prototypes.candidates_encode(x, W, torch.empty(n), k, tile)
-        prototypes.product_in_parts(x.float(), W.float(), torch.empty(n))
-    return calls
+        weights = torch.empty(n, dtype=torch.bfloat16), torch.empty(d, dtype=torch.bfloat16)
+        encode.topk_encode_triton(x, W, *weights, k, "relu", blocks=tiles.LARGE_TILE)
+    return calls[1:2]  # after the bias
 
 
 def main(folder: Path, architecture: str) -> None:
-    for name in ("encode.product", "attention.map"):
+    for name in ("encode.product", "encode.gpu.tiles", "attention.map"):
         importlib.import_module(f"sparsefeat_kernels.{name}").backend = lambda: TARGETS[architecture].backend
+    copies = TARGETS[architecture].backend == "cuda" and TARGETS[architecture].arch >= 90
+    importlib.import_module("sparsefeat_kernels.encode.gpu.tiles").has_copy_engine = lambda: copies
     seen = set()
     tuned = ((launch, {"tuned": True}) for launch in tuned_launches(architecture))
     for (shape, dtype, kernel, arguments), more in (*((launch, {}) for launch in all_launches(architecture)), *tuned):
@@ -301,8 +296,15 @@ def main(folder: Path, architecture: str) -> None:
             continue
         seen.add(key)
         compiled = triton.compile(source, target=TARGETS[architecture], options=options)
-        row = {"architecture": architecture, "kernel": kernel.fn.__name__, "shape": shape, "dtype": dtype}
-        print(json.dumps(row | more | evidence(compiled, architecture, folder)), flush=True)
+        row = {"architecture": architecture, "kernel": kernel.fn.__name__, "shape": shape, "dtype": dtype} | more
+        row |= evidence(compiled, architecture, folder)
+        if architecture == "sm_90" and row["kernel"] == "_topk_encode_product_kernel":
+            tile = arguments["BLOCK_ROWS"], arguments["BLOCK_LATENTS"]
+            entries = tile[0] * tile[1] / (32 * arguments["num_warps"])  # of a thread
+            of = Code(folder / "kernel.cubin", TOOLS / "cuobjdump").after_product()
+            row |= {"epilogue": units(of)["integer"] / entries, "signed": arguments["SIGNED"]}
+            row |= {"large": tile[1] > 128}
+        print(json.dumps(row), flush=True)
 
 
 def key_of(kernel: Any, source: ASTSource, options: dict[str, Any]) -> str:
@@ -313,6 +315,7 @@ def key_of(kernel: Any, source: ASTSource, options: dict[str, Any]) -> str:
 def compiled_again() -> list[str]:
     """Names of kernels that are another program for one row, an odd number of rows, or a number that 16 divides."""
     programs: dict[str, set[frozenset[str]]] = {}
+    importlib.import_module("sparsefeat_kernels.encode.gpu.tiles").has_copy_engine = lambda: True
     for rows in (1, 48, 77, 300):
         found: dict[str, set[str]] = {}
         for kernel, arguments in launches(next(iter(SHAPES)), torch.bfloat16, rows, attention=()):

@@ -5,7 +5,6 @@ What is checked of one architecture; each has a file of its own, test_ahead_of_t
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import subprocess
@@ -33,37 +32,25 @@ KERNELS = {
     "_resize_add_kernel",
     "_feature_stats_join_kernel",
     "_feature_stats_scan_kernel",
-    "_prefilter_entries_kernel",
-    "_prefilter_finish_kernel",
-    "_prefilter_groups_kernel",
-    "_prefilter_rescore_kernel",
-    "_prefilter_rows_kernel",
     "_sparse_decode_grad_values_kernel",
     "_sparse_decode_sum_kernel",
     "_sparse_edit_row_kernel",
     "_threshold_encode_compact_kernel",
     "_threshold_encode_place_kernel",
     "_threshold_encode_product_kernel",
-    "_topk_candidates_again_kernel",
-    "_topk_candidates_finish_kernel",
-    "_topk_candidates_product_kernel",
-    "_topk_candidates_select_kernel",
     "_encoder_bias_kernel",
     "_topk_encode_product_kernel",
+    "_topk_encode_repair_kernel",
     "_topk_encode_select_kernel",
     "_weight_gradient_partial_kernel",
     "_weight_gradient_segment_kernel",
 }
-# Of bench/prototypes.py: they take all the shared memory that an H100 has.
-PROTOTYPES = {"_prototype_parts_kernel", "_prototype_product_kernel", "_prototype_select_kernel"}
-DESCRIPTORS = TRITON_AVAILABLE and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None  # Triton 3.4
-# Design B's two: of the tiles, and of the rows that are computed again.
-CANDIDATES = {"_topk_candidates_again_kernel", "_topk_candidates_product_kernel"}
 ATTENTION = {name for name in KERNELS if name.startswith(("_attention", "_concept")) and "join" not in name}
-# Shared memory a program may ask for: of sm_80 163 KiB, but 99 KiB on the smaller GPUs of that generation.
-SHARED_LIMIT = {"sm_80": 99 << 10, "sm_90": 99 << 10, "sm_100": 99 << 10, "gfx942": 64 << 10}
+ENCODERS = {name for name in KERNELS if "encode" in name}
+# Shared memory a program may ask for: 99 KiB on the smaller GPUs, which sm_80 stands for as well. Every sm_100 has 227.
+SHARED_LIMIT = dict.fromkeys(("sm_80", "sm_89", "sm_90", "sm_120"), 99 << 10) | {"sm_100": 227 << 10, "gfx942": 64 << 10}
 # What a tuning table of the very device chose may have all of it.
-TUNED_SHARED_LIMIT = SHARED_LIMIT | {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+TUNED_SHARED_LIMIT = SHARED_LIMIT | {"sm_80": 163 << 10, "sm_90": 227 << 10}
 
 
 SCRIPT = Path(__file__).with_name("ahead_of_time.py")
@@ -82,7 +69,7 @@ def digest(architecture: str) -> str:
     of = hashlib.sha256(f"{architecture} {importlib.metadata.version('triton')} {torch.__version__}".encode())
     for path in (
         SCRIPT,
-        ROOT / "bench" / "prototypes.py",
+        ROOT / "bench" / "sass.py",
         *sorted(Path(sparsefeat_kernels.__file__).parent.rglob("*.*")),
     ):
         if path.suffix in (".py", ".json"):
@@ -110,6 +97,7 @@ class Compiled:
     """Of one architecture."""
 
     architecture: str
+    kernels = KERNELS
 
     @pytest.fixture(scope="class")
     def rows(self, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
@@ -118,19 +106,22 @@ class Compiled:
         return compiled_for(self.architecture, tmp_path_factory.mktemp(self.architecture))
 
     def test_every_kernel_compiles_and_fits(self, rows: list[dict[str, Any]]):
-        prototypes = PROTOTYPES if self.architecture == "sm_90" and DESCRIPTORS else set()
-        assert {row["kernel"] for row in rows} == KERNELS | prototypes
+        assert {row["kernel"] for row in rows} == self.kernels
         for row in rows:
-            for_one_device = row.get("tuned") or row["kernel"] in PROTOTYPES
-            limits = TUNED_SHARED_LIMIT if for_one_device else SHARED_LIMIT
+            limits = TUNED_SHARED_LIMIT if row.get("tuned") or row.get("large") else SHARED_LIMIT
             assert row["shared"] <= limits[self.architecture], row
+
+    def test_topk_encode_reads_its_tiles_by_the_copy_engine_where_there_is_one(self, rows: list[dict[str, Any]]):
+        products = [row for row in rows if row["kernel"] == "_topk_encode_product_kernel"]
+        assert products
+        copies = self.architecture in ("sm_90", "sm_100", "sm_120")
+        assert all((row.get("copies", 0) > 0) == copies for row in products)
 
     def test_half_precision_products_run_on_matrix_units(self, rows: list[dict[str, Any]]):
         products = [
             row
             for row in rows
-            if row["kernel"].endswith("_encode_product_kernel")
-            or row["kernel"] in ATTENTION | CANDIDATES | {"_prototype_product_kernel"}
+            if row["kernel"].endswith("_encode_product_kernel") or row["kernel"] in ATTENTION
         ]
         assert all(row["matrix_unit"] for row in products if row["dtype"] == "bfloat16")
 
@@ -143,11 +134,11 @@ class CompiledInFull(Compiled):
             assert row["spills"] == 0, row
 
     def test_loads_of_the_large_tensors_are_128_bits_wide(self, rows: list[dict[str, Any]]):
-        large = (ATTENTION | CANDIDATES) | {
-            "_prefilter_rescore_kernel",
+        large = ATTENTION | {
             "_sparse_decode_sum_kernel",
             "_threshold_encode_product_kernel",
             "_topk_encode_product_kernel",
+            "_topk_encode_repair_kernel",
             "_topk_encode_select_kernel",
         }
         for row in rows:

@@ -8,7 +8,6 @@ import pytest
 import sparsefeat_kernels as kernels
 import torch
 from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
-from sparsefeat_kernels.encode.gpu.candidates import default_blocks, topk_candidates_triton
 from torch import Tensor
 
 pytestmark = [
@@ -48,10 +47,7 @@ def both(run, near: tuple[Tensor, ...]) -> None:
 
 def test_encoders(inputs: dict[str, Tensor]):
     b, c = inputs["b"], inputs["c"]
-    blocks = default_blocks(N, K, torch.float16)
-    assert blocks is not None
     both(lambda x, W: kernels.topk_encode(x, W, b, c, K), (inputs["x"], inputs["W"]))
-    both(lambda x, W: topk_candidates_triton(x, W, b, c, K, "relu", blocks), (inputs["x"], inputs["W"]))
     threshold = torch.tensor(5.0)
     both(lambda x, W: kernels.threshold_encode(x, W, b, c, threshold, 40), (inputs["x"], inputs["W"]))
 

@@ -12,7 +12,7 @@ from ..dispatch import block_bytes, implementation, ops, register, row_chunks, s
 from ..products import product
 from ..threads import conducted, each, pieces, threads, together
 from .cpu import PREACTIVATION_BYTES, select, topk_encode_cpu
-from .gpu.scratch import topk_encode_triton
+from .gpu.topk import selects, topk_encode_triton
 from .prepared import PreparedEncoder
 from .product import WEIGHT_TILE_BYTES, check_encoder
 from .rounded import can_prefilter, pays_to_round
@@ -67,8 +67,8 @@ def auxk_encode(
     """
     low = bounds = None
     if prepared is not None:
-        prepared.check_current(W_enc, b_enc)
-        low, bounds = prepared.low, prepared.bounds
+        prepared.check_current(W_enc, b_enc, b_pre)
+        low, bounds = prepared.rounded or (None, None)
     a, b, c, d = ops.auxk_encode(x, W_enc, b_enc, b_pre, k, dead, k_aux, selection, low, bounds)
     return a, b, c, d
 
@@ -108,8 +108,6 @@ def _auxk_encode(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_encoder(x, W_enc, b_enc, b_pre, k, selection)
     _check_dead(W_enc, dead, k_aux)
-    if bounds is not None and bounds.shape[0] != 3:  # made for a GPU
-        low = bounds = None
     return _both_codes(x, W_enc, b_enc, b_pre, k, dead, k_aux, selection, low, bounds)
 
 
@@ -140,22 +138,28 @@ def _both_codes(
 
         together(each(some, row_chunks(a.shape[0], 8 * n_dead, selection_bytes)))
 
+    kernels = implementation("topk_encode", x) == "triton" and selects(W_enc.shape[0], k)
     rounded = can_prefilter(x) and (low is not None or pays_to_round(x, W_enc))
-    if rounded and 2 * n_dead <= W_enc.shape[0]:
-        values, indices = topk_prefiltered_cpu(x, W_enc, b_enc, b_pre, low, bounds, k, selection)
-        tile_bytes = WEIGHT_TILE_BYTES // threads()  # every thread has one
-        for chunk in row_chunks(x.shape[0], 4 * n_dead, PREACTIVATION_BYTES):
-            centred = x[chunk] - b_pre
-            a = x.new_empty(centred.shape[0], n_dead)
-
-            def multiply(tile: slice, a: Tensor = a, centred: Tensor = centred) -> None:
-                a[:, tile] = product(centred, W_enc[dead[tile]], b_enc[dead[tile]])
-
-            together(each(multiply, pieces(n_dead, least=-(-4 * n_dead * x.shape[1] // tile_bytes))))
-            among_the_dead(a, chunk.start)
+    if not kernels and not (rounded and 2 * n_dead <= W_enc.shape[0]):
+        values, indices = topk_encode_cpu(x, W_enc, b_enc, b_pre, k, selection, among_the_dead)
         return values, indices, aux_values, aux_indices
-    launch = topk_encode_triton if implementation("topk_encode", x) == "triton" else topk_encode_cpu
-    values, indices = launch(x, W_enc, b_enc, b_pre, k, selection, among_the_dead)
+    if kernels:
+        values, indices = topk_encode_triton(x, W_enc, b_enc, b_pre, k, selection)
+    else:
+        values, indices = topk_prefiltered_cpu(x, W_enc, b_enc, b_pre, low, bounds, k, selection)
+    # The dead latents have a product of their own.
+    tile_bytes = WEIGHT_TILE_BYTES // threads()  # every thread has one
+    tiles = pieces(n_dead, least=-(-4 * n_dead * x.shape[1] // tile_bytes))
+    for chunk in row_chunks(x.shape[0], 4 * n_dead, PREACTIVATION_BYTES):
+        centred = x[chunk].to(aux_values.dtype) - b_pre.to(aux_values.dtype)
+        a = x.new_empty(centred.shape[0], n_dead, dtype=aux_values.dtype)
+
+        def multiply(tile: slice, a: Tensor = a, centred: Tensor = centred) -> None:
+            W, b = W_enc[dead[tile]].to(a.dtype), b_enc[dead[tile]].to(a.dtype)
+            a[:, tile] = torch.addmm(b, centred, W.T) if kernels else product(centred, W, b)
+
+        together(each(multiply, tiles))
+        among_the_dead(a, chunk.start)
     return values, indices, aux_values, aux_indices
 
 

@@ -1,4 +1,4 @@
-"""What an encoder keeps between calls: its weights in bf16 and their norms, made once and owned by the caller."""
+"""What an encoder keeps between calls, made once and owned by the caller: its weights in bf16 and their norms, or its bias."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..dispatch import implementation
 from ..threads import conducted, together
-from ..tuning.table import tuned
-from .gpu.prefilter import gpu_weights
+from .gpu.topk import selects
+from .product import encoder_bias
 from .rounded import bf16_products, bias_columns, encoder_bounds, rounded_width, rounding_of_weights
 
 __all__ = ["PreparedEncoder", "prefilter_pays", "prepare_encoder"]
@@ -23,63 +23,79 @@ PREFILTERED_ROWS = 128
 
 @dataclass(frozen=True, eq=False)
 class PreparedEncoder:
-    """What `topk_encode(..., prepared=)` keeps of an encoder between calls: 2 n_latents (d + 3, rounded up to 32) bytes
-    of bf16 weights and 12 n_latents bytes of norms; half the size of fp32 weights (on a GPU 2 n_latents d and 16 n_latents
-    bytes). Made by `prepare_encoder`."""
+    """What `topk_encode(..., prepared=)` keeps of an encoder between calls. Made by `prepare_encoder`.
 
-    low: Tensor  # bf16 [n_latents, width]: W_enc, b_enc in three parts, zeros; on a GPU as `gpu_weights` has it
-    bounds: Tensor  # fp32 [3, n_latents]: the bound is |x' - x'~| bounds[0] + |x'~| bounds[1] + bounds[2] + 2^-8 |p|
-    _weights: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] = field(repr=False)
-    _versions: tuple[int, int] = field(repr=False)
+    On a CPU 2 n_latents (d + 3, rounded up to 32) bytes of bf16 weights and 12 n_latents bytes of norms, half the size of
+    fp32 weights; on a GPU the bias b_enc - W_enc b_pre in fp32, 4 n_latents bytes.
+    """
 
-    def is_current(self, W_enc: Tensor, b_enc: Tensor) -> bool:
-        """Whether these are the very tensors it was made from, unchanged since (changes through `.data` go unseen)."""
-        same = self._weights[0]() is W_enc and self._weights[1]() is b_enc
-        return same and self._versions == (W_enc._version, b_enc._version)
+    # bf16 [n_latents, width]: W_enc, b_enc in three parts, zeros; and bounds, fp32 [3, n_latents]: an entry is within
+    # |x' - x'~| bounds[0] + |x'~| bounds[1] + bounds[2] + 2^-8 |p|
+    rounded: tuple[Tensor, Tensor] | None
+    bias: Tensor | None  # fp32 [n_latents]
+    _weights: tuple[weakref.ref[Tensor], ...] = field(repr=False)
+    _versions: tuple[int, ...] = field(repr=False)
 
-    def check_current(self, W_enc: Tensor, b_enc: Tensor) -> None:
-        if not torch.compiler.is_compiling() and not self.is_current(W_enc, b_enc):
+    def is_current(self, *weights: Tensor) -> bool:
+        """Whether these (W_enc, b_enc and, where it was made with it, b_pre) are the very tensors it was made from,
+        unchanged since (changes through `.data` go unseen)."""
+        same = all(kept() is now for kept, now in zip(self._weights, weights, strict=False))
+        return same and self._versions == tuple(t._version for t in weights[: len(self._versions)])
+
+    def check_current(self, *weights: Tensor) -> None:
+        if not torch.compiler.is_compiling() and not self.is_current(*weights):
             raise ValueError(
                 "prepared was made from other weights, or from these before they changed; prepare_encoder again"
             )
 
     @property
     def nbytes(self) -> int:
-        return self.low.nbytes + self.bounds.nbytes
+        return sum(t.nbytes for t in (*(self.rounded or ()), self.bias) if t is not None)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def prepare_encoder(W_enc: Tensor, b_enc: Tensor, into: PreparedEncoder | None = None) -> PreparedEncoder:
-    """bf16 weights and norms for `topk_encode(..., prepared=)`; make it again when the weights have changed.
+def prepare_encoder(
+    W_enc: Tensor, b_enc: Tensor, b_pre: Tensor | None = None, *, into: PreparedEncoder | None = None
+) -> PreparedEncoder:
+    """What of an encoder does not depend on the rows, for `topk_encode(..., prepared=)`; make it again when the weights
+    have changed.
 
-    Two passes over the weights: at 20,480 x 1280 a seventh of what the product with 256 rows takes when memory is used
-    again (`into`), under a third when it is new (23 and 44 ms beside 151 on one core of an AMD EPYC).
+    On a CPU two passes over the weights: at 20,480 x 1280 a seventh of what the product with 256 rows takes when memory is
+    used again (`into`), under a third when it is new (23 and 44 ms beside 151 on one core of an AMD EPYC). For the kernels
+    of a GPU one pass, which every call with half-precision inputs makes without it.
 
     Args:
-        W_enc [n_latents, d], b_enc [n_latents]: float32, on a CPU or a GPU.
+        W_enc [n_latents, d], b_enc [n_latents]: float32 on a CPU; on a GPU float32, bfloat16 or float16.
+        b_pre: [d], of which the bias of half-precision inputs is made; on a CPU it takes no part.
         into: an earlier one of the same shape, whose memory is used again (on a CPU); it must not be used any more.
 
     Raises: TypeError, ValueError for other dtypes and shapes; RuntimeError for tensors made in inference mode, whose
         changes cannot be noticed.
     """
+    by_kernels = implementation("topk_encode", W_enc) == "triton"
     for name, tensor, dimensions in (("W_enc", W_enc, 2), ("b_enc", b_enc, 1)):
-        if tensor.dtype != torch.float32:
+        if tensor.dtype != torch.float32 and not (by_kernels and tensor.dtype == W_enc.dtype):
             raise TypeError(f"{name} must be float32 to be prepared, got {tensor.dtype}; the prefilter speeds up fp32")
         if tensor.dim() != dimensions or tensor.shape[0] != W_enc.shape[0]:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; pass W_enc [n_latents, d] and b_enc [n_latents]")
-        if tensor.is_inference():
-            raise RuntimeError(f"{name} was made in inference mode, where changes go unnoticed; prepare a clone of it")
-    weights, versions = (weakref.ref(W_enc), weakref.ref(b_enc)), (W_enc._version, b_enc._version)
-    if W_enc.device.type != "cpu" or implementation("topk_encode_prefiltered", W_enc) == "triton":
-        return PreparedEncoder(*gpu_weights(W_enc, b_enc), weights, versions)
+    weights = (W_enc, b_enc) if b_pre is None or not by_kernels else (W_enc, b_enc, b_pre)
+    if any(t.is_inference() for t in weights):
+        raise RuntimeError("weights made in inference mode change unnoticed; prepare clones of them")
+    kept = tuple(map(weakref.ref, weights)), tuple(t._version for t in weights)
+    if by_kernels:
+        if W_enc.dtype != torch.float32 and b_pre is None:
+            raise ValueError("b_pre must be given for half-precision weights, whose bias it is part of")
+        return PreparedEncoder(None, encoder_bias(W_enc, b_enc, b_enc if b_pre is None else b_pre), *kept)
+    if W_enc.device.type != "cpu":
+        return PreparedEncoder(None, None, *kept)
     width = rounded_width(W_enc.shape[1])
-    if into is not None and into.low.shape == (len(W_enc), width):
-        low, bounds = into.low, into.bounds
+    if into is not None and into.rounded is not None and into.rounded[0].shape == (len(W_enc), width):
+        low, bounds = into.rounded
     else:
         low, bounds = torch.zeros(len(W_enc), width, dtype=torch.bfloat16), torch.empty(3, len(W_enc))
     _fill(W_enc.detach(), b_enc.detach(), low, bounds)
-    return PreparedEncoder(low, bounds, weights, versions)
+    return PreparedEncoder((low, bounds), None, *kept)
 
 
 @conducted
@@ -90,14 +106,12 @@ def _fill(W_enc: Tensor, b_enc: Tensor, low: Tensor, bounds: Tensor) -> None:
 
 
 def prefilter_pays(W_enc: Tensor, rows: int, k: int) -> bool:
-    """Whether encoding `rows` rows with prepared weights was measured to be faster than without.
+    """Whether encoding `rows` rows with prepared weights is faster than without.
 
-    On a CPU with bf16 instructions: yes, for float32 and PREFILTERED_ROWS rows or more, which also pay for preparing once.
-    On a GPU: what the tuning table says of the nearest shape; without a table no.
+    On a CPU with bf16 instructions, measured: for float32 and PREFILTERED_ROWS rows or more, which also pay for preparing
+    once. By a GPU's kernels in half precision: they then read W_enc once less.
     """
-    if W_enc.dtype != torch.float32:
-        return False
-    if implementation("topk_encode_prefiltered", W_enc) == "triton":
-        plain, prefiltered = (tuned(op, W_enc, rows, k) for op in ("topk_encode", "topk_encode_prefiltered"))
-        return plain is not None and prefiltered is not None and prefiltered.median_ms < plain.median_ms
-    return W_enc.device.type == "cpu" and rows >= PREFILTERED_ROWS and bf16_products()
+    if implementation("topk_encode", W_enc) == "triton":
+        return W_enc.dtype != torch.float32 and selects(W_enc.shape[0], k)
+    at_home = W_enc.device.type == "cpu" and W_enc.dtype == torch.float32
+    return at_home and rows >= PREFILTERED_ROWS and bf16_products()

@@ -1,22 +1,18 @@
-"""What every encoder multiplies: the checks of its inputs, pre-activations on a CPU, the tile product of the Triton kernels."""
+"""What every encoder multiplies: the checks of its inputs, pre-activations on a CPU, the bias of the Triton kernels."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..dispatch import backend, jit, jit_over_rows, tl
+from ..dispatch import jit_over_rows, tl
 from ..threads import each, pieces, threads, together
 
 __all__ = [
-    "PRODUCT_TILE",
     "SELECTIONS",
-    "TRITON_SCRATCH_BYTES",
     "check_encoder",
-    "default_product",
     "encoder_bias",
     "preactivations",
-    "tile_product",
 ]
 
 SELECTIONS = ("relu", "signed", "raw")
@@ -61,50 +57,6 @@ def preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, out: 
 # ------------------------------------------------------------------------------------------------------------ Triton
 # Half-precision inputs are not centred, since x - b_pre rounded to half precision would lose more than the product:
 # b_pre goes into the bias, b_enc - W_enc b_pre, in fp32.
-
-TRITON_SCRATCH_BYTES = 48 << 20  # what a chunk of rows holds beside inputs and outputs: 512 rows at 20,480 latents
-PRODUCT_TILE = {"BLOCK_ROWS": 128, "BLOCK_LATENTS": 128, "BLOCK_D": 64}
-
-
-def default_product(dtype: torch.dtype) -> dict[str, int]:
-    """Block sizes, warps and stages of the product without a tuning table.
-
-    fp32 products are fused multiply-adds of registers: tiles are small. Half precision: 96 KiB of shared memory for
-    three stages, which is what the smaller GPUs of each generation have (AMD: 64 KiB and two stages).
-    """
-    if dtype == torch.float32:
-        return {"BLOCK_ROWS": 64, "BLOCK_LATENTS": 128, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}
-    return {**PRODUCT_TILE, "num_warps": 8, "num_stages": 2 if backend() == "hip" else 3}
-
-
-@jit
-def tile_product(
-    x_ptrs,
-    W_ptrs,
-    row_inside,
-    latent_inside,
-    d,
-    stride_x_d,
-    stride_W_d,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_LATENTS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """[BLOCK_ROWS, BLOCK_LATENTS] dot products in fp32. x_ptrs [BLOCK_ROWS, 1] and W_ptrs [BLOCK_LATENTS, 1] are the
-    beginnings of rows. Every product of the encoders is this one, so that an entry has the same bits in each."""
-    column = tl.arange(0, BLOCK_D).to(tl.int64)  # columns of a transposed tensor may be 2^31 elements apart
-    step = tl.full([], BLOCK_D, tl.int64)
-    x_ptrs = x_ptrs + column[None, :] * stride_x_d
-    W_ptrs = W_ptrs + column[None, :] * stride_W_d
-    total = tl.zeros([BLOCK_ROWS, BLOCK_LATENTS], tl.float32)
-    for start in range(0, d, BLOCK_D):
-        left = d - start
-        x = tl.load(x_ptrs, mask=row_inside[:, None] & (column < left)[None, :], other=0.0)  # [BLOCK_ROWS, BLOCK_D]
-        w = tl.load(W_ptrs, mask=latent_inside[:, None] & (column < left)[None, :], other=0.0)
-        total = tl.dot(x, tl.trans(w), total, input_precision="ieee")  # [BLOCK_ROWS, BLOCK_LATENTS]
-        x_ptrs += step * stride_x_d
-        W_ptrs += step * stride_W_d
-    return total
 
 
 @jit_over_rows

@@ -11,9 +11,7 @@ from ..dispatch import implementation, ops, register, sum_dtype
 from ..gradient.weight_gradient import weight_gradient
 from ..tuning.table import tuned
 from .cpu import topk_encode_cpu
-from .gpu.candidates import candidate_blocks, topk_candidates_triton
-from .gpu.prefilter import PrefilterSizes, topk_prefiltered_triton
-from .gpu.scratch import topk_encode_triton
+from .gpu.topk import selects, topk_encode_triton
 from .prepared import PreparedEncoder
 from .product import SELECTIONS, check_encoder
 from .rounded import BIAS_COLUMNS, can_prefilter, pays_to_round
@@ -48,7 +46,8 @@ def topk_encode(
         prepared: of `prepare_encoder(W_enc, b_enc)`: float32 rows on a CPU with bf16 instructions then go through a
             bf16 product that narrows the search, with a proof for every row. The same contract, in a third of the time
             that the float32 product alone takes; which path a row took shows nowhere but in the last bits. Elsewhere it
-            is passed over. Without it the weights are rounded anew by every call large enough to gain by it (of 16 rows
+            is passed over, but by a GPU's kernels in half precision: what was prepared with b_pre saves them a pass over
+            W_enc. Without it the weights are rounded anew by every call large enough to gain by it (of 16 rows
             and more at 20,480 x 1,280; half-precision inputs too): some 0.4 of the product's time at 1,024 rows.
 
     Returns:
@@ -57,7 +56,8 @@ def topk_encode(
         -0.0 and +0.0 among them, by index. Where several latents tie for the last place, the lowest index is in.
         A row in which any a is NaN has k NaN values and the indices 0 .. k - 1. Infinities are ordered like numbers.
 
-    Precision: sums are held in fp32 (fp64 for float64 inputs); fp32 products are IEEE, never TF32. Gradients reach x,
+    Precision: sums are held in fp32 (fp64 for float64 inputs); fp32 products are IEEE, or (a GPU's kernels) six products
+    of bf16 parts, which are within an IEEE sum's bound, never TF32. Gradients reach x,
     W_enc, b_enc and b_pre through the entries whose value is not 0, without float atomics: the same bits every run.
 
     Cost: 2 rows n_latents d FLOPs; reads W_enc once a chunk of rows. Never holds [rows, n_latents]: scratch stays
@@ -72,12 +72,12 @@ def topk_encode(
         (tensor([[3., 2.]]), tensor([[2, 0]], dtype=torch.int32))
     """
     if prepared is not None:
-        prepared.check_current(W_enc, b_enc)
-        values, indices = ops.topk_encode_prefiltered(
-            x, W_enc, b_enc, b_pre, prepared.low, prepared.bounds, k, selection
-        )
-        return values, indices
-    values, indices = ops.topk_encode(x, W_enc, b_enc, b_pre, k, selection)
+        prepared.check_current(W_enc, b_enc, b_pre)
+        if prepared.rounded is not None:
+            values, indices = ops.topk_encode_prefiltered(x, W_enc, b_enc, b_pre, *prepared.rounded, k, selection)
+            return values, indices
+    bias = None if prepared is None else prepared.bias
+    values, indices = ops.topk_encode(x, W_enc, b_enc, b_pre, k, selection, bias)
     return values, indices
 
 
@@ -102,31 +102,29 @@ def reference(
 
 
 def _topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int, selection: str
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int, selection: str, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     check_encoder(x, W_enc, b_enc, b_pre, k, selection)
-    if implementation("topk_encode", x) != "triton":
+    if implementation("topk_encode", x) != "triton" or not selects(W_enc.shape[0], k):
         if pays_to_round(x, W_enc):
             return topk_prefiltered_cpu(x, W_enc, b_enc, b_pre, None, None, k, selection)
         return topk_encode_cpu(x, W_enc, b_enc, b_pre, k, selection)
+    if bias is not None and (bias.shape != W_enc.shape[:1] or bias.dtype != torch.float32 or not bias.is_contiguous()):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; pass what prepare_encoder made of these weights")
     entry = tuned("topk_encode", W_enc, x.shape[0], k)
-    if entry is not None and entry.design == "B":
-        candidates = candidate_blocks(entry.blocks, W_enc.shape[0], k)
-        if candidates is not None:
-            return topk_candidates_triton(x, W_enc, b_enc, b_pre, k, selection, candidates)
-        entry = None
-    return topk_encode_triton(x, W_enc, b_enc, b_pre, k, selection, blocks=None if entry is None else entry.blocks)
+    blocks = None if entry is None else entry.blocks
+    return topk_encode_triton(x, W_enc, b_enc, b_pre, k, selection, bias, blocks)
 
 
 def _topk_encode_fake(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int, selection: str
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int, selection: str, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     check_encoder(x, W_enc, b_enc, b_pre, k, selection)
     return x.new_empty(x.shape[0], k, dtype=sum_dtype(x)), x.new_empty(x.shape[0], k, dtype=torch.int32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, W_enc, _, b_pre, _, _ = inputs
+    x, W_enc, _, b_pre = inputs[:4]
     values, indices = output
     ctx.mark_non_differentiable(indices)
     ctx.save_for_backward(x, W_enc, b_pre, values, indices)
@@ -149,12 +147,13 @@ def _backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, 
         if need_b_pre:
             with torch.autocast(x.device.type, enabled=False):
                 grad_b_pre = -(bias.to(x.dtype) @ W_enc)
-    return grad_x, grad_W, grad_b_enc, grad_b_pre, None, None
+    return grad_x, grad_W, grad_b_enc, grad_b_pre, None, None, None
 
 
 register(
     "topk_encode",
-    "(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_pre, SymInt k, str selection) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_pre, SymInt k, str selection, Tensor? bias=None)"
+    " -> (Tensor, Tensor)",
     _topk_encode,
     fake=_topk_encode_fake,
     backward=_backward,
@@ -167,14 +166,6 @@ def _topk_encode_prefiltered(
 ) -> tuple[Tensor, Tensor]:
     check_encoder(x, W_enc, b_enc, b_pre, k, selection)
     n_latents, d = W_enc.shape
-    if low.shape == W_enc.shape and bounds.shape == (4, n_latents):  # made on a GPU
-        prefilters = x.dtype == torch.float32 and implementation("topk_encode_prefiltered", x) == "triton"
-        sizes = PrefilterSizes.of(n_latents, k) if prefilters else None
-        if sizes is None:
-            return _topk_encode(x, W_enc, b_enc, b_pre, k, selection)
-        entry = tuned("topk_encode_prefiltered", W_enc, x.shape[0], k)
-        blocks = None if entry is None else entry.blocks
-        return topk_prefiltered_triton(x, W_enc, b_enc, b_pre, low, bounds, k, selection, sizes, blocks)
     if low.shape[0] != n_latents or low.shape[1] < d + BIAS_COLUMNS or bounds.shape != (3, n_latents):
         raise ValueError(
             f"prepared is for {low.shape[0]} latents of width up to {low.shape[1] - BIAS_COLUMNS}, W_enc has shape "

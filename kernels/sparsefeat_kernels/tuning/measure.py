@@ -26,14 +26,12 @@ from torch import Tensor
 
 from ..decode.sparse_decode import sparse_decode_triton
 from ..dispatch import backend
-from ..encode.gpu.candidates import candidate_blocks, topk_candidates_triton
-from ..encode.gpu.prefilter import PrefilterSizes, gpu_weights, topk_prefiltered_triton
-from ..encode.gpu.scratch import topk_encode_triton
+from ..encode.gpu.topk import selects, topk_encode_triton
 from .table import Entry, Table
 
 __all__ = ["OPS", "Shape", "configurations", "main", "tune"]
 
-OPS = ("topk_encode", "sparse_decode", "topk_encode_prefiltered")
+OPS = ("topk_encode", "sparse_decode")
 # d, n_latents, k of published SAEs, the most wanted first
 SAES: Mapping[str, tuple[int, int, int]] = {
     "SAeUron": (1280, 20480, 32),
@@ -51,20 +49,16 @@ ROWS = (4096, 256)
 FULL = ("SAeUron", "Concept Steerers, SD 1.5")  # also measured in float32
 
 # Products: rows, latents, columns, warps, stages. The first of each is the default; the others trade shared memory for
-# fewer loads (256 wide) or a tile's size for more programs at once (64 high). None spills on sm_90.
+# fewer loads (256 wide) or a deeper pipeline, and a tile's size for more programs at once (64 high).
 PRODUCTS = {
-    "bfloat16": ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (64, 128, 64, 4, 4)),
-    "float32": ((64, 128, 16, 8, 2), (64, 64, 16, 4, 3)),
-}
-# The same with the size of a group.
-CANDIDATE_PRODUCTS = {
     "bfloat16": (
-        (128, 128, 64, 8, 3, 16),
-        (128, 128, 64, 8, 3, 32),
-        (128, 256, 64, 8, 3, 16),
-        (256, 128, 64, 8, 3, 16),
+        (128, 128, 64, 8, 3),
+        (128, 256, 64, 8, 4),
+        (128, 256, 64, 8, 3),
+        (128, 128, 64, 4, 3),
+        (64, 256, 64, 4, 4),
     ),
-    "float32": ((64, 128, 16, 8, 2, 16),),
+    "float32": ((64, 128, 32, 8, 2), (128, 128, 32, 8, 3), (64, 64, 32, 4, 3)),
 }
 DECODES = ((4, 512, 4), (4, 256, 2), (8, 512, 4), (4, 1024, 8), (8, 256, 4))  # BLOCK_K, BLOCK_D, warps
 
@@ -103,17 +97,10 @@ def configurations(op: str, shape: Shape) -> list[Configuration]:
     if op == "sparse_decode":
         of_decode = ("BLOCK_K", "BLOCK_D", "num_warps")
         return [Configuration("A", dict(zip(of_decode, sizes, strict=True))) for sizes in DECODES]
-    names = ("BLOCK_ROWS", "BLOCK_LATENTS", "BLOCK_D", "num_warps", "num_stages", "GROUP")
-    if op == "topk_encode_prefiltered":
-        if shape.dtype != "float32" or PrefilterSizes.of(shape.n_latents, shape.k) is None:
-            return []
-        return [Configuration("A", dict(zip(names[:5], sizes, strict=True))) for sizes in PRODUCTS["bfloat16"]]
-    tiles = [dict(zip(names[:5], sizes, strict=True)) for sizes in PRODUCTS[shape.dtype]]
-    grouped = [dict(zip(names, sizes, strict=True)) for sizes in CANDIDATE_PRODUCTS[shape.dtype]]
-    return [
-        *(Configuration("A", tile) for tile in tiles),
-        *(Configuration("B", blocks) for blocks in grouped if candidate_blocks(blocks, shape.n_latents, shape.k)),
-    ]
+    names = ("BLOCK_ROWS", "BLOCK_LATENTS", "BLOCK_D", "num_warps", "num_stages")
+    if not selects(shape.n_latents, shape.k):  # plain torch
+        return []
+    return [Configuration("A", dict(zip(names, sizes, strict=True))) for sizes in PRODUCTS[shape.dtype]]
 
 
 # --------------------------------------------------------------------------------------------------- inputs and answers
@@ -152,18 +139,7 @@ def call_of(op: str, shape: Shape, inputs: Mapping[str, Tensor], found: Configur
     x, W, b_enc, b_pre = (inputs[name] for name in ("x", "W", "b_enc", "b_pre"))
     if op == "sparse_decode":
         return lambda: sparse_decode_triton(inputs["values"], inputs["indices"], W, b_pre, blocks=found.blocks)
-    if op == "topk_encode_prefiltered":
-        sizes = PrefilterSizes.of(shape.n_latents, shape.k)
-        assert sizes is not None, "configurations() leaves these out"
-        low, bounds = gpu_weights(W, b_enc)
-        return lambda: topk_prefiltered_triton(
-            x, W, b_enc, b_pre, low, bounds, shape.k, "relu", sizes, blocks=found.blocks
-        )
-    if found.design == "A":
-        return lambda: topk_encode_triton(x, W, b_enc, b_pre, shape.k, "relu", blocks=found.blocks)
-    blocks = candidate_blocks(found.blocks, shape.n_latents, shape.k)
-    assert blocks is not None, "configurations() leaves these out"
-    return lambda: topk_candidates_triton(x, W, b_enc, b_pre, shape.k, "relu", blocks)
+    return lambda: topk_encode_triton(x, W, b_enc, b_pre, shape.k, "relu", blocks=found.blocks)
 
 
 def fault_of(op: str, shape: Shape, inputs: Mapping[str, Tensor], answer: Any) -> str:

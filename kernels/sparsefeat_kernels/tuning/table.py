@@ -31,15 +31,12 @@ SIZES = ("rows", "d", "n_latents", "k")
 FARTHEST = 4.0
 
 _PRODUCT = ("BLOCK_ROWS", "BLOCK_LATENTS", "BLOCK_D", "num_warps", "num_stages")
-# What an entry of an op and design says. A: encode/gpu/scratch.py. B: encode/gpu/candidates.py, with the groups' size. Prefiltered:
-# encode/gpu/prefilter.py, the bf16 product; its dtype is that of the weights, float32.
+# What an entry of an op and design says.
 DESIGNS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("topk_encode", "A"): _PRODUCT,
-    ("topk_encode", "B"): (*_PRODUCT, "GROUP"),
-    ("topk_encode_prefiltered", "A"): _PRODUCT,
     ("sparse_decode", "A"): ("BLOCK_K", "BLOCK_D", "num_warps"),
 }
-LARGEST = {"num_warps": 32, "num_stages": 8, "GROUP": 64}  # of everything else 1024
+LARGEST = {"num_warps": 32, "num_stages": 8}  # of everything else 1024
 
 
 @dataclass(frozen=True)

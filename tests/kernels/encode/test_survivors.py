@@ -216,13 +216,14 @@ def test_no_product_is_further_from_the_reference_than_the_bound_says(name):
         x, w, b, c = case(name, seed)
         prepared = prepare_encoder(w, b)
         centred = x - c
-        d = x.shape[1]
-        rounded = torch.zeros(len(x), prepared.low.shape[1], dtype=torch.bfloat16)
+        assert prepared.rounded is not None
+        d, (low, bounds) = x.shape[1], prepared.rounded
+        rounded = torch.zeros(len(x), low.shape[1], dtype=torch.bfloat16)
         rounded[:, :d], rounded[:, d : d + 3] = centred, 1
-        p = (rounded @ prepared.low.T).double()
+        p = (rounded @ low.T).double()
         kept = rounded[:, :d].double()
         size, lost = kept.norm(dim=1, keepdim=True), (centred.double() - kept).norm(dim=1, keepdim=True)
-        bound = lost * prepared.bounds[0] + size * prepared.bounds[1] + prepared.bounds[2] + p.abs() * 2.0**-8
+        bound = lost * bounds[0] + size * bounds[1] + bounds[2] + p.abs() * 2.0**-8
         error = (p - (centred.double() @ w.double().T + b.double())).abs()
         assert (error <= bound).all()
         if name not in ("tiny", "denormal"):  # there the allowance for flushed denormals is nearly all of it

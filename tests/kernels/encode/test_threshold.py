@@ -89,7 +89,7 @@ def test_cpu_path_in_many_chunks_and_blocks(dtype: torch.dtype, monkeypatch):
 
 
 def test_triton_path_in_many_chunks_and_many_tiles(monkeypatch):
-    monkeypatch.setattr(threshold_gpu, "TRITON_SCRATCH_BYTES", 4 * 1600 * 3)  # three rows a chunk
+    monkeypatch.setattr(threshold_gpu, "SCRATCH_BYTES", 4 * 1600 * 3)  # three rows a chunk
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs = problem(7, 5, 1300, torch.float32, device)  # eleven tiles: two programs a row compact them
     with force_triton():

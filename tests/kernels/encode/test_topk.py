@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparsefeat_kernels import force_triton, topk_encode
 from sparsefeat_kernels.encode import cpu, product
-from sparsefeat_kernels.encode.gpu import scratch
+from sparsefeat_kernels.encode.gpu.topk import selects
 from sparsefeat_kernels.encode.topk import SELECTIONS, reference
 from torch import Tensor
 
@@ -82,8 +82,8 @@ def test_cpu_path_at_sizes_with_many_groups_and_chunks(selection: str, dtype: to
     torch.testing.assert_close(values.double(), expected_values, atol=1e-4, rtol=1e-4)
 
 
-def test_large_k_on_the_triton_path_falls_back_to_the_plain_selection(monkeypatch):
-    monkeypatch.setattr(scratch, "MAX_KEYS", 16)
+def test_a_k_that_is_a_large_part_of_the_latents_is_left_to_plain_torch_on_the_triton_path():
+    assert not selects(70, 30)
     inputs = problem(3, 5, 70, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
     with force_triton():
         for selection in SELECTIONS:

@@ -16,9 +16,7 @@ from sparsefeat_kernels import force_triton, sparse_decode, topk_encode
 from sparsefeat_kernels.decode import sparse_decode as decode_module
 from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
 from sparsefeat_kernels.encode import topk as encode_module
-from sparsefeat_kernels.encode.gpu import candidates as topk_candidates
-from sparsefeat_kernels.encode.gpu import prefilter as prefilter_gpu
-from sparsefeat_kernels.encode.gpu import scratch
+from sparsefeat_kernels.encode.gpu import groups, tiles
 from sparsefeat_kernels.tuning import measure as tuning
 from sparsefeat_kernels.tuning import table as tuning_table
 from sparsefeat_kernels.tuning.measure import Configuration, Shape
@@ -26,12 +24,12 @@ from sparsefeat_kernels.tuning.table import FOLDER, Entry, Table, packaged_table
 
 needs_triton = pytest.mark.skipif(not TRITON_AVAILABLE, reason="Triton is not installed")
 
-PRODUCT = {"BLOCK_ROWS": 16, "BLOCK_LATENTS": 16, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}
+PRODUCT = {"BLOCK_ROWS": 16, "BLOCK_LATENTS": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}
 
 
 def entry(**changes: Any) -> dict[str, Any]:
-    found = {"op": "topk_encode", "rows": 4, "d": 8, "n_latents": 256, "k": 2, "dtype": "float32", "design": "B"}
-    return found | {"blocks": PRODUCT | {"GROUP": 4}, "median_ms": 0.5} | changes
+    found = {"op": "topk_encode", "rows": 4, "d": 8, "n_latents": 256, "k": 2, "dtype": "float32", "design": "A"}
+    return found | {"blocks": PRODUCT, "median_ms": 0.5} | changes
 
 
 def table(*entries: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -64,14 +62,14 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path):
 
 WRONG = {
     "op and design": entry(op="top"),
-    "op and design must": entry(op="sparse_decode"),  # has no design B
+    "op and design must": entry(design="B"),
     "rows": entry(rows=0),
     "n_latents": entry(n_latents=2.5),
     "dtype": entry(dtype="half-float"),
-    "blocks must be": entry(blocks=PRODUCT),
-    "BLOCK_ROWS": entry(blocks=PRODUCT | {"GROUP": 4, "BLOCK_ROWS": 24}),
-    "GROUP": entry(blocks=PRODUCT | {"GROUP": 128}),
-    "num_stages": entry(blocks=PRODUCT | {"GROUP": 4, "num_stages": 0}),
+    "blocks must be": entry(blocks=PRODUCT | {"GROUP": 4}),
+    "BLOCK_ROWS": entry(blocks=PRODUCT | {"BLOCK_ROWS": 24}),
+    "BLOCK_D": entry(blocks=PRODUCT | {"BLOCK_D": 2048}),
+    "num_stages": entry(blocks=PRODUCT | {"num_stages": 0}),
     "median_ms": entry(median_ms="fast"),
     "TypeError": entry() | {"color": 1},
 }
@@ -183,34 +181,20 @@ def launched(module: Any, names: list[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @needs_triton
-def test_topk_encode_runs_the_design_and_the_blocks_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    calls = launched(scratch, ["_topk_encode_product_kernel"], monkeypatch)
-    calls_b = launched(topk_candidates, ["_topk_candidates_product_kernel"], monkeypatch)
+@pytest.mark.parametrize(("k", "rows"), [(2, [32]), (30, [])])  # the second is left to plain torch
+def test_topk_encode_runs_the_blocks_of_the_table(
+    k: int, rows: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    calls = launched(groups, ["_topk_encode_product_kernel"], monkeypatch)
     inputs = problem()
-    expected = encode_module.reference(*(t.double() for t in inputs), 2)
-    tables = {"B": entry(), "A": entry(design="A", blocks=PRODUCT | {"BLOCK_ROWS": 32})}
-    for design in ("B", "A"):
-        path = write(tmp_path / f"{design}.json", table(tables[design]))
-        monkeypatch.setenv("SPARSEFEAT_TUNING", str(path))
-        with force_triton():
-            values, indices = topk_encode(*inputs, 2)
-        assert torch.equal(values.double(), expected[0])
-        assert torch.equal(indices, expected[1])
-    assert [options["BLOCK_ROWS"] for _, options in calls_b] == [16]
-    assert [options["BLOCK_ROWS"] for _, options in calls] == [32]
-
-
-@needs_triton
-def test_design_b_gives_way_where_the_nearest_entry_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    calls = launched(scratch, ["_topk_encode_product_kernel"], monkeypatch)
-    monkeypatch.setenv("SPARSEFEAT_TUNING", str(write(tmp_path / "t.json", table(entry()))))
-    inputs = problem()
+    expected = encode_module.reference(*(t.double() for t in inputs), k)
+    path = write(tmp_path / "t.json", table(entry(blocks=PRODUCT | {"BLOCK_ROWS": 32})))
+    monkeypatch.setenv("SPARSEFEAT_TUNING", str(path))
     with force_triton():
-        values, indices = topk_encode(*inputs, 30)  # of 64 groups: too many would fail
-    expected = encode_module.reference(*(t.double() for t in inputs), 30)
+        values, indices = topk_encode(*inputs, k)
     assert torch.equal(values.double(), expected[0])
     assert torch.equal(indices, expected[1])
-    assert [options["BLOCK_ROWS"] for _, options in calls] == [64]  # the default of float32
+    assert [options["BLOCK_ROWS"] for _, options in calls] == rows
 
 
 @needs_triton
@@ -233,17 +217,10 @@ def test_sparse_decode_runs_the_blocks_of_the_table(tmp_path: Path, monkeypatch:
 def small(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
     """Two shapes and two configurations each, for the interpreter."""
     tried = {
-        "topk_encode": [Configuration("A", PRODUCT), Configuration("B", PRODUCT | {"GROUP": 4})],
+        "topk_encode": [Configuration("A", PRODUCT), Configuration("A", PRODUCT | {"BLOCK_LATENTS": 128})],
         "sparse_decode": [Configuration("A", {"BLOCK_K": 2, "BLOCK_D": 16, "num_warps": 1})],
-        "topk_encode_prefiltered": [Configuration("A", PRODUCT)],
     }
-
-    def configurations(op: str, shape: Shape) -> list[Configuration]:
-        return [] if op == "topk_encode_prefiltered" and shape.n_latents != 128 else tried[op]
-
-    monkeypatch.setattr(tuning, "configurations", configurations)
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(prefilter_gpu, "LOW", torch.float32)  # the interpreter multiplies bfloat16 as integers
+    monkeypatch.setattr(tuning, "configurations", lambda op, shape: tried[op])
     monkeypatch.setattr(tuning, "LEAST_ROUNDS", 1)
     return [Shape(3, 8, 128, 2, "float32"), Shape(3, 8, 100, 1, "float32")]
 
@@ -257,8 +234,7 @@ def test_a_measured_table_has_the_fastest_right_answer_of_every_shape(tmp_path: 
     content = json.loads(out.read_text())
     assert read_table(out) == measured
     assert [(e.op, e.n_latents) for e in measured.entries] == [
-        ("topk_encode", 128), ("sparse_decode", 128), ("topk_encode_prefiltered", 128), ("topk_encode", 100),
-        ("sparse_decode", 100),
+        ("topk_encode", 128), ("sparse_decode", 128), ("topk_encode", 100), ("sparse_decode", 100),
     ]  # fmt: skip
     assert content["missing"] == []
     for found in measured.entries:
@@ -266,7 +242,7 @@ def test_a_measured_table_has_the_fastest_right_answer_of_every_shape(tmp_path: 
             m["median_ms"] for m in content["measured"] if (m["op"], m["n_latents"]) == (found.op, found.n_latents)
         ]
         assert found.median_ms == min(times)
-    assert len(content["measured"]) == 7
+    assert len(content["measured"]) == 6
 
 
 @needs_triton
@@ -277,6 +253,8 @@ def test_a_wrong_answer_is_not_timed_however_fast(wrong: str, tmp_path: Path, mo
 
     def broken(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         values, indices = right(*args, **options)
+        if options["blocks"] is not PRODUCT:
+            return values, indices
         if wrong == "raises":
             raise RuntimeError("out of resources: shared memory")
         if wrong == "values":
@@ -292,7 +270,7 @@ def test_a_wrong_answer_is_not_timed_however_fast(wrong: str, tmp_path: Path, mo
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with force_triton():
         measured = tuning.tune(tmp_path / "t.json", ("topk_encode",), wanted, device, 60.0, 0.0)
-    assert [found.design for found in measured.entries] == ["B"]
+    assert [found.blocks["BLOCK_LATENTS"] for found in measured.entries] == [128]
     a = json.loads((tmp_path / "t.json").read_text())["measured"][0]
     says = {
         "values": "a value is wrong",
@@ -300,7 +278,7 @@ def test_a_wrong_answer_is_not_timed_however_fast(wrong: str, tmp_path: Path, mo
         "twice": "chosen twice",
         "raises": "shared memory",
     }
-    assert a["design"] == "A"
+    assert a["blocks"] == PRODUCT
     assert says[wrong] in a["fault"]
 
 
@@ -312,14 +290,13 @@ def test_shapes_after_the_time_is_over_are_listed_as_missing(tmp_path: Path, mon
     assert [m["n_latents"] for m in json.loads(out.read_text())["missing"]] == [128, 100]
 
 
-def test_published_shapes_are_measured_with_both_designs():
+def test_published_shapes_are_measured_the_default_first():
     of_saeuron = next(iter(tuning.shapes()))
     assert of_saeuron == Shape(4096, 1280, 20480, 32, "bfloat16")
-    designs = [found.design for found in tuning.configurations("topk_encode", of_saeuron)]
-    assert designs[0] == "A"
-    assert set(designs) == {"A", "B"}
-    large_k = replace(of_saeuron, n_latents=5120, k=160)
-    assert {found.design for found in tuning.configurations("topk_encode", large_k)} == {"A"}
+    for dtype in ("bfloat16", "float32"):
+        first = tuning.configurations("topk_encode", replace(of_saeuron, dtype=dtype))[0]
+        assert first.blocks == tiles.default_tile(getattr(torch, dtype))
+    assert tuning.configurations("topk_encode", replace(of_saeuron, n_latents=5120, k=160)) == []
     for shape in tuning.shapes():
         for op in tuning.OPS:
             for found in tuning.configurations(op, shape):  # each can stand in a table
@@ -339,8 +316,7 @@ def test_other_processes_compile_what_will_run_without_a_gpu(tmp_path: Path):
 from sparsefeat_kernels.tuning.measure import Configuration, Shape, compile_ahead
 shape = Shape(128, 64, 256, 2, "bfloat16")
 product = {"BLOCK_ROWS": 64, "BLOCK_LATENTS": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
-for design, more in (("A", {}), ("B", {"GROUP": 8})):
-    compile_ahead(("cuda", 90, 32), "topk_encode", shape, Configuration(design, product | more))
+compile_ahead(("cuda", 90, 32), "topk_encode", shape, Configuration("A", product))
 """
     packages = str(Path(sparsefeat_kernels.__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": packages, "TRITON_CACHE_DIR": str(tmp_path)}
@@ -349,7 +325,6 @@ for design, more in (("A", {}), ("B", {"GROUP": 8})):
     assert done.returncode == 0, done.stderr
     kernels = {path.stem for path in tmp_path.rglob("*.cubin")}
     assert kernels == {
-        "_topk_candidates_again_kernel", "_topk_candidates_finish_kernel", "_topk_candidates_product_kernel",
-        "_topk_candidates_select_kernel", "_encoder_bias_kernel", "_topk_encode_product_kernel",
+        "_encoder_bias_kernel", "_topk_encode_product_kernel", "_topk_encode_repair_kernel",
         "_topk_encode_select_kernel",
     }  # fmt: skip

@@ -15,13 +15,12 @@ which sends its row to be computed plainly; no row is lost by that.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...dispatch import jit, jit_over_rows, tl
-from .tiles import precision, programs_of, tile_sums
+from .tiles import operands, precision, programs_of, tile_sums
 
 __all__ = [
     "GROUP",
@@ -118,8 +117,8 @@ def _digits(x, ROWS: tl.constexpr, GROUPS: tl.constexpr):
 
 @jit_over_rows
 def _topk_encode_product_kernel(
-    x_desc,
-    W_desc,
+    x,
+    W,
     b_pre_ptr,
     bias_ptr,
     kept_ptr,
@@ -129,8 +128,13 @@ def _topk_encode_product_kernel(
     d,
     n_groups,
     first_row,
+    stride_x_row,
+    stride_x_d,
+    stride_W_latent,
+    stride_W_d,
     stride_b_pre_d,
     SIGNED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     CENTRED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -150,8 +154,9 @@ def _topk_encode_product_kernel(
         row = (tile % row_blocks) * BLOCK_ROWS
         block = tile // row_blocks
         total = tile_sums(
-            x_desc, W_desc, b_pre_ptr, row, block * BLOCK_LATENTS, d, stride_b_pre_d,
-            CENTRED, PRECISION, BLOCK_ROWS, BLOCK_LATENTS, BLOCK_D,
+            x, W, b_pre_ptr, row, block * BLOCK_LATENTS, rows, n_latents, d,
+            stride_x_row, stride_x_d, stride_W_latent, stride_W_d, stride_b_pre_d,
+            DESCRIBED, CENTRED, PRECISION, BLOCK_ROWS, BLOCK_LATENTS, BLOCK_D,
         )  # fmt: skip
         column = tl.arange(0, BLOCK_LATENTS)
         latent = block * BLOCK_LATENTS + column
@@ -161,8 +166,13 @@ def _topk_encode_product_kernel(
         bits = (total + bias[None, :]).to(tl.int32, bitcast=True)  # [BLOCK_ROWS, BLOCK_LATENTS]
         # Of no constant, or a key would take two instructions, one for each immediate operand.
         place = ((column // 8) % 8) * 2 + column % 2 + tl.minimum(n_groups, 0)
-        if SIGNED:
-            sign = bits >> 31 & 1
+        out_row = row + tl.arange(0, BLOCK_ROWS)
+        inside = (out_row < rows)[:, None]
+        out = out_row[:, None].to(tl.int64) * (N_PLANES * n_groups) + block * GROUPS + tl.arange(0, GROUPS)[None, :]
+        out = kept_ptr + out
+        if SIGNED:  # first, while nothing else takes registers
+            negative = _in_groups((bits >> 31 & 1) << place[None, :], BLOCK_ROWS, STRETCHES)
+            tl.store(out + 5 * n_groups, tl.xor_sum(negative, axis=2), mask=inside)
             bits &= 0x7FFFFFFF
         key = _in_groups((bits & -16) | place[None, :], BLOCK_ROWS, STRETCHES)
         even, odd = _halves(key.to(tl.float32, bitcast=True), BLOCK_ROWS, GROUPS, 16)
@@ -178,35 +188,29 @@ def _topk_encode_product_kernel(
         bits_a, bits_b = _digits(_in_groups(bits, BLOCK_ROWS, STRETCHES), BLOCK_ROWS, GROUPS)
         keys_a, keys_b = _digits(key, BLOCK_ROWS, GROUPS)
         cut_a, cut_b = bits_a - keys_a + 0x76543210, bits_b - keys_b - 0x01234568
-        row += tl.arange(0, BLOCK_ROWS)
-        out = row[:, None].to(tl.int64) * (N_PLANES * n_groups) + block * GROUPS + tl.arange(0, GROUPS)[None, :]
-        out = kept_ptr + out
-        inside = (row < rows)[:, None]
         tl.store(out, tl.reshape(first, [BLOCK_ROWS, GROUPS]).to(tl.int32, bitcast=True), mask=inside)
         tl.store(out + n_groups, tl.reshape(second, [BLOCK_ROWS, GROUPS]).to(tl.int32, bitcast=True), mask=inside)
         tl.store(out + 2 * n_groups, tl.reshape(third, [BLOCK_ROWS, GROUPS]).to(tl.int32, bitcast=True), mask=inside)
         tl.store(out + 3 * n_groups, cut_a, mask=inside)
         tl.store(out + 4 * n_groups, cut_b, mask=inside)
-        if SIGNED:
-            negative = _in_groups(sign << place[None, :], BLOCK_ROWS, STRETCHES)
-            tl.store(out + 5 * n_groups, tl.xor_sum(negative, axis=2), mask=inside)
 
 
 def launch_product(
-    x_desc: Any,
-    W_desc: Any,
+    x: Tensor,
+    W: Tensor,
     b_pre: Tensor,
     bias: Tensor,
     kept: Tensor,
     count: Tensor,
-    n_groups: int,
     first_row: int,
     signed: bool,
     tile: Mapping[str, int],
 ) -> None:
-    """kept and count, of what the descriptors describe."""
-    (rows, d), n_latents = x_desc.shape, W_desc.shape[0]
-    _topk_encode_product_kernel[(programs_of(rows, n_latents, tile, kept.device),)](
-        x_desc, W_desc, b_pre, bias, kept, count, rows, n_latents, d, n_groups, first_row,
-        b_pre.stride(0), SIGNED=signed, CENTRED=b_pre.dtype == torch.float32, PRECISION=precision(b_pre.dtype), **tile,
+    """kept and count, of x and W."""
+    (rows, d), n_latents = x.shape, W.shape[0]
+    x_tiles, W_tiles, described = operands(x, W, tile)
+    _topk_encode_product_kernel[(programs_of(rows, n_latents, tile, x.device),)](
+        x_tiles, W_tiles, b_pre, bias, kept, count, rows, n_latents, d, n_groups_of(n_latents, tile["BLOCK_LATENTS"]),
+        first_row, *x.stride(), *W.stride(), b_pre.stride(0), SIGNED=signed, DESCRIBED=described,
+        CENTRED=x.dtype == torch.float32, PRECISION=precision(x.dtype), **tile,
     )  # fmt: skip

@@ -63,15 +63,15 @@ class SelectSizes:
 
     @property
     def repair_blocks(self) -> dict[str, int]:
-        """Of as many latents at a time as a list of keys has, and 8,192 products."""
+        """Of as many latents at a time as a list of keys has, and 4,096 products."""
         repaired = max(2, self.block_k // GROUP)
         return {
             "REPAIRED": repaired,
             "BLOCK_K": self.block_k,
             "LOG_K": self.block_k.bit_length() - 1,
             "HALVINGS": (repaired * GROUP // self.block_k).bit_length() - 1,
-            "BLOCK_D": 512 // repaired,
-            "num_warps": 4,
+            "BLOCK_D": 256 // repaired,
+            "num_warps": 4 if repaired == 2 else 2,  # those of which the compiler makes the fewest instructions
         }
 
 
@@ -198,6 +198,9 @@ def _topk_encode_select_kernel(
     if not FIRST:
         before = tl.load(state_ptr + row * BLOCK_K + tl.arange(0, BLOCK_K))
         bound = tl.maximum(bound, (tl.load(state_ptr + row * BLOCK_K + k - 1) >> 32).to(tl.int32) & -16)
+    # As a value: the least of the bound's sixteen. What is infinite is no candidate.
+    bound = tl.maximum(bound, -0x7F800000)
+    least = (bound ^ ((bound >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     n_found = _collect(tl.arange(0, COUNTED), best >= bound, ids_ptr, 0, BLOCK_MAXIMA)
     slot = tl.arange(0, BLOCK_MAXIMA)
     found = tl.load(ids_ptr + slot, mask=slot < n_found, other=0)
@@ -205,16 +208,16 @@ def _topk_encode_select_kernel(
     group = tl.reshape(group, [BLOCK_MAXIMA * SHARED])
     real = tl.reshape(tl.broadcast_to((slot < n_found)[:, None], [BLOCK_MAXIMA, SHARED]), [BLOCK_MAXIMA * SHARED])
     real &= group < n_groups
-    reaches = (floor_of(tl.load(kept_ptr + group, mask=real, other=0)) >= bound) & real
+    reaches = (tl.load(kept_ptr + group, mask=real, other=0).to(tl.float32, bitcast=True) >= least) & real
     ids_ptr += BLOCK_ENTRIES
     n_alive = _collect(group, reaches, ids_ptr, 0, BLOCK_ENTRIES)
     slot = tl.arange(0, BLOCK_ENTRIES)
     alive = slot < n_alive
     group = tl.load(ids_ptr + slot, mask=alive, other=0)  # [BLOCK_ENTRIES]
-    second = floor_of(tl.load(kept_ptr + n_groups + group, mask=alive, other=0))
+    second = tl.load(kept_ptr + n_groups + group, mask=alive, other=0).to(tl.float32, bitcast=True)
     third = floor_of(tl.load(kept_ptr + 2 * n_groups + group, mask=alive, other=0))
     third = tl.where(alive, third, -0x80000000)
-    n_entries = _collect(group, alive & (second >= bound), ids_ptr, n_alive, BLOCK_ENTRIES)
+    n_entries = _collect(group, alive & (second >= least), ids_ptr, n_alive, BLOCK_ENTRIES)
     entry = tl.load(ids_ptr + slot, mask=slot < n_entries, other=0)
     plane = (slot >= n_alive).to(tl.int32)
     keys = _entries(kept_ptr, plane, entry, slot < n_entries, n_groups, n_latents, first_latent, STRETCHES, SIGNED)
@@ -312,7 +315,9 @@ def _topk_encode_repair_kernel(
             a = tl.sum(total, axis=1) + bias
             score = tl.where(inside, ordered(tl.abs(a) if SIGNED else a), -0x80000000)
             keys = entry_key(score, first_latent + latent.to(tl.int32), (a < 0.0).to(tl.int32))
-            top = _of_both(top, largest_keys(keys, BLOCK_K, LOG_K, HALVINGS), BLOCK_K, LOG_K)
+            if HALVINGS > 0:
+                keys = largest_keys(keys, BLOCK_K, LOG_K, HALVINGS)
+            top = _of_both(top, keys, BLOCK_K, LOG_K)
         _keep(top, state_ptr, values_ptr, indices_ptr, row, k, RELU, SIGNED, LAST, BLOCK_K)
 
 

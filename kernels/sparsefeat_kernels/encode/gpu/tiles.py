@@ -1,7 +1,8 @@
-"""The product of a GPU's encoders: persistent programs that read their tiles through tensor descriptors.
+"""The product of a GPU's encoders: persistent programs, whose tiles the copy engine reads where there is one.
 
-On a GPU with a copy engine (sm_90 and later) a descriptor's tile is one instruction; elsewhere the compiler makes loads of
-it. Half-precision inputs are not centred, since x - b_pre rounded to half precision would lose more than the product: b_pre
+On a GPU with a copy engine (sm_90 and later) a descriptor's tile is one instruction; elsewhere, and of tensors whose rows do
+not begin at multiples of 16 bytes, tiles are loaded by pointers.
+Half-precision inputs are not centred, since x - b_pre rounded to half precision would lose more than the product: b_pre
 is in the bias (product.py). fp32 rows are, as they leave shared memory, and are multiplied on the matrix units, each factor
 split into three bf16 parts and six of the nine products summed: what is left out is 2^-26 of a product and less, which the
 bound of an IEEE sum (2^-24 of each) has room for. SPARSEFEAT_IEEE=1 asks for fused multiply-adds instead.
@@ -16,9 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dispatch import INTERPRETED, TRITON_VERSION, TensorDescriptor, backend, jit, row_chunks, tl
+from ...dispatch import INTERPRETED, TRITON_VERSION, TensorDescriptor, backend, has_copy_engine, jit, tl
 
-__all__ = ["LARGE_TILE", "SCRATCH_BYTES", "chunks_of", "default_tile", "described", "programs_of", "tile_sums"]
+__all__ = [
+    "LARGE_TILE",
+    "SCRATCH_BYTES",
+    "chunks_of",
+    "default_tile",
+    "multiprocessors",
+    "operands",
+    "precision",
+    "programs_of",
+    "tile_sums",
+]
 
 SCRATCH_BYTES = 58 << 20  # what one call holds beside its inputs and outputs
 # Fewer rows at once, and reading W would take a fifth of the time that multiplying takes (H100: 3 TB/s, 700 TFLOP/s).
@@ -45,58 +56,59 @@ def precision(dtype: torch.dtype) -> str:
 
 def readable(tensor: Tensor) -> bool:
     """Whether a descriptor can read tiles of [n, d]: columns side by side, rows that begin at multiples of 16 bytes."""
-    (n, d), whole = tensor.shape, 16 // tensor.itemsize
-    rows = n == 1 or (tensor.stride(0) >= d and tensor.stride(0) % whole == 0)
-    return rows and (d == 1 or tensor.stride(1) == 1) and tensor.data_ptr() % 16 == 0
+    d, whole = tensor.shape[1], 16 // tensor.itemsize
+    rows = tensor.stride(0) >= d and tensor.stride(0) % whole == 0
+    return rows and tensor.stride(1) == 1 and tensor.data_ptr() % 16 == 0
 
 
-def copy_bytes_a_row(tensor: Tensor) -> int:
-    """Of what `described` copies: 0 where a descriptor can read the tensor."""
-    return 0 if readable(tensor) else 16 * -(-tensor.shape[1] * tensor.itemsize // 16)
-
-
-def described(tensor: Tensor, block: list[int]) -> Any:
-    """A descriptor of tiles of [n, d], of a copy where it cannot be read."""
-    (n, d), whole = tensor.shape, 16 // tensor.itemsize
-    padded = -(-d // whole) * whole
-    if not readable(tensor):
-        tensor = tensor.new_empty(n, padded)[:, :d].copy_(tensor)
-    return TensorDescriptor(tensor, [n, d], [padded if n == 1 else tensor.stride(0), 1], block)
+def operands(x: Tensor, W: Tensor, tile: Mapping[str, int]) -> tuple[Any, Any, bool]:
+    """What a product reads tiles of x and W from, and whether these are descriptors. (They are when interpreted.)"""
+    if not (INTERPRETED or has_copy_engine()) or not (readable(x) and readable(W)):
+        return x, W, False
+    heights = tile["BLOCK_ROWS"], tile["BLOCK_LATENTS"]
+    found = [
+        TensorDescriptor(t, list(t.shape), list(t.stride()), [height, tile["BLOCK_D"]])
+        for t, height in zip((x, W), heights, strict=True)
+    ]
+    return *found, True
 
 
 def programs_of(rows: int, n_latents: int, tile: Mapping[str, int], device: torch.device) -> int:
     """Persistent programs: as many as run at once, or one for every tile where these are fewer."""
     tiles = -(-rows // tile["BLOCK_ROWS"]) * -(-n_latents // tile["BLOCK_LATENTS"])
-    return min(tiles, _multiprocessors(device) * (1 if tile["BLOCK_LATENTS"] > 128 else 2))
+    return min(tiles, multiprocessors(device) * (1 if tile["BLOCK_LATENTS"] > 128 else 2))
 
 
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def chunks_of(
     x: Tensor, W: Tensor, tile: Mapping[str, int], bytes_an_entry: float, bytes_a_row: int, most_latents: int
 ) -> list[tuple[slice, list[slice]]]:
-    """Chunks of at most `most_latents` latents, and of the rows of each, whose scratch is within SCRATCH_BYTES, copies that
-    `described` makes included: as many latents as leave room for LEAST_ROWS rows."""
+    """Chunks of at most `most_latents` latents, and of the rows of each, whose scratch is within SCRATCH_BYTES: as many
+    latents as leave room for LEAST_ROWS rows."""
     block, width = tile["BLOCK_ROWS"], tile["BLOCK_LATENTS"]
-    scratch, copied = SCRATCH_BYTES, copy_bytes_a_row(W)
-    bytes_a_row += copy_bytes_a_row(x)
-    if copied:
-        scratch //= 2
-        most_latents = min(most_latents, scratch // copied)
     least = min(-(-x.shape[0] // block) * block, LEAST_ROWS)
-    most_latents = min(most_latents, int((scratch / least - bytes_a_row) / bytes_an_entry))
-    latents = _whole(W.shape[0], width, most_latents)
-    widest = -(-latents[0].stop // width) * width
-    of_rows = _whole(x.shape[0], block, int(scratch / (widest * bytes_an_entry + bytes_a_row)))
+    most_latents = min(most_latents, int((SCRATCH_BYTES / least - bytes_a_row) / bytes_an_entry))
+    most_rows = -(-x.shape[0] // block)
+    latents = _chunks(W.shape[0], width, most_latents, min(most_rows, LEAST_ROWS // block), W.device)
+    widest = -(-(latents[0].stop - latents[0].start) // width)
+    most = int(SCRATCH_BYTES / (widest * width * bytes_an_entry + bytes_a_row))
+    of_rows = _chunks(x.shape[0], block, most, widest, x.device)
     return [(part, of_rows) for part in latents]
 
 
-def _whole(n: int, block: int, most: int) -> list[slice]:
-    """n in as few chunks of whole blocks as `most` allows, of equal size but the last."""
-    chunks = row_chunks(-(-n // block), 1, max(1, most // block))
-    return [slice(chunk.start * block, min(n, chunk.stop * block)) for chunk in chunks]
+def _chunks(n: int, block: int, most: int, others: int, device: torch.device) -> list[slice]:
+    """n in chunks of whole blocks, at most `most` (but one block): all at once, or those that leave the fewest
+    multiprocessors without a tile in the end, where each block has `others` tiles."""
+    blocks, most = -(-n // block), max(1, most // block)
+    at_once = multiprocessors(device)
+    if blocks > most:
+        sizes = range(most, most // 2, -1)
+        blocks = min(sizes, key=lambda size: -(-size * others // at_once) / (size * others))
+    step = blocks * block
+    return [slice(start, min(n, start + step)) for start in range(0, n, step)]
 
 
 # ------------------------------------------------------------------------------------------------------------ Triton
@@ -104,26 +116,48 @@ def _whole(n: int, block: int, most: int) -> list[slice]:
 
 @jit
 def tile_sums(
-    x_desc,
-    W_desc,
+    x,
+    W,
     b_pre_ptr,
     first_row,
     first_latent,
+    rows,
+    n_latents,
     d,
+    stride_x_row,
+    stride_x_d,
+    stride_W_latent,
+    stride_W_d,
     stride_b_pre_d,
+    DESCRIBED: tl.constexpr,
     CENTRED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_LATENTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """[BLOCK_ROWS, BLOCK_LATENTS] dot products in fp32; what lies outside of x and W is 0. CENTRED: of x - b_pre."""
+    """[BLOCK_ROWS, BLOCK_LATENTS] dot products in fp32; what lies outside of x and W is 0. x and W are descriptors, or
+    pointers. CENTRED: of x - b_pre."""
     total = tl.zeros([BLOCK_ROWS, BLOCK_LATENTS], tl.float32)
+    column = tl.arange(0, BLOCK_D).to(tl.int64)  # columns of a transposed tensor may be 2^31 elements apart
+    if not DESCRIBED:
+        row = (first_row + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+        latent = (first_latent + tl.arange(0, BLOCK_LATENTS)).to(tl.int64)
+        x_ptrs = x + row[:, None] * stride_x_row + column[None, :] * stride_x_d
+        W_ptrs = W + latent[:, None] * stride_W_latent + column[None, :] * stride_W_d
+        step = tl.full([], BLOCK_D, tl.int64)
     for start in range(0, d, BLOCK_D):
-        x = x_desc.load([first_row, start])  # [BLOCK_ROWS, BLOCK_D]
-        w = W_desc.load([first_latent, start])  # [BLOCK_LATENTS, BLOCK_D]
+        if DESCRIBED:
+            x_tile = x.load([first_row, start])  # [BLOCK_ROWS, BLOCK_D]
+            W_tile = W.load([first_latent, start])  # [BLOCK_LATENTS, BLOCK_D]
+        else:
+            inside = (column < d - start)[None, :]
+            x_tile = tl.load(x_ptrs, mask=(row < rows)[:, None] & inside, other=0.0)
+            W_tile = tl.load(W_ptrs, mask=(latent < n_latents)[:, None] & inside, other=0.0)
+            x_ptrs += step * stride_x_d
+            W_ptrs += step * stride_W_d
         if CENTRED:
-            column = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
-            x -= tl.load(b_pre_ptr + column * stride_b_pre_d, mask=column < d, other=0.0)[None, :]
-        total = tl.dot(x, w.T, total, input_precision=PRECISION)
+            b_pre = tl.load(b_pre_ptr + (start + column) * stride_b_pre_d, mask=column < d - start, other=0.0)
+            x_tile -= b_pre[None, :]
+        total = tl.dot(x_tile, tl.trans(W_tile), total, input_precision=PRECISION)
     return total

@@ -15,7 +15,7 @@ from ...dispatch import row_chunks
 from ..product import encoder_bias
 from .groups import GROUP, PLANES, kept_bytes, launch_product, n_groups_of
 from .select import LARGEST_K, MOST_GROUPS, Selected, SelectSizes, entries_of, launch_repair, launch_select
-from .tiles import chunks_of, default_tile, described
+from .tiles import chunks_of, default_tile
 
 __all__ = ["selects", "topk_encode_triton"]
 
@@ -75,13 +75,11 @@ def _encode_some(
     for part, of_rows in chunks:
         W, part_bias, first = W_enc[part], bias[part], part.start
         sizes = SelectSizes(n_groups_of(W.shape[0], tile["BLOCK_LATENTS"]), k)
-        W_desc = described(W, [tile["BLOCK_LATENTS"], tile["BLOCK_D"]])
         constants = {
             "RELU": selection == "relu", "SIGNED": signed, "LAST": part.stop == n_latents,
             "STRETCHES": tile["BLOCK_LATENTS"] // 64,
         }  # fmt: skip
         for some in of_rows:
-            x_desc = described(x[some], [tile["BLOCK_ROWS"], tile["BLOCK_D"]])
-            launch_product(x_desc, W_desc, b_pre, part_bias, kept, to.count, sizes.n_groups, some.start, signed, tile)
+            launch_product(x[some], W, b_pre, part_bias, kept, to.count, some.start, signed, tile)
             launch_select(kept, ids, to, some, W.shape[0], first, sizes, constants)
         launch_repair((x, W, b_pre, part_bias), to, first, sizes, constants)

@@ -1,0 +1,180 @@
+"""What topk_encode should cost on an H100, from its machine code: `python -m bench.predict`. No GPU is needed, and none has
+confirmed it; expect 30 % either way.
+
+The kernels are compiled for sm_90 as their launchers would compile them for 4,096 rows of bfloat16, and each launch costs
+what the busiest of the units it uses takes. The constants were fixed before the kernels were written, so that they say of
+the design that was here before (its counts are in results/design-a-sass.json) 2.1, 2.9, 2.5 and 12 times the bare product.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.sass import Code, clocks
+
+MULTIPROCESSORS = 132
+CLOCK = 1.755e9
+MEMORY = 3.0e12  # bytes a second
+CUBLAS = 700e12  # floating-point operations a second of the bare product, at these shapes
+SMALL_TILE = 575e12  # the most that a tile of 128 x 128 reaches, whose operands come from the L2 cache
+LAUNCH = 2e-6
+LATENCY = 4  # clocks from one instruction of a warp to the next that needs it
+FETCH = 700  # clocks of a load from memory
+TRIPS = 8  # of the loop that bisects, of 14 at most: an exponent and three bits
+ROWS = 4096
+
+# d, n_latents, k, and the ratio to the bare product that is asked for
+SHAPES = {
+    "1280/20480/32": 1.3,
+    "768/32768/64": 1.35,
+    "3072/65536/64": 1.15,
+    "768/524288/64": 1.4,
+}
+RECORDED = Path(__file__).with_name("results") / "design-a-sass.json"
+
+
+def sizes(shape: str) -> tuple[int, int, int]:
+    d, n_latents, k = map(int, shape.split("/"))
+    return d, n_latents, k
+
+
+def bare(shape: str) -> float:
+    """Seconds of the product alone."""
+    d, n_latents, _ = sizes(shape)
+    return 2 * ROWS * n_latents * d / CUBLAS
+
+
+def waves(tiles: int, at_once: int) -> float:
+    """How much longer tiles take than their work, since the last of them leave multiprocessors idle."""
+    return math.ceil(tiles / at_once) * at_once / tiles
+
+
+def tiles_of(rows: int, n_latents: int, height: int, width: int) -> int:
+    return math.ceil(rows / height) * math.ceil(n_latents / width)
+
+
+def by_rows(rows: int, warps: int, clocks_a_warp: float, instructions: int) -> float:
+    """Seconds of a launch of one program a row: the work of the busiest multiprocessor, or a program's own time."""
+    work = math.ceil(rows / MULTIPROCESSORS) * warps * clocks_a_warp
+    return max(work, instructions * LATENCY) / CLOCK
+
+
+def design_a(shape: str) -> float:
+    """Times the bare product, of the design that kept pre-activations in a scratch."""
+    (d, n_latents, _), counted = sizes(shape), json.loads(RECORDED.read_text())[shape]
+    rows = counted["rows"]
+    tiles = tiles_of(rows, n_latents, 128, 128)
+    work = tiles * 2 * 128 * 128 * d / SMALL_TILE * waves(tiles, 2 * MULTIPROCESSORS)
+    moved = (2 * n_latents * d + 4 * n_latents * rows) / MEMORY  # W again, and the scratch
+    selection = by_rows(rows, counted["warps"], counted["clocks"], counted["instructions"])
+    bias = 2 * n_latents * d / MEMORY
+    total = counted["chunks"] * (max(work, moved) + selection) + bias + counted["launches"] * LAUNCH
+    return total / bare(shape)
+
+
+# ------------------------------------------------------------------------------------------------------ from the code
+
+
+@dataclass(frozen=True)
+class Launched:
+    kernel: str
+    arguments: dict[str, Any]
+    code: Code
+
+
+def launches(shape: str) -> Iterator[Launched]:
+    """Of topk_encode with the large tile and a kept bias, compiled."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    import triton
+    from sparsefeat_kernels.encode.gpu import tiles, topk
+
+    from tests.kernels import ahead_of_time as ahead
+
+    tiles.has_copy_engine = lambda: True
+    tiles.multiprocessors = lambda device: MULTIPROCESSORS
+    d, n_latents, k = sizes(shape)
+    with torch.device("meta"), ahead.recorded() as calls:
+        x, W, b_pre = (torch.empty(size, dtype=torch.bfloat16) for size in ((ROWS, d), (n_latents, d), (d,)))
+        # No ReLU: it is a branch, which a row whose k largest are positive does not take.
+        topk.topk_encode_triton(x, W, b_pre, b_pre, k, "raw", torch.empty(n_latents), tiles.LARGE_TILE)
+    folder = Path("build") / "predict"
+    folder.mkdir(parents=True, exist_ok=True)
+    compiled: dict[str, Code] = {}
+    for kernel, arguments in calls:
+        source, options = ahead.specialised(kernel, arguments)
+        if (key := ahead.key_of(kernel, source, options)) not in compiled:
+            cubin = folder / "kernel.cubin"
+            cubin.write_bytes(triton.compile(source, target=ahead.TARGETS["sm_90"], options=options).asm["cubin"])
+            compiled[key] = Code(cubin, ahead.TOOLS / "cuobjdump")
+        yield Launched(kernel.fn.__name__, arguments, compiled[key])
+
+
+def product(one: Launched, shape: str) -> float:
+    """cuBLAS's own time, by its tile of the same size, and the epilogue, which nothing overlaps: one program is all that a
+    multiprocessor has room for."""
+    (d, _, _), a = sizes(shape), one.arguments
+    rows, n_latents = a["rows"], a["n_latents"]
+    tiles = tiles_of(rows, n_latents, a["BLOCK_ROWS"], a["BLOCK_LATENTS"])
+    whole = tiles_of(ROWS, sizes(shape)[1], 128, 256)
+    work = tiles * 2 * a["BLOCK_ROWS"] * a["BLOCK_LATENTS"] * d / CUBLAS
+    work *= waves(tiles, MULTIPROCESSORS) / waves(whole, MULTIPROCESSORS)
+    epilogue = math.ceil(tiles / MULTIPROCESSORS) * a["num_warps"] * clocks(one.code.after_product()) / CLOCK
+    moved = 2 * (n_latents + rows) * d + 4 * a["kept_ptr"].shape[1] * rows * a["n_groups"]
+    return max(work + epilogue, moved / MEMORY)
+
+
+def selection(one: Launched, rows: int) -> float:
+    """Of rows that are proved: the others count up an atomic counter, in a branch of their own."""
+    ops = one.code.without("ATOMG") + (TRIPS - 1) * one.code.bisection()
+    seconds = by_rows(rows, one.arguments["num_warps"], clocks(ops), len(ops))
+    return max(seconds, 4 * rows * one.arguments["n_groups"] / MEMORY)
+
+
+def repair(one: Launched, shape: str, rows: int) -> float:
+    """Of as many rows as have three of their k largest in one group, of latents spread by chance: one suspect each. In a
+    later chunk of latents fewer are among the k largest so far."""
+    (d, _, k), a = sizes(shape), one.arguments
+    here = k * a["n_latents"] / (a["first_latent"] + a["n_latents"])
+    unproved = here * max(here - 1, 0) * max(here - 2, 0) / 6 / (a["n_latents"] / 16) ** 2 * rows
+    fetches = 4 + math.ceil(d / a["BLOCK_D"])
+    one_row = (len(one.code.ops) * LATENCY + fetches * FETCH) / CLOCK
+    return min(unproved, math.ceil(unproved / (2 * MULTIPROCESSORS))) * one_row
+
+
+def predicted(shape: str) -> dict[str, float]:
+    """Seconds by part, and `ratio` to the bare product."""
+    parts = {"product": 0.0, "selection": 0.0, "repair": 0.0, "launches": 0.0}
+    rows = 0
+    for one in launches(shape):
+        if one.kernel == "_topk_encode_product_kernel":
+            rows = one.arguments["rows"]
+            parts["product"] += product(one, shape)
+        elif one.kernel == "_topk_encode_select_kernel":
+            parts["selection"] += selection(one, rows)
+        else:
+            parts["repair"] += repair(one, shape, ROWS)
+        parts["launches"] += LAUNCH
+    return parts | {"ratio": sum(parts.values()) / bare(shape)}
+
+
+def main() -> None:
+    for shape, most in SHAPES.items():
+        found = predicted(shape)
+        parts = ", ".join(f"{name} {seconds * 1e6:.0f} us" for name, seconds in found.items() if name != "ratio")
+        print(
+            f"{shape}: {found['ratio']:.3f} x the bare product (at most {most}; before {design_a(shape):.1f}); "
+            f"the product alone {bare(shape) * 1e6:.0f} us, {parts}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

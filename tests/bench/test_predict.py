@@ -1,0 +1,39 @@
+"""The model of what topk_encode costs on an H100: it must say of the design before what an audit of it said, by other means,
+and its answer for this one must be what was asked for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sparsefeat_kernels.dispatch import TRITON_AVAILABLE, TRITON_VERSION
+
+from bench import predict
+
+ROOT = Path(__file__).resolve().parents[2]
+AUDITED = {"1280/20480/32": 2.1, "768/32768/64": 2.9, "3072/65536/64": 2.5, "768/524288/64": 12.0}
+
+
+@pytest.mark.parametrize("shape", AUDITED)
+def test_the_design_before_costs_what_its_audit_said(shape):
+    assert predict.design_a(shape) == pytest.approx(AUDITED[shape], rel=0.1)
+
+
+def test_work_in_whole_waves():
+    assert predict.waves(132, 132) == 1
+    assert predict.waves(133, 132) == pytest.approx(264 / 133)
+    assert predict.tiles_of(300, 1000, 128, 256) == 3 * 4
+
+
+@pytest.mark.skipif(not TRITON_AVAILABLE or TRITON_VERSION < (3, 6), reason="needs Triton 3.6 or later")
+def test_this_design_costs_what_was_asked_for():
+    program = "import json; from bench import predict as p; print(json.dumps({s: p.predicted(s) for s in p.SHAPES}))"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(ROOT / "build" / "predict")}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for shape, found in json.loads(done.stdout).items():
+        assert 1 < found["ratio"] <= predict.SHAPES[shape], (shape, found)
+        assert min(found.values()) > 0

@@ -1,0 +1,8 @@
+"""sm_89: the encoders, compiled without a GPU. For the other kernels the older ones stand."""
+
+from tests.kernels.test_ahead_of_time import ENCODERS, Compiled
+
+
+class TestSm89(Compiled):
+    architecture = "sm_89"
+    kernels = ENCODERS
