@@ -48,7 +48,10 @@ KERNELS = {
 ATTENTION = {name for name in KERNELS if name.startswith(("_attention", "_concept")) and "join" not in name}
 ENCODERS = {name for name in KERNELS if "encode" in name}
 # Shared memory a program may ask for: 99 KiB on the smaller GPUs, which sm_80 stands for as well. Every sm_100 has 227.
-SHARED_LIMIT = dict.fromkeys(("sm_80", "sm_89", "sm_90", "sm_120"), 99 << 10) | {"sm_100": 227 << 10, "gfx942": 64 << 10}
+SHARED_LIMIT = dict.fromkeys(("sm_80", "sm_89", "sm_90", "sm_120"), 99 << 10) | {
+    "sm_100": 227 << 10,
+    "gfx942": 64 << 10,
+}
 # What a tuning table of the very device chose may have all of it.
 TUNED_SHARED_LIMIT = SHARED_LIMIT | {"sm_80": 163 << 10, "sm_90": 227 << 10}
 
@@ -119,9 +122,7 @@ class Compiled:
 
     def test_half_precision_products_run_on_matrix_units(self, rows: list[dict[str, Any]]):
         products = [
-            row
-            for row in rows
-            if row["kernel"].endswith("_encode_product_kernel") or row["kernel"] in ATTENTION
+            row for row in rows if row["kernel"].endswith("_encode_product_kernel") or row["kernel"] in ATTENTION
         ]
         assert all(row["matrix_unit"] for row in products if row["dtype"] == "bfloat16")
 

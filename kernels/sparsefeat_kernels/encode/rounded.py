@@ -1,5 +1,4 @@
-"""An encoder rounded to bf16, and how far its products can be from the true ones. The CPU's prefilters stand on it; that
-of a GPU (gpu/prefilter.py) takes the norms from here and has a bound of its own for the sums.
+"""An encoder rounded to bf16, and how far its products can be from the true ones. The prefilters of a CPU stand on it.
 
 A processor with bf16 matrix instructions multiplies bf16 three to five times as fast as fp32. With x' = x - b_pre,
 ~ for rounding to bf16, |.| for 2-norms, u = 2^-24, and p the product as bf16 stores it:
