@@ -29,14 +29,14 @@ def evaluate_scenes(
     said: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
     """Every method on every split: real scenes of held-out pairs, and what the pipeline draws: held-out scenes, or single
-    drawings where it has learnt nothing else (`draws_scenes` False). `n` pictures a split are scored, as many real ones
-    and half as many drawn ones chosen on.
+    drawings where it has learnt nothing else (`draws_scenes` False). `n` pictures a split are scored; thresholds are
+    chosen on as many other real ones and half as many drawn ones, the SAEs' latents on EmojiCanvas' real drawings.
     """
-    judged = judge
+    shown = scenes.image_to_image(pipe)
     splits: list[tuple[str, Any, list[scenes.Picture], list[scenes.Picture], PixelJudge | None]] = [
         (
             "real scenes, held-out pairs",
-            scenes.image_to_image(pipe),
+            shown,
             scenes.real(n, emojiscenes.TRAIN, FIT),
             scenes.real(n, emojiscenes.HELD_OUT, SCORED),
             None,
@@ -44,19 +44,19 @@ def evaluate_scenes(
     ]
     if draws_scenes:
         drawn = scenes.generated(-(-n // 2), emojiscenes.TRAIN, FIT), scenes.generated(n, emojiscenes.HELD_OUT, SCORED)
-        splits.append(("drawn scenes, held-out pairs", pipe, *drawn, judged))
+        splits.append(("drawn scenes, held-out pairs", pipe, *drawn, judge))
     else:
-        splits.append(("drawings", pipe, scenes.drawings(-(-n // 2), VALIDATION), scenes.drawings(n, TEST), judged))
+        splits.append(("drawings", pipe, scenes.drawings(-(-n // 2), VALIDATION), scenes.drawings(n, TEST), judge))
+    chosen = [(sae, scenes.latents_of_objects(shown, sae, scenes.real_drawings())) for sae in saes]
     rows = []
     for split, own, fit, test, masked_by in splits:
         methods = [scenes.nothing(), scenes.chance(), *_of_attention(own)]
-        for sae in saes:
-            chosen = scenes.latents_of_objects(own, sae, fit, masked_by)
-            wanted = {index for picture in (*fit, *test) for index in picture.objects}
-            if wanted <= set(chosen):
-                methods.append(scenes.latents(f"a latent an object, {sae.config.hookpoint}", sae, chosen))
+        for sae, latent in chosen:
+            missing = {index for picture in (*fit, *test) for index in picture.objects} - set(latent)
+            if missing:
+                said(f"{split}: {sae.config.hookpoint} has no latent for {len(missing)} objects; left out")
             else:
-                said(f"{split}: {sae.config.hookpoint} has no latent for {len(wanted - set(chosen))} objects; left out")
+                methods.append(scenes.latents(f"a latent an object, {sae.config.hookpoint}", sae, latent))
         for method in methods:
             line = scenes.row(own, name, method, split, fit, test, masked_by)
             if method.name == "no maps":  # nothing to score

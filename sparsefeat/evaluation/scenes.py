@@ -81,6 +81,23 @@ def real(n: int, split: str, seed: int = 0) -> list[Picture]:
     return found
 
 
+def real_drawings() -> list[Picture]:
+    """All drawings of EmojiCanvas, each object in each style."""
+    canvas = emojicanvas.load()
+    images, masks = canvas.on_white(), canvas.masks()
+    return [
+        Picture(
+            emojicanvas.prompt(name, style),
+            (o,),
+            100 * s + o,
+            Image.fromarray(images[s, o]),
+            torch.from_numpy(masks[s, o : o + 1]),
+        )
+        for s, style in enumerate(emojicanvas.STYLES)
+        for o, name in enumerate(emojicanvas.OBJECTS)
+    ]
+
+
 def generated(n: int, split: str, seed: int = 0) -> list[Picture]:
     """The captions of EmojiScenes of pairs."""
     scenes = emojiscenes.scenes(n, seed, split, n_objects=(2,), related=0)
@@ -177,17 +194,16 @@ def latents(name: str, sae: SAE, of_object: dict[int, int], at: Any = None) -> M
     return Method(name, opened)
 
 
-def latents_of_objects(
-    pipe: Any, sae: SAE, pictures: Sequence[Picture], judge: PixelJudge | None, at: Any = None
-) -> dict[int, int]:
-    """The latent whose map correlates most with each object's mask, over pictures that are not scored."""
+def latents_of_objects(pipe: Any, sae: SAE, pictures: Sequence[Picture], at: Any = None) -> dict[int, int]:
+    """The latent whose map correlates most with each object's mask, over real pictures that are not scored; `pipe` is
+    `image_to_image`'s."""
     objects = sorted({index for picture in pictures for index in picture.objects})
     names = {index: emojicanvas.OBJECTS[index] for index in objects}
     found = WordCorrelations(sae.n_latents, list(names.values()))
     record = Record(sae, at)
     with attach(pipe, record) as run:
         for chunk in in_batches(pictures, BATCH):
-            masks, _ = called(pipe, chunk, judge)
+            masks, _ = called(pipe, chunk)
             for image, (picture, own) in enumerate(zip(chunk, masks, strict=True)):
                 found.add_maps(run[record], dict(zip((names[o] for o in picture.objects), own, strict=True)), image)
     best = {index: found.latents(name, 1) for index, name in names.items()}
