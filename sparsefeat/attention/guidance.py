@@ -153,7 +153,8 @@ class MapGuidance(Instrument):
         for row, (condition, image) in enumerate(zip(context.condition, context.prompt_index, strict=True)):
             if condition == "cond" and image not in self._moves:
                 own = rows_of_arguments(arguments, row, len(sample))
-                guided = Guided(getattr(self._call.pipe, name), own, argument, self._chosen(image), self.resolution)
+                root = getattr(self._call.pipe, name)
+                guided = Guided(root, own, argument, self._chosen(image, root), self.resolution)
                 latent = sample[row : row + 1].detach()
                 after = self.moved(latent, guided, image, step, n_steps)
                 self._moves[image], self._given[image] = (after - latent)[0], latent[0]
@@ -197,7 +198,7 @@ class MapGuidance(Instrument):
         first = timestep.flatten()[0] if isinstance(timestep, Tensor) and timestep.numel() else timestep
         return float(scheduler.scale_model_input(one, first)[0])
 
-    def _chosen(self, image: int) -> Callable[[int], list[tuple[int, ...]]]:
+    def _chosen(self, image: int, root: nn.Module) -> Callable[[int], list[tuple[int, ...]]]:
         """Of the number of keys: the token positions of each word in this image's prompt."""
 
         def positions(keys: int) -> list[tuple[int, ...]]:
@@ -206,7 +207,7 @@ class MapGuidance(Instrument):
                 parts = [word] if isinstance(word, (str, int)) else list(word)
                 tokens: tuple[int, ...] = ()
                 for part in parts:
-                    tokens += self._prompts.tokens(image, keys, part) if isinstance(part, str) else (part,)
+                    tokens += self._prompts.tokens(image, keys, part, root) if isinstance(part, str) else (part,)
                 found.append(tokens)
             return found
 

@@ -27,18 +27,16 @@ from torch import Tensor
 
 from sparsefeat.arguments import number, whole
 from sparsefeat.attention.concepts import Concepts, Outputs
-from sparsefeat.attention.encoded import EncodedPrompt, Rows
+from sparsefeat.attention.encoded import EncodedPrompt
 from sparsefeat.attention.reading import DIRECTIONS, KINDS, OF_JOINT, Direction, Kind, Layer, layers_of
 from sparsefeat.attention.recording import HeatMapRecording
+from sparsefeat.attention.seen_prompts import SeenPrompts
 from sparsefeat.attention.sums import Attended, Grid, MapSum, Part, add_up, positions
 from sparsefeat.attention.word_mask import WordMask
 from sparsefeat.pipeline import AttentionCall, Call, Context, Instrument
 from sparsefeat.pipeline.families.family import TextLayout
-from sparsefeat.pipeline.knowing.references import listed
-from sparsefeat.pipeline.knowing.texts import tokenizer_of
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 
-_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _KEPT = ("layers", "heads", "steps")
 SAID_FROM_BYTES = 1 << 23
 MAX_BYTES = 1 << 30
@@ -122,13 +120,12 @@ class HeatMaps(Instrument):
         self._beside: Concepts | None = None
         self._layers: dict[str, Layer] = {}
         self._areas: dict[str, int] = {}
-        self._tokenizers: dict[str, Any] = {}
+        self._texts = SeenPrompts(condition)
         self._call: Call | None = None
         self._is_mask = False
         self._start()
 
     def _start(self) -> None:
-        self._encoded: dict[tuple[str, int], list[tuple[tuple[int, ...], tuple[bool, ...]]]] = {}
         self._done: dict[Part, MapSum] = {}
         self._now: dict[Part, MapSum] = {}
         self._seen: dict[tuple[str, int], int] = {}
@@ -187,15 +184,15 @@ class HeatMaps(Instrument):
 
     def components(self, pipe: Any) -> tuple[str, ...]:
         model = () if self._beside is None else (self._beside.root_name,)
-        return (*(name for name in _ENCODERS if getattr(pipe, name, None) is not None), *model)
+        return (*self._texts.components(pipe), *model)
 
     def prepare(self, pipe: Any) -> None:
-        found = {name: tokenizer_of(pipe, name) for name in self.components(pipe)}
-        self._tokenizers = {name: tokenizer for name, tokenizer in found.items() if tokenizer is not None}
+        self._texts.prepare(pipe)
 
     def begin_call(self, call: Call) -> None:
         self._start()
         self._call = call
+        self._texts.begin_call(call)
         if self._beside is not None:
             self._beside.begin_call(call)
 
@@ -205,16 +202,7 @@ class HeatMaps(Instrument):
             beside = [row for row, condition in enumerate(context.condition) if condition == self.condition]
             self._beside.begin_run(arguments, beside)
             return
-        ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
-        if self._call is None or not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != len(context.condition):
-            return
-        masked = isinstance(mask, Tensor) and mask.shape == ids.shape
-        kept = mask.bool().tolist() if masked and mask is not None else [[True] * ids.shape[1]] * len(ids)
-        rows = zip(ids.tolist(), kept, context.condition, context.prompt_index, strict=True)
-        for row, own, condition, image in rows:
-            if condition == self.condition:
-                runs = self._encoded.setdefault((name, image // self._call.images_per_prompt), [])
-                runs.append((tuple(row), tuple(own)))
+        self._texts.at_component(name, arguments, context)
 
     # One attention
 
@@ -324,7 +312,7 @@ class HeatMaps(Instrument):
         if max(found, default=0) >= self._n_tokens:
             raise ValueError(f"words={list(self.words)!r} names a position past the {self._n_tokens} tokens there are.")
         named = [word for word in self.words if isinstance(word, str)]
-        prompts = None if self._call is None else self._prompts(self._call)
+        prompts = None if self._call is None else self._prompts()
         if prompts is None and named:
             raise ValueError(
                 "words= cannot be found, as the prompts of this call are not known (it was given embeddings, not text): "
@@ -417,31 +405,15 @@ class HeatMaps(Instrument):
             n_tokens=self._n_tokens,
             columns=self._columns,
             evaluations=max(self._seen.values(), default=0),
-            prompts=self._prompts(call),
+            prompts=self._prompts(),
             images_per_prompt=call.images_per_prompt,
             exact=self.daam_exact,
             concepts=self.concepts,
         )
 
-    def _prompts(self, call: Call) -> tuple[EncodedPrompt, ...] | None:
-        if call.prompts is None:
-            return None
-        texts = call.prompts
-        if self.condition == "uncond":
-            negative = listed(call.arguments.get("negative_prompt")) or [""]
-            texts = negative * len(texts) if len(negative) == 1 else negative
-        return tuple(self._prompt(call, text, index) for index, text in enumerate(texts))
-
-    def _prompt(self, call: Call, text: str, index: int) -> EncodedPrompt:
+    def _prompts(self) -> tuple[EncodedPrompt, ...] | None:
         # Of a joint attention whose family does not say where the tokens stand, the number of keys does not tell it.
-        known = self._kind not in OF_JOINT or self._layout is not None
-        rows = tuple(
-            Rows(tokenizer, ids, name, kept)
-            for name, tokenizer in self._tokenizers.items()
-            if known and (name, index) in self._encoded
-            for ids, kept in [tuple(zip(*self._encoded[name, index], strict=True))]
-        )
-        return EncodedPrompt(text, rows, type(call.pipe).__name__, self._layout)
+        return self._texts.prompts(self._layout, self._kind not in OF_JOINT or self._layout is not None)
 
     # Masks of edits
 

@@ -5,52 +5,83 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsefeat.attention.encoded import EncodedPrompt, Rows
 from sparsefeat.pipeline import Call, Context
+from sparsefeat.pipeline.families.family import TextLayout
+from sparsefeat.pipeline.families.registry import family_of
+from sparsefeat.pipeline.knowing.references import listed
+from sparsefeat.pipeline.knowing.texts import tokenizer_of
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 class SeenPrompts:
-    """For instruments that look words up: hand on `prepare`, `begin_call` and `at_component`, and listen to `components`."""
+    """For instruments that look words up: they listen to `components`, and hand on `prepare`, `begin_call` and
+    `at_component`. `condition`: "cond" for the prompts, "uncond" for the negative ones.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, condition: str = "cond") -> None:
+        self.condition = condition
         self._tokenizers: dict[str, Any] = {}
-        self._ids: dict[tuple[str, int], list[tuple[int, ...]]] = {}  # by encoder and prompt, of its conditional rows
-        self._call: Call | None = None
+        self.begin_call(Call())
 
     def components(self, pipe: Any) -> tuple[str, ...]:
         return tuple(name for name in ENCODERS if getattr(pipe, name, None) is not None)
 
     def prepare(self, pipe: Any) -> None:
-        found = {name: getattr(pipe, name.replace("text_encoder", "tokenizer"), None) for name in ENCODERS}
+        found = {name: tokenizer_of(pipe, name) for name in self.components(pipe)}
         self._tokenizers = {name: tokenizer for name, tokenizer in found.items() if tokenizer is not None}
 
     def begin_call(self, call: Call) -> None:
-        self._call, self._ids = call, {}
+        self._call = call
+        # By encoder and prompt: the ids of each of its runs, and which of them the attention mask keeps.
+        self._runs: dict[tuple[str, int], list[tuple[tuple[int, ...], tuple[bool, ...]]]] = {}
 
     def at_component(self, name: str, arguments: Mapping[str, Any], context: Context) -> None:
-        ids = arguments.get("input_ids")
-        if self._call is None or not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != len(context.condition):
+        """A text encoder runs: what it is given for the prompts."""
+        ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != len(context.condition):
             return
-        for row, condition, image in zip(ids.tolist(), context.condition, context.prompt_index, strict=True):
-            if condition == "cond":
-                self._ids.setdefault((name, image // self._call.images_per_prompt), []).append(tuple(row))
+        masked = isinstance(mask, Tensor) and mask.shape == ids.shape
+        kept = mask.bool().tolist() if masked and mask is not None else [[True] * ids.shape[1]] * len(ids)
+        rows = zip(ids.tolist(), kept, context.condition, context.prompt_index, strict=True)
+        for row, own, condition, image in rows:
+            if condition == self.condition:
+                runs = self._runs.setdefault((name, image // self._call.images_per_prompt), [])
+                runs.append((tuple(row), tuple(own)))
 
-    def tokens(self, image: int, keys: int, word: str) -> tuple[int, ...]:
-        """The positions of a word among the keys of an image's attention; raises ValueError where they cannot be told."""
+    def prompts(self, layout: TextLayout | None = None, known: bool = True) -> tuple[EncodedPrompt, ...] | None:
+        """Every prompt of the call, None when it was given embeddings. `layout`: where the tokens stand, as the model's
+        family says; `known` False: it cannot be told, from the number of keys neither.
+        """
         call = self._call
-        if call is None or call.prompts is None:
+        if call.prompts is None:
+            return None
+        texts = call.prompts
+        if self.condition == "uncond":
+            negative = listed(call.arguments.get("negative_prompt")) or [""]
+            texts = negative * len(texts) if len(negative) == 1 else negative
+        found = []
+        for index, text in enumerate(texts):
+            rows = tuple(
+                Rows(tokenizer, ids, name, kept)
+                for name, tokenizer in self._tokenizers.items()
+                if known and (name, index) in self._runs
+                for ids, kept in [tuple(zip(*self._runs[name, index], strict=True))]
+            )
+            found.append(EncodedPrompt(text, rows, type(call.pipe).__name__, layout))
+        return tuple(found)
+
+    def tokens(self, image: int, keys: int, word: str, root: nn.Module) -> tuple[int, ...]:
+        """The positions of a word among the keys of an image's cross-attention in a model; ValueError where they cannot be
+        told.
+        """
+        prompts = self.prompts(family_of(root).text_layout(self._call.pipe, root, self._call.arguments))
+        if prompts is None:
             raise ValueError(
                 f"where word={word!r} stands cannot be told, as the call was given embeddings, not text; name token "
                 "positions instead, as in words=[2, (3, 4)]."
             )
-        index = image // call.images_per_prompt
-        rows = tuple(
-            Rows(self._tokenizers[name], tuple(self._ids[name, index]))
-            for name in ENCODERS
-            if (name, index) in self._ids and name in self._tokenizers
-        )
-        return EncodedPrompt(call.prompts[index], rows, type(call.pipe).__name__).indices(keys, word)
+        return prompts[image // self._call.images_per_prompt].indices(keys, word)

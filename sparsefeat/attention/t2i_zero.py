@@ -51,14 +51,16 @@ class _OfWords(Instrument):
         self._prompts.prepare(pipe)
 
     def begin_call(self, call: Call) -> None:
+        self._call = call
         self._prompts.begin_call(call)
 
     def at_component(self, name: str, arguments: Mapping[str, Any], context: Context) -> Mapping[str, Tensor] | None:
         self._prompts.at_component(name, arguments, context)
         return None
 
-    def tokens(self, image: int, keys: int) -> list[tuple[int, ...]]:
-        return [self._prompts.tokens(image, keys, word) for word in self.words]
+    def tokens(self, image: int, keys: int, denoiser: str) -> list[tuple[int, ...]]:
+        root = getattr(self._call.pipe, denoiser)
+        return [self._prompts.tokens(image, keys, word, root) for word in self.words]
 
 
 class CorrectionBySimilarities(_OfWords):
@@ -104,7 +106,7 @@ class CorrectionBySimilarities(_OfWords):
         corrected = text.clone()
         for row, (condition, image) in enumerate(zip(context.condition, context.prompt_index, strict=True)):
             if condition == "cond":
-                concepts = [token for of_word in self.tokens(image, text.shape[1]) for token in of_word]
+                concepts = [token for of_word in self.tokens(image, text.shape[1], name) for token in of_word]
                 corrected[row] = self.corrected(text[row], concepts)
         return {"encoder_hidden_states": corrected}
 
@@ -169,7 +171,6 @@ class CrossTokenNMS(_OfWords):
 
     def begin_call(self, call: Call) -> None:
         super().begin_call(call)
-        self._call = call
         self._removed = {}
 
     def at_attention(self, call: AttentionCall, context: Context) -> None:
@@ -178,7 +179,7 @@ class CrossTokenNMS(_OfWords):
         removed = torch.zeros_like(call.query, dtype=torch.promote_types(call.query.dtype, torch.float32))
         for row, (condition, image) in enumerate(zip(context.condition, context.prompt_index, strict=True)):
             if condition == "cond":
-                words = self.tokens(image, call.key.shape[2])
+                words = self.tokens(image, call.key.shape[2], call.path.partition(".")[0])
                 removed[row] = _suppressed(call, row, words, context.grid)
         self._removed[call.path] = removed.transpose(1, 2).flatten(2)  # [batch, positions, heads * head_dim]
 
