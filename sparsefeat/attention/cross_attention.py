@@ -6,17 +6,29 @@ from typing import Any
 
 from torch import nn
 
+from sparsefeat.pipeline.attention_seam import bypass
 from sparsefeat.pipeline.families.registry import family_of
 from sparsefeat.pipeline.hookpoints import components
 
 
-def cross_attentions(pipe: Any) -> dict[str, nn.Module]:
-    """Those of its denoisers, by their paths in the pipeline."""
-    return {
-        f"{name}.{path}": module
-        for name, root in components(pipe).items()
-        for path, module in cross_attentions_of(root).items()
-    }
+def cross_attentions(pipe: Any, wanted_by: str) -> dict[str, nn.Module]:
+    """Those of its denoisers, by their paths in the pipeline.
+
+    Raises ValueError where there are none, or one of them attends in a way that cannot be seen.
+    """
+    found = {}
+    for name, root in components(pipe).items():
+        for path, module in cross_attentions_of(root).items():
+            why = bypass(name, module)
+            if why is not None:
+                raise ValueError(f"the attention of {name}.{path} cannot be read: {why}.")
+            found[f"{name}.{path}"] = module
+    if not found:
+        raise ValueError(
+            f"{wanted_by} works on cross-attention, and {type(pipe).__name__} has none: its text and image tokens attend "
+            "jointly, or not at all."
+        )
+    return found
 
 
 def cross_attentions_of(root: nn.Module) -> dict[str, nn.Module]:

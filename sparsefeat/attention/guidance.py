@@ -77,14 +77,9 @@ class MapGuidance(Instrument):
         self.begin_call(Call())
 
     def components(self, pipe: Any) -> tuple[str, ...]:
-        found = tuple(dict.fromkeys(path.partition(".")[0] for path in cross_attentions(pipe)))
-        if not found:
-            raise ValueError(
-                f"{type(self).__name__} guides by the maps of cross-attention modules (named attn2), and "
-                f"{type(pipe).__name__} has none: its text and image tokens attend jointly."
-            )
-        self._denoisers = found
-        return (*found, *self._prompts.components(pipe))
+        modules = cross_attentions(pipe, type(self).__name__)
+        self._denoisers = tuple(dict.fromkeys(path.partition(".")[0] for path in modules))
+        return (*self._denoisers, *self._prompts.components(pipe))
 
     def prepare(self, pipe: Any) -> None:
         self._prompts.prepare(pipe)
@@ -129,6 +124,10 @@ class MapGuidance(Instrument):
             )
         if context.step is None or context.n_steps is None or context.recomputing:
             return None
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{type(self).__name__} takes gradients, which torch.inference_mode() forbids; leave it out."
+            )
         moment = context.loop, context.evaluation
         if moment != self._moment:
             self._moment, self._moves, self._given = moment, {}, {}

@@ -153,11 +153,7 @@ class CrossTokenNMS(_OfWords):
 
     def prepare(self, pipe: Any) -> None:
         super().prepare(pipe)
-        found = list(cross_attentions(pipe))
-        if not found:
-            raise ValueError(
-                f"CrossTokenNMS acts in cross-attention modules (named attn2), and {type(pipe).__name__} has none."
-            )
+        found = list(cross_attentions(pipe, "CrossTokenNMS"))
         chosen = [path for path in found if self.layers is None or any(part in path for part in self.layers)]
         if not chosen:
             raise ValueError(f"layers={self.layers!r} match no cross-attention module; there are: {', '.join(found)}.")

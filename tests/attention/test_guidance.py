@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 
 from sparsefeat.attention.guidance import AStar, AttendAndExcite
 from sparsefeat.attention.losses import mean_overlap, neglect, overlap, retention, segregation, sharpened, smoothed
@@ -272,8 +273,17 @@ def test_what_cannot_be_guided_is_refused_before_it_is_drawn():
     ):
         pixels(pipe, PROMPT)
     joint = families()["sd3"].build()
-    with pytest.raises(ValueError, match="its text and image tokens attend jointly"):
+    with pytest.raises(ValueError, match="AStar works on cross-attention, and StableDiffusion3Pipeline has none"):
         attach(joint, AStar(["fox"]))
     embeddings, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True)
     with attach(pipe, AStar(["fox"])), pytest.raises(ValueError, match="name token positions instead"):
         pixels(pipe, None, prompt_embeds=embeddings, negative_prompt_embeds=negative)
+    with (
+        attach(pipe, AStar(["fox"])),
+        torch.inference_mode(),
+        pytest.raises(ValueError, match="takes gradients"),
+    ):
+        pixels(pipe, PROMPT)
+    pipe.unet.set_attn_processor(AttnProcessor())
+    with pytest.raises(ValueError, match=r"cannot be read: its AttnProcessor does not call .*AttnProcessor2_0"):
+        attach(pipe, AStar(["fox"]))

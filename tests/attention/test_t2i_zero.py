@@ -123,5 +123,7 @@ def test_what_they_cannot_do_is_refused():
     ):
         pixels(pipe, PROMPT)
     joint = families()["sd3"].build()
-    with pytest.raises(ValueError, match="StableDiffusion3Pipeline has none"):
+    with pytest.raises(
+        ValueError, match="CrossTokenNMS works on cross-attention, and StableDiffusion3Pipeline has none"
+    ):
         attach(joint, CrossTokenNMS(["fox", "cat"]))

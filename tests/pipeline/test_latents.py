@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sparsefeat.pipeline import Instrument, attach
+from tests.pipeline.instruments import Watch
 from tests.tiny import pixels, tiny_sd
 
 
@@ -115,3 +116,11 @@ def test_a_later_instrument_sees_what_an_earlier_one_answered():
     with attach(pipe, Answer({"sample": torch.zeros(2, 4, 16, 16)}, torch.ones(1, 4, 16, 16)), See()):
         pixels(pipe, steps=1)
     assert seen == [0.0, 1.0]
+
+
+def test_rows_are_told_apart_under_inference_mode_too():
+    pipe = tiny_sd()
+    watch = Watch("unet.mid_block.attentions.0")
+    with attach(pipe, watch), torch.inference_mode():
+        pixels(pipe, "a fox", guidance_scale=5.0)
+    assert [context.condition for context in watch.contexts] == [("uncond", "cond")] * 2
