@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from sparsefeat.arguments import whole
 from sparsefeat.attention.clusters import merged, partition
 from sparsefeat.pipeline import AttentionCall, Call, Context, Instrument
+from sparsefeat.pipeline.attention_seam import bypass
 from sparsefeat.pipeline.families.registry import family_of
 from sparsefeat.pipeline.hookpoints import components
 
@@ -68,18 +69,21 @@ class SelfAttention(Instrument):
         self.begin_call(Call())
 
     def attentions(self, pipe: Any) -> tuple[str, ...]:
-        found = [
-            f"{name}.{path}"
+        found = {
+            f"{name}.{path}": bypass(name, module)
             for name, root in components(pipe).items()
             if family_of(root).runs_in_steps
-            for path, kind, _ in family_of(root).blocks(getattr(root, "_orig_mod", root))
+            for path, kind, module in family_of(root).blocks(getattr(root, "_orig_mod", root))
             if kind in ("self_attention", "joint_attention")
-        ]
+        }
         if not found:
             raise ValueError(f"SelfAttention finds no attention of the image to itself in {type(pipe).__name__}.")
         chosen = tuple(path for path in found if self.layers is None or any(part in path for part in self.layers))
         if not chosen:
             raise ValueError(f"layers={self.layers!r} match no self-attention module; there are: {', '.join(found)}.")
+        for path in chosen:
+            if found[path] is not None:
+                raise ValueError(f"the attention of {path} cannot be read: {found[path]}.")
         return chosen
 
     def begin_call(self, call: Call) -> None:

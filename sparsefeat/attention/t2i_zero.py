@@ -172,6 +172,11 @@ class CrossTokenNMS(_OfWords):
     def at_attention(self, call: AttentionCall, context: Context) -> None:
         if call.index > 0 or context.grid is None:
             return
+        if len(context.grid) != 2:
+            raise ValueError(
+                f"{call.path} attends from the {context.grid[0]} frames of a video, of which CrossTokenNMS shares out no "
+                "positions; use it with pipelines that make images."
+            )
         removed = torch.zeros_like(call.query, dtype=torch.promote_types(call.query.dtype, torch.float32))
         for row, (condition, image) in enumerate(zip(context.condition, context.prompt_index, strict=True)):
             if condition == "cond":

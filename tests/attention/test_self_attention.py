@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from torch.nn import functional as F
 
 from sparsefeat.attention import HeatMaps, SelfAttention, self_attention
@@ -214,3 +215,10 @@ def test_what_cannot_be_read_is_refused():
         SelfAttention(condition="both")
     with pytest.raises(ValueError, match=r"layers=\('nowhere',\) match no self-attention module; there are: unet."):
         attach(tiny_sd(), SelfAttention(layers="nowhere"))
+    sana = families()["sana"].build()
+    with pytest.raises(ValueError, match="finds no attention of the image to itself in SanaPipeline"):
+        attach(sana, SelfAttention())  # it is linear
+    pipe = tiny_sd()
+    pipe.unet.set_attn_processor(AttnProcessor())
+    with pytest.raises(ValueError, match=r"cannot be read: its AttnProcessor does not call .*AttnProcessor2_0"):
+        attach(pipe, SelfAttention())

@@ -127,3 +127,7 @@ def test_what_they_cannot_do_is_refused():
         ValueError, match="CrossTokenNMS works on cross-attention, and StableDiffusion3Pipeline has none"
     ):
         attach(joint, CrossTokenNMS(["fox", "cat"]))
+    family = families()["wan"]
+    video = family.build()
+    with attach(video, CrossTokenNMS(["fox", "cat"])), pytest.raises(ValueError, match="frames of a video, of which"):
+        family.call(video, ["a fox and a cat"], guidance=False)
