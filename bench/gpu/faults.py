@@ -9,13 +9,13 @@ from typing import Any
 
 import sparsefeat_kernels as kernels
 import torch
+from sparsefeat_kernels.attention.columns import reference as reference_column_sums
 from sparsefeat_kernels.attention.concept import reference as concept_reference
 from sparsefeat_kernels.attention.concept import reference_map as concept_map_reference
 from sparsefeat_kernels.attention.map import reference as map_reference
 from sparsefeat_kernels.attention.map_gradient import reference as map_gradient_reference
 from sparsefeat_kernels.attention.resize import reference as resize_reference
 from sparsefeat_kernels.attention.rows import reference as rows_reference
-from sparsefeat_kernels.attention.rows import reference_column_sums
 from sparsefeat_kernels.attention.tap import reference as tap_reference
 from sparsefeat_kernels.decode.auxk_decode import reference as auxk_reference
 from sparsefeat_kernels.decode.sparse_edit import reference as edit_reference

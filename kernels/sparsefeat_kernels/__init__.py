@@ -7,11 +7,12 @@ under `torch.compile` and, where training needs it, autograd.
 from __future__ import annotations
 
 from . import flops
+from .attention.columns import attention_column_sums_
 from .attention.concept import concept_attention, concept_map_
 from .attention.map import attention_map_, attention_with_map_
 from .attention.map_gradient import attention_map
 from .attention.resize import resize_add_
-from .attention.rows import attention_column_sums_, attention_rows
+from .attention.rows import attention_rows
 from .attention.tap import attention_tap_, attention_tap_local_
 from .code import SparseCode
 from .decode.auxk_decode import auxk_decode, auxk_weight_gradient

@@ -167,9 +167,9 @@ def launches(
 
 def attention_launches(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...]) -> None:
     """Every attention op at its shapes, as modules call them: heads side by side in memory."""
-    maps_of, tap, rows, concept, resize, gradient = (
+    maps_of, tap, rows, columns, concept, resize, gradient = (
         importlib.import_module(f"sparsefeat_kernels.attention.{name}")
-        for name in ("map", "tap", "rows", "concept", "resize", "map_gradient")
+        for name in ("map", "tap", "rows", "columns", "concept", "resize", "map_gradient")
     )
     for batch, heads, n, d, key_heads, t in shapes:
         query = torch.empty(batch, n, heads, d, dtype=dtype).transpose(1, 2)
@@ -193,7 +193,7 @@ def attention_launches(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...]) 
             tap.attention_tap_triton(maps, query, key[:, :, :8], lse, d**-0.5, None, None, group)
             rows._attention_rows_triton(query, image, d**-0.5, None, marked)
             sums = torch.empty(batch, n)
-            rows._attention_column_sums_triton(sums, query, image, lse, d**-0.5, None, None, group)
+            columns._attention_column_sums_triton(sums, query, image, lse, d**-0.5, None, None, group)
         if d in (64, 128):  # of eight concepts
             few, out = (torch.empty(batch, 8, heads, d, dtype=dtype).transpose(1, 2) for _ in range(2))
             concept._concept_attention_triton(few, few, few, query, query, d**-0.5, out)

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from sparsefeat_kernels import attention_column_sums_, attention_rows, implementation
-from sparsefeat_kernels.attention.rows import reference, reference_column_sums
+from sparsefeat_kernels.attention.columns import reference as reference_column_sums
+from sparsefeat_kernels.attention.rows import reference
 from torch import Tensor
 
 # batch, heads, key heads, n, t, d
