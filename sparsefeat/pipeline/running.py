@@ -15,7 +15,7 @@ from torch import nn
 
 from sparsefeat.pipeline.context import Call, Context
 from sparsefeat.pipeline.families.family import Run, UnknownRowsError, timestep_in
-from sparsefeat.pipeline.hookpoints import Target
+from sparsefeat.pipeline.hookpoints import Hookpoint, Target
 from sparsefeat.pipeline.hooks import HookKey
 from sparsefeat.pipeline.instrument import Instrument
 from sparsefeat.pipeline.knowing.conditions import (
@@ -186,9 +186,9 @@ class RunningCall:
                     sample = other
         return sample
 
-    def moment(self, loop: Loop | None) -> Context:
+    def moment(self, loop: Loop | None, **more: Any) -> Context:
         if loop is None:
-            return Context(prompts=self.call.prompts)
+            return Context(prompts=self.call.prompts, **more)
         return Context(
             step=loop.step,
             n_steps=loop.n_steps,
@@ -196,6 +196,7 @@ class RunningCall:
             loop=loop.index,
             evaluation=loop.done,
             prompts=self.call.prompts,
+            **more,
         )
 
     # Runs of the components
@@ -221,7 +222,7 @@ class RunningCall:
         target.family.check_whole(self.pipe, self.call.arguments, run.run)
         self.roots[target.path] = run
         conditions, images = run.entries
-        context = replace(self.moment(run.loop), condition=conditions, prompt_index=images, batch=batch)
+        context = self.moment(run.loop, condition=conditions, prompt_index=images, batch=batch)
         changed: dict[str, torch.Tensor] = {}
         for session in self.sessions:
             for listener in session.listened:
@@ -306,6 +307,7 @@ class RunningCall:
         self,
         run: RootRun,
         target: Target,
+        hookpoint: Hookpoint,
         stream: str,
         shape: Sequence[int],
         device: torch.device,
@@ -320,8 +322,9 @@ class RunningCall:
             extent = replace(extent, batch=queries_of, positions=shape[1])
         folded = shape[0] if queries_of is None and shape[0] % extent.batch == 0 else extent.batch
         conditions, images = spread(run.entries, folded, attention)
-        return replace(
-            self.moment(run.loop),
+        return self.moment(
+            run.loop,
+            hookpoint=hookpoint,
             condition=conditions,
             prompt_index=images,
             grid=extent.grid,

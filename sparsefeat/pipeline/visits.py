@@ -180,8 +180,7 @@ class Visits:
         with self._guard.raised():
             if context is None:
                 assert running is not None
-                context = running.context(run, place.target, place.stream, tensor.shape, tensor.device)
-                context = replace(context, hookpoint=hookpoint)
+                context = running.context(run, place.target, hookpoint, place.stream, tensor.shape, tensor.device)
                 if not _is_its_turn(running, place.instrument, context):
                     return None
             check_width(place.instrument, hookpoint, seen.width)  # of a family that could not say it before
@@ -205,8 +204,8 @@ class Visits:
         streams = target.family.attention_streams(target.inner, run.run, queries)
         call = replace(call, reads_text=target.family.reads_text(target.inner, run.run, call.index))
         shape = (batch, queries, heads * head_dim)
-        context = running.context(run, target, target.family.stream, shape, call.query.device, call.index, batch)
-        context = replace(context, hookpoint=Hookpoint(target.path))
+        where = Hookpoint(target.path)
+        context = running.context(run, target, where, target.family.stream, shape, call.query.device, call.index, batch)
         if streams:
             context = replace(context, grid=run.run.grid)  # of the queries that are the image's
         if isinstance(streams, tuple):  # one for each batch entry
