@@ -72,7 +72,9 @@ class Drawing:
 
     def only_text(self, hookpoints: Sequence[Hookpoint]) -> bool:
         """Whether all of them are in text encoders, which have run before the first step."""
-        return not any(resolve(self.pipe, hookpoint.path).family.runs_in_steps for hookpoint in hookpoints)
+        return bool(hookpoints) and not any(
+            resolve(self.pipe, hookpoint.path).family.runs_in_steps for hookpoint in hookpoints
+        )
 
     def draw(self, first: int, stop: int, hookpoints: Sequence[Hookpoint]) -> Iterator[int]:
         """Call the pipeline for images `first` to `stop`; yields how many each call made. After the last of the inputs comes
