@@ -113,7 +113,8 @@ EMPTY = (
 )
 CACHED = (
     "Each cache is set so that it passes over as much as it can; what computed is heard from the layers inside, and a block is "
-    "visited then and only then, with the right step and conditions."
+    "visited then and only then, with the right step and conditions. A family that is not here takes none of them in diffusers, "
+    "or none passes anything over in its tiny model."
 )
 
 SHORT = {
@@ -181,6 +182,7 @@ def promises(environment: dict[str, Any]) -> str:
 
 def modes(environment: dict[str, Any], columns: tuple[str, ...], note: str) -> str:
     available = [family for _, family in by_title(environment) if family["available"]]
+    available = [family for family in available if any(mode in family["modes"] for mode in columns)]
     tried = [mode for mode in columns if any(mode in f["modes"] or mode in f["not here"] for f in available)]
     rows, notes = [], {}
     for family in available:
@@ -191,8 +193,7 @@ def modes(environment: dict[str, Any], columns: tuple[str, ...], note: str) -> s
             if reason and not cell:
                 cell = f"–<sup>{notes.setdefault(reason, len(notes) + 1)}</sup>"
             row.append(cell)
-        if any(row[1:]):
-            rows.append(row)
+        rows.append(row)
     lines = [f"{number}. {reason}" for reason, number in notes.items()]
     return "\n\n".join([table(["family", *tried], rows), note, "\n".join(lines)]).rstrip()
 
