@@ -55,6 +55,7 @@ RECIPES = {
     "RA": "ra-sae",
     "temporal-aware": "temporal-topk",
 }
+PENALISED = ("JumpReLU", "Gated", "ReLU")
 SEEDS = (0, 1)
 
 
@@ -94,7 +95,8 @@ def trained(name: str, rows: TensorRows, seed: int) -> SAE:
         lr=LR,
         batch_size=BATCH,
         warmup_steps=50,
-        decay_steps=STEPS - 50,
+        # Where a penalty's weight is found on the way, latents must still be able to move while it is.
+        decay_steps=STEPS // 5 if name in PENALISED else STEPS - 50,
         grad_clip=1.0,
         seed=seed,
     )

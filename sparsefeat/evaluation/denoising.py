@@ -42,7 +42,8 @@ def recovered(untouched: DenoisingLoss, spliced: DenoisingLoss, ablated: Denoisi
 
 def finished_latents(pipe: Any, prompts: Sequence[str], seed: int, **call: Any) -> Tensor:
     """What the pipeline draws, before it is decoded, in the layout in which its denoiser takes it."""
-    drawn = pipe(list(prompts), generator=torch.Generator().manual_seed(seed), output_type="latent", **call).images
+    output = pipe(list(prompts), generator=torch.Generator().manual_seed(seed), output_type="latent", **call)
+    drawn = getattr(output, "images", None)
     if not isinstance(drawn, Tensor):
         raise ValueError("the pipeline gives no latents with output_type='latent': this loss cannot be measured on it")
     return drawn
@@ -61,13 +62,16 @@ def denoising_loss(
     """The loss at every step of the pipeline's schedule, with the noise that `seed` gives: the same for every `during`, such
     as `lambda: attach(pipe, Splice(sae))`.
 
-    latents: of `finished_latents`. call: further arguments of the pipeline's call. Guidance is switched off where the
-    pipeline has a `guidance_scale` that does so: the conditional prediction is what is measured.
+    latents: of `finished_latents`. call: further arguments of the pipeline's call. Classifier-free guidance is switched off:
+    the conditional prediction is what is measured.
 
     Raises:
-        ValueError: the scheduler says neither how noise is added nor what is predicted.
+        ValueError: the scheduler says neither how noise is added nor what is predicted, or the denoiser runs on several
+            conditions all the same.
     """
     denoiser, scheduler = _denoiser(pipe), pipe.scheduler
+    if hasattr(type(pipe), "do_classifier_free_guidance"):  # a distilled guidance is an input of the model, and stays
+        call["guidance_scale"] = 1.0
     losses: list[Tensor] = []
     times: list[float] = []
     generator = torch.Generator().manual_seed(seed)
@@ -76,7 +80,7 @@ def denoising_loss(
             list(prompts),
             generator=torch.Generator().manual_seed(seed),
             output_type="latent",
-            **{"guidance_scale": 1.0, **call},
+            **call,
         )
     return DenoisingLoss(tuple(times), torch.stack(losses))
 
@@ -104,17 +108,16 @@ def _given_noised(
     def give(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         name = next((n for n in LATENTS if n in kwargs), LATENTS[0])
         given = args[0] if args else kwargs[name]
-        if given.shape[1:] != latents.shape[1:] or given.shape[0] % latents.shape[0]:
+        if given.shape != latents.shape:
             raise ValueError(
-                f"the denoiser takes {list(given.shape)} and the pipeline's latents are {list(latents.shape)}: its loss "
-                "cannot be measured"
+                f"the denoiser takes {list(given.shape)} and the pipeline's latents are {list(latents.shape)}: pass "
+                "guidance_scale=1 if it runs on several conditions, else its loss cannot be measured"
             )
         step = len(losses)
         timestep = scheduler.timesteps[step : step + 1]
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         noised, aim = _noised(scheduler, latents, noise, timestep)
-        repeat = given.shape[0] // latents.shape[0]
-        noised = torch.cat([noised] * repeat).to(given)
+        noised = noised.to(given)
         aims.append(aim)
         times.append(float(timestep))
         if args:
@@ -124,7 +127,9 @@ def _given_noised(
     def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         said = output if isinstance(output, Tensor) else output[0]
         aim = aims.pop()
-        said = said[-len(aim) :, : aim.shape[1]] if said.ndim == 4 else said[-len(aim) :]
+        said = (
+            said[:, : aim.shape[1]] if said.ndim == 4 else said
+        )  # beside it, a variance that some were trained to say
         losses.append((said.double() - aim.double()).square().mean().cpu())
 
     hooks = [

@@ -62,7 +62,7 @@ class Archetypal(nn.Module):
         if len(rows) < p:
             raise ValueError(f"archetypes is {p} but the start values have {len(rows)} rows: make it smaller")
         centred = rows - sae.b_out
-        found, _ = kmeans2(centred.double().cpu().numpy(), p, minit="++", seed=seed, missing="warn")
+        found, _ = kmeans2(centred.double().cpu().numpy(), p, minit="points", seed=seed, missing="warn")
         centres = self.get_buffer("centres")
         centres.copy_(torch.from_numpy(found))
         self.mixture.zero_()
