@@ -12,7 +12,9 @@ import importlib
 import inspect
 import math
 import re
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,7 +30,7 @@ from sparsefeat.arguments import finite, finite_in, image_map, number, whole
 from sparsefeat.attention import HeatMap
 from sparsefeat.erasure import Selection, select
 from sparsefeat.features import area_under_curve, normalized_mean_difference, search
-from sparsefeat.report import overlay
+from sparsefeat.report import overlay, save_animation
 from sparsefeat.steering import CodeRule, FeatureTransport, Overwrite, PromptVector
 from sparsefeat.training import Objective, TensorRows, build_itda, geometric_median, initialise, training_loss
 from tests.tiny import tiny_sd
@@ -198,6 +200,16 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "normalized_mean_difference": (
         normalized_mean_difference,
         lambda: {"target": ones(N), "others": ones(N), "eps": 1e-8},
+    ),
+    "AttendAndExcite": (sf.AttendAndExcite, lambda: {"words": ["fox"], "thresholds": {0: 0.05}, "scale": 20.0}),
+    "AStar": (sf.AStar, lambda: {"words": ["fox", "owl"], "scale": 20.0}),
+    "CorrectionBySimilarities": (
+        sf.CorrectionBySimilarities,
+        lambda: {"words": ["fox"], "strength": 0.25, "quantile": 0.9},
+    ),
+    "save_animation": (
+        save_animation,
+        lambda: {"frames": [Image.new("RGB", (2, 2))], "path": str(Path(tempfile.mkdtemp()) / "a.gif"), "seconds": 0.2},
     ),
     "HeatMap.mask": (HeatMap(torch.eye(4), "fox").mask, lambda: {"threshold": 0.4}),
     "HeatMap.overlay": (

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from sparsefeat.evaluation.concepts import halves, names, separability_above_chance, sparse_probing
 from sparsefeat.evaluation.denoising import DenoisingLoss, denoising_loss, finished_latents, recovered
 from sparsefeat.evaluation.sae_metrics import measure_sae, pca_fvu, random_control
+from sparsefeat.evaluation.shared_words import shared_words
 from sparsefeat.evaluation.splice import Ablate, Splice
 from sparsefeat.evaluation.stability import stability
 from sparsefeat.evaluation.units import Units, components, latents, neurons, pooled
@@ -41,42 +41,6 @@ CONTROL_STEPS, CONTROL_BATCH = 300, 1024
 BATCH = 25  # images a call
 SPLICED = 24  # images that are drawn with activations replaced
 DENOISED = 12  # images that the denoising loss is of
-# A word is a concept if so many of the images have it and so many do not.
-LEAST_IMAGES = 4
-MOST_WORDS = 64
-FUNCTION_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "and",
-        "are",
-        "as",
-        "at",
-        "be",
-        "by",
-        "for",
-        "from",
-        "in",
-        "into",
-        "is",
-        "it",
-        "its",
-        "of",
-        "on",
-        "or",
-        "over",
-        "that",
-        "the",
-        "their",
-        "this",
-        "to",
-        "under",
-        "up",
-        "was",
-        "were",
-        "with",
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -124,26 +88,14 @@ class Concepts:
 
     @classmethod
     def of_prompts(cls, prompts: Sequence[str]) -> Concepts:
-        """The words of the prompts that enough of them have and lack, the most frequent first.
+        """Their shared words (`shared_words`), halved word by word.
 
         Raises:
-            ValueError: fewer than two words are.
+            ValueError: fewer than two words are shared.
         """
-        said = [dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower())) for prompt in prompts]
-        counts: dict[str, int] = {}
-        for of_prompt in said:
-            for word in of_prompt:
-                counts[word] = counts.get(word, 0) + 1
-        n = len(prompts)
-        fit = [w for w, c in counts.items() if LEAST_IMAGES <= c <= n - LEAST_IMAGES and w not in FUNCTION_WORDS]
-        words = sorted(fit, key=lambda word: (-counts[word], word))[:MOST_WORDS]
-        if len(words) < 2:
-            raise ValueError(
-                f"the {n} prompts have {len(words)} words that {LEAST_IMAGES} of them have and {LEAST_IMAGES} lack: "
-                "give more prompts, that share words"
-            )
-        member = torch.tensor([[word in of_prompt for of_prompt in said] for word in words])
-        return cls(words, member, [[w for w in words if w in of] for of in said], halves(n, member))
+        words, of_image = shared_words(prompts)
+        member = torch.tensor([[word in of for of in of_image] for word in words])
+        return cls(words, member, of_image, halves(len(prompts), member))
 
 
 def measure_units(units: Units, rows: CollectedRows, concepts: Concepts) -> dict[str, float]:

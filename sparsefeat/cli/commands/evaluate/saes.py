@@ -21,6 +21,7 @@ from sparsefeat.cli.options import (
     Subfolders,
     results_file,
 )
+from sparsefeat.evaluation.shared_words import shared_words
 from sparsefeat.inputs import Inputs, read_prompts
 
 EMBEDDED_OBJECTS = 25  # half of the embedded pipeline's, each in every style
@@ -50,10 +51,10 @@ def saes(
     check_hookpoint(at)
     results_file(out)
     inputs = _inputs(prompts, column, limit, pipeline)
+    shared_words(inputs.prompts)
     from sparsefeat.evaluation.emoji import write_json
-    from sparsefeat.evaluation.evaluate_saes import Concepts, Drawing, evaluate_saes
+    from sparsefeat.evaluation.evaluate_saes import Drawing, evaluate_saes
 
-    Concepts.of_prompts(inputs.prompts)
     opened = asked.open(device, hookpoint=at)
     pipe = choice.open()
     options = choice.call_options(guidance, seed)
