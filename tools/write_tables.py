@@ -196,6 +196,11 @@ def speed(devices: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(parts) or "No device was measured yet: `make bench`."
 
 
+def throughput() -> str:
+    """What `python -m bench.training` wrote, a device after the other."""
+    return "\n\n".join(page.read_text().strip() for page in sorted(MEASURED.glob("training-*.md"))) or "Not measured yet."
+
+
 # Table: the file it is made from, and how.
 TABLES = {
     "generation": (EMOJI, generation),
@@ -213,7 +218,7 @@ def filled(text: str, devices: dict[str, dict[str, Any]]) -> str:
         name: make(json.loads((MEASURED / file).read_text())) if (MEASURED / file).is_file() else "Not measured yet."
         for name, (file, make) in TABLES.items()
     }
-    contents |= {"speed": speed(devices), "recipes": recipes()}
+    contents |= {"speed": speed(devices), "recipes": recipes(), "throughput": throughput()}
     for name, content in contents.items():
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
         text = pattern.sub(lambda m, content=content: m.group(1) + content + m.group(2), text)
