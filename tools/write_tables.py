@@ -198,7 +198,9 @@ def speed(devices: dict[str, dict[str, Any]]) -> str:
 
 def throughput() -> str:
     """What `python -m bench.training` wrote, a device after the other."""
-    return "\n\n".join(page.read_text().strip() for page in sorted(MEASURED.glob("training-*.md"))) or "Not measured yet."
+    return (
+        "\n\n".join(page.read_text().strip() for page in sorted(MEASURED.glob("training-*.md"))) or "Not measured yet."
+    )
 
 
 # Table: the file it is made from, and how.
