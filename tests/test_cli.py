@@ -14,6 +14,7 @@ import sparsefeat
 from sparsefeat.assets import block_sae_folder
 from sparsefeat.cli import app
 from sparsefeat.cli.commands.steer import parse_pairs
+from sparsefeat.cli.failures import in_options
 from sparsefeat.sae import SAE, SAEConfig, load_sae
 
 runner = CliRunner()
@@ -292,3 +293,11 @@ def test_the_presets_that_are_known_without_torch_are_those_of_the_library():
     from sparsefeat.training import PUBLISHED
 
     assert set(PRESETS) == set(PUBLISHED)
+
+
+def test_a_sentence_that_begins_with_an_argument_names_the_option():
+    options = {"batch_size": "--batch-size", "k": "--k"}
+    said = in_options("batch_size is 4096 but there are 2560 rows: make it smaller", options)
+    assert said == "--batch-size is 4096 but there are 2560 rows: make it smaller"
+    for sentence in ("config.json: k is 99 but n_latents is 24", "the k is 3", "k isolates"):
+        assert in_options(sentence, options) == sentence

@@ -65,7 +65,8 @@ def reason(error: OSError | MemoryError) -> str:
 
 
 def in_options(sentence: str, options: Mapping[str, str]) -> str:
-    """The sentence with the library's arguments, `name=`, as the command's options, `--name `, where it has them."""
+    """The sentence with the library's arguments as the command's options, `--name`, where it has them: those it spells
+    `name=`, and the one it begins with in `name is 3: …`."""
 
     def spelled(found: re.Match[str]) -> str:
         name, flag, following = found.groups()
@@ -73,6 +74,7 @@ def in_options(sentence: str, options: Mapping[str, str]) -> str:
             return found.group()
         return options[name] if flag or not following else f"{options[name]} "
 
+    sentence = re.sub(r"^(\w+)(?= is )", lambda found: options.get(found.group(), found.group()), sentence)
     return re.sub(r"(?<![\w.-])(\w+)=(?!=)(True\b)?(?=(\S?))", spelled, sentence)
 
 
