@@ -90,7 +90,7 @@ def train_presets(
             done[key] = _built(source, key[0], made, device)
     found = []
     for key in wanted:
-        entries = trainers[key].log if key in trainers else []
+        entries = [_told(entry, recipes[key]) for entry in trainers[key].log] if key in trainers else []
         found.append(Trained(done[key], key[1], folders[key], entries))
         if ranks.first:
             _write(found[-1], recipes[key])
@@ -114,6 +114,12 @@ def _built(source: Source, place: int, made: Recipe, device: str) -> SAE:
     activation, k = config.activation, config.k or 1
     of = {"activation": activation, "hookpoint": config.hookpoint, "base_model": config.base_model}
     return build_itda(rows, config.n_latents, k, **of)
+
+
+def _told(entry: dict[str, float], made: Recipe) -> dict[str, float]:
+    """Without the share of dead latents as long as fewer rows were seen than a latent needs to count as dead."""
+    early = entry["step"] * made.train.batch_size < made.train.objective.dead_after
+    return {name: value for name, value in entry.items() if name != "dead" or not early}
 
 
 def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
