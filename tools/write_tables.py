@@ -162,7 +162,8 @@ def codecs(results: dict[str, Any]) -> str:
         f"At `{results['hookpoint']}`: {results['n_latents']} latents, {results['k']} active, {results['steps']} steps of "
         f"{results['batch_size']} rows, {results['held_out_rows']:,} held-out rows, {results['images']} images."
     )
-    return f"{table(head, rows)}\n\n{size} {where(results, 'python -m bench.codecs')}"
+    parts = [size, where(results, "python -m bench.codecs"), *([results["note"]] if "note" in results else [])]
+    return f"{table(head, rows)}\n\n{' '.join(parts)}"
 
 
 def recipes() -> str:
