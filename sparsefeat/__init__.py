@@ -52,6 +52,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.sae import Names as Names
     from sparsefeat.sae import SAEConfig as SAEConfig
     from sparsefeat.sae import load_sae as load_sae
+    from sparsefeat.steering import LinearAcT as LinearAcT
     from sparsefeat.steering import PromptVector as PromptVector
     from sparsefeat.steering import Steer as Steer
     from sparsefeat.steering import load_instrument as load_instrument
@@ -75,6 +76,7 @@ _HOME = {
     "Hookpoint": "sparsefeat.pipeline",
     "Instrument": "sparsefeat.pipeline",
     "InterpretThenDeactivate": "sparsefeat.erasure",
+    "LinearAcT": "sparsefeat.steering",
     "Names": "sparsefeat.sae",
     "PromptVector": "sparsefeat.steering",
     "Record": "sparsefeat.features",

@@ -31,6 +31,7 @@ PAGES = (
     "docs/instruments.md",
     "docs/interop.md",
     "docs/presets.md",
+    "docs/steering.md",
     "docs/training.md",
 )
 

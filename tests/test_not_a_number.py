@@ -31,7 +31,7 @@ from sparsefeat.attention import HeatMap
 from sparsefeat.erasure import Selection, select
 from sparsefeat.features import area_under_curve, normalized_mean_difference, search
 from sparsefeat.report import overlay, save_animation
-from sparsefeat.steering import CodeRule, FeatureTransport, Overwrite, PromptVector
+from sparsefeat.steering import CodeRule, FeatureTransport, NeuronMaps, Overwrite, PromptVector
 from sparsefeat.training import Objective, TensorRows, build_itda, geometric_median, initialise, training_loss
 from tests.tiny import tiny_sd
 
@@ -39,6 +39,7 @@ AT = "unet.up_blocks.1.attentions.1"
 D, N = 32, 96
 # The infinities that mean "no bound".
 NO_BOUND = {("Steer", "clamp[7][0]", -math.inf), ("Steer", "clamp[7][1]", math.inf)}
+NO_BOUND |= {("NeuronMaps", name, inf) for name in ("low", "high") for inf in (math.inf, -math.inf)}
 NO_BOUND |= {("CodeRule", name, inf) for name in ("low", "high", "gate") for inf in (math.inf, -math.inf)}
 
 
@@ -115,6 +116,23 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         ),
     ),
     "CodeRule.build": (CodeRule.build, lambda: {"rules": {3: {"gain": 1.0, "offset": 0.5}}}),
+    "NeuronMaps": (NeuronMaps, lambda: {name: ones(D) for name in ("weight", "bias", "low", "high")}),
+    "NeuronMaps.fit": (NeuronMaps.fit, lambda: {"source": SOME_ROWS.clone(), "target": SOME_ROWS.flip(0)}),
+    "LinearAcT": (
+        sf.LinearAcT,
+        lambda: {"maps": {AT: NeuronMaps.fit(SOME_ROWS, SOME_ROWS)}, "strength": 0.5, "steps": (0.0, 0.5)},
+    ),
+    "LinearAcT.fit": (
+        sf.LinearAcT.fit,
+        lambda: {
+            "pipe": Untouched(),
+            "at": AT,
+            "source": ["a fox", "a cat"],
+            "target": ["a red fox", "a red cat"],
+            "support": (0.1, 0.9),
+            "strength": 0.5,
+        },
+    ),
     "FeatureTransport.fit": (
         FeatureTransport.fit,
         lambda: {

@@ -1,10 +1,21 @@
-"""Edits of a pipeline's activations by the latents of an SAE."""
+"""Edits of a pipeline's activations: by the latents of an SAE, by transport."""
 
 from sparsefeat.steering.code_rule import CodeRule, code_edit
+from sparsefeat.steering.linear_act import LinearAcT, NeuronMaps
 from sparsefeat.steering.overwrite import Overwrite
 from sparsefeat.steering.prompt_vector import PromptVector
 from sparsefeat.steering.saved import load_instrument
 from sparsefeat.steering.steer import Steer
 from sparsefeat.steering.transport import FeatureTransport
 
-__all__ = ["CodeRule", "FeatureTransport", "Overwrite", "PromptVector", "Steer", "code_edit", "load_instrument"]
+__all__ = [
+    "CodeRule",
+    "FeatureTransport",
+    "LinearAcT",
+    "NeuronMaps",
+    "Overwrite",
+    "PromptVector",
+    "Steer",
+    "code_edit",
+    "load_instrument",
+]

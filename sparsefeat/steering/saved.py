@@ -1,7 +1,7 @@
 """Instruments on disk: `instrument.save(folder)` and `load_instrument(folder)`.
 
-A folder holds `instrument.json` (kind, settings, and the fingerprint of the SAE), its tensors, and unless left out the
-SAE itself in `sae/`.
+A folder holds `instrument.json` (kind, settings, and the fingerprint of the SAE, null where there is none), its tensors,
+and unless left out the SAE itself in `sae/`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ from sparsefeat.whole import as_path, whole_folder
 
 
 class SavableInstrument(Instrument):
-    """An instrument of one SAE that can be written to a folder and read back by `load_instrument`."""
-
-    sae: SAE
+    """An instrument, of one SAE or of none, that can be written to a folder and read back by `load_instrument`."""
 
     def save(self, folder: str | os.PathLike[str], include_sae: bool = True, *, overwrite: bool = False) -> None:
         """Write the settings, by `save_instrument`, and by default the SAE.
@@ -39,8 +37,8 @@ class SavableInstrument(Instrument):
         raise NotImplementedError
 
     @classmethod
-    def from_saved(cls, sae: SAE, config: dict[str, Any], tensors: dict[str, Tensor]) -> SavableInstrument:
-        """The instrument from the settings and tensors that `save` wrote."""
+    def from_saved(cls, sae: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> SavableInstrument:
+        """The instrument from its SAE (None where it has none) and the settings and tensors that `save` wrote."""
         raise NotImplementedError
 
 
@@ -76,10 +74,11 @@ def save_instrument(
         raise FileExistsError(
             f"folder={str(folder)!r} holds an instrument already; save to another folder, or replace it by overwrite=True."
         )
-    description = {"kind": kind, "format": 1, "sae": fingerprint(instrument.sae), "settings": config}
+    sae = getattr(instrument, "sae", None)
+    description = {"kind": kind, "format": 1, "sae": None if sae is None else fingerprint(sae), "settings": config}
     with whole_folder(folder, replace="instrument.json" if overwrite else None) as unfinished:
-        if include_sae:
-            instrument.sae.save(unfinished / "sae")
+        if include_sae and sae is not None:
+            sae.save(unfinished / "sae")
         write_folder(unfinished, "instrument", description, tensors)
 
 
@@ -88,7 +87,7 @@ def load_instrument(folder: str | os.PathLike[str], sae: SAE | None = None) -> S
 
     Args:
         folder: what `save` wrote.
-        sae: the SAE it was made with; default the copy saved in the folder.
+        sae: the SAE it was made with; default the copy saved in the folder. Left out for an instrument without one.
 
     Raises:
         FileNotFoundError: no instrument there, or it was saved without its SAE and none is given.
@@ -102,13 +101,16 @@ def load_instrument(folder: str | os.PathLike[str], sae: SAE | None = None) -> S
             importlib.import_module(kind.partition(":")[0])
     if kind not in _KINDS:
         raise ValueError(f"{folder} holds an instrument of kind {kind!r}; known are {', '.join(sorted(_KINDS))}.")
-    if sae is None:
+    made_with = description.get("sae")
+    if made_with is None and sae is not None:
+        raise ValueError(f"{folder} holds an instrument that has no SAE; leave sae= out.")
+    if made_with is not None and sae is None:
         if not (Path(folder) / "sae").is_dir():
             raise FileNotFoundError(f"{folder} was saved without its SAE; pass it: load_instrument(folder, sae=sae).")
         sae = load_sae(Path(folder) / "sae")
-    if fingerprint(sae) != description.get("sae"):
+    if sae is not None and fingerprint(sae) != made_with:
         raise ValueError(
-            f"sae= is not the SAE that {folder} was made with ({description.get('sae')}, given: {fingerprint(sae)}); "
+            f"sae= is not the SAE that {folder} was made with ({made_with}, given: {fingerprint(sae)}); "
             "latents would mean other things. Pass the same SAE."
         )
     try:

@@ -41,7 +41,7 @@ class JointTransformer(Transformer):
     argument_names = (("image", "hidden_states"), ("text", "encoder_hidden_states"))
 
     def content(self, path: str) -> str | None:
-        if re.fullmatch(rf"({self.joint_blocks})|({self.joint_attentions})", path):
+        if path and re.fullmatch(rf"({self.joint_blocks})|({self.joint_attentions})", path):
             return "joint"
         if re.match(rf"({self.single_blocks})\.", path):
             return "joint"

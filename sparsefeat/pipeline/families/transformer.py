@@ -64,7 +64,11 @@ class Transformer(Family):
                     yield path, kind, module
 
     def content(self, path: str) -> str | None:
-        """What the rows of this module's tensors are: "image", "text", "joint" for both, None if it is not known."""
+        """What the rows of this module's tensors are: "image", "text", "joint" for both, None if it is not known. The
+        model itself (path "") gives what it predicts, which is of the image alone.
+        """
+        if not path:
+            return self.stream
         if re.fullmatch(self.text_modules, path):
             return "text"
         inside = any(re.match(rf"({pattern})(\.|$)", path) for _, pattern in self.kinds)
@@ -97,6 +101,8 @@ class Transformer(Family):
             raise UnknownRowsError(
                 path, run.root, f"the grid of the {self.stream} was not told by this call's arguments"
             )
+        if tensor.ndim > 3 and not path:
+            return 0, None  # what it predicts, in the layout of the latents
         if tensor.ndim > 3 and re.fullmatch(self.feature_maps, path) and tuple(tensor.shape[2:]) == run.grid:
             return 0, None
         if tensor.ndim != 3 or tensor.shape[1] != side.total:
