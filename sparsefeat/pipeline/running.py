@@ -216,9 +216,9 @@ class RunningCall:
             run = self._denoiser_run(target, root, arguments, batch, before)
         elif target.family.stream == "text":
             entries = self.texts.entries(self.pipe, target.root_name, arguments, batch)
-            run = RootRun(target, self._run(target, root, arguments, before), entries)
+            run = RootRun(target, self._run(target, root, arguments), entries)
         else:
-            run = RootRun(target, self._run(target, root, arguments, before), outside_entries(batch))
+            run = RootRun(target, self._run(target, root, arguments), outside_entries(batch))
         target.family.check_whole(self.pipe, self.call.arguments, run.run)
         self.roots[target.path] = run
         conditions, images = run.entries
@@ -254,7 +254,7 @@ class RunningCall:
             call.n_steps, call.scheduled = loop.n_steps, loop.timesteps
         asked = DenoiserRun(target.root_name, arguments, batch, earlier, 0 if loop is None else loop.index)
         entries = self.conditions.entries(self.pipe, asked, self.guiders.condition)
-        return RootRun(target, self._run(target, root, arguments, before), entries, loop, evaluation, earlier)
+        return RootRun(target, self._run(target, root, arguments), entries, loop, evaluation, earlier)
 
     def _is_main(self, loop: Loop) -> bool:
         return loop.index == 0 and loop.scheduler is getattr(self.pipe, "scheduler", None)
@@ -265,10 +265,7 @@ class RunningCall:
             self.conditions.passed_through((*args, *kwargs.values()), output)
 
     @staticmethod
-    def _run(target: Target, root: nn.Module, arguments: dict[str, Any], before: RootRun | None) -> Run:
-        names = target.family.grid_arguments
-        if names and before is not None and all(arguments.get(n) is before.arguments.get(n) for n in names):
-            return Run(root, arguments, before.run.grid)  # reading it again would wait for the device at every run
+    def _run(target: Target, root: nn.Module, arguments: dict[str, Any]) -> Run:
         return Run(root, arguments, target.family.image_grid(root, arguments))
 
     def root_run(self, target: Target, tensors: Any, hook: str) -> RootRun:

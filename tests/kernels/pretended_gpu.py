@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -79,14 +80,26 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 class _Factories(TorchFunctionMode):
-    """torch.zeros(..., device=x.device) makes such a tensor too; without a device it stays on the CPU."""
+    """torch.zeros(..., device=x.device) makes such a tensor too, and so does x.to(device); without a device it stays on
+    the CPU.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.Tensor.to and len(args) > 1 and isinstance(args[1], (str, torch.device)):
+            kwargs |= dict(zip(("device", "dtype", "non_blocking", "copy"), args[1:], strict=False))
+            args = args[:1]
         device = kwargs.get("device")
         if device is None or torch.device(device).type != "cuda":
             return func(*args, **kwargs)
         return on_gpu(func(*args, **kwargs | {"device": "cpu"}))
+
+
+def place(*modules: nn.Module) -> None:
+    """Move modules there, for good."""
+    for module in (inner for each in modules for inner in each.modules()):
+        for held in (module._parameters, module._buffers):
+            held.update({name: on_gpu(tensor.detach()) for name, tensor in held.items() if tensor is not None})
 
 
 @contextmanager

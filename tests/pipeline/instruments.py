@@ -98,3 +98,25 @@ def push(amount: float = 3.0) -> Callable[[Activations, Context], Delta]:
         return Delta(amount * torch.linspace(-1, 1, width))
 
     return rule
+
+
+class Encode(Watch):
+    def __init__(self, sae, *hookpoints, rule=None):
+        self.sae = sae
+        self.rule = rule
+        super().__init__(*hookpoints)
+
+    def at_hookpoint(self, activations, context):
+        super().at_hookpoint(activations, context)
+        self.code = activations.code(self.sae)
+        return self.rule(activations, context) if self.rule else None
+
+
+BLOCK = "unet.up_blocks.1.attentions.1"
+ATTENTION = f"{BLOCK}.transformer_blocks.0.attn2"
+EVERYTHING = (BLOCK, f"{BLOCK}:input", "unet.mid_block:diff", "unet", "text_encoder.encoder.layers.0")
+
+
+def one_of_each():
+    """Instruments at Stable Diffusion's blocks and in an attention: all that is put in."""
+    return Watch(*EVERYTHING), Edit(zero, *EVERYTHING), WatchAttention(ATTENTION)

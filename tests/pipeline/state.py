@@ -22,3 +22,12 @@ def everything(pipe: Any) -> dict:
                 flags = [list(v) for k, v in vars(module).items() if k.startswith("_forward") and k.count("_") > 3]
                 state[name, path] = (type(module), attributes, sorted(vars(module)), hooks, flags)
     return state
+
+
+def hooks_of(model):
+    """The hooks of torch on a model's modules."""
+    return [
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]

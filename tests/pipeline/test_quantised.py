@@ -1,6 +1,7 @@
 """Quantised models: their layers' weights are packed and cannot be read, and nothing of `attach` wants to.
 
-torchao's and bitsandbytes' int8 layers are in the matrix; here are torch's own, those of GGUF files, and Nunchaku's.
+torchao's and bitsandbytes' int8 layers are in the matrix; here are torch's own, those of GGUF files, a model opened from
+such a file, and Nunchaku's.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,7 @@ from torch import nn
 import sparsefeat as sf
 from sparsefeat.pipeline import attach
 from sparsefeat.sae import SAE, SAEConfig
-from tests.families import families
+from tests.families import Block, families
 from tests.pipeline.instruments import Edit, Watch, push, zero
 from tests.pipeline.state import everything
 
@@ -102,6 +104,42 @@ def test_attach_reads_and_edits_a_model_whose_linear_layers_are_packed(name, qua
     def run() -> torch.Tensor:
         return torch.as_tensor(family.call(pipe, ["a fox"], guidance=False))
 
+    _keeps_its_promises(pipe, block, run)
+
+
+def test_attach_reads_and_edits_a_transformer_opened_from_a_gguf_file(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    family = families()["qwen_image"]
+    if not family.available:
+        pytest.skip(f"{family.pipeline} is not in this diffusers")
+    pipe = copy.deepcopy(family.build())
+    model = pipe.transformer
+    kinds, writer = gguf.GGMLQuantizationType, gguf.GGUFWriter(str(tmp_path / "tiny.gguf"), "qwen_image")
+    for name, tensor in model.state_dict().items():
+        kind = kinds.F32 if tensor.ndim < 2 else kinds.BF16 if tensor.shape[-1] % 32 else kinds.Q8_0
+        packed = gguf.quants.quantize(tensor.numpy().astype(np.float32), kind)
+        writer.add_tensor(name, packed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model.save_config(tmp_path / "transformer")
+    pipe.transformer = type(model).from_single_file(
+        str(tmp_path / "tiny.gguf"),
+        config=str(tmp_path / "transformer"),
+        quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32),
+        torch_dtype=torch.float32,
+    )
+    assert {type(m).__name__ for m in pipe.transformer.modules()} & {"GGUFLinear"}
+
+    def run() -> torch.Tensor:
+        return torch.as_tensor(family.call(pipe, ["a fox"], guidance=True))
+
+    block = next(block for block in family.blocks if block.path.startswith("transformer."))
+    _keeps_its_promises(pipe, block, run)
+
+
+def _keeps_its_promises(pipe: Any, block: Block, run: Callable[[], torch.Tensor]) -> None:
     plain, before = run(), everything(pipe)
     place = sf.Hookpoint(block.path, stream=block.stream)
     watch = Watch(place)

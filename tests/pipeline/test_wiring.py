@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import copy
-import gc
 import inspect
-import io
 import json
-import pickle
-import threading
 import warnings
-import weakref
 
 import numpy as np
 import pytest
@@ -20,30 +15,15 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import nn
 
 from sparsefeat.pipeline import Delta, HookpointNotReachedError, attach, resolve
-from tests.pipeline.instruments import Edit, Watch, WatchAttention, push, zero
-from tests.pipeline.state import everything
+from tests.pipeline.instruments import ATTENTION, BLOCK, Edit, Watch, WatchAttention, one_of_each, push
+from tests.pipeline.state import everything, hooks_of
 from tests.tiny import pixels, tiny_scheduler, tiny_sd, tiny_sdxl
-
-BLOCK = "unet.up_blocks.1.attentions.1"
-ATTENTION = f"{BLOCK}.transformer_blocks.0.attn2"
-EVERYTHING = (BLOCK, f"{BLOCK}:input", "unet.mid_block:diff", "unet", "text_encoder.encoder.layers.0")
-
-
-@pytest.fixture
-def pipe():
-    pipe = tiny_sd()
-    pixels(pipe, steps=1)  # what libraries put in at a first call is not ours
-    return pipe
-
-
-def instruments():
-    return Watch(*EVERYTHING), Edit(zero, *EVERYTHING), WatchAttention(ATTENTION)
 
 
 def test_leaving_normally_restores_everything(pipe):
     before, images = everything(pipe), pixels(pipe)
     before = everything(pipe)
-    with attach(pipe, *instruments()):
+    with attach(pipe, *one_of_each()):
         assert everything(pipe) != before
         pixels(pipe)
     assert everything(pipe) == before
@@ -79,7 +59,7 @@ def test_leaving_by_an_exception_inside_a_block_restores_everything(pipe, error,
     def fail(*args):
         raise error("in the middle")
 
-    with pytest.raises(error, match="in the middle"), attach(pipe, *instruments()):  # noqa: PT012
+    with pytest.raises(error, match="in the middle"), attach(pipe, *one_of_each()):  # noqa: PT012
         handle = module.register_forward_pre_hook(fail)
         try:
             pixels(pipe)
@@ -99,7 +79,7 @@ def test_leaving_by_an_exception_inside_an_instrument_restores_everything(pipe, 
     def fail(*args):
         raise error("in the instrument")
 
-    with pytest.raises(error, match="in the instrument"), attach(pipe, *instruments(), watch):  # noqa: PT012
+    with pytest.raises(error, match="in the instrument"), attach(pipe, *one_of_each(), watch):  # noqa: PT012
         setattr(watch, method, fail)
         pixels(pipe)
     assert everything(pipe) == before
@@ -115,7 +95,7 @@ def test_an_attach_that_fails_changes_nothing(pipe, method):
 
     setattr(watch, method, fail)
     with pytest.raises(KeyboardInterrupt):
-        attach(pipe, *instruments(), watch)
+        attach(pipe, *one_of_each(), watch)
     assert everything(pipe) == before
 
 
@@ -130,7 +110,7 @@ def test_an_attach_interrupted_halfway_through_its_hooks_changes_nothing(pipe, m
 
     monkeypatch.setattr(nn.Module, "register_forward_hook", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        attach(pipe, *instruments())
+        attach(pipe, *one_of_each())
     monkeypatch.undo()
     assert everything(pipe) == before
 
@@ -269,41 +249,10 @@ def test_while_attached_the_pipeline_is_what_it_was_to_those_who_ask(pipe, tmp_p
 
 def test_nothing_is_added_to_the_models(pipe):
     parameters, modules = list(pipe.unet.state_dict()), [path for path, _ in pipe.unet.named_modules()]
-    with attach(pipe, *instruments()):
+    with attach(pipe, *one_of_each()):
         pixels(pipe, steps=1)
         assert list(pipe.unet.state_dict()) == parameters
         assert [path for path, _ in pipe.unet.named_modules()] == modules
-
-
-def test_the_pipeline_is_freed_when_it_is_forgotten_and_recordings_are_kept():
-    pipe = tiny_sd()
-    with attach(pipe, watch := Watch(BLOCK)) as run:
-        pixels(pipe, steps=1)
-    gone = weakref.ref(pipe)
-    del pipe
-    gc.collect()
-    assert gone() is None
-    assert run[watch] == 1
-    assert run.calls[0].call.pipe is None
-
-
-def test_a_recording_keeps_the_text_and_numbers_of_its_call_and_nothing_large(pipe):
-    latents = torch.randn(1, 4, 16, 16)
-    with attach(pipe, Watch(BLOCK)) as run:
-        pixels(pipe, latents=latents, negative_prompt="cat", steps=1)
-    arguments = run.calls[0].call.arguments
-    assert (arguments["prompt"], arguments["negative_prompt"], arguments["num_inference_steps"]) == ("a fox", "cat", 1)
-    assert "latents" not in arguments
-    assert "generator" not in arguments
-
-
-def test_a_copy_made_during_a_session_is_an_ordinary_pipeline(pipe):
-    images = pixels(pipe)
-    watch = Watch(BLOCK)
-    with attach(pipe, watch, Edit(push(), BLOCK)) as run:
-        copied = copy.deepcopy(pipe)
-        assert np.array_equal(pixels(copied), images)
-        assert run.calls == []
 
 
 def test_a_module_replaced_during_a_session_is_hooked_by_the_next(pipe):
@@ -382,113 +331,6 @@ def test_gradient_checkpointing_gets_the_same_gradient_and_records_once(io):
     assert counts[1] == (2, [False, False, True, True], [0, 1, 1, 0])
 
 
-# What is copied, pickled or kept while a session is open
-
-
-def _hooks(model):
-    return [
-        hook
-        for module in model.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    ]
-
-
-def test_a_deepcopy_of_a_pipeline_in_a_session_is_of_its_class_and_its_hooks_go_at_its_first_run(pipe):
-    images = pixels(pipe)
-    before = everything(pipe)
-    with attach(pipe, *instruments()):
-        copied = copy.deepcopy(pipe)
-    assert type(copied) is StableDiffusionPipeline
-    assert np.array_equal(pixels(copied), images)
-    own = {type(hook).__module__.partition(".")[0] for hook in _hooks(copied.unet)}
-    assert "sparsefeat" not in own
-    assert everything(pipe) == before
-
-
-def test_a_pipeline_and_its_models_can_be_pickled_in_a_session(pipe):
-    images = pixels(pipe)
-    with attach(pipe, *instruments()):
-        unet = pickle.loads(pickle.dumps(pipe.unet))
-        model = torch.load(io.BytesIO(_saved(pipe.unet)), weights_only=False)
-    assert not any(type(vars(module).get("forward")).__name__ == "AttentionTap" for module in unet.modules())
-    for copied in (unet, model):
-        pipe.unet, kept = copied, pipe.unet
-        assert np.array_equal(pixels(pipe), images)
-        pipe.unet = kept
-
-
-def _saved(module):
-    buffer = io.BytesIO()
-    torch.save(module, buffer)
-    return buffer.getvalue()
-
-
-def test_a_pipeline_and_session_that_are_forgotten_leave_their_components_as_they_were():
-    pipe = tiny_sd()
-    parts, gone = dict(pipe.components), weakref.ref(pipe)
-    attach(pipe, *instruments())
-    del pipe
-    gc.collect()
-    assert gone() is None
-    assert not any("sparsefeat" in type(hook).__module__ for hook in _hooks(parts["unet"]))
-    assert not any("forward" in vars(module) for module in parts["unet"].modules())
-    again = StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    again.set_progress_bar_config(disable=True)
-    pixels(again, steps=1)
-
-
-def test_two_pipelines_that_share_models_have_a_session_each_in_any_order(pipe):
-    second = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
-    second.scheduler = tiny_scheduler("euler")
-    second.set_progress_bar_config(disable=True)
-    before = everything(pipe)
-    for first_in in (pipe, second):
-        a, b = Watch(BLOCK), Watch(BLOCK)
-        with attach(pipe, a) as low, attach(second, b) as high:
-            pixels(first_in, steps=2)
-            pixels(second, steps=3)
-            pixels(pipe, steps=1)
-        assert len(low.calls) + len(high.calls) == 3
-        assert ([c.step for c in a.contexts], [c.step for c in b.contexts]) == ([0], [0, 1, 2])
-    assert everything(pipe) == before
-
-
-def test_a_pipeline_called_by_another_ones_callback_is_told_from_it(pipe):
-    second = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
-    second.scheduler = tiny_scheduler("euler")
-    second.set_progress_bar_config(disable=True)
-    a, b = Watch(BLOCK), Watch(BLOCK)
-    with attach(pipe, a), attach(second, b):
-        pixels(pipe, steps=3, callback_on_step_end=lambda p, i, t, k: (pixels(second, steps=2), {})[1])
-    assert [c.step for c in a.contexts] == [0, 1, 2]
-    assert [c.step for c in b.contexts] == [0, 1]
-
-
-def test_threads_with_a_pipeline_each_may_share_a_model(pipe):
-    pipes = [
-        StableDiffusionPipeline(
-            **{**pipe.components, "scheduler": tiny_scheduler("ddim")}, requires_safety_checker=False
-        )
-        for _ in range(2)
-    ]
-    seen, lock = {}, threading.Lock()
-
-    def work(i):
-        pipes[i].set_progress_bar_config(disable=True)
-        with attach(pipes[i], watch := Watch(BLOCK)):
-            for _ in range(2):
-                with lock:  # the model itself is one
-                    pixels(pipes[i], steps=i + 2)
-        seen[i] = [c.step for c in watch.contexts]
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert seen == {0: [0, 1], 1: [0, 1, 2]}
-
-
 def test_a_lora_loaded_in_a_session_is_hooked_at_the_next_call(pipe):
     peft = pytest.importorskip("peft")
     path = f"{ATTENTION}.to_q"
@@ -500,7 +342,7 @@ def test_a_lora_loaded_in_a_session_is_hooked_at_the_next_call(pipe):
         layer.register_forward_hook(lambda module, args, output: given.append(output.flatten(0, 1).clone()))
         pixels(pipe, steps=1)
     assert torch.equal(watch.rows[0], given[0])
-    assert [hook for hook in _hooks(pipe.unet) if "sparsefeat" in type(hook).__module__] == []
+    assert [hook for hook in hooks_of(pipe.unet) if "sparsefeat" in type(hook).__module__] == []
 
 
 # Instruments whose time never came

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,8 +66,6 @@ class Run:
     root: nn.Module
     arguments: Mapping[str, Any]
     grid: tuple[int, ...] | None = None
-    kept: dict[str, Any] = field(default_factory=dict)
-    """What a family had to wait for the device for, so that it waits once a run."""
 
     @property
     def timestep(self) -> Any:
@@ -98,9 +96,6 @@ class Family:
 
     may_pass_texts_on = False
     """Whether it may lie between the text encoders and the denoiser, and make something else of the prompts."""
-
-    grid_arguments: tuple[str, ...] = ()
-    """The arguments that `image_grid` has to read on the device: it is asked again only when one is another object."""
 
     never_reached = "it may have been skipped by a cache or replaced after `attach`; attach again after such changes"
     """The likely reason, and the remedy, when a whole call ends without a hookpoint of this family."""

@@ -7,7 +7,6 @@ being made, with another first number for those of a reference image (Kontext), 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 
 from sparsefeat.pipeline.families.family import Run, TextLayout
 from sparsefeat.pipeline.families.joint import JointTransformer
+from sparsefeat.pipeline.families.reading import read_once
 from sparsefeat.pipeline.families.transformer import Side
 
 _DOUBLE, _SINGLE = r"transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"
@@ -38,7 +38,8 @@ class Flux(JointTransformer):
         ("joint_attention", _SINGLE + r"\.attn"),
     )
     joint_attentions = rf"({_DOUBLE}|{_SINGLE})\.attn"
-    grid_arguments = ("img_ids",)
+    position_ids = "img_ids"
+    """The argument that has the position ids of the image's side."""
 
     made_id = 0
     """The first of the position ids of the image that is made."""
@@ -52,19 +53,14 @@ class Flux(JointTransformer):
         return None if told is None else told.side
 
     def _told_by_ids(self, arguments: Mapping[str, Any]) -> Ids | None:
-        given = arguments.get(self.grid_arguments[0])
-        if not isinstance(given, torch.Tensor):
+        ids = arguments.get(self.position_ids)
+        if not isinstance(ids, torch.Tensor):
             return None
-        last, told = getattr(self, "_last", (None, None))
-        if last is None or last() is not given:  # the same object in every step: one wait for the device
-            ids = self.ids(arguments)
-            told = None if ids is None else told_by_ids(ids, self.made_id)
-            self._last = weakref.ref(given), told
-        return told
+        return read_once(told_by_ids, ids, self.made_id, self.n_tokens(arguments))
 
-    def ids(self, arguments: Mapping[str, Any]) -> Any:
-        """The position ids of the image's side."""
-        return arguments[self.grid_arguments[0]]
+    def n_tokens(self, arguments: Mapping[str, Any]) -> int | None:
+        """How many of the position ids, the last of them, are of the image's side; None for all."""
+        return None
 
     def text_layout(self, pipe: Any, root: nn.Module, call: Mapping[str, Any]) -> TextLayout | None:
         if getattr(pipe, "text_encoder_2", None) is not None:  # T5; CLIP's text is one vector
@@ -88,13 +84,15 @@ class Ids:
     side: Side
 
 
-def told_by_ids(ids: torch.Tensor, made: int = 0) -> Ids | None:
+def told_by_ids(ids: torch.Tensor, made: int = 0, n_tokens: int | None = None) -> Ids | None:
     """The grid (h, w) of the image that is made and where its tokens stand, from position ids [tokens, (which image, y,
-    x, ...)]. Waits for the device once. None where those of image `made` are not one full rectangle in row-major order.
+    x, ...)], of which the last `n_tokens` count. Waits for the device once. None where those of image `made` are not one
+    full rectangle in row-major order.
     """
     if ids.ndim < 2 or ids.shape[-1] < 3:
         return None
     ids = (ids[0] if ids.ndim == 3 else ids).detach().cpu()
+    ids = ids[len(ids) - n_tokens :] if n_tokens is not None else ids
     (places,) = (ids[:, 0] == made).nonzero(as_tuple=True)
     if not len(places) or int(places[-1] - places[0]) + 1 != len(places):
         return None

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from sparsefeat.pipeline.families.family import Run
@@ -27,13 +26,10 @@ class Krea2(Flux):
     joint_attentions = _BLOCK + r"\.attn"
     single_blocks = _BLOCK
     text_modules = r"(text_fusion\.refiner_blocks|txt_in)(\..*)?"
-    grid_arguments = ("position_ids",)
+    position_ids = "position_ids"
 
-    def ids(self, arguments: Mapping[str, Any]) -> Any:
-        ids, latent = arguments.get("position_ids"), arguments.get("hidden_states")
-        if not isinstance(ids, torch.Tensor) or not isinstance(latent, torch.Tensor):
-            return None
-        return ids[len(ids) - latent.shape[1] :]
+    def n_tokens(self, arguments: Mapping[str, Any]) -> int | None:
+        return arguments["hidden_states"].shape[1]
 
     def text_tokens(self, run: Run) -> int | None:
         return run.arguments["encoder_hidden_states"].shape[1]  # [B, tokens, layers, width]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sparsefeat.pipeline.families.family import Run
+from sparsefeat.pipeline.families.reading import read_once
 from sparsefeat.pipeline.families.single_stream import SingleStream
 
 
@@ -12,8 +13,10 @@ class Lumina2(SingleStream):
     classes = ("Lumina2Transformer2DModel",)
 
     def starts(self, run: Run) -> int | tuple[int, ...]:
-        if "starts" not in run.kept:
-            mask = run.arguments.get("encoder_attention_mask")
-            lengths = tuple(mask.sum(dim=1).tolist()) if isinstance(mask, torch.Tensor) else (0,)
-            run.kept["starts"] = lengths[0] if len(set(lengths)) == 1 else lengths
-        return run.kept["starts"]
+        mask = run.arguments.get("encoder_attention_mask")
+        lengths = read_once(_lengths, mask) if isinstance(mask, torch.Tensor) else (0,)
+        return lengths[0] if len(set(lengths)) == 1 else lengths
+
+
+def _lengths(mask: torch.Tensor) -> tuple[int, ...]:
+    return tuple(mask.sum(dim=1).tolist())

@@ -79,7 +79,7 @@ class Conditions:
     references: References
     layout: tuple[Layout, ...] | None = None
     """The runs of a step as the user stated them."""
-    _known: dict[Any, tuple[Entries, Any]] = field(default_factory=dict)
+    _known: dict[Any, tuple[Entries, list[list[torch.Tensor]], torch.Tensor]] = field(default_factory=dict)
     _deciding: dict[Any, tuple[int, ...]] = field(default_factory=dict)  # which of the arguments told, by kind of run
     _first: dict[Any, tuple[Entries, torch.Tensor]] = field(default_factory=dict)
     _references: list[Reference] = field(default_factory=list)
@@ -106,18 +106,26 @@ class Conditions:
             pairs, distances = _measure(texts, references)
             if pattern in self._deciding and distances.device.type != "cpu":
                 # Embeddings made anew in each step: as in the step before, which is looked at when the call is over.
-                entries, before = self._first[pattern]
-                self._assumed.append((distances != before).any())
-                return entries
+                return self._assume(distances, *self._first[pattern])
             evidence, decides = _evidence(pairs, distances.tolist(), run.batch)  # the one wait
             entries = self._resolve(pipe, run, n_images, evidence)
             if pattern not in self._deciding:
                 texts = [texts[i] for i in decides]
+                distances = _measure(texts, references)[1]
                 self._deciding[pattern] = decides
-                self._first[pattern] = entries, _measure(texts, references)[1]
+                self._first[pattern] = entries, distances
                 key = (pattern, tuple(map(_key, texts)))
-            self._known[key] = entries, texts  # the tensors are kept, so that no other one gets their memory
-        return self._known[key][0]
+            self._known[key] = entries, texts, distances  # the tensors are kept, so that no other one gets their memory
+            return entries
+        entries, _, before = self._known[key]
+        if any(_is_uncounted(rows[0]) for rows in texts):
+            self._assume(_measure(texts, references)[1], entries, before)
+        return entries
+
+    def _assume(self, distances: torch.Tensor, entries: Entries, before: torch.Tensor) -> Entries:
+        """The entries that texts at these distances had, without a look at the distances until the call is over."""
+        self._assumed.append((distances != before).any())
+        return entries
 
     def _references_and_zeros(self) -> list[Reference]:
         """The references; where none is unconditional, zeros too, which many pipelines take for the text of no prompt."""
@@ -264,9 +272,15 @@ def _key(rows: list[torch.Tensor]) -> tuple:
     """What is the same for tensors with the same contents in the same memory."""
     first = rows[0]
     ends = tuple((row.data_ptr(), row.shape, row.stride()) for row in (first, rows[-1]))
-    # Under inference mode nothing counts what is written in place: then the contents are looked at, one wait a run.
-    version = tuple(float(row.sum()) for row in rows) if first.is_inference() else getattr(first, "_version", 0)
+    version: Any = 0 if first.is_inference() else first._version
+    if first.is_inference() and not _is_uncounted(first):  # the contents themselves, for which nothing has to wait
+        version = tuple(float(row.sum()) for row in rows)
     return (*ends, len(rows), first.dtype, version)
+
+
+def _is_uncounted(row: torch.Tensor) -> bool:
+    """Whether nothing counts what is written in place, as under inference mode, and looking at it would wait."""
+    return row.is_inference() and row.device.type != "cpu"
 
 
 Pair = tuple[int, int, Reference, int]

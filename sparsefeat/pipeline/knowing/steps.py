@@ -309,4 +309,4 @@ def _positions(timesteps: Any, timestep: Any) -> tuple[int, ...]:
     schedule = torch.as_tensor(timesteps)
     if isinstance(first, torch.Tensor):
         schedule = schedule.to(first)
-    return tuple((schedule == first).nonzero().flatten().tolist())
+    return tuple(place for place, same in enumerate((schedule == first).tolist()) if same)

@@ -30,12 +30,12 @@ class Own(StableDiffusionPipeline):
         copied: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
-        cond, uncond = self.encode_prompt(words, "cpu", each, avoid is not None, avoid)
+        cond, uncond = self.encode_prompt(words, self.device, each, avoid is not None, avoid)
         uncond = torch.zeros_like(cond) if uncond is None else uncond
         texts = {"cond": cond.to(dtype).float(), "uncond": uncond.to(dtype).float()}
         scheduler = copy.deepcopy(self.scheduler) if copied else self.scheduler
         scheduler.set_timesteps(steps)
-        latents = torch.randn(len(cond), 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        latents = torch.randn(len(cond), 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(self.device)
         for t in scheduler.timesteps:
             predicted: dict[str, torch.Tensor] = {}
             for chunks in runs:

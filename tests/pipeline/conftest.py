@@ -1,0 +1,14 @@
+"""Shared by the tests of the pipelines."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.tiny import pixels, tiny_sd
+
+
+@pytest.fixture
+def pipe():
+    pipe = tiny_sd()
+    pixels(pipe, steps=1)  # what libraries put in at a first call is not ours
+    return pipe
