@@ -205,22 +205,32 @@ def attention_launches(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...]) 
 
 def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
     """The source and options of a call, as Triton's own launcher specialises them."""
-    signature, constants, attributes = {}, {}, {}
-    for position, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
+    constants, attributes = {}, {}
+
+    def of(value: Any, path: tuple[int, ...], constant: bool, special: bool) -> Any:
+        """A value's type; a tuple's is the tuple of its own."""
+        if isinstance(value, tuple) and not constant:
+            return type(value)(*(of(inner, (*path, i), constant, special) for i, inner in enumerate(value)))
         if type(value).__name__ == "TensorDescriptor":  # from Triton 3.4
-            inner = f"{TYPES[value.base.dtype][1:]}{list(value.block_shape)}"
-            signature[parameter.name] = f"tensordesc<{inner}>"
-        elif parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
-            signature[parameter.name] = "constexpr"
-            constants[(position,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
-            attributes[(position,)] = [["tt.divisibility", 16]]  # torch's allocations are aligned
-        else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(position,)] = [["tt.divisibility", 16]]
+            return f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
+        if constant or (isinstance(value, int) and value == 1 and special):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            attributes[path] = [["tt.divisibility", 16]]  # torch's allocations are aligned
+            return TYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if value % 16 == 0 and special:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    signature = {
+        parameter.name: of(
+            arguments[parameter.name], (position,), parameter.is_constexpr, not parameter.do_not_specialize
+        )
+        for position, parameter in enumerate(kernel.params)
+    }
     options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), options
 

@@ -10,10 +10,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import implementation, jit, next_power_of_2, ops, register, tl
 from .scores import (
-    LOG2_E,
     add_to_group,
     additive,
-    aligned,
     arguments,
     check_accumulator,
     check_lse,
@@ -21,11 +19,9 @@ from .scores import (
     counted_rows,
     dense_probabilities,
     head_weights,
-    load_heads,
-    mask_arguments,
-    masked_scores,
     score_blocks,
 )
+from .tiles import LOG2_E, aligned, heads_of, load_rows, load_tile, mask_argument, tile_scores, weight_argument
 
 __all__ = ["attention_column_sums_"]
 
@@ -90,11 +86,12 @@ def reference(
     return sums
 
 
-def _check_column_sums(
+def _check(
     sums: Tensor,
     query: Tensor,
     key: Tensor,
     lse: Tensor,
+    scale: float,
     mask: Tensor | None,
     head_weight: Tensor | None,
     group: Tensor,
@@ -132,10 +129,10 @@ def _attention_column_sums_cpu(
 
 @jit
 def _attention_column_kernel(
-    query_ptr,
-    key_ptr,
-    lse_ptr,
-    mask_ptr,
+    query,
+    key,
+    lse,
+    mask,
     group_ptr,
     partial_ptr,
     heads,
@@ -144,21 +141,6 @@ def _attention_column_kernel(
     groups,
     scale,
     heads_per_key,
-    stride_query_batch,
-    stride_query_head,
-    stride_query_row,
-    stride_query_d,
-    stride_key_batch,
-    stride_key_head,
-    stride_key_token,
-    stride_key_d,
-    stride_lse_batch,
-    stride_lse_head,
-    stride_lse_row,
-    stride_mask_batch,
-    stride_mask_head,
-    stride_mask_row,
-    stride_mask_token,
     MASK: tl.constexpr,
     ALIGN: tl.constexpr,
     D: tl.constexpr,
@@ -171,22 +153,17 @@ def _attention_column_kernel(
     head, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     g = tl.load(group_ptr + b)
     counted = tl.where((g >= 0) & (g < groups), rows, 0)
-    query_ptr += (b * stride_query_batch + head * stride_query_head) * ALIGN
-    key_ptr += (b * stride_key_batch + (head // heads_per_key) * stride_key_head) * ALIGN
-    mask_ptr += b * stride_mask_batch + head * stride_mask_head
-    lse_ptr += b * stride_lse_batch + head * stride_lse_head
     column = tl.arange(0, BLOCK_D)
-    k = load_heads(key_ptr, token, n_tokens, column, stride_key_token, stride_key_d, D, ALIGN)
+    k = load_tile(key, b, head // heads_per_key, token, n_tokens, column, D, ALIGN)
     total = tl.zeros([BLOCK_TOKENS], tl.float32)
     for start in range(0, counted, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)
-        q = load_heads(query_ptr, row, rows, column, stride_query_row, stride_query_d, D, ALIGN)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [BLOCK_ROWS, BLOCK_TOKENS]
-        scores = masked_scores(scores, mask_ptr, row, rows, token, n_tokens, stride_mask_row, stride_mask_token, MASK)
-        lse = tl.load(lse_ptr + row * stride_lse_row, mask=row < rows, other=float("inf")) * 1.4426950408889634
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)
+        q = load_tile(query, b, head, row, rows, column, D, ALIGN)
+        scores = tile_scores(q, k, scale, mask, b, head, row, rows, token, n_tokens, MASK)
+        of_row = load_rows(lse, b, head, row, rows, float("inf")) * 1.4426950408889634
+        of_row = tl.where(of_row == float("-inf"), float("inf"), of_row)
         # Past the last row there is no query, but 0 times a NaN or an infinity of the key is NaN.
-        total += tl.sum(tl.where((row < rows)[:, None], tl.exp2(scores - lse[:, None]), 0.0), axis=0)
+        total += tl.sum(tl.where((row < rows)[:, None], tl.exp2(scores - of_row[:, None]), 0.0), axis=0)
     tl.store(partial_ptr + (b * heads + head) * n_tokens + token, total, mask=token < n_tokens)
 
 
@@ -232,21 +209,20 @@ def _attention_column_sums_triton(
 ) -> None:
     (batch, heads, n, d), n_tokens, full = query.shape, key.shape[2], query.dtype == torch.float32
     partial = query.new_empty(batch, heads, n_tokens, dtype=torch.float32)
-    mask_pointer, mask_strides, masked = mask_arguments(additive(mask, query, key), query)
-    align, (query_strides, key_strides) = aligned(query, key)
-    weight = query if head_weight is None else head_weight.float().contiguous()
+    bias, masked = mask_argument(mask, query, key)
+    align, (queries, keys) = aligned(query, key)
     group = group.contiguous()
     block_d = next_power_of_2(max(d, 16))
     block_rows, block_tokens = 32 if full or block_d > 128 else 64, 16 if full else 64
     with torch.cuda.device_of(query):
         _attention_column_kernel[(-(-n_tokens // block_tokens), heads, batch)](
-            query, key, lse, mask_pointer, group, partial, heads, n, n_tokens, sums.shape[0], scale * LOG2_E,
-            heads // key.shape[1], *query_strides, *key_strides, *lse.stride(), *mask_strides, MASK=masked, ALIGN=align,
-            D=d, BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, BLOCK_D=block_d, num_warps=4,
+            queries, keys, heads_of(lse), bias, group, partial, heads, n, n_tokens, sums.shape[0], scale * LOG2_E,
+            heads // key.shape[1], MASK=masked, ALIGN=align, D=d, BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens,
+            BLOCK_D=block_d, num_warps=4,
             num_stages=1 if full else 2,
         )  # fmt: skip
         _attention_column_join_kernel[(sums.shape[0], -(-n_tokens // 256))](
-            sums, partial, weight, group, batch, heads, n_tokens, *sums.stride(), WEIGHTED=head_weight is not None,
+            sums, partial, weight_argument(head_weight, query), group, batch, heads, n_tokens, *sums.stride(), WEIGHTED=head_weight is not None,
             BLOCK_TOKENS=256, num_warps=4,
         )  # fmt: skip
 
@@ -264,7 +240,7 @@ def _attention_column_sums(
     head_weight: Tensor | None,
     group: Tensor,
 ) -> None:
-    _check_column_sums(sums, query, key, lse, mask, head_weight, group)
+    _check(sums, query, key, lse, scale, mask, head_weight, group)
     if sums.numel() == 0 or query.numel() == 0:
         return
     run = (
@@ -275,25 +251,12 @@ def _attention_column_sums(
     run(sums, query, key, lse, scale, mask, head_weight, group)
 
 
-def _attention_column_sums_fake(
-    sums: Tensor,
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    head_weight: Tensor | None,
-    group: Tensor,
-) -> None:
-    _check_column_sums(sums, query, key, lse, mask, head_weight, group)
-
-
 register(
     "attention_column_sums_",
     "(Tensor(a!) sums, Tensor query, Tensor key, Tensor lse, float scale, Tensor? mask, Tensor? head_weight, "
     "Tensor group) -> ()",
     _attention_column_sums,
-    fake=_attention_column_sums_fake,
+    fake=_check,
     mutates=("sums",),
 )
 

@@ -11,19 +11,29 @@ from torch.utils.flop_counter import register_flop_formula
 from ..dispatch import block_bytes, implementation, jit, next_power_of_2, ops, register, row_chunks, sum_dtype, tl
 from .scores import (
     BLOCK_BYTES,
-    LOG2_E,
     add_to_group,
-    aligned,
     arguments,
     check_accumulator,
     check_device,
     check_query_and_key,
     counted_rows,
-    group_of,
     head_weights,
-    load_heads,
-    masked_scores,
-    score_product,
+)
+from .tiles import (
+    LOG2_E,
+    Maps,
+    add_to_maps,
+    aligned,
+    group_of,
+    head_product,
+    heads_of,
+    load_tile,
+    mask_argument,
+    softmax_start,
+    softmax_step,
+    store_tile,
+    tile_scores,
+    weight_argument,
 )
 
 __all__ = ["concept_attention", "concept_map_"]
@@ -156,7 +166,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, image_key: Tensor, image_v
 MOST_CONCEPTS = 256
 
 
-def _check_map(maps: Tensor, output: Tensor, concepts: Tensor, head_weight: Tensor | None, group: Tensor) -> None:
+def _check_map(
+    maps: Tensor, output: Tensor, concepts: Tensor, head_weight: Tensor | None, group: Tensor, softmax: bool
+) -> None:
     if output.dim() != 4 or output.shape[3] == 0:
         raise ValueError(f"output must be [batch, heads, n, e] with e > 0, got shape {tuple(output.shape)}")
     batch, heads, n, e = output.shape
@@ -215,9 +227,10 @@ KEYS_A_PART = 512
 
 @jit
 def _concept_attention_kernel(
-    query_ptr,
-    key_ptr,
-    value_ptr,
+    query,
+    key,
+    value,
+    mask,
     partial_ptr,
     sums_ptr,
     heads,
@@ -227,18 +240,6 @@ def _concept_attention_kernel(
     its_parts,
     parts,
     scale,
-    stride_query_batch,
-    stride_query_head,
-    stride_query_row,
-    stride_query_d,
-    stride_key_batch,
-    stride_key_head,
-    stride_key_token,
-    stride_key_d,
-    stride_value_batch,
-    stride_value_head,
-    stride_value_token,
-    stride_value_d,
     ALIGN: tl.constexpr,
     D: tl.constexpr,
     D_VALUE: tl.constexpr,
@@ -252,27 +253,17 @@ def _concept_attention_kernel(
     part = tl.program_id(0) % its_parts
     row = (tl.program_id(0) // its_parts).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     head, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    query_ptr += (b * stride_query_batch + head * stride_query_head) * ALIGN
-    key_ptr += (b * stride_key_batch + head * stride_key_head) * ALIGN
-    value_ptr += (b * stride_value_batch + head * stride_value_head) * ALIGN
     column, wide = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_VALUE)
-    q = load_heads(query_ptr, row, rows, column, stride_query_row, stride_query_d, D, ALIGN)
-    highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    sums = tl.zeros([BLOCK_ROWS], tl.float32)
+    q = load_tile(query, b, head, row, rows, column, D, ALIGN)
+    highest, sums = softmax_start(BLOCK_ROWS)
     total = tl.zeros([BLOCK_ROWS, BLOCK_VALUE], tl.float32)
     for start in range(part * PART, min((part + 1) * PART, n_tokens), BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS).to(tl.int64)
-        k = load_heads(key_ptr, token, n_tokens, column, stride_key_token, stride_key_d, D, ALIGN)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [BLOCK_ROWS, BLOCK_TOKENS]
-        scores = tl.where((token < n_tokens)[None, :], scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, axis=1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink = tl.exp2(highest - base)
-        p = tl.exp2(scores - base[:, None])
-        sums = sums * shrink + tl.sum(p, axis=1)
-        v = load_heads(value_ptr, token, n_tokens, wide, stride_value_token, stride_value_d, D_VALUE, ALIGN)
+        k = load_tile(key, b, head, token, n_tokens, column, D, ALIGN)
+        scores = tile_scores(q, k, scale, mask, b, head, row, rows, token, n_tokens, 0)
+        p, shrink, _, highest, sums = softmax_step(scores, highest, sums)
+        v = load_tile(value, b, head, token, n_tokens, wide, D_VALUE, ALIGN)
         total = total * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        highest = higher
     at = ((b * heads + head) * parts + before + part) * rows + row
     inside = (row < rows)[:, None] & (wide < D_VALUE)[None, :]
     tl.store(partial_ptr + at[:, None] * D_VALUE + wide[None, :], total, mask=inside)
@@ -282,15 +273,12 @@ def _concept_attention_kernel(
 
 @jit
 def _concept_attention_join_kernel(
-    out_ptr,
+    out,
     partial_ptr,
     sums_ptr,
     heads,
     rows,
     parts,
-    stride_out_batch,
-    stride_out_head,
-    stride_out_row,
     D_VALUE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
@@ -300,8 +288,7 @@ def _concept_attention_join_kernel(
     head, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     wide = tl.arange(0, BLOCK_VALUE)
     inside = (row < rows)[:, None] & (wide < D_VALUE)[None, :]
-    highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    sums = tl.zeros([BLOCK_ROWS], tl.float32)
+    highest, sums = softmax_start(BLOCK_ROWS)
     total = tl.zeros([BLOCK_ROWS, BLOCK_VALUE], tl.float32)
     for part in range(0, parts):
         at = ((b * heads + head) * parts + part) * rows + row
@@ -312,9 +299,7 @@ def _concept_attention_join_kernel(
         added = tl.load(partial_ptr + at[:, None] * D_VALUE + wide[None, :], mask=inside, other=0.0)
         total = total * mine[:, None] + added * its[:, None]
         highest = higher
-    total /= sums[:, None]
-    ptrs = out_ptr + b * stride_out_batch + head * stride_out_head + row[:, None] * stride_out_row + wide[None, :]
-    tl.store(ptrs, total.to(out_ptr.dtype.element_ty), mask=inside)
+    store_tile(out, b, head, row, rows, wide, D_VALUE, total / sums[:, None])
 
 
 def _concept_attention_triton(
@@ -328,28 +313,28 @@ def _concept_attention_triton(
     sums = torch.empty(batch, heads, parts, c, 2, dtype=torch.float32, device=query.device)
     block_rows = min(next_power_of_2(max(c, 16)), 16 if full else 64)
     block_d, block_value = next_power_of_2(max(d, 16)), next_power_of_2(max(e, 16))
-    row_blocks = -(-c // block_rows)
+    row_blocks, (no_mask, _) = -(-c // block_rows), mask_argument(None, query, key)
     with torch.cuda.device_of(query):
         for k, v, before, its_parts in ((key, value, 0, own), (image_key, image_value, own, of_image)):
             if its_parts:
-                align, (query_strides, key_strides, value_strides) = aligned(query, k, v)
+                align, (queries, keys, values) = aligned(query, k, v)
                 _concept_attention_kernel[(row_blocks * its_parts, heads, batch)](
-                    query, k, v, partial, sums, heads, c, k.shape[2], before, its_parts, parts, scale * LOG2_E,
-                    *query_strides, *key_strides, *value_strides, ALIGN=align, D=d, D_VALUE=e, PART=KEYS_A_PART,
+                    queries, keys, values, no_mask, partial, sums, heads, c, k.shape[2], before, its_parts, parts,
+                    scale * LOG2_E, ALIGN=align, D=d, D_VALUE=e, PART=KEYS_A_PART,
                     BLOCK_ROWS=block_rows, BLOCK_TOKENS=16 if full else 32, BLOCK_D=block_d, BLOCK_VALUE=block_value,
                     num_warps=4, num_stages=1 if full or max(d, e) > 160 else 2,
                 )  # fmt: skip
         _concept_attention_join_kernel[(row_blocks, heads, batch)](
-            out, partial, sums, heads, c, parts, *out.stride()[:3], D_VALUE=e, BLOCK_ROWS=block_rows,
+            heads_of(out), partial, sums, heads, c, parts, D_VALUE=e, BLOCK_ROWS=block_rows,
             BLOCK_VALUE=block_value, num_warps=4,
         )  # fmt: skip
 
 
 @jit
 def _concept_map_kernel(
-    maps_ptr,
-    output_ptr,
-    concepts_ptr,
+    maps,
+    output,
+    concepts,
     weight_ptr,
     group_ptr,
     batch,
@@ -357,17 +342,6 @@ def _concept_map_kernel(
     rows,
     n_concepts,
     groups,
-    stride_maps_group,
-    stride_maps_row,
-    stride_maps_token,
-    stride_output_batch,
-    stride_output_head,
-    stride_output_row,
-    stride_output_d,
-    stride_concepts_batch,
-    stride_concepts_head,
-    stride_concepts_token,
-    stride_concepts_d,
     WEIGHTED: tl.constexpr,
     SOFTMAX: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -390,40 +364,34 @@ def _concept_map_kernel(
             scores = tl.zeros([BLOCK_ROWS, BLOCK_TOKENS], tl.float32)
             for h in range(0, heads):
                 head = tl.cast(h, tl.int64)
-                product = score_product(
-                    output_ptr + (b * stride_output_batch + head * stride_output_head) * ALIGN,
-                    concepts_ptr + (b * stride_concepts_batch + head * stride_concepts_head) * ALIGN,
-                    row, rows, token, n_concepts, stride_output_row, stride_output_d, stride_concepts_token,
-                    stride_concepts_d, D, ALIGN, BLOCK_ROWS, BLOCK_TOKENS, BLOCK_D,
+                product = head_product(
+                    output, concepts, b, head, head, row, rows, token, n_concepts,
+                    D, ALIGN, BLOCK_ROWS, BLOCK_TOKENS, BLOCK_D,
                 )  # fmt: skip
                 if WEIGHTED:
-                    scores += product * tl.load(weight_ptr + head)
-                else:
-                    scores += product
+                    product *= tl.load(weight_ptr + head)
+                scores += product
             if SOFTMAX:
-                scores = masked_scores(scores * 1.4426950408889634, maps_ptr, row, rows, token, n_concepts, 0, 0, 0)
+                scores = tl.where((token < n_concepts)[None, :], scores * 1.4426950408889634, float("-inf"))
                 p = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
                 total += p / tl.sum(p, axis=1)[:, None]
             else:
                 total += scores
     if (g >= 0) & leads:
-        ptrs = maps_ptr + g * stride_maps_group + row[:, None] * stride_maps_row + token[None, :] * stride_maps_token
-        inside = (row < rows)[:, None] & (token < n_concepts)[None, :]
-        tl.store(ptrs, tl.load(ptrs, mask=inside) + total, mask=inside)
+        add_to_maps(maps, g, row, rows, token, n_concepts, total)
 
 
 def _concept_map_triton(
     maps: Tensor, output: Tensor, concepts: Tensor, head_weight: Tensor | None, group: Tensor, softmax: bool
 ) -> None:
     (batch, heads, n, e), c, full = output.shape, concepts.shape[2], output.dtype == torch.float32
-    align, (output_strides, concepts_strides) = aligned(output, concepts)
-    weight = output if head_weight is None else head_weight.float().contiguous()
+    align, (outputs, of_concepts) = aligned(output, concepts)
     block_tokens = next_power_of_2(max(c, 16))
     block_rows = 16 if n <= 256 or full or block_tokens > 64 else 32
     with torch.cuda.device_of(output):
         _concept_map_kernel[(-(-n // block_rows), batch)](
-            maps, output, concepts, weight, group.contiguous(), batch, heads, n, c, maps.shape[0], *maps.stride(),
-            *output_strides, *concepts_strides, WEIGHTED=head_weight is not None, SOFTMAX=softmax, ALIGN=align, D=e,
+            Maps(maps, *maps.stride()), outputs, of_concepts, weight_argument(head_weight, output), group.contiguous(),
+            batch, heads, n, c, maps.shape[0], WEIGHTED=head_weight is not None, SOFTMAX=softmax, ALIGN=align, D=e,
             BLOCK_BATCH=next_power_of_2(batch), BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens,
             BLOCK_D=min(next_power_of_2(max(e, 16)), 32 if full else 64), num_warps=4,
             num_stages=1 if full or e > 64 else 2,
@@ -460,16 +428,10 @@ def _concept_attention_fake(
 def _concept_map(
     maps: Tensor, output: Tensor, concepts: Tensor, head_weight: Tensor | None, group: Tensor, softmax: bool
 ) -> None:
-    _check_map(maps, output, concepts, head_weight, group)
+    _check_map(maps, output, concepts, head_weight, group, softmax)
     if maps.numel() and output.numel():
         run = _concept_map_triton if implementation("concept_map", output) == "triton" else _concept_map_cpu
         run(maps, output, concepts, head_weight, group, softmax)
-
-
-def _concept_map_fake(
-    maps: Tensor, output: Tensor, concepts: Tensor, head_weight: Tensor | None, group: Tensor, softmax: bool
-) -> None:
-    _check_map(maps, output, concepts, head_weight, group)
 
 
 register(
@@ -483,7 +445,7 @@ register(
     "concept_map_",
     "(Tensor(a!) maps, Tensor output, Tensor concepts, Tensor? head_weight, Tensor group, bool softmax) -> ()",
     _concept_map,
-    fake=_concept_map_fake,
+    fake=_check_map,
     mutates=("maps",),
 )
 

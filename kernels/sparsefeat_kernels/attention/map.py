@@ -14,25 +14,32 @@ from ..threads import conducted, each, pieces, together
 from .flash import flash
 from .scores import (
     BLOCK_BYTES,
-    LOG2_E,
     add_to_group,
     additive,
-    aligned,
     arguments,
     check_accumulator,
     check_device,
     check_query_and_key,
     counted_rows,
     dense_probabilities,
-    group_of,
     head_weights,
-    load_heads,
-    mask_arguments,
-    masked_scores,
     score_blocks,
-    score_product,
 )
-from .tap import attention_tap_triton
+from .tap import tap_of_tokens_triton
+from .tiles import (
+    LOG2_E,
+    Maps,
+    add_to_maps,
+    aligned,
+    group_of,
+    head_product,
+    heads_of,
+    load_tile,
+    mask_argument,
+    masked,
+    store_tile,
+    weight_argument,
+)
 
 __all__ = ["attention_map_", "attention_with_map_"]
 
@@ -160,6 +167,7 @@ def _check(
     maps: Tensor,
     query: Tensor,
     key: Tensor,
+    scale: float,
     mask: Tensor | None,
     head_weight: Tensor | None,
     group: Tensor,
@@ -270,12 +278,12 @@ ONE_TILE = 256
 
 @jit
 def _attention_map_kernel(
-    maps_ptr,
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    out_ptr,
-    mask_ptr,
+    maps,
+    query,
+    key,
+    value,
+    out,
+    mask,
     weight_ptr,
     group_ptr,
     tokens_ptr,
@@ -287,28 +295,6 @@ def _attention_map_kernel(
     groups,
     scale,
     heads_per_key,
-    stride_maps_group,
-    stride_maps_row,
-    stride_maps_token,
-    stride_query_batch,
-    stride_query_head,
-    stride_query_row,
-    stride_query_d,
-    stride_key_batch,
-    stride_key_head,
-    stride_key_token,
-    stride_key_d,
-    stride_value_batch,
-    stride_value_head,
-    stride_value_token,
-    stride_value_d,
-    stride_out_batch,
-    stride_out_head,
-    stride_out_row,
-    stride_mask_batch,
-    stride_mask_head,
-    stride_mask_row,
-    stride_mask_token,
     OUTPUT: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SELECTED: tl.constexpr,
@@ -337,16 +323,11 @@ def _attention_map_kernel(
         for h in range(0, tl.where(mine, heads, 0)):  # another program's batch row: no head
             head = tl.cast(h, tl.int64)
             key_head = head // heads_per_key
-            scores = score_product(
-                query_ptr + (b * stride_query_batch + head * stride_query_head) * ALIGN,
-                key_ptr + (b * stride_key_batch + key_head * stride_key_head) * ALIGN,
-                row, rows, token, n_tokens, stride_query_row, stride_query_d, stride_key_token, stride_key_d,
+            scores = head_product(
+                query, key, b, head, key_head, row, rows, token, n_tokens,
                 D, ALIGN, BLOCK_ROWS, BLOCK_TOKENS, BLOCK_D,
             )  # fmt: skip
-            scores = masked_scores(
-                scores * scale, mask_ptr + b * stride_mask_batch + head * stride_mask_head,
-                row, rows, token, n_tokens, stride_mask_row, stride_mask_token, MASK,
-            )  # fmt: skip
+            scores = masked(scores * scale, mask, b, head, row, rows, token, n_tokens, MASK)
             highest = tl.max(scores, axis=1)
             p = tl.exp2(scores - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
             sums = tl.sum(p, axis=1)  # 1 at least, or 0 where every key is masked, and then so is p
@@ -356,31 +337,22 @@ def _attention_map_kernel(
             else:
                 total += p
             if OUTPUT:
-                p = p.to(value_ptr.dtype.element_ty)
-                values_ptr = value_ptr + (b * stride_value_batch + key_head * stride_value_head) * ALIGN
-                outs_ptr = out_ptr + b * stride_out_batch + head * stride_out_head + row[:, None] * stride_out_row
                 for start in tl.static_range(0, D_VALUE, BLOCK_D):
                     column = start + tl.arange(0, BLOCK_D)
-                    v = load_heads(
-                        values_ptr, token, n_tokens, column, stride_value_token, stride_value_d, D_VALUE, ALIGN
-                    )
-                    o = tl.dot(p, v, input_precision="ieee")  # [BLOCK_ROWS, BLOCK_D]
-                    inside = (row < rows)[:, None] & (column < D_VALUE)[None, :]
-                    tl.store(outs_ptr + column[None, :], o.to(out_ptr.dtype.element_ty), mask=inside)
+                    v = load_tile(value, b, key_head, token, n_tokens, column, D_VALUE, ALIGN)
+                    o = tl.dot(p.to(v.dtype), v, input_precision="ieee")  # [BLOCK_ROWS, BLOCK_D]
+                    store_tile(out, b, head, row, rows, column, D_VALUE, o)
     if (g >= 0) & leads:
-        maps_ptrs = maps_ptr + g * stride_maps_group + row * stride_maps_row
         if SELECTED:  # column by column: as exact as a copy, and few
             for j in range(0, n_selected):
                 place = tl.cast(j, tl.int64)
                 chosen = tl.load(tokens_ptr + place)
                 column_sum = tl.sum(tl.where((token == chosen)[None, :], total, 0.0), axis=1)
                 owned = (row < rows) & (chosen >= 0) & (chosen < n_tokens)
-                ptrs = maps_ptrs + place * stride_maps_token
+                ptrs = maps.ptr + g * maps.group + row * maps.row + place * maps.token
                 tl.store(ptrs, tl.load(ptrs, mask=owned) + column_sum, mask=owned)
         else:
-            ptrs = maps_ptrs[:, None] + token[None, :] * stride_maps_token
-            inside = (row < rows)[:, None] & (token < n_tokens)[None, :]
-            tl.store(ptrs, tl.load(ptrs, mask=inside) + total, mask=inside)
+            add_to_maps(maps, g, row, rows, token, n_tokens, total)
 
 
 def _attention_triton(
@@ -399,14 +371,12 @@ def _attention_triton(
     full = query.dtype == torch.float32
     if key.shape[2] > ONE_TILE or (full and out is not None):
         lse = flash(maps.shape[0], query, key, value, scale, mask, group, out)
-        _tap(maps, query, key, lse, scale, mask, head_weight, group, tokens)
+        tap_of_tokens_triton(maps, query, key, lse, scale, mask, head_weight, group, tokens)
         return
     (batch, heads, n, d), n_tokens = query.shape, key.shape[2]
-    mask_pointer, mask_strides, masked = mask_arguments(additive(mask, query, key), query)
+    bias, is_masked = mask_argument(mask, query, key)
     v = key if value is None else value
-    o = query if out is None else out
-    align, (query_strides, key_strides, value_strides) = aligned(query, key, v)
-    weight = query if head_weight is None else head_weight.float().contiguous()
+    align, (queries, keys, values) = aligned(query, key, v)
     block_tokens = next_power_of_2(max(n_tokens, 16))
     # 32 rows of 128 keys: 250 registers with the output, and 128 programs at 64 x 64 positions, an H100's 132
     # multiprocessors; 64 rows spill. Few rows: smaller blocks still, for more programs.
@@ -417,45 +387,14 @@ def _attention_triton(
     stages = 1 if full or widest > 64 or backend() == "hip" else 2
     with torch.cuda.device_of(query):
         _attention_map_kernel[(-(-n // block_rows), batch)](
-            maps, query, key, v, o, mask_pointer, weight, group.contiguous(),
-            group if tokens is None else tokens.contiguous(), batch, heads, n, n_tokens, maps.shape[2], maps.shape[0],
-            scale * LOG2_E, heads // key.shape[1], *maps.stride(), *query_strides, *key_strides, *value_strides,
-            *o.stride()[:3], *mask_strides, OUTPUT=out is not None, WEIGHTED=head_weight is not None,
-            SELECTED=tokens is not None, MASK=masked, ALIGN=align, D=d, D_VALUE=v.shape[3],
+            Maps(maps, *maps.stride()), queries, keys, values, heads_of(query if out is None else out), bias,
+            weight_argument(head_weight, query), group.contiguous(), group if tokens is None else tokens.contiguous(),
+            batch, heads, n, n_tokens, maps.shape[2], maps.shape[0], scale * LOG2_E, heads // key.shape[1],
+            OUTPUT=out is not None, WEIGHTED=head_weight is not None, SELECTED=tokens is not None, MASK=is_masked,
+            ALIGN=align, D=d, D_VALUE=v.shape[3],
             BLOCK_BATCH=next_power_of_2(batch), BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, BLOCK_D=block_d,
             num_warps=8 if full or block_tokens > 128 else 4, num_stages=stages,
         )  # fmt: skip
-
-
-def _tap(
-    maps: Tensor,
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    head_weight: Tensor | None,
-    group: Tensor,
-    tokens: Tensor | None,
-) -> None:
-    """The maps of the chosen keys; of those out of range nothing, which is a mask of -inf."""
-    bias = additive(mask, query, key)
-    if tokens is not None:
-        owned = (tokens >= 0) & (tokens < key.shape[2])
-        at = torch.where(owned, tokens, 0)
-        key = key.index_select(2, at)
-        kept = torch.where(owned, 0.0, -torch.inf)[None, None, None, :]
-        # Of a bias that is expanded only its own numbers are gathered.
-        bias = kept.expand(query.shape[0], 1, 1, -1) if bias is None else _folded(bias).index_select(3, at) + kept
-        bias = bias.expand(*query.shape[:3], -1)
-    attention_tap_triton(maps, query, key, lse, scale, bias, head_weight, group)
-
-
-def _folded(bias: Tensor) -> Tensor:
-    """An expanded tensor without its repetitions, except along the last dimension."""
-    for dim in range(3):
-        bias = bias.narrow(dim, 0, 1) if bias.stride(dim) == 0 else bias
-    return bias
 
 
 # ------------------------------------------------------------------------------------------------------- registration
@@ -471,24 +410,11 @@ def _attention_map(
     group: Tensor,
     tokens: Tensor | None,
 ) -> None:
-    _check(maps, query, key, mask, head_weight, group, tokens)
+    _check(maps, query, key, scale, mask, head_weight, group, tokens)
     if maps.numel() == 0 or query.numel() == 0 or key.shape[2] == 0:
         return
     run = _attention_triton if implementation("attention_map", query) == "triton" else _attention_cpu
     run(maps, query, key, None, scale, mask, head_weight, group, tokens, None)
-
-
-def _attention_map_fake(
-    maps: Tensor,
-    query: Tensor,
-    key: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    head_weight: Tensor | None,
-    group: Tensor,
-    tokens: Tensor | None,
-) -> None:
-    _check(maps, query, key, mask, head_weight, group, tokens)
 
 
 def _empty_output(query: Tensor, value: Tensor) -> Tensor:
@@ -507,7 +433,7 @@ def _attention_with_map(
     group: Tensor,
     tokens: Tensor | None,
 ) -> Tensor:
-    _check(maps, query, key, mask, head_weight, group, tokens)
+    _check(maps, query, key, scale, mask, head_weight, group, tokens)
     _check_value(value, query, key)
     out = _empty_output(query, value)
     if out.numel() == 0 or key.shape[2] == 0:
@@ -528,7 +454,7 @@ def _attention_with_map_fake(
     group: Tensor,
     tokens: Tensor | None,
 ) -> Tensor:
-    _check(maps, query, key, mask, head_weight, group, tokens)
+    _check(maps, query, key, scale, mask, head_weight, group, tokens)
     _check_value(value, query, key)
     return _empty_output(query, value)
 
@@ -538,7 +464,7 @@ register(
     "(Tensor(a!) maps, Tensor query, Tensor key, float scale, Tensor? mask, Tensor? head_weight, Tensor group, "
     "Tensor? tokens) -> ()",
     _attention_map,
-    fake=_attention_map_fake,
+    fake=_check,
     mutates=("maps",),
 )
 

@@ -10,18 +10,18 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import implementation, jit, next_power_of_2, ops, register, sum_dtype, tl
 from ..threads import conducted, each, together
-from .scores import (
-    additive,
+from .scores import additive, arguments, check_query_and_key, dense_probabilities, head_weights, score_blocks
+from .tiles import (
+    Maps,
     aligned,
-    arguments,
-    check_query_and_key,
-    dense_probabilities,
-    head_weights,
-    load_heads,
-    mask_arguments,
-    masked_scores,
-    score_blocks,
-    score_product,
+    head_product,
+    load_tile,
+    mask_argument,
+    masked,
+    softmax_start,
+    softmax_step,
+    tile_scores,
+    weight_argument,
 )
 
 __all__ = ["attention_map"]
@@ -163,17 +163,7 @@ def _finite_or_zero(x):
 
 
 @jit
-def _load_grad(
-    grad_ptr,
-    slots_ptr,
-    row,
-    rows,
-    token,
-    n_tokens,
-    stride_row,
-    stride_token,
-    SELECTED: tl.constexpr,
-):
+def _load_grad(grad, slots_ptr, b, row, rows, token, n_tokens, SELECTED: tl.constexpr):
     """The gradient of the maps at these rows and keys; 0 where a key has no map."""
     if SELECTED:
         column = tl.load(slots_ptr + token, mask=token < n_tokens, other=-1)
@@ -181,19 +171,28 @@ def _load_grad(
     else:
         column = token
         there = token < n_tokens
-    ptrs = grad_ptr + row[:, None] * stride_row + column[None, :] * stride_token
+    ptrs = grad.ptr + b * grad.group + row[:, None] * grad.row + column[None, :] * grad.token
     return tl.load(ptrs, mask=(row < rows)[:, None] & there[None, :], other=0.0)
 
 
 @jit
+def _unit(factor, weight_ptr, head, WEIGHTED: tl.constexpr):
+    """What the gradient of the maps is multiplied by for this head."""
+    unit = 1 / factor
+    if WEIGHTED:
+        unit *= tl.load(weight_ptr + head)
+    return unit
+
+
+@jit
 def _attention_gradient_rows_kernel(
-    grad_ptr,
-    query_ptr,
-    key_ptr,
+    grad,
+    query,
+    key,
     grad_query_ptr,
     lse_ptr,
     dot_ptr,
-    mask_ptr,
+    mask,
     weight_ptr,
     slots_ptr,
     factor_ptr,
@@ -202,21 +201,6 @@ def _attention_gradient_rows_kernel(
     n_tokens,
     scale,
     heads_per_key,
-    stride_grad_batch,
-    stride_grad_row,
-    stride_grad_token,
-    stride_query_batch,
-    stride_query_head,
-    stride_query_row,
-    stride_query_d,
-    stride_key_batch,
-    stride_key_head,
-    stride_key_token,
-    stride_key_d,
-    stride_mask_batch,
-    stride_mask_head,
-    stride_mask_row,
-    stride_mask_token,
     WEIGHTED: tl.constexpr,
     SELECTED: tl.constexpr,
     MASK: tl.constexpr,
@@ -230,36 +214,22 @@ def _attention_gradient_rows_kernel(
     """A block of rows of one head: log-sum-exp (in powers of two), sum of P G w, and the gradient of the query."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     head, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    grad_ptr += b * stride_grad_batch
-    query_ptr += (b * stride_query_batch + head * stride_query_head) * ALIGN
-    key_ptr += (b * stride_key_batch + (head // heads_per_key) * stride_key_head) * ALIGN
-    mask_ptr += b * stride_mask_batch + head * stride_mask_head
+    key_head = head // heads_per_key
     factor = tl.load(factor_ptr)
-    unit = 1 / factor
-    if WEIGHTED:
-        unit *= tl.load(weight_ptr + head)
+    unit = _unit(factor, weight_ptr, head, WEIGHTED)
     column = tl.arange(0, BLOCK_D)
-    highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    sums = tl.zeros([BLOCK_ROWS], tl.float32)
+    highest, sums = softmax_start(BLOCK_ROWS)
     dots = tl.zeros([BLOCK_ROWS], tl.float32)
     for start in range(0, n_tokens, BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS).to(tl.int64)
-        scores = score_product(
-            query_ptr, key_ptr, row, rows, token, n_tokens, stride_query_row, stride_query_d, stride_key_token,
-            stride_key_d, D, ALIGN, BLOCK_ROWS, BLOCK_TOKENS, CHUNK_D,
-        )  # fmt: skip
+        scores = head_product(
+            query, key, b, head, key_head, row, rows, token, n_tokens, D, ALIGN, BLOCK_ROWS, BLOCK_TOKENS, CHUNK_D
+        )
         scores *= scale * 1.4426950408889634
-        scores = masked_scores(scores, mask_ptr, row, rows, token, n_tokens, stride_mask_row, stride_mask_token, MASK)
-        g = _load_grad(
-            grad_ptr, slots_ptr, row, rows, token, n_tokens, stride_grad_row, stride_grad_token, SELECTED
-        )  # fmt: skip
-        higher = tl.maximum(highest, tl.max(scores, axis=1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink = tl.exp2(highest - base)
-        p = tl.exp2(scores - base[:, None])  # [BLOCK_ROWS, BLOCK_TOKENS]
-        sums = sums * shrink + tl.sum(p, axis=1)
+        scores = masked(scores, mask, b, head, row, rows, token, n_tokens, MASK)
+        g = _load_grad(grad, slots_ptr, b, row, rows, token, n_tokens, SELECTED)
+        p, shrink, _, highest, sums = softmax_step(scores, highest, sums)
         dots = dots * shrink + tl.sum(p * (g * unit), axis=1)
-        highest = higher
     sums = tl.where(sums == 0, 1.0, sums)  # every key is masked: highest is -inf, and so the probabilities are 0
     lse = tl.where(highest == float("-inf"), float("inf"), highest + tl.log2(sums))
     dots /= sums
@@ -269,17 +239,14 @@ def _attention_gradient_rows_kernel(
     total = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
     for start in range(0, n_tokens, BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS).to(tl.int64)
-        scores = score_product(
-            query_ptr, key_ptr, row, rows, token, n_tokens, stride_query_row, stride_query_d, stride_key_token,
-            stride_key_d, D, ALIGN, BLOCK_ROWS, BLOCK_TOKENS, CHUNK_D,
-        )  # fmt: skip
+        scores = head_product(
+            query, key, b, head, key_head, row, rows, token, n_tokens, D, ALIGN, BLOCK_ROWS, BLOCK_TOKENS, CHUNK_D
+        )
         scores *= scale * 1.4426950408889634
-        scores = masked_scores(scores, mask_ptr, row, rows, token, n_tokens, stride_mask_row, stride_mask_token, MASK)
-        g = _load_grad(
-            grad_ptr, slots_ptr, row, rows, token, n_tokens, stride_grad_row, stride_grad_token, SELECTED
-        )  # fmt: skip
+        scores = masked(scores, mask, b, head, row, rows, token, n_tokens, MASK)
+        g = _load_grad(grad, slots_ptr, b, row, rows, token, n_tokens, SELECTED)
         d_scores = tl.exp2(scores - lse[:, None]) * (g * unit - dots[:, None])
-        k = load_heads(key_ptr, token, n_tokens, column, stride_key_token, stride_key_d, D, ALIGN)
+        k = load_tile(key, b, key_head, token, n_tokens, column, D, ALIGN)
         total = tl.dot(d_scores.to(k.dtype), _finite_or_zero(k), total, input_precision="ieee")
     ptrs = grad_query_ptr + at[:, None] * D + column[None, :]
     inside = (row < rows)[:, None] & (column < D)[None, :]
@@ -288,13 +255,13 @@ def _attention_gradient_rows_kernel(
 
 @jit
 def _attention_gradient_keys_kernel(
-    grad_ptr,
-    query_ptr,
-    key_ptr,
+    grad,
+    query,
+    key,
     grad_key_ptr,
     lse_ptr,
     dot_ptr,
-    mask_ptr,
+    mask,
     weight_ptr,
     slots_ptr,
     factor_ptr,
@@ -303,21 +270,6 @@ def _attention_gradient_keys_kernel(
     n_tokens,
     scale,
     heads_per_key,
-    stride_grad_batch,
-    stride_grad_row,
-    stride_grad_token,
-    stride_query_batch,
-    stride_query_head,
-    stride_query_row,
-    stride_query_d,
-    stride_key_batch,
-    stride_key_head,
-    stride_key_token,
-    stride_key_d,
-    stride_mask_batch,
-    stride_mask_head,
-    stride_mask_row,
-    stride_mask_token,
     WEIGHTED: tl.constexpr,
     SELECTED: tl.constexpr,
     MASK: tl.constexpr,
@@ -330,30 +282,19 @@ def _attention_gradient_keys_kernel(
     """A block of keys of one key head: the gradient from all rows of all heads that read it, in order."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     key_head, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    grad_ptr += b * stride_grad_batch
-    key_ptr += (b * stride_key_batch + key_head * stride_key_head) * ALIGN
     factor = tl.load(factor_ptr)
     column = tl.arange(0, BLOCK_D)
-    k = load_heads(key_ptr, token, n_tokens, column, stride_key_token, stride_key_d, D, ALIGN)
+    k = load_tile(key, b, key_head, token, n_tokens, column, D, ALIGN)
     total = tl.zeros([BLOCK_TOKENS, BLOCK_D], tl.float32)
     for shared in range(0, heads_per_key):
         head = key_head * heads_per_key + shared
-        unit = 1 / factor
-        if WEIGHTED:
-            unit *= tl.load(weight_ptr + head)
-        queries_ptr = query_ptr + (b * stride_query_batch + head * stride_query_head) * ALIGN
-        masks_ptr = mask_ptr + b * stride_mask_batch + head * stride_mask_head
+        unit = _unit(factor, weight_ptr, head, WEIGHTED)
         for start in range(0, rows, BLOCK_ROWS):
             row = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)
             at = (b * heads + head) * rows + row
-            q = load_heads(queries_ptr, row, rows, column, stride_query_row, stride_query_d, D, ALIGN)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
-            scores = masked_scores(
-                scores, masks_ptr, row, rows, token, n_tokens, stride_mask_row, stride_mask_token, MASK
-            )  # fmt: skip
-            g = _load_grad(
-                grad_ptr, slots_ptr, row, rows, token, n_tokens, stride_grad_row, stride_grad_token, SELECTED
-            )  # fmt: skip
+            q = load_tile(query, b, head, row, rows, column, D, ALIGN)
+            scores = tile_scores(q, k, scale * 1.4426950408889634, mask, b, head, row, rows, token, n_tokens, MASK)
+            g = _load_grad(grad, slots_ptr, b, row, rows, token, n_tokens, SELECTED)
             lse = tl.load(lse_ptr + at, mask=row < rows, other=float("inf"))
             dots = tl.load(dot_ptr + at, mask=row < rows, other=0.0)
             d_scores = tl.exp2(scores - lse[:, None]) * (g * unit - dots[:, None])
@@ -391,33 +332,25 @@ def _gradient_triton(
     (batch, heads, n, d), (_, key_heads, n_tokens, _) = query.shape, key.shape
     grad_query, grad_key = query.new_empty(query.shape), key.new_empty(key.shape)
     lse, dots = (query.new_empty(batch, heads, n, dtype=torch.float32) for _ in range(2))
-    mask_pointer, mask_strides, masked = mask_arguments(additive(mask, query, key), query)
-    align, (query_strides, key_strides) = aligned(query, key)
-    weight = query if head_weight is None else head_weight.float().contiguous()
+    bias, is_masked = mask_argument(mask, query, key)
+    align, (queries, keys) = aligned(query, key)
     block_d = next_power_of_2(max(d, 16))
     block_rows, block_tokens, warps = _blocks(query.dtype == torch.float32, block_d)
-    given = (lse, dots, mask_pointer, weight, grad if slots is None else slots, _power_of_two(grad))
-    sizes = (heads, n, n_tokens, scale, heads // key_heads)
-    strides = (*grad.stride(), *query_strides, *key_strides, *mask_strides)
+    given = (lse, dots, bias, weight_argument(head_weight, query), grad if slots is None else slots)
+    sizes = (_power_of_two(grad), heads, n, n_tokens, scale, heads // key_heads)
+    grads = Maps(grad, *grad.stride())
     options = {
-        "WEIGHTED": head_weight is not None, "SELECTED": slots is not None, "MASK": masked, "ALIGN": align, "D": d,
+        "WEIGHTED": head_weight is not None, "SELECTED": slots is not None, "MASK": is_masked, "ALIGN": align, "D": d,
         "BLOCK_ROWS": block_rows, "BLOCK_TOKENS": block_tokens, "BLOCK_D": block_d,
         "num_warps": warps, "num_stages": 1,
     }  # fmt: skip
+    chunk = min(block_d, 32 if query.dtype == torch.float32 else 64)
     with torch.cuda.device_of(query):
         _attention_gradient_rows_kernel[(-(-n // block_rows), heads, batch)](
-            grad,
-            query,
-            key,
-            grad_query,
-            *given,
-            *sizes,
-            *strides,
-            **options,
-            CHUNK_D=min(block_d, 32 if query.dtype == torch.float32 else 64),
+            grads, queries, keys, grad_query, *given, *sizes, **options, CHUNK_D=chunk
         )
         _attention_gradient_keys_kernel[(-(-n_tokens // block_tokens), key_heads, batch)](
-            grad, query, key, grad_key, *given, *sizes, *strides, **options
+            grads, queries, keys, grad_key, *given, *sizes, **options
         )
     return grad_query, grad_key
 

@@ -9,19 +9,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import implementation, jit, next_power_of_2, ops, register, sum_dtype, tl
-from .scores import (
-    LOG2_E,
-    additive,
-    aligned,
-    arguments,
-    check_device,
-    check_query_and_key,
-    dense_probabilities,
-    load_heads,
-    mask_arguments,
-    masked_scores,
-    score_blocks,
-)
+from .scores import additive, arguments, check_device, check_query_and_key, dense_probabilities, score_blocks
+from .tiles import LOG2_E, aligned, load_tile, mask_argument, softmax_start, softmax_step, tile_scores
 
 __all__ = ["attention_rows"]
 
@@ -122,9 +111,9 @@ def _attention_rows_cpu(
 
 @jit
 def _attention_rows_kernel(
-    query_ptr,
-    key_ptr,
-    mask_ptr,
+    query,
+    key,
+    mask,
     marked_ptr,
     lse_ptr,
     entropy_ptr,
@@ -134,18 +123,6 @@ def _attention_rows_kernel(
     n_tokens,
     scale,
     heads_per_key,
-    stride_query_batch,
-    stride_query_head,
-    stride_query_row,
-    stride_query_d,
-    stride_key_batch,
-    stride_key_head,
-    stride_key_token,
-    stride_key_d,
-    stride_mask_batch,
-    stride_mask_head,
-    stride_mask_row,
-    stride_mask_token,
     stride_marked_batch,
     stride_marked_token,
     MASK: tl.constexpr,
@@ -160,35 +137,25 @@ def _attention_rows_kernel(
     with m the largest score so far and scores in powers of two."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     head, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    query_ptr += (b * stride_query_batch + head * stride_query_head) * ALIGN
-    key_ptr += (b * stride_key_batch + (head // heads_per_key) * stride_key_head) * ALIGN
-    mask_ptr += b * stride_mask_batch + head * stride_mask_head
     marked_ptr += b * stride_marked_batch
     column = tl.arange(0, BLOCK_D)
-    q = load_heads(query_ptr, row, rows, column, stride_query_row, stride_query_d, D, ALIGN)
-    highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    sums = tl.zeros([BLOCK_ROWS], tl.float32)
+    q = load_tile(query, b, head, row, rows, column, D, ALIGN)
+    highest, sums = softmax_start(BLOCK_ROWS)
     spread = tl.zeros([BLOCK_ROWS], tl.float32)
     mass = tl.zeros([BLOCK_ROWS], tl.float32)
     for start in range(0, n_tokens, BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS).to(tl.int64)
-        k = load_heads(key_ptr, token, n_tokens, column, stride_key_token, stride_key_d, D, ALIGN)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [BLOCK_ROWS, BLOCK_TOKENS]
-        scores = masked_scores(scores, mask_ptr, row, rows, token, n_tokens, stride_mask_row, stride_mask_token, MASK)
-        higher = tl.maximum(highest, tl.max(scores, axis=1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
+        k = load_tile(key, b, head // heads_per_key, token, n_tokens, column, D, ALIGN)
+        scores = tile_scores(q, k, scale, mask, b, head, row, rows, token, n_tokens, MASK)
+        before, sums_before = highest, sums
+        p, shrink, base, highest, sums = softmax_step(scores, before, sums_before)
         # 2^-1000 is 0; a finite difference keeps the product below 0 where nothing was summed, or only masked keys.
-        rise = tl.maximum(highest - base, -1000.0)
-        shrink = tl.exp2(rise)
-        scores -= base[:, None]
-        p = tl.exp2(scores)
-        spread = (spread + rise * sums) * shrink
-        spread += tl.sum(tl.where(scores == float("-inf"), 0.0, p * scores), axis=1)
-        sums = sums * shrink + tl.sum(p, axis=1)
+        rise = tl.maximum(before - base, -1000.0)
+        spread = (spread + rise * sums_before) * shrink
+        spread += tl.sum(tl.where(scores == float("-inf"), 0.0, p * (scores - base[:, None])), axis=1)
         if MARKED:
             is_marked = tl.load(marked_ptr + token * stride_marked_token, mask=token < n_tokens, other=0) != 0
             mass = mass * shrink + tl.sum(tl.where(is_marked[None, :], p, 0.0), axis=1)
-        highest = higher
     sums = tl.where(sums == 0, 1.0, sums)  # every key is masked: highest is -inf, the other sums are 0
     log = tl.log2(sums)
     at = (b * heads + head) * rows + row
@@ -204,16 +171,16 @@ def _attention_rows_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (batch, heads, n, d), full = query.shape, query.dtype == torch.float32
     lse, entropy, mass = (query.new_empty(batch, heads, n, dtype=torch.float32) for _ in range(3))
-    mask_pointer, mask_strides, masked = mask_arguments(additive(mask, query, key), query)
+    bias, masked = mask_argument(mask, query, key)
     marks = query if marked is None else marked.expand(batch, key.shape[2]).to(torch.int8)
-    align, (query_strides, key_strides) = aligned(query, key)
+    align, (queries, keys) = aligned(query, key)
     block_d = next_power_of_2(max(d, 16))
     block_rows, block_tokens = 16 if full else 64, 32 if full or block_d > 128 else 64
     with torch.cuda.device_of(query):
         _attention_rows_kernel[(-(-n // block_rows), heads, batch)](
-            query, key, mask_pointer, marks, lse, entropy, mass, heads, n, key.shape[2], scale * LOG2_E,
-            heads // key.shape[1], *query_strides, *key_strides, *mask_strides,
-            *((0, 0) if marked is None else marks.stride()), MASK=masked, MARKED=marked is not None, ALIGN=align, D=d,
+            queries, keys, bias, marks, lse, entropy, mass, heads, n, key.shape[2], scale * LOG2_E,
+            heads // key.shape[1], *((0, 0) if marked is None else marks.stride()), MASK=masked,
+            MARKED=marked is not None, ALIGN=align, D=d,
             BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, BLOCK_D=block_d, num_warps=4,
             num_stages=1 if full or block_d > 256 else 2,
         )  # fmt: skip

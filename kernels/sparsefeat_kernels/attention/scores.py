@@ -1,4 +1,4 @@
-"""What the attention ops share: their arguments, and the scores of queries and keys, a block or a tile at a time."""
+"""What the attention ops share: their arguments, and on a CPU the scores of queries and keys, a block at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..dispatch import block_bytes, implementation, jit, sum_dtype, tl
+from ..dispatch import block_bytes, implementation, sum_dtype
 
 __all__ = ["arguments", "score_blocks"]
 
@@ -17,7 +17,6 @@ BLOCK_BYTES = 1 << 20
 # A bias below this is a mask: the lowest number of fp32 or bf16 is a usual way to write one, and no score and no
 # logarithm of a sum can be told from it once it is added.
 MASKED = -1e30
-LOG2_E = math.log2(math.e)
 # Batch rows and heads are the second and third dimension of a GPU's grid, which end here.
 LARGEST_GRID = 65535
 
@@ -182,106 +181,3 @@ def add_to_group(sums: Tensor, group: Tensor, more: Tensor) -> None:
     counted = (group >= 0) & (group < len(sums))
     at = torch.where(counted, group, 0).long().view(1)
     sums.index_add_(0, at, torch.where(counted, more, 0).to(sums.dtype)[None])
-
-
-# ------------------------------------------------------------------------------------------------------------ Triton
-# Head dims are padded to what a matrix unit takes, 16 at least, in chunks of BLOCK_D: 40 becomes 64, 72 and 112 two
-# chunks of 64, 160 three. Strides come divided by ALIGN, the number of elements that every row of a head is aligned to:
-# multiplied by it again in the kernel they show the compiler that loads may be 128 bits wide (a head of 40 starts at
-# any multiple of 80 bytes, which the usual hint, divisibility by 16 elements, does not cover).
-
-NO_MASK, MASK_OF_KEYS, MASK_OF_PAIRS = 0, 1, 2
-
-
-def aligned(*tensors: Tensor) -> tuple[int, list[tuple[int, ...]]]:
-    """ALIGN, and the strides of 4-dimensional tensors of one dtype, all but the last divided by it."""
-    align = 16 // tensors[0].dtype.itemsize
-    for tensor in tensors:
-        if tensor.stride(3) != 1 or tensor.data_ptr() % 16:
-            align = 1
-        align = math.gcd(align, *tensor.stride()[:3])
-    return align, [(*(stride // align for stride in t.stride()[:3]), t.stride(3)) for t in tensors]
-
-
-def mask_arguments(mask: Tensor | None, query: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
-    """Pointer, strides and MASK of an additive mask [batch, heads, n, t]."""
-    if mask is None:
-        return query, (0, 0, 0, 0), NO_MASK
-    return mask, mask.stride(), MASK_OF_KEYS if mask.stride(2) == 0 or mask.shape[2] == 1 else MASK_OF_PAIRS
-
-
-@jit
-def load_heads(ptr, row, rows, column, stride_row, stride_d, D: tl.constexpr, ALIGN: tl.constexpr):
-    """[rows of the tile, columns of the tile] of one head; zeros outside [rows, D]."""
-    ptrs = ptr + row[:, None] * (stride_row * ALIGN) + column.to(tl.int64)[None, :] * stride_d
-    return tl.load(ptrs, mask=(row < rows)[:, None] & (column < D)[None, :], other=0.0)
-
-
-@jit
-def score_product(
-    query_ptr,
-    key_ptr,
-    row,
-    rows,
-    token,
-    tokens,
-    stride_query_row,
-    stride_query_d,
-    stride_key_token,
-    stride_key_d,
-    D: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """query key^T of one head, [BLOCK_ROWS, BLOCK_TOKENS] fp32."""
-    total = tl.zeros([BLOCK_ROWS, BLOCK_TOKENS], tl.float32)
-    for start in tl.static_range(0, D, BLOCK_D):
-        column = start + tl.arange(0, BLOCK_D)
-        q = load_heads(query_ptr, row, rows, column, stride_query_row, stride_query_d, D, ALIGN)
-        k = load_heads(key_ptr, token, tokens, column, stride_key_token, stride_key_d, D, ALIGN)
-        total = tl.dot(q, tl.trans(k), total, input_precision="ieee")
-    return total
-
-
-@jit
-def _biased(scores, bias):
-    return tl.where(bias < -1e30, float("-inf"), scores + bias * 1.4426950408889634)
-
-
-@jit
-def masked_scores(
-    scores,
-    mask_ptr,
-    row,
-    rows,
-    token,
-    tokens,
-    stride_mask_row,
-    stride_mask_token,
-    MASK: tl.constexpr,
-):
-    """Scores [rows of the tile, tokens of the tile], in powers of two, with the mask: -inf where it says so (whatever
-    the key holds, NaN too) and where there is no token."""
-    if MASK == 1:
-        bias = tl.load(mask_ptr + token * stride_mask_token, mask=token < tokens, other=float("-inf"))
-        scores = _biased(scores, bias.to(tl.float32)[None, :])
-    if MASK == 2:
-        ptrs = mask_ptr + row[:, None] * stride_mask_row + token[None, :] * stride_mask_token
-        bias = tl.load(ptrs, mask=(row < rows)[:, None] & (token < tokens)[None, :], other=0.0).to(tl.float32)
-        scores = _biased(scores, bias)
-    return tl.where((token < tokens)[None, :], scores, float("-inf"))
-
-
-@jit
-def group_of(group_ptr, batch_row, groups, BLOCK_BATCH: tl.constexpr):
-    """A batch row's group (-1: not accumulated), and whether it is the first row of its group.
-
-    The first row's program adds up all rows of the group, in order, so that no two programs write to one place.
-    """
-    g = tl.load(group_ptr + batch_row).to(tl.int64)
-    g = tl.where((g >= 0) & (g < groups), g, -1)
-    other = tl.arange(0, BLOCK_BATCH)
-    before = tl.load(group_ptr + other, mask=other < batch_row, other=-1).to(tl.int64)
-    return g, tl.sum(((before == g) & (other < batch_row)).to(tl.int32), axis=0) == 0

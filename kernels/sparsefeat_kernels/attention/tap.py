@@ -11,22 +11,29 @@ from torch.utils.flop_counter import register_flop_formula
 from ..dispatch import block_bytes, implementation, jit, next_power_of_2, ops, register, row_chunks, tl
 from .scores import (
     BLOCK_BYTES,
-    LOG2_E,
     add_to_group,
     additive,
-    aligned,
     arguments,
     check_accumulator,
     check_lse,
     check_query_and_key,
     counted_rows,
     dense_probabilities,
-    group_of,
     head_weights,
-    mask_arguments,
-    masked_scores,
     score_blocks,
-    score_product,
+)
+from .tiles import (
+    LOG2_E,
+    Maps,
+    add_to_maps,
+    aligned,
+    group_of,
+    head_product,
+    heads_of,
+    load_rows,
+    mask_argument,
+    masked,
+    weight_argument,
 )
 
 __all__ = ["attention_tap_", "attention_tap_local_"]
@@ -122,6 +129,7 @@ def _check(
     query: Tensor,
     key: Tensor,
     lse: Tensor,
+    scale: float,
     mask: Tensor | None,
     head_weight: Tensor | None,
     group: Tensor,
@@ -166,11 +174,11 @@ def _attention_tap_cpu(
 
 @jit
 def _attention_tap_kernel(
-    maps_ptr,
-    query_ptr,
-    key_ptr,
-    lse_ptr,
-    mask_ptr,
+    maps,
+    query,
+    key,
+    lse,
+    mask,
     weight_ptr,
     group_ptr,
     batch,
@@ -180,24 +188,6 @@ def _attention_tap_kernel(
     groups,
     scale,
     heads_per_key,
-    stride_maps_group,
-    stride_maps_row,
-    stride_maps_token,
-    stride_query_batch,
-    stride_query_head,
-    stride_query_row,
-    stride_query_d,
-    stride_key_batch,
-    stride_key_head,
-    stride_key_token,
-    stride_key_d,
-    stride_lse_batch,
-    stride_lse_head,
-    stride_lse_row,
-    stride_mask_batch,
-    stride_mask_head,
-    stride_mask_row,
-    stride_mask_token,
     WEIGHTED: tl.constexpr,
     MASK: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -220,28 +210,19 @@ def _attention_tap_kernel(
         mine = (g >= 0) & leads & (tl.load(group_ptr + b).to(tl.int64) == g)
         for h in range(0, tl.where(mine, heads, 0)):  # another program's batch row: no head
             head = tl.cast(h, tl.int64)
-            scores = score_product(
-                query_ptr + (b * stride_query_batch + head * stride_query_head) * ALIGN,
-                key_ptr + (b * stride_key_batch + (head // heads_per_key) * stride_key_head) * ALIGN,
-                row, rows, token, n_tokens, stride_query_row, stride_query_d, stride_key_token, stride_key_d,
+            scores = head_product(
+                query, key, b, head, head // heads_per_key, row, rows, token, n_tokens,
                 D, ALIGN, BLOCK_ROWS, BLOCK_TOKENS, BLOCK_D,
             )  # fmt: skip
-            scores = masked_scores(
-                scores * scale, mask_ptr + b * stride_mask_batch + head * stride_mask_head,
-                row, rows, token, n_tokens, stride_mask_row, stride_mask_token, MASK,
-            )  # fmt: skip
-            lse_ptrs = lse_ptr + b * stride_lse_batch + head * stride_lse_head + row * stride_lse_row
-            lse = tl.load(lse_ptrs, mask=row < rows, other=0.0) * 1.4426950408889634  # [BLOCK_ROWS]
-            lse = tl.where(lse == float("-inf"), float("inf"), lse)
-            p = tl.exp2(scores - lse[:, None])  # [BLOCK_ROWS, BLOCK_TOKENS]
+            scores = masked(scores * scale, mask, b, head, row, rows, token, n_tokens, MASK)
+            of_row = load_rows(lse, b, head, row, rows, 0.0) * 1.4426950408889634  # [BLOCK_ROWS]
+            of_row = tl.where(of_row == float("-inf"), float("inf"), of_row)
+            p = tl.exp2(scores - of_row[:, None])  # [BLOCK_ROWS, BLOCK_TOKENS]
             if WEIGHTED:
-                total += p * tl.load(weight_ptr + head)
-            else:
-                total += p
+                p *= tl.load(weight_ptr + head)
+            total += p
     if (g >= 0) & leads:
-        ptrs = maps_ptr + g * stride_maps_group + row[:, None] * stride_maps_row + token[None, :] * stride_maps_token
-        inside = (row < rows)[:, None] & (token < n_tokens)[None, :]
-        tl.store(ptrs, tl.load(ptrs, mask=inside) + total, mask=inside)
+        add_to_maps(maps, g, row, rows, token, n_tokens, total)
 
 
 def attention_tap_triton(
@@ -257,9 +238,8 @@ def attention_tap_triton(
     (batch, heads, n, d), n_tokens, full = query.shape, key.shape[2], query.dtype == torch.float32
     if maps.numel() == 0:
         return
-    mask_pointer, mask_strides, masked = mask_arguments(additive(mask, query, key), query)
-    align, (query_strides, key_strides) = aligned(query, key)
-    weight = query if head_weight is None else head_weight.float().contiguous()
+    bias, is_masked = mask_argument(mask, query, key)
+    align, (queries, keys) = aligned(query, key)
     # 64 x 64 of d = 128: 64 KiB of shared memory in two stages; 64 x 128 needs 100, or spills on sm_80.
     block_tokens = min(next_power_of_2(max(n_tokens, 16)), 32 if full else 64)
     block_rows = 16 if n <= 256 else 32 if n <= 1024 or full else 64
@@ -268,12 +248,43 @@ def attention_tap_triton(
     stages = 1 if full or d > 160 else 2
     with torch.cuda.device_of(query):
         _attention_tap_kernel[(row_blocks * token_blocks, batch)](
-            maps, query, key, lse, mask_pointer, weight, group.contiguous(), batch, heads, n, n_tokens, maps.shape[0],
-            scale * LOG2_E, heads // key.shape[1], *maps.stride(), *query_strides, *key_strides, *lse.stride(),
-            *mask_strides, WEIGHTED=head_weight is not None, MASK=masked, ALIGN=align, D=d,
+            Maps(maps, *maps.stride()), queries, keys, heads_of(lse), bias, weight_argument(head_weight, query),
+            group.contiguous(), batch, heads, n, n_tokens, maps.shape[0], scale * LOG2_E, heads // key.shape[1],
+            WEIGHTED=head_weight is not None, MASK=is_masked, ALIGN=align, D=d,
             BLOCK_BATCH=next_power_of_2(batch), BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens,
             BLOCK_D=min(next_power_of_2(max(d, 16)), 32 if full else 64), num_warps=4, num_stages=stages,
         )  # fmt: skip
+
+
+def tap_of_tokens_triton(
+    maps: Tensor,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    head_weight: Tensor | None,
+    group: Tensor,
+    tokens: Tensor | None,
+) -> None:
+    """`attention_tap_` of the keys that are named; of those out of range nothing, which is a mask of -inf."""
+    bias = additive(mask, query, key)
+    if tokens is not None:
+        owned = (tokens >= 0) & (tokens < key.shape[2])
+        at = torch.where(owned, tokens, 0)
+        key = key.index_select(2, at)
+        kept = torch.where(owned, 0.0, -torch.inf)[None, None, None, :]
+        # Of a bias that is expanded only its own numbers are gathered.
+        bias = kept.expand(query.shape[0], 1, 1, -1) if bias is None else _folded(bias).index_select(3, at) + kept
+        bias = bias.expand(*query.shape[:3], -1)
+    attention_tap_triton(maps, query, key, lse, scale, bias, head_weight, group)
+
+
+def _folded(bias: Tensor) -> Tensor:
+    """An expanded tensor without its repetitions, except along the last dimension."""
+    for dim in range(3):
+        bias = bias.narrow(dim, 0, 1) if bias.stride(dim) == 0 else bias
+    return bias
 
 
 # ------------------------------------------------------------------------------------------------------- registration
@@ -289,24 +300,11 @@ def _attention_tap(
     head_weight: Tensor | None,
     group: Tensor,
 ) -> None:
-    _check(maps, query, key, lse, mask, head_weight, group)
+    _check(maps, query, key, lse, scale, mask, head_weight, group)
     if maps.numel() == 0 or query.numel() == 0:
         return
     run = attention_tap_triton if implementation("attention_tap", query) == "triton" else _attention_tap_cpu
     run(maps, query, key, lse, scale, mask, head_weight, group)
-
-
-def _attention_tap_fake(
-    maps: Tensor,
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    head_weight: Tensor | None,
-    group: Tensor,
-) -> None:
-    _check(maps, query, key, lse, mask, head_weight, group)
 
 
 register(
@@ -314,7 +312,7 @@ register(
     "(Tensor(a!) maps, Tensor query, Tensor key, Tensor lse, float scale, Tensor? mask, Tensor? head_weight, "
     "Tensor group) -> ()",
     _attention_tap,
-    fake=_attention_tap_fake,
+    fake=_check,
     mutates=("maps",),
 )
 
