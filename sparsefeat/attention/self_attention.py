@@ -43,7 +43,8 @@ BLOCK_BYTES = 4 << 20
 class SelfAttention(Instrument):
     """Instrument: the image's attention to itself, summed over layers, heads and steps into one [positions, positions].
 
-    Of a joint attention the rows and keys of the image alone, renormalised over them.
+    Of a joint attention the rows and keys of the image alone, renormalised over them. Of Sana's linear attention, which
+    has no softmax, the shares that it gives instead: features relu(q_i) . relu(k_j), over their sum over j.
 
     Args:
         layers: parts of the paths of attention modules; default every self-attention, or joint attention, there is.
@@ -74,7 +75,7 @@ class SelfAttention(Instrument):
             for name, root in components(pipe).items()
             if family_of(root).runs_in_steps
             for path, kind, module in family_of(root).blocks(getattr(root, "_orig_mod", root))
-            if kind in ("self_attention", "joint_attention")
+            if kind in ("self_attention", "joint_attention", "linear_attention")
         }
         if not found:
             raise ValueError(f"SelfAttention finds no attention of the image to itself in {type(pipe).__name__}.")
@@ -114,7 +115,10 @@ class SelfAttention(Instrument):
         for row in rows:
             image = context.prompt_index[row]
             query, key = (t[row : row + 1, :, start:stop].detach() for t in (call.query, call.key))
-            _add(self._sums[image], query.float(), key.float(), call.scale, weight, grid, common)
+            if call.linear:
+                self._sums[image] += weight * _linear(query[0].float(), key[0].float(), grid, common)
+            else:
+                _add(self._sums[image], query.float(), key.float(), call.scale, weight, grid, common)
             self._weight[image] += weight
 
     def _common(self, grid: tuple[int, int]) -> tuple[int, int]:
@@ -156,6 +160,16 @@ def _add(
         attention_map_(part, some, key, scale, head_weight=share)
         rows[first : first + block] = _resized(part[0].unflatten(1, grid), common, "bilinear").flatten(1)
     sums += _resized(rows.T.unflatten(1, grid), common, "nearest-exact").flatten(1).T
+
+
+def _linear(query: Tensor, key: Tensor, grid: tuple[int, int], common: tuple[int, int]) -> Tensor:
+    """One layer's linear attention, averaged over heads, on the common grid [N, N]: features [heads, n, d] are resized, of
+    which the shares are a product.
+    """
+    shares = query / (len(query) * (query @ key.sum(1)[..., None])).clamp(min=1e-30)  # sum over keys and heads: 1
+    few, many = (t.transpose(0, 1).flatten(1) for t in (shares, key))  # [n, heads d]
+    few = _resized(few.T.unflatten(1, grid), common, "nearest-exact").flatten(1)
+    return few.T @ _resized(many.T.unflatten(1, grid), common, "bilinear").flatten(1)
 
 
 def _resized(maps: Tensor, grid: tuple[int, int], larger: str) -> Tensor:

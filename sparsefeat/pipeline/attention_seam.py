@@ -50,7 +50,9 @@ class AttentionTap:
             return self._forward(*args, **kwargs)
         text = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
         is_cross = getattr(self.target.module, "is_cross_attention", text is not None)
-        with _Seam(self.target.path, is_cross, functools.partial(wiring.attended, self.target)):
+        linear = type(getattr(self.target.module, "processor", None)).__name__ == _LINEAR
+        seam = _LinearSeam if linear else _Seam
+        with seam(self.target.path, is_cross, functools.partial(wiring.attended, self.target)):
             return self._forward(*args, **kwargs)
 
     def __reduce__(self) -> Any:
@@ -124,6 +126,32 @@ class _Seam(TorchFunctionMode):
         )
 
 
+_LINEAR = "SanaLinearAttnProcessor2_0"
+
+
+class _LinearSeam(TorchFunctionMode):
+    """Sana's linear attention: features of the query [batch, heads, d, queries] and of the key [batch, heads, keys, d] are
+    two calls of `F.relu`, and the value [batch, heads, d, keys] is padded by a row of ones, for the sum of the shares.
+    """
+
+    def __init__(self, path: str, is_cross: bool, seen: Callable[[AttentionCall], None]):
+        super().__init__()
+        self._path, self._is_cross, self._seen = path, is_cross, seen
+        self._features: list[torch.Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is F.relu:
+            self._features.append(result)
+        if func is F.pad and len(self._features) == 2:
+            (query, key), value = self._features, args[0]
+            self._features = []
+            self._seen(
+                AttentionCall(self._path, query.mT, key, value.mT, 1.0, None, is_cross=self._is_cross, linear=True)
+            )
+        return result
+
+
 # torch's attention kernels, and where among their results the log-sum-exp is. On a CPU and for flash on CUDA it comes
 # with the output anyway; the memory-efficient one and cuDNN's write it only if asked, which changes nothing else.
 _KERNELS = (
@@ -187,8 +215,8 @@ def bypass(root_name: str, module: nn.Module) -> str | None:
             f"its {name} runs the attention backend {backend!r}, which does not call F.scaled_dot_product_attention: take "
             f"the native one, pipe.{root_name}.set_attention_backend('native')"
         )
-    if "Linear" in name:
-        return f"its {name} is a linear attention, which has no softmax: read another module"
+    if "Linear" in name and name != _LINEAR:
+        return f"its {name} is a linear attention whose features are not known: read another module"
     if name in _BYPASSING or any(part in name for part in ("XFormers", "Sliced", "NPU", "XLA")):
         return f"its {name} does not call F.scaled_dot_product_attention: {_remedy(root_name, name)}"
     return None

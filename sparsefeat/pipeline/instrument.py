@@ -84,7 +84,7 @@ class Activations:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call of `F.scaled_dot_product_attention` inside a tapped attention module, with its own tensors.
+    """One attention inside a tapped module, as `F.scaled_dot_product_attention` was called for it, with its own tensors.
 
     `query` [batch, heads, queries, head_dim], `key` and `value` [batch, heads, keys, head_dim] are exactly what the
     processor computed: LoRA, fused projections, normalisation and rotary embeddings are in them. `scale` multiplies
@@ -97,6 +97,9 @@ class AttentionCall:
     `output` [batch, heads, queries, head_dim] is what the attention gave, before the module's projection, and `lse`
     [batch, heads, queries] the natural logarithm of the sum over all keys of exp(scale * query . key + mask), where the
     kernel that torch chose gives it; None elsewhere.
+
+    A `linear` attention has no softmax: `query` and `key` are its features, none of them negative, and query i gives key j
+    the share query[i] . key[j] / sum over all keys of query[i] . key. It has neither output nor lse.
     """
 
     path: str
@@ -113,6 +116,7 @@ class AttentionCall:
     reads_text: bool = True
     output: torch.Tensor | None = None
     lse: torch.Tensor | None = None
+    linear: bool = False
 
     def entry(self, row: int) -> AttentionCall:
         """The call of one batch entry alone."""

@@ -120,6 +120,45 @@ def test_the_affinity_of_a_joint_attention_is_that_of_the_image_alone():
     assert run[own].grid == run[maps].grid
 
 
+@pytest.mark.parametrize("common", [None, (2, 3), (12, 20)])
+def test_of_a_linear_attention_the_shares_are_those_that_its_values_are_averaged_with(common):
+    tiny = families()["sana"]
+    pipe, matrices = tiny.build(), []
+
+    def shares(module, args, kwargs, output):
+        x = args[0] if args else kwargs["hidden_states"]
+        q, k = module.to_q(x), module.to_k(x)
+        q, k = (t if norm is None else norm(t) for t, norm in ((q, module.norm_q), (k, module.norm_k)))
+        q, k, v = (t.double().unflatten(-1, (module.heads, -1)).transpose(1, 2) for t in (q, k, module.to_v(x)))
+        products = q.clamp(min=0) @ k.clamp(min=0).mT
+        p = products / products.sum(-1, keepdim=True).clamp(min=1e-30)
+        written = module.to_out[0]((p @ v).transpose(1, 2).flatten(2).float())
+        torch.testing.assert_close(written, output, rtol=1e-4, atol=1e-5)  # the model's own averages
+        matrices.append(p.mean(1)[tiny.runs(True)[0].index("cond")])
+
+    blocks = pipe.transformer.transformer_blocks
+    handles = [block.attn1.register_forward_hook(shares, with_kwargs=True) for block in blocks]
+    before = tiny.call(pipe, ["red fox"], guidance=True, size="wide")
+    for handle in handles:
+        handle.remove()
+    own, maps = SelfAttention(grid=common), HeatMaps()
+    with attach(pipe, own, maps) as run:
+        after = tiny.call(pipe, ["red fox"], guidance=True, size="wide")
+    assert torch.equal(torch.as_tensor(before), torch.as_tensor(after))
+    h, w = run[maps].grid
+    expected, recording = torch.stack(matrices).mean(0), run[own]
+    if common is None:
+        common = (h, w)
+    for larger, side in (("bilinear", 1), ("nearest-exact", 0)):  # keys, then queries
+        moved = expected.movedim(side, -1).reshape(-1, 1, h, w)
+        mode = "area" if h >= common[0] and w >= common[1] else larger
+        moved = F.interpolate(moved, size=common, mode=mode).flatten(1)
+        expected = moved.movedim(-1, side)
+    expected = expected / expected.sum(1, keepdim=True)
+    assert recording.grid == common
+    torch.testing.assert_close(recording.affinity().double(), expected, rtol=1e-4, atol=1e-7)
+
+
 def divergence(p, q):
     return sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
 
@@ -215,9 +254,9 @@ def test_what_cannot_be_read_is_refused():
         SelfAttention(condition="both")
     with pytest.raises(ValueError, match=r"layers=\('nowhere',\) match no self-attention module; there are: unet."):
         attach(tiny_sd(), SelfAttention(layers="nowhere"))
-    sana = families()["sana"].build()
-    with pytest.raises(ValueError, match="finds no attention of the image to itself in SanaPipeline"):
-        attach(sana, SelfAttention())  # it is linear
+    video = families()["sana_video"].build()
+    with pytest.raises(ValueError, match="is a linear attention whose features are not known"):
+        attach(video, SelfAttention())  # it rotates what is above the fraction and not what is below
     pipe = tiny_sd()
     pipe.unet.set_attn_processor(AttnProcessor())
     with pytest.raises(ValueError, match=r"cannot be read: its AttnProcessor does not call .*AttnProcessor2_0"):

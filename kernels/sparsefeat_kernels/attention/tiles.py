@@ -43,7 +43,8 @@ NO_MASK, MASK_OF_KEYS, MASK_OF_PAIRS = 0, 1, 2
 
 def heads_of(tensor: Tensor) -> Heads:
     """Of [batch, heads, rows, columns] or, of one column, [batch, heads, rows]; ALIGN is 1."""
-    return Heads(tensor, *tensor.stride()[:3], tensor.stride(3) if tensor.dim() == 4 else 0)
+    batch, head, row, *column = tensor.stride()
+    return Heads(tensor, batch, head, row, column[0] if column else 0)
 
 
 def aligned(*tensors: Tensor) -> tuple[int, list[Heads]]:
@@ -57,7 +58,10 @@ def aligned(*tensors: Tensor) -> tuple[int, list[Heads]]:
         if tensor.stride(3) != 1 or tensor.data_ptr() % 16:
             align = 1
         align = math.gcd(align, *tensor.stride()[:3])
-    return align, [Heads(t, *(stride // align for stride in t.stride()[:3]), t.stride(3)) for t in tensors]
+    strides = ([stride // align for stride in tensor.stride()[:3]] for tensor in tensors)
+    return align, [
+        Heads(t, batch, head, row, t.stride(3)) for t, (batch, head, row) in zip(tensors, strides, strict=True)
+    ]
 
 
 def mask_argument(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Heads, int]:

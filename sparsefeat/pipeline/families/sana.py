@@ -1,4 +1,4 @@
-"""Sana and Sana-Sprint: linear self-attention (`attn1`, without a softmax and so without a map), cross-attention to the
+"""Sana and Sana-Sprint: linear self-attention (`attn1`, without a softmax), cross-attention to the
 text (`attn2`), and a convolutional feed-forward on the feature map [B, C, h, w] (`ff`).
 """
 
