@@ -29,6 +29,10 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.attention import HeatMaps as HeatMaps
     from sparsefeat.attention import SelfAttention as SelfAttention
     from sparsefeat.attention import read_image as read_image
+    from sparsefeat.attribution import WeightMask as WeightMask
+    from sparsefeat.attribution import attribute_weights as attribute_weights
+    from sparsefeat.attribution import cad_amplify as cad_amplify
+    from sparsefeat.attribution import cad_erase as cad_erase
     from sparsefeat.erasure import Erase as Erase
     from sparsefeat.erasure import InterpretThenDeactivate as InterpretThenDeactivate
     from sparsefeat.erasure import negative_prompt as negative_prompt
@@ -90,8 +94,12 @@ _HOME = {
     "Statistics": "sparsefeat.features",
     "Steer": "sparsefeat.steering",
     "TrainConfig": "sparsefeat.training",
+    "WeightMask": "sparsefeat.attribution",
     "WordCorrelations": "sparsefeat.features",
     "attach": "sparsefeat.pipeline",
+    "attribute_weights": "sparsefeat.attribution",
+    "cad_amplify": "sparsefeat.attribution",
+    "cad_erase": "sparsefeat.attribution",
     "check": "sparsefeat.evaluation.check",
     "export_neuronpedia": "sparsefeat.features",
     "hookpoints": "sparsefeat.pipeline",

@@ -26,6 +26,7 @@ WRITTEN_BY_SPARSIFY = ROOT / "tests" / "sae" / "formats" / "fixtures" / "sparsif
 PAGES = (
     "README.md",
     "docs/attention.md",
+    "docs/attribution.md",
     "docs/embedded.md",
     "docs/features.md",
     "docs/instruments.md",

@@ -28,6 +28,7 @@ import sparsefeat as sf
 from sparsefeat import presets
 from sparsefeat.arguments import finite, finite_in, image_map, number, whole
 from sparsefeat.attention import HeatMap
+from sparsefeat.attribution import WeightMask, chosen_weights
 from sparsefeat.erasure import Selection, select
 from sparsefeat.features import area_under_curve, normalized_mean_difference, search
 from sparsefeat.report import overlay, save_animation
@@ -341,6 +342,20 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         presets.saeuron.erase_style,
         lambda: {"pipe": Untouched(), "sae": make_sae(), "style": "fox", "prompts": CONCEPTS, "gamma": -1.0},
     ),
+    "WeightMask": (WeightMask, lambda: {"masks": {"unet.conv_in": ones(2, 3) > 0}, "steps": (0.0, 0.5)}),
+    "chosen_weights": (chosen_weights, lambda: {"scores": SOME_ROWS.clone(), "ratio": 0.1}),
+    "attribute_weights": (
+        sf.attribute_weights,
+        lambda: {"pipe": Untouched(), "prompts": "a fox", "objective": "amplify", "latents": ones(1, 4, 8, 8)},
+    ),
+    "cad_erase": (
+        sf.cad_erase,
+        lambda: {"pipe": Untouched(), "prompts": "a fox", "ratio": 0.1, "steps": (0.0, 0.5)},
+    ),
+    "cad_amplify": (
+        sf.cad_amplify,
+        lambda: {"pipe": Untouched(), "prompts": "a fox", "ratio": 0.1, "steps": (0.0, 0.5)},
+    ),
 }
 
 # What takes numbers and is not tried above, and why.
@@ -368,6 +383,7 @@ NOT_ASKED = {
     "SelfAttentionRecording": ANSWERS,
     "SparseCode": "the kernels say what becomes of NaN: a row with NaN is NaN",
     "TopLatent": ANSWERS,
+    "WeightScores": ANSWERS,
     "WordLatent": ANSWERS,
     "code_edit": IN_THE_CALL,
     "export_neuronpedia": "writes the SAE's names and hookpoint, no weight; its own test has statistics with infinity",
@@ -380,7 +396,19 @@ NOT_ASKED = {
     "sdxl_unbox.mean_activation": "what `icon` and `paint` make of it is looked at",
     "saeuron.object_settings": "each of its erasures is made by Erase.from_statistics",
 }
-HOMES = ("sae", "features", "attention", "pipeline", "steering", "erasure", "training", "store", "report", "presets")
+HOMES = (
+    "sae",
+    "features",
+    "attention",
+    "pipeline",
+    "steering",
+    "attribution",
+    "erasure",
+    "training",
+    "store",
+    "report",
+    "presets",
+)
 TAKES_NUMBERS = re.compile(r"\bfloat\b|Tensor|\bMask\b|\bSAE\b")
 
 

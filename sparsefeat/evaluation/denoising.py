@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LATENTS = ("sample", "hidden_states", "x")
+from sparsefeat.pipeline.noising import LATENTS, noised
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,6 @@ def recovered(untouched: DenoisingLoss, spliced: DenoisingLoss, ablated: Denoisi
     return found
 
 
-def finished_latents(pipe: Any, prompts: Sequence[str], seed: int, **call: Any) -> Tensor:
-    """What the pipeline draws, before it is decoded, in the layout in which its denoiser takes it."""
-    output = pipe(list(prompts), generator=torch.Generator().manual_seed(seed), output_type="latent", **call)
-    drawn = getattr(output, "images", None)
-    if not isinstance(drawn, Tensor):
-        raise ValueError("the pipeline gives no latents with output_type='latent': this loss cannot be measured on it")
-    return drawn
-
-
 @torch.no_grad()
 def denoising_loss(
     pipe: Any,
@@ -62,7 +53,7 @@ def denoising_loss(
     """The loss at every step of the pipeline's schedule, with the noise that `seed` gives: the same for every `during`, such
     as `lambda: attach(pipe, Splice(sae))`.
 
-    latents: of `finished_latents`. call: further arguments of the pipeline's call. Classifier-free guidance is switched off:
+    latents: of `finished_latents` (`pipeline/noising.py`). call: further arguments of the pipeline's call. Classifier-free guidance is switched off:
     the conditional prediction is what is measured.
 
     Raises:
@@ -116,13 +107,13 @@ def _given_noised(
         step = len(losses)
         timestep = scheduler.timesteps[step : step + 1]
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        noised, aim = _noised(scheduler, latents, noise, timestep)
-        noised = noised.to(given)
+        seen, aim = noised(scheduler, latents, noise, timestep)
+        seen = seen.to(given)
         aims.append(aim)
         times.append(float(timestep))
         if args:
-            return (noised, *args[1:]), kwargs
-        return args, {**kwargs, name: noised}
+            return (seen, *args[1:]), kwargs
+        return args, {**kwargs, name: seen}
 
     def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         said = output if isinstance(output, Tensor) else output[0]
@@ -141,21 +132,3 @@ def _given_noised(
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _noised(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-    """What the denoiser sees at that time, and what it should say."""
-    if hasattr(scheduler, "scale_noise"):  # flow matching: velocity
-        return scheduler.scale_noise(latents, timestep, noise), noise - latents
-    predicts = getattr(getattr(scheduler, "config", None), "prediction_type", None)
-    if not hasattr(scheduler, "add_noise") or predicts not in ("epsilon", "sample", "v_prediction"):
-        raise ValueError(
-            f"{type(scheduler).__name__} does not say how noise is added, or predicts {predicts!r}: exchange it for a "
-            "scheduler of diffusers that does, such as DDIMScheduler"
-        )
-    noised = scheduler.add_noise(latents, noise, timestep)
-    # Schedulers that count their own steps scale by where they are, which is here.
-    seen = scheduler.scale_model_input(noised, timestep[0]) if hasattr(scheduler, "scale_model_input") else noised
-    if predicts == "epsilon":
-        return seen, noise
-    return seen, latents if predicts == "sample" else scheduler.get_velocity(latents, noise, timestep)

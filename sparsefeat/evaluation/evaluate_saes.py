@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefeat.evaluation.concepts import halves, names, separability_above_chance, sparse_probing
-from sparsefeat.evaluation.denoising import DenoisingLoss, denoising_loss, finished_latents, recovered
+from sparsefeat.evaluation.denoising import DenoisingLoss, denoising_loss, recovered
 from sparsefeat.evaluation.sae_metrics import measure_sae, pca_fvu, random_control
 from sparsefeat.evaluation.shared_words import shared_words
 from sparsefeat.evaluation.splice import Ablate, Splice
@@ -33,6 +33,7 @@ from sparsefeat.evaluation.stability import stability
 from sparsefeat.evaluation.units import Units, components, latents, neurons, pooled
 from sparsefeat.pipeline import Hookpoint, attach
 from sparsefeat.pipeline.hookpoints import resolve
+from sparsefeat.pipeline.noising import finished_latents
 from sparsefeat.sae import SAE
 from sparsefeat.training import Batch, CollectActivations, CollectedRows, Objective, SAETrainer, TensorRows, TrainConfig
 

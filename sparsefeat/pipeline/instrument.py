@@ -16,7 +16,7 @@ An instrument that adds a fixed direction to every conditional row of one block,
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +161,15 @@ class Instrument:
         """
         return ()
 
+    def weights(self, pipe: Any) -> Mapping[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """Weights to change while attached: the path of a Linear or Conv2d, and a function from its weight to another of the
+        same shape, which must not write into what it is given. Asked once, and the place to refuse weights of other shapes.
+
+        A weight is one for all rows, so there is no condition; it is asked before every run of the component that it is in
+        whether the instrument is `active`, and outside its steps the weight is as it was.
+        """
+        return {}
+
     def expected_width(self, hookpoint: Hookpoint) -> int | None:
         """The d_model this instrument needs at the hookpoint, checked before anything runs; None if any will do."""
         sae = getattr(self, "sae", None)
@@ -187,7 +196,7 @@ class Instrument:
         """The pipeline was called."""
 
     def active(self, context: Context) -> bool:
-        """Whether `at_hookpoint` is wanted now. Outside its window of steps an instrument costs no encode."""
+        """Whether `at_hookpoint`, or the change of weights, is wanted now. Outside its window of steps an instrument costs no encode."""
         return True
 
     def at_hookpoint(self, activations: Activations, context: Context) -> Delta | Replace | None:

@@ -54,6 +54,13 @@ def missing(session: Session, running: RunningCall) -> list[Missing]:
         if tap not in reached and meant(tap.target) and not elsewhere:
             why = why_unseen(tap.target.root_name, tap.target.module)
             found.append(Missing(tap.instrument, f"the attention of {tap.target.path}", why))
+    run = {id(place.instrument) for place in session.weights if place.target.root_name in running.roots}
+    for place in session.weights:
+        if id(place.instrument) not in run and meant(place.target):
+            run.add(id(place.instrument))
+            found.append(
+                Missing(place.instrument, f"the weight of {place.target.path}", place.target.family.never_reached)
+            )
     return found
 
 

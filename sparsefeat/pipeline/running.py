@@ -31,6 +31,7 @@ from sparsefeat.pipeline.knowing.references import References
 from sparsefeat.pipeline.knowing.steps import Loop, Steps
 from sparsefeat.pipeline.knowing.texts import TextRows
 from sparsefeat.pipeline.outputs import put_argument
+from sparsefeat.pipeline.weights import rest
 
 if TYPE_CHECKING:
     from sparsefeat.pipeline.session import Session
@@ -164,6 +165,9 @@ class RunningCall:
         """Doing it twice is harmless."""
         self.steps.close()
         self.guiders.close()
+        for session in self.sessions:
+            for place in session.weights:
+                rest(place, False)
         if self in calls_here():
             calls_here().remove(self)
 
@@ -223,6 +227,7 @@ class RunningCall:
         self.roots[target.path] = run
         conditions, images = run.entries
         context = self.moment(run.loop, condition=conditions, prompt_index=images, batch=batch)
+        self._change_weights(target.module, context)
         changed: dict[str, torch.Tensor] = {}
         for session in self.sessions:
             for listener in session.listened:
@@ -235,6 +240,16 @@ class RunningCall:
         for name, tensor in changed.items():
             args, kwargs = put_argument(target.module, name, args, kwargs, tensor)
         return (args, kwargs) if changed else None
+
+    def _change_weights(self, root: nn.Module, context: Context) -> None:
+        """Put the changes of this component's weights in whose steps these are, and out the others."""
+        for session in self.sessions:
+            for place in session.weights:
+                if place.target.root is root:
+                    with self.guard.raised():
+                        active = place.instrument.active(context)
+                    self.asked[id(place.instrument)] = self.asked.get(id(place.instrument), False) or active
+                    rest(place, not active)
 
     def _denoiser_run(
         self, target: Target, root: nn.Module, arguments: dict[str, Any], batch: int, before: RootRun | None

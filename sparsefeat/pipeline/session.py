@@ -18,6 +18,7 @@ from sparsefeat.pipeline.families.registry import family_of
 from sparsefeat.pipeline.hookpoints import Hookpoint, Target, components, resolve
 from sparsefeat.pipeline.instrument import Instrument
 from sparsefeat.pipeline.visits import Place, Tap, check_width
+from sparsefeat.pipeline.weights import WeightChange, WeightPlace, plain_weight
 from sparsefeat.pipeline.wiring import Wiring
 
 
@@ -81,13 +82,18 @@ def attach(
         for instrument in instruments
         for name in instrument.components(pipe)
     )
+    weights = tuple(
+        _weight_place(pipe, instrument, path, change)
+        for instrument in instruments
+        for path, change in instrument.weights(pipe).items()
+    )
     between = tuple(
         Target(name, root, name, root, family)
         for name, root in components(pipe).items()
         if (family := family_of(root)).may_pass_texts_on
     )
     wiring = Wiring.of(pipe)  # `prepare` may have opened and closed sessions of its own
-    session = Session(wiring, pipe, instruments, places, taps, listened, between, stated)
+    session = Session(wiring, pipe, instruments, places, taps, listened, between, stated, weights)
     try:
         wiring.add(session)
         return session
@@ -146,6 +152,7 @@ class Session:
         listened: tuple[Tap, ...] = (),
         between: tuple[Target, ...] = (),
         layout: tuple[tuple[str, ...], ...] | None = None,
+        weights: tuple[WeightPlace, ...] = (),
     ):
         self.instruments = instruments
         self.places = places
@@ -153,6 +160,7 @@ class Session:
         self.listened = listened
         self.between = between
         """The components between the text encoders and the denoiser."""
+        self.weights = weights
         self.layout = layout
         """The runs of a step as the user stated them."""
         self.warned: set[int] = set()
@@ -222,7 +230,9 @@ class Session:
             wiring.remove(self)
             self._wiring = None  # not before: a close that was interrupted is finished by the next
         self._pipe = None
-        self.places = self.taps = self.listened = self.between = ()  # the modules; the recordings need none of them
+        self.places = self.taps = self.listened = self.between = (
+            self.weights
+        ) = ()  # the modules; the recordings need none of them
 
     def prepare_again(self) -> None:
         """Where several pipelines share the instruments, these may have been prepared for another one since (the wiring does
@@ -278,6 +288,13 @@ def _place(pipe: Any, instrument: Instrument, hookpoint: Hookpoint) -> Place:
             f"{' and '.join(family.streams(target.inner, target.module))}: ask for that, or for another block"
         )
     return Place(instrument, hookpoint, target, stream)
+
+
+def _weight_place(pipe: Any, instrument: Instrument, path: str, change: WeightChange) -> WeightPlace:
+    target = resolve(pipe, path)
+    # Compiled code reads weights anew at every run; whether it is their step is asked of the component's own hook.
+    refuse_compiled(replace(target, path=target.root_name, module=target.root))
+    return WeightPlace(instrument, target, plain_weight(target), change)
 
 
 def _checked(target: Target) -> Target:

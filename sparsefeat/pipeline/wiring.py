@@ -1,8 +1,8 @@
 """Everything that is changed in a pipeline while sessions are attached to it, in one place, with its undoing.
 
 One `Wiring` serves all sessions of a pipeline. It holds what they need together and nothing more: a hook on each module
-with a hookpoint, a wrapper around `forward` of each tapped attention module, a hook on the components these lie in, and
-a class for the pipeline object. What only a running call needs is put in when the call begins and taken out when it
+with a hookpoint, a wrapper around `forward` of each tapped attention module, a hook on the components these lie in, changed
+weights, and a class for the pipeline object. What only a running call needs is put in when the call begins and taken out when it
 ends. What is to be put in is noted before it is, and taken out by looking for it, so whatever an interrupt left half
 done is finished by the next attempt. Modules know their wiring weakly: where the pipeline and its sessions are
 forgotten, the hooks go too.
@@ -37,7 +37,8 @@ from sparsefeat.pipeline.knowing.references import ENCODERS
 from sparsefeat.pipeline.outcome import Missing, missing, report, warn_of_silence
 from sparsefeat.pipeline.prompt_words import warn_of_words
 from sparsefeat.pipeline.running import Guard, RunningCall, calls_here
-from sparsefeat.pipeline.visits import Visits, in_backward
+from sparsefeat.pipeline.visits import Place, Tap, Visits, in_backward
+from sparsefeat.pipeline.weights import WeightPlace, put_on, take_off
 
 if TYPE_CHECKING:
     from sparsefeat.pipeline.session import Session
@@ -51,10 +52,11 @@ class Wiring:
         self.sessions: list[Session] = []
         self._hooks: dict[HookKey, Hook] = {}
         self._taps: dict[int, AttentionTap] = {}
+        self._weights: dict[WeightPlace, bool] = {}  # whether it is in: noted before it is
         self._running: RunningCall | None = None
         self._guard = Guard()
         self._visits = Visits(self._guard)
-        weakref.finalize(self, _take_off, self._hooks, self._taps).atexit = False
+        weakref.finalize(self, _take_off, self._hooks, self._taps, self._weights).atexit = False
 
     @staticmethod
     def of(pipe: Any) -> Wiring:
@@ -82,8 +84,13 @@ class Wiring:
         wanted: dict[HookKey, Target] = {}
         tapped: dict[int, Target] = {}
         for session in self.sessions:
-            taps = [part.target for part in (*session.taps, *session.listened)]
-            for target in [part.target for part in session.places] + taps:
+            parts: list[Place | Tap | WeightPlace] = [
+                *session.places,
+                *session.taps,
+                *session.listened,
+                *session.weights,
+            ]
+            for target in [part.target for part in parts]:
                 root = replace(target, path=target.root_name, module=target.root)
                 wanted.setdefault((id(root.module), "root"), root)
             for place in session.places:
@@ -92,6 +99,11 @@ class Wiring:
                 wanted.setdefault((id(target.module), "between"), target)
             for tap in session.taps:
                 tapped.setdefault(id(tap.target.module), tap.target)
+        changes = [change for session in self.sessions for change in session.weights]
+        gone = [change for change in self._weights if change not in changes]
+        take_off(gone)
+        for change in gone:
+            del self._weights[change]
         for key in [key for key in self._hooks if key not in wanted]:
             self._hooks[key].take_off()
             del self._hooks[key]
@@ -106,6 +118,10 @@ class Wiring:
             if key not in self._hooks:
                 self._hooks[key] = Hook(self, key[1], target)
             self._hooks[key].put_on()
+        for change in changes:
+            if not self._weights.setdefault(change, False):
+                put_on(change)
+                self._weights[change] = True
         self._set_class()
 
     def _set_class(self) -> None:
@@ -307,7 +323,8 @@ class Wiring:
         return self._running
 
 
-def _take_off(hooks: dict[HookKey, Hook], taps: dict[int, AttentionTap]) -> None:
+def _take_off(hooks: dict[HookKey, Hook], taps: dict[int, AttentionTap], weights: dict[WeightPlace, bool]) -> None:
+    take_off(list(weights))
     for hook in hooks.values():
         hook.take_off()
     for tap in taps.values():

@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 import sparsefeat as sf
 from sparsefeat.assets.embedded import SAES
 from sparsefeat.cli import app
-from sparsefeat.evaluation.denoising import DenoisingLoss, denoising_loss, finished_latents, recovered
+from sparsefeat.evaluation.denoising import DenoisingLoss, denoising_loss, recovered
 from sparsefeat.evaluation.evaluate_saes import Concepts, random_weights
 from sparsefeat.evaluation.splice import Ablate, Splice
+from sparsefeat.pipeline.noising import finished_latents
 from sparsefeat.sae import SAE, SAEConfig
 from tests.tiny import tiny_sd
 

@@ -1,0 +1,13 @@
+"""Which weights and latents made a concept, and masks of them."""
+
+from sparsefeat.attribution.components import WeightScores, attribute_weights, cad_amplify, cad_erase
+from sparsefeat.attribution.masks import WeightMask, chosen_weights
+
+__all__ = [
+    "WeightMask",
+    "WeightScores",
+    "attribute_weights",
+    "cad_amplify",
+    "cad_erase",
+    "chosen_weights",
+]

@@ -1,0 +1,241 @@
+"""CAD: which weights make a concept, and the model without them (Component Attribution for Diffusion, arXiv 2412.02542).
+
+With eps_t(c) what the denoiser says of the latents z_t under prompt c, and J a loss summed over the steps t of the schedule:
+
+    score   alpha = w dJ/dw                     the first-order change of J, with the other sign, where w becomes 0
+    erase   J = sum_t |eps_t(c) - stopgrad eps_t(nothing)|^2             along the pipeline's own trajectory of c
+    amplify J = sum_t mean (eps_t(c) - aim)^2   z_t: finished latents of the concept, noised; aim: what was to be said
+    mask    of every row of n weights the floor(ratio n) of the highest score, if above 0, become 0
+
+Both times weights go whose loss makes J fall: J is the distance from the picture without the concept, or the model's error on
+pictures of it. The trajectory is walked once, with the gradient taken in passing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsefeat.arguments import finite, number, whole
+from sparsefeat.attribution.gradients import EachStep, Predict, WeightGradients, weight_paths
+from sparsefeat.attribution.masks import WeightMask, chosen_weights
+from sparsefeat.pipeline import Call, Context, attach
+from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.noising import LATENTS, finished_latents, noised
+from sparsefeat.pipeline.step_window import Steps, StepWindow
+
+RATIO = 0.001
+"""The released program's."""
+
+
+@dataclass(frozen=True)
+class WeightScores:
+    """alpha of single weights: `scores[path]`, fp32 of the weight's shape. Above 0: without the weight the loss falls."""
+
+    scores: Mapping[str, Tensor]
+    losses: tuple[float, ...]
+    """J's terms, in the order in which they were taken."""
+
+    def mask(
+        self,
+        ratio: float = RATIO,
+        rule: str = "positive",
+        *,
+        per_row: bool = True,
+        concept: str = "",
+        steps: Steps = None,
+    ) -> WeightMask:
+        """The instrument that zeroes what CAD chooses by these scores; see `chosen_weights`.
+
+        Raises:
+            ValueError: nothing is chosen.
+        """
+        masks = {path: chosen_weights(score, ratio, rule, per_row=per_row) for path, score in self.scores.items()}
+        if not any(mask.any() for mask in masks.values()):
+            longest = max(score[0].numel() if per_row else score.numel() for score in self.scores.values())
+            raise ValueError(
+                f"ratio={ratio} chooses no weight: the longest row has {longest}, of which floor({ratio} * {longest}) = "
+                f"{int(ratio * longest)} are taken; give at least {1 / longest:.2g}."
+            )
+        return WeightMask({path: mask for path, mask in masks.items() if mask.any()}, concept, steps=steps)
+
+
+class _FromNothing(EachStep):
+    """J of CAD-Erase: pairs of a prompt's row and the same image's unconditional one, of one run or of two."""
+
+    def begin_call(self, call: Call) -> None:
+        self.losses: list[float] = []
+        self._waiting: dict[int, dict[str, Mapping[str, Any]]] = {}
+
+    def row(self, arguments: Mapping[str, Any], condition: str, image: int, context: Context) -> None:
+        pair = self._waiting.setdefault(image, {})
+        pair[condition] = arguments
+        if "cond" not in pair or "uncond" not in pair:
+            return
+        del self._waiting[image]
+
+        def loss(predict: Predict) -> Tensor:
+            with torch.no_grad():
+                nothing = predict(pair["uncond"])
+            return (predict(pair["cond"]) - nothing).square().sum()
+
+        self.losses.append(self.gradients.add(loss))
+
+    def end_step(self, context: Context) -> None:
+        self._waiting.clear()
+
+    def end_call(self, call: Call) -> list[float]:
+        return self.losses
+
+
+class OnLatents(EachStep):
+    """J of CAD-Amplify: the denoiser's own loss on given latents, in the place of what its loop would give it."""
+
+    def __init__(self, gradients: WeightGradients, latents: Tensor, seed: int):
+        super().__init__(gradients)
+        self.latents = latents
+        self.generator = torch.Generator().manual_seed(seed)
+        self.losses: list[float] = []
+        self.scheduler: Any = None
+
+    def begin_call(self, call: Call) -> None:
+        self.scheduler = getattr(call.pipe, "scheduler", None)
+
+    def weight(self, image: int) -> float:
+        return 1.0
+
+    def row(self, arguments: Mapping[str, Any], condition: str, image: int, context: Context) -> None:
+        if condition != "cond":
+            return
+        name = next(one for one in LATENTS if one in arguments)
+        latents = self.latents[image : image + 1]
+        if arguments[name].shape != latents.shape:
+            raise ValueError(
+                f"the denoiser takes {list(arguments[name].shape)} and the latents are {list(latents.shape)}; draw both at one "
+                "size, with a pipeline whose denoiser is given the latents alone."
+            )
+        assert context.step is not None
+        timestep = self.scheduler.timesteps[context.step : context.step + 1]
+        noise = torch.randn(latents.shape, generator=self.generator).to(latents)
+        seen, aim = noised(self.scheduler, latents, noise, timestep)
+
+        def loss(predict: Predict) -> Tensor:
+            said = predict({**arguments, name: seen.to(arguments[name])})
+            said = said[:, : aim.shape[1]] if said.ndim == 4 else said  # beside it, a variance that some say
+            return self.weight(image) * (said - aim.float()).square().mean()
+
+        self.losses.append(self.gradients.add(loss))
+
+
+def _prompts(name: str, given: str | Sequence[str]) -> list[str]:
+    prompts = [given] if isinstance(given, str) else list(given)
+    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise ValueError(f"{name}={given!r} must be a prompt of the concept, or a list of prompts.")
+    return prompts
+
+
+def _scores(gradients: WeightGradients, losses: Sequence[float]) -> WeightScores:
+    sums = gradients.checked()
+    return WeightScores({path: gradients.values[path].float() * sums[path] for path in sums}, tuple(losses))
+
+
+def attribute_weights(
+    pipe: Any,
+    prompts: str | Sequence[str],
+    *,
+    objective: str = "erase",
+    concept: str | None = None,
+    latents: Tensor | None = None,
+    modules: str | Sequence[str] = "ff",
+    seed: int = 0,
+    **call: Any,
+) -> WeightScores:
+    """CAD's scores of single weights for a concept.
+
+    Args:
+        prompts: of the concept; each is drawn once, and the losses add up.
+        objective: "erase" or "amplify", see above.
+        concept: amplify: the bare word that the denoiser is given with the latents; default each prompt itself.
+        latents: amplify: finished latents of the concept, one for each prompt, in the layout in which the denoiser takes
+            them; default those that the pipeline draws for the prompts.
+        modules: a part of the paths of the Linear and Conv2d modules of the denoiser, or their paths. "ff", the published, is
+            the feed-forward layers.
+        seed: of the images and of the noise.
+        call: arguments of the pipeline. "erase" needs guidance (the published: guidance_scale=3, 50 steps): the unconditional
+            prediction is what the conditional one is compared with.
+
+    Costs, beside the pipeline's own run, a forward and a backward of the denoiser for every image and step, and a second forward
+    to erase.
+
+    Raises:
+        ValueError: no guidance, modules that cannot be read, or a gradient that is not finite.
+    """
+    prompts = _prompts("prompts", prompts)
+    whole("seed", seed, 0)
+    if objective not in ("erase", "amplify"):
+        raise ValueError(f"objective={objective!r} is not known; use 'erase' or 'amplify'.")
+    if objective == "erase" and (concept is not None or latents is not None):
+        raise ValueError("concept= and latents= are of objective='amplify'; leave them out to erase.")
+    if latents is not None and (not isinstance(latents, Tensor) or len(finite("latents", latents)) != len(prompts)):
+        raise ValueError(f"latents must be a tensor of one entry for each of the {len(prompts)} prompts.")
+    check_arguments(pipe, call, also=inspect.signature(attribute_weights).parameters)
+    gradients = WeightGradients(pipe, weight_paths(pipe, modules))
+    if objective == "erase":
+        losses: list[float] = []
+        for i, prompt in enumerate(prompts):
+            from_nothing = _FromNothing(gradients)
+            with attach(pipe, from_nothing):
+                pipe(prompt, generator=torch.Generator().manual_seed(seed + i), output_type="latent", **call)
+            if not from_nothing.losses:
+                raise ValueError(
+                    "the pipeline ran without guidance, so there is no prediction without the concept to compare with; pass "
+                    "guidance_scale=3 (FLUX and others that take it: true_cfg_scale=3 and negative_prompt='')."
+                )
+            losses += from_nothing.losses
+        return _scores(gradients, losses)
+    if latents is None:
+        latents = finished_latents(pipe, prompts, seed, **call)
+    on_latents = OnLatents(gradients, latents, seed)
+    with attach(pipe, on_latents):
+        words = prompts if concept is None else [concept] * len(prompts)
+        pipe(words, generator=torch.Generator().manual_seed(seed), output_type="latent", **call)
+    return _scores(gradients, on_latents.losses)
+
+
+def _cad(
+    pipe: Any,
+    prompts: str | Sequence[str],
+    objective: str,
+    ratio: float,
+    steps: Steps,
+    options: dict[str, Any],
+) -> WeightMask:
+    number("ratio", ratio, 0, 1, above=True)
+    StepWindow.parse(steps)
+    concept = ", ".join(_prompts("prompts", prompts))
+    return attribute_weights(pipe, prompts, objective=objective, **options).mask(ratio, concept=concept, steps=steps)
+
+
+def cad_erase(
+    pipe: Any, prompts: str | Sequence[str], *, ratio: float = RATIO, steps: Steps = None, **options: Any
+) -> WeightMask:
+    """CAD-Erase: a mask of the weights that make the concept.
+
+    Args:
+        ratio: share of every row that goes, rounded down, so that rows shorter than 1 / ratio lose nothing.
+        steps: when the weights are 0; default all.
+        options: modules, seed and the pipeline's own arguments, see `attribute_weights`.
+    """
+    return _cad(pipe, prompts, "erase", ratio, steps, options)
+
+
+def cad_amplify(
+    pipe: Any, prompts: str | Sequence[str], *, ratio: float = RATIO, steps: Steps = None, **options: Any
+) -> WeightMask:
+    """CAD-Amplify: a mask of the weights that keep the concept down; arguments as of `cad_erase`, and concept, latents."""
+    return _cad(pipe, prompts, "amplify", ratio, steps, options)

@@ -1,0 +1,133 @@
+"""Gradients of a denoiser's weights, taken while the pipeline runs: one image's row at a time, summed in float32.
+
+The model is run again on the arguments that the pipeline gave it, by `functional_call` on leaves that share the weights'
+storage: no flag and no `.grad` of the user's parameters is touched, and only the chosen weights are in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sparsefeat.attention.guidance import rows_of_arguments
+from sparsefeat.pipeline import Context, Instrument, UnknownConditionError, resolve
+from sparsefeat.pipeline.context import HOW_TO_STATE, UNKNOWN
+from sparsefeat.pipeline.families.registry import family_of
+from sparsefeat.pipeline.hookpoints import components
+from sparsefeat.pipeline.weights import plain_weight
+
+Predict = Callable[[Mapping[str, Any]], Tensor]
+
+
+def denoiser_name(pipe: Any) -> str:
+    """The one component that runs in the steps.
+
+    Raises:
+        ValueError: there is none, or there are several (a refiner, Wan's two experts).
+    """
+    names = [name for name, root in components(pipe).items() if family_of(root).runs_in_steps]
+    if len(names) != 1:
+        raise ValueError(f"{type(pipe).__name__} has {' and '.join(names) or 'no model'} that denoises: one is needed.")
+    return names[0]
+
+
+def weight_paths(pipe: Any, modules: str | Sequence[str]) -> list[str]:
+    """Paths of the Linear and Conv2d modules that are meant: those of the denoiser whose path contains the text, or those of
+    the list.
+
+    Raises:
+        ValueError: there is none, or one whose weight cannot be read (LoRA, quantised).
+    """
+    if not isinstance(modules, str):
+        paths = [resolve(pipe, path).path for path in modules]
+    else:
+        name = denoiser_name(pipe)
+        root = getattr(components(pipe)[name], "_orig_mod", components(pipe)[name])
+        paths = [
+            f"{name}.{inner}"
+            for inner, module in root.named_modules()
+            if modules in inner and isinstance(module, (nn.Linear, nn.Conv2d))
+        ]
+    if not paths:
+        raise ValueError(
+            f"modules={modules!r} names no Linear or Conv2d of the denoiser; give a part of a path, as 'ff'."
+        )
+    for path in paths:
+        plain_weight(resolve(pipe, path))
+    return paths
+
+
+class WeightGradients:
+    """sum of d loss / d weight of the modules at `paths`, all in one component."""
+
+    def __init__(self, pipe: Any, paths: Sequence[str]):
+        targets = [resolve(pipe, path) for path in paths]
+        self.root_name = targets[0].root_name
+        if any(target.root_name != self.root_name for target in targets):
+            raise ValueError(
+                f"modules= lie in several components: {', '.join({t.root_name for t in targets})}; give one's."
+            )
+        self.root = getattr(targets[0].root, "_orig_mod", targets[0].root)
+        own = {id(parameter): name for name, parameter in self.root.named_parameters()}
+        self.names = {target.path: own[id(plain_weight(target))] for target in targets}
+        self.values = {target.path: plain_weight(target).detach() for target in targets}
+        """The weights that the gradient is taken at; another tensor in their place leaves the model as it is."""
+        self.sums = {path: torch.zeros_like(value, dtype=torch.float32) for path, value in self.values.items()}
+
+    def add(self, loss: Callable[[Predict], Tensor]) -> float:
+        """Add the gradients of `loss(predict)`, where `predict(arguments)` is what the denoiser says of its arguments."""
+        state = {name: parameter.detach() for name, parameter in self.root.named_parameters()}
+        leaves = {path: value.detach().requires_grad_() for path, value in self.values.items()}
+        state |= {self.names[path]: leaf for path, leaf in leaves.items()}
+
+        def predict(arguments: Mapping[str, Any]) -> Tensor:
+            said = functional_call(self.root, state, (), dict(arguments))
+            said = said if isinstance(said, Tensor) else said[0]
+            return said.float()
+
+        with torch.enable_grad():
+            value = loss(predict)
+        gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+        for path, gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None:  # not reached by the denoiser's prediction: 0
+                self.sums[path] += gradient
+        return float(value.detach())
+
+    def checked(self) -> dict[str, Tensor]:
+        """The sums.
+
+        Raises:
+            ValueError: they are not finite, as in float16.
+        """
+        for path, total in self.sums.items():
+            if not total.isfinite().all():
+                raise ValueError(
+                    f"the gradient of {path} is not finite in {str(self.values[path].dtype).removeprefix('torch.')}; load "
+                    "the model in bfloat16 or float32."
+                )
+        return self.sums
+
+
+class EachStep(Instrument):
+    """Instrument: hears every run of the denoiser and hands on each image's row, with its arguments and condition."""
+
+    def __init__(self, gradients: WeightGradients):
+        self.gradients = gradients
+
+    def components(self, pipe: Any) -> tuple[str, ...]:
+        return (self.gradients.root_name,)
+
+    def at_component(self, name: str, arguments: Mapping[str, Any], context: Context) -> None:
+        if context.step is None:
+            return
+        if UNKNOWN in context.condition:
+            raise UnknownConditionError(f"which rows of {name} are the prompt's cannot be told: {HOW_TO_STATE}")
+        for row, (condition, image) in enumerate(zip(context.condition, context.prompt_index, strict=True)):
+            self.row(rows_of_arguments(arguments, row, len(context.condition)), condition, image, context)
+
+    def row(self, arguments: Mapping[str, Any], condition: str, image: int, context: Context) -> None:
+        raise NotImplementedError
