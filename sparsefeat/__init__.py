@@ -56,9 +56,18 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.sae import Names as Names
     from sparsefeat.sae import SAEConfig as SAEConfig
     from sparsefeat.sae import load_sae as load_sae
+    from sparsefeat.steering import Compose as Compose
+    from sparsefeat.steering import ConceptAlgebra as ConceptAlgebra
+    from sparsefeat.steering import Hamiltonian as Hamiltonian
+    from sparsefeat.steering import Inversion as Inversion
+    from sparsefeat.steering import Langevin as Langevin
     from sparsefeat.steering import LinearAcT as LinearAcT
     from sparsefeat.steering import PromptVector as PromptVector
+    from sparsefeat.steering import ScaleConcept as ScaleConcept
+    from sparsefeat.steering import ScoreEdit as ScoreEdit
+    from sparsefeat.steering import Slider as Slider
     from sparsefeat.steering import Steer as Steer
+    from sparsefeat.steering import Views as Views
     from sparsefeat.steering import load_instrument as load_instrument
     from sparsefeat.training import CollectActivations as CollectActivations
     from sparsefeat.training import SAETrainer as SAETrainer
@@ -70,16 +79,21 @@ _HOME = {
     "CollectActivations": "sparsefeat.training",
     "CollectExamples": "sparsefeat.features",
     "CollectStatistics": "sparsefeat.features",
+    "Compose": "sparsefeat.steering",
+    "ConceptAlgebra": "sparsefeat.steering",
     "Context": "sparsefeat.pipeline",
     "CorrectionBySimilarities": "sparsefeat.attention",
     "CrossTokenNMS": "sparsefeat.attention",
     "Delta": "sparsefeat.pipeline",
     "Erase": "sparsefeat.erasure",
     "Examples": "sparsefeat.features",
+    "Hamiltonian": "sparsefeat.steering",
     "HeatMaps": "sparsefeat.attention",
     "Hookpoint": "sparsefeat.pipeline",
     "Instrument": "sparsefeat.pipeline",
     "InterpretThenDeactivate": "sparsefeat.erasure",
+    "Inversion": "sparsefeat.steering",
+    "Langevin": "sparsefeat.steering",
     "LinearAcT": "sparsefeat.steering",
     "Names": "sparsefeat.sae",
     "PromptVector": "sparsefeat.steering",
@@ -88,12 +102,16 @@ _HOME = {
     "SAE": "sparsefeat.sae",
     "SAEConfig": "sparsefeat.sae",
     "SAETrainer": "sparsefeat.training",
+    "ScaleConcept": "sparsefeat.steering",
+    "ScoreEdit": "sparsefeat.steering",
     "SelfAttention": "sparsefeat.attention",
+    "Slider": "sparsefeat.steering",
     "SparseCode": "sparsefeat_kernels",
     "Splice": "sparsefeat.evaluation.splice",
     "Statistics": "sparsefeat.features",
     "Steer": "sparsefeat.steering",
     "TrainConfig": "sparsefeat.training",
+    "Views": "sparsefeat.steering",
     "WeightMask": "sparsefeat.attribution",
     "WordCorrelations": "sparsefeat.features",
     "attach": "sparsefeat.pipeline",

@@ -134,6 +134,20 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
             "strength": 0.5,
         },
     ),
+    "Compose": (sf.Compose, lambda: {"weights": {"snow": 1.0, "a tree": -0.5}}),
+    "Slider": (sf.Slider, lambda: {"positive": "old", "negative": "young", "scale": 2.0}),
+    "ScaleConcept": (sf.ScaleConcept, lambda: {"concept": "fox", "omega": 5.0, "gamma": 3.0}),
+    "ConceptAlgebra": (
+        sf.ConceptAlgebra,
+        lambda: {"target": "a woman", "span": ["a man", "a woman"], "keep": 0.9, "gamma": 1.0},
+    ),
+    "Langevin": (sf.Langevin, lambda: {"steps": 2, "size": 0.1}),
+    "Hamiltonian": (sf.Hamiltonian, lambda: {"steps": 2, "size": 0.1, "damping": 0.5}),
+    "Inversion": (sf.Inversion, lambda: {"latents": ones(2, 1, 4, 8, 8)}),
+    "ScoreEdit": (
+        sf.ScoreEdit,
+        lambda: {"rule": sf.Slider("old", "young"), "steps": (0.0, 0.5), "mask": ones(8, 8)},
+    ),
     "FeatureTransport.fit": (
         FeatureTransport.fit,
         lambda: {

@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from sparsefeat.arguments import number, whole
 from sparsefeat.attention.cross_attention import cross_attentions, cross_attentions_of
 from sparsefeat.attention.losses import neglect, retention, segregation, sharpened
+from sparsefeat.attention.moved_latents import MovedLatents, latents_argument, rows_of_arguments
 from sparsefeat.attention.seen_prompts import SeenPrompts
 from sparsefeat.pipeline import Call, Context, Instrument, UnknownConditionError
 from sparsefeat.pipeline.context import HOW_TO_STATE, UNKNOWN
@@ -90,9 +91,7 @@ class MapGuidance(Instrument):
         self._recording = GuidanceRecording()
         self._moment: tuple[int, int | None] | None = None  # loop and evaluation of the moves in hand
         self._step: tuple[int, int] | None = None  # loop and step that were last moved
-        self._moves: dict[int, Tensor] = {}  # by image, in the units of what the denoiser is given
-        self._given: dict[int, Tensor] = {}
-        self._factor = 1.0
+        self._moved: MovedLatents | None = None
 
     def end_call(self, call: Call) -> GuidanceRecording:
         return self._recording
@@ -130,72 +129,42 @@ class MapGuidance(Instrument):
             )
         moment = context.loop, context.evaluation
         if moment != self._moment:
-            self._moment, self._moves, self._given = moment, {}, {}
+            self._moment, self._moved = moment, None
             step = context.loop, context.step
             # A second-order scheduler's second run in a step goes on from what it kept of the first.
             if step == self._step or not self.acts(context.step, context.n_steps):
                 self._moment = None
                 return None
             self._step = step
-            self._factor = self._input_factor(arguments)
+            self._moved = MovedLatents(type(self).__name__, self._call.pipe, arguments)
         if self._moment is None:
             return None
         return self._changed(name, arguments, context)
 
     def _changed(self, name: str, arguments: Mapping[str, Any], context: Context) -> Mapping[str, Tensor]:
         """The denoiser's input with every row moved as its image's conditional one."""
-        argument = next(one for one in ("sample", "hidden_states") if isinstance(arguments.get(one), Tensor))
+        argument = latents_argument(arguments)
         sample = arguments[argument]
-        step, n_steps = context.step, context.n_steps
+        step, n_steps, moved = context.step, context.n_steps, self._moved
         assert step is not None
         assert n_steps is not None
+        assert moved is not None
         for row, (condition, image) in enumerate(zip(context.condition, context.prompt_index, strict=True)):
-            if condition == "cond" and image not in self._moves:
-                own = rows_of_arguments(arguments, row, len(sample))
+            if condition == "cond" and image not in moved:
+                own = rows_of_arguments(arguments, [row], len(sample))
                 root = getattr(self._call.pipe, name)
                 guided = Guided(root, own, argument, self._chosen(image, root), self.resolution)
                 latent = sample[row : row + 1].detach()
-                after = self.moved(latent, guided, image, step, n_steps)
-                self._moves[image], self._given[image] = (after - latent)[0], latent[0]
+                moved.move(image, latent[0], self.moved(latent, guided, image, step, n_steps)[0])
                 self._recording.losses[image, step] = guided.losses[0], guided.losses[-1]
                 self._recording.moves[image, step] = guided.moves
-        missing = set(context.prompt_index) - set(self._moves)
-        if missing:
-            raise ValueError(
-                f"{type(self._call.pipe).__name__} runs the rows without the prompt before those with it, and "
-                f"{type(self).__name__} moves both by what it sees of the second: it cannot guide this pipeline."
-            )
-        moves = torch.stack([self._moves[image] for image in context.prompt_index])
-        return {argument: sample + moves.to(sample.dtype)}
+        return {argument: moved.applied(sample, context.prompt_index)}
 
     def before_step(self, sample: Tensor, context: Context) -> Tensor | None:
-        if self._moment is None or (context.loop, context.evaluation) != self._moment or not self._moves:
+        if self._moment is None or (context.loop, context.evaluation) != self._moment or not self._moved:
             return None
-        images, self._moment = sorted(self._moves), None
-        given, moves = (torch.stack([of[image] for image in images]) for of in (self._given, self._moves))
-        if given.shape != sample.shape:
-            raise ValueError(
-                f"the scheduler steps from latents {list(sample.shape)} and the denoiser was given {list(given.shape)}: "
-                f"{type(self).__name__} guides pipelines whose denoiser is given the latents alone."
-            )
-        wanted = self._factor * sample.double()
-        error = (given.double() - wanted).abs().max()
-        if float(error) > 0.02 * float(wanted.abs().max()) + 1e-6:
-            raise ValueError(
-                f"what the denoiser was given is not what {type(self._call.pipe.scheduler).__name__} makes of the latents, "
-                f"so {type(self).__name__} cannot tell how far to move them; guide with another scheduler."
-            )
-        return (sample.double() + moves.double() / self._factor).to(sample.dtype)
-
-    def _input_factor(self, arguments: Mapping[str, Any]) -> float:
-        """What the scheduler multiplies latents by before the denoiser is given them."""
-        scheduler = getattr(self._call.pipe, "scheduler", None)
-        if scheduler is None or not hasattr(scheduler, "scale_model_input"):
-            return 1.0
-        timestep = arguments.get("timestep")
-        one = torch.ones(1, dtype=torch.float64)
-        first = timestep.flatten()[0] if isinstance(timestep, Tensor) and timestep.numel() else timestep
-        return float(scheduler.scale_model_input(one, first)[0])
+        self._moment = None
+        return self._moved.of_the_scheduler(sample)
 
     def _chosen(self, image: int, root: nn.Module) -> Callable[[int], list[tuple[int, ...]]]:
         """Of the number of keys: the token positions of each word in this image's prompt."""
@@ -390,14 +359,3 @@ def _watching(modules: Sequence[nn.Module], seen: Callable[..., None]) -> Iterat
     finally:
         for handle in handles:
             handle.remove()
-
-
-def rows_of_arguments(value: Any, row: int, batch: int) -> Any:
-    """A model's arguments for one entry of its batch: every tensor that has the batch first, cut to that row."""
-    if isinstance(value, Tensor):
-        return value[row : row + 1] if value.dim() and len(value) == batch else value
-    if isinstance(value, Mapping):
-        return {name: rows_of_arguments(one, row, batch) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(rows_of_arguments(one, row, batch) for one in value)
-    return value

@@ -200,10 +200,28 @@ def _run(
 def _encode(
     pipe: Any, target: Target, texts: Mapping[str, Any], length: int | None, arguments: Mapping[str, Any]
 ) -> None:
-    """The prompts alone, without their negatives, once each, with the settings that a call has by default."""
+    # Hunyuan-DiT runs one encoder at a time.
+    which = int(target.root_name == "text_encoder_2")
+    encode_alone(pipe, texts, arguments, device=_device(pipe, target), length=length, text_encoder_index=which)
+
+
+@torch.no_grad()
+def encode_alone(
+    pipe: Any,
+    texts: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    *,
+    device: Any,
+    length: int | None = None,
+    **more: Any,
+) -> Any:
+    """What the pipeline's `encode_prompt` returns for prompts alone, without their negatives, once each, with the settings
+    of a call with these arguments; None where it has no such method. `texts` has `prompt`, a list, and what other
+    encoders are given, `prompt_2` and `prompt_3`.
+    """
     encode = getattr(pipe, "encode_prompt", None)
     if encode is None:
-        return
+        return None
     of_a_call = inspect.signature(type(pipe).__call__).parameters.values()
     settings = [p for p in of_a_call if p.default is not p.empty and ("prompt" not in p.name or p.name in _TEMPLATES)]
     wanted = {p.name: arguments.get(p.name, p.default) for p in settings}
@@ -212,14 +230,14 @@ def _encode(
     wanted |= {
         "prompt_2": texts.get("prompt_2"),  # the other encoders' prompts, which Stable Diffusion 3 insists on
         "prompt_3": texts.get("prompt_3"),
-        "device": _device(pipe, target),
+        "device": device,
         "num_images_per_prompt": 1,
         "num_videos_per_prompt": 1,
         "do_classifier_free_guidance": False,
-        "text_encoder_index": int(target.root_name == "text_encoder_2"),  # Hunyuan-DiT runs one at a time
+        **more,
     }
     taken = inspect.signature(encode).parameters
-    encode(texts["prompt"], **{name: value for name, value in wanted.items() if name in taken})
+    return encode(texts["prompt"], **{name: value for name, value in wanted.items() if name in taken})
 
 
 def _device(pipe: Any, target: Target) -> torch.device:

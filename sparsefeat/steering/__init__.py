@@ -1,21 +1,41 @@
-"""Edits of a pipeline's activations: by the latents of an SAE, by transport."""
+"""Edits of a pipeline's activations: by the latents of an SAE, by transport, by arithmetic of scores."""
 
 from sparsefeat.steering.code_rule import CodeRule, code_edit
 from sparsefeat.steering.linear_act import LinearAcT, NeuronMaps
 from sparsefeat.steering.overwrite import Overwrite
 from sparsefeat.steering.prompt_vector import PromptVector
 from sparsefeat.steering.saved import load_instrument
+from sparsefeat.steering.scores import (
+    Compose,
+    ConceptAlgebra,
+    Hamiltonian,
+    Inversion,
+    Langevin,
+    ScaleConcept,
+    ScoreEdit,
+    Slider,
+    Views,
+)
 from sparsefeat.steering.steer import Steer
 from sparsefeat.steering.transport import FeatureTransport
 
 __all__ = [
     "CodeRule",
+    "Compose",
+    "ConceptAlgebra",
     "FeatureTransport",
+    "Hamiltonian",
+    "Inversion",
+    "Langevin",
     "LinearAcT",
     "NeuronMaps",
     "Overwrite",
     "PromptVector",
+    "ScaleConcept",
+    "ScoreEdit",
+    "Slider",
     "Steer",
+    "Views",
     "code_edit",
     "load_instrument",
 ]

@@ -1,0 +1,75 @@
+"""The way back: an image's latents at every noise level, by DDIM run backwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsefeat.arguments import finite, whole
+from sparsefeat.steering.scores.levels import predicts
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """`latents` [steps, images, channels, height, width]: those from which step i of a run of as many steps begins."""
+
+    latents: Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.latents, Tensor) or self.latents.ndim != 5:
+            raise ValueError(
+                "latents must be a tensor [steps, images, channels, height, width]; Inversion.of makes it."
+            )
+        finite("latents", self.latents)
+
+    @property
+    def start(self) -> Tensor:
+        """The latents to call the pipeline with: `pipe("", latents=inversion.start, num_inference_steps=steps)`."""
+        return self.latents[0]
+
+    def at(self, step: int, n_steps: int, like: Tensor) -> Tensor:
+        """Those of one step, of the shape and dtype of the latents there."""
+        if n_steps != len(self.latents) or self.latents.shape[1:] != like.shape:
+            raise ValueError(
+                f"the inversion has {len(self.latents)} steps of {list(self.latents.shape[1:])} and this call {n_steps} of "
+                f"{list(like.shape)}; call with the steps and the image that were inverted."
+            )
+        return self.latents[step].to(like)
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, pipe: Any, image: Any, prompt: str, steps: int = 50, **call: Any) -> Inversion:
+        """Invert a PIL image with its prompt, without guidance.
+
+        Args:
+            pipe: Stable Diffusion or SDXL, whose scheduler predicts noise or v; run it afterwards with a DDIMScheduler.
+            call: further arguments of the pipeline's call.
+        """
+        import diffusers  # takes seconds, and whoever has a pipeline has it already
+
+        whole("steps", steps)
+        if getattr(pipe, "unet", None) is None or predicts(pipe.scheduler) not in ("epsilon", "v_prediction"):
+            raise ValueError(
+                f"{type(pipe).__name__} with a {type(pipe.scheduler).__name__} is not inverted by DDIM; take a pipeline with a "
+                "UNet that predicts noise or v (Stable Diffusion, SDXL)."
+            )
+        pixels = pipe.image_processor.preprocess(image).to(pipe.device, pipe.vae.dtype)
+        encoded = pipe.vae.encode(pixels)
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        latents = (latents - (getattr(pipe.vae.config, "shift_factor", None) or 0)) * pipe.vae.config.scaling_factor
+        backwards = diffusers.DDIMInverseScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+        twin = type(pipe)(**{**pipe.components, "scheduler": backwards})
+        twin.set_progress_bar_config(disable=True)
+        kept: list[Tensor] = []
+
+        def keep(running: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+            kept.append(state["latents"].detach().clone())
+            return state
+
+        height, width = pixels.shape[-2:]
+        settings = {"height": height, "width": width, "num_inference_steps": steps, "guidance_scale": 1.0, **call}
+        twin(prompt, latents=latents, output_type="latent", callback_on_step_end=keep, **settings)
+        return cls(torch.stack(kept[::-1]).float())
