@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sparsefeat.attention.guidance import rows_of_arguments
+from sparsefeat.attention.moved_latents import rows_of_arguments
 from sparsefeat.pipeline import Context, Instrument, UnknownConditionError, resolve
 from sparsefeat.pipeline.context import HOW_TO_STATE, UNKNOWN
 from sparsefeat.pipeline.families.registry import family_of
@@ -127,7 +127,7 @@ class EachStep(Instrument):
         if UNKNOWN in context.condition:
             raise UnknownConditionError(f"which rows of {name} are the prompt's cannot be told: {HOW_TO_STATE}")
         for row, (condition, image) in enumerate(zip(context.condition, context.prompt_index, strict=True)):
-            self.row(rows_of_arguments(arguments, row, len(context.condition)), condition, image, context)
+            self.row(rows_of_arguments(arguments, [row], len(context.condition)), condition, image, context)
 
     def row(self, arguments: Mapping[str, Any], condition: str, image: int, context: Context) -> None:
         raise NotImplementedError
