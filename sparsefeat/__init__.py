@@ -30,9 +30,11 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.attention import SelfAttention as SelfAttention
     from sparsefeat.attention import read_image as read_image
     from sparsefeat.attribution import WeightMask as WeightMask
+    from sparsefeat.attribution import attribute_latents as attribute_latents
     from sparsefeat.attribution import attribute_weights as attribute_weights
     from sparsefeat.attribution import cad_amplify as cad_amplify
     from sparsefeat.attribution import cad_erase as cad_erase
+    from sparsefeat.erasure import UCE as UCE
     from sparsefeat.erasure import Erase as Erase
     from sparsefeat.erasure import InterpretThenDeactivate as InterpretThenDeactivate
     from sparsefeat.erasure import negative_prompt as negative_prompt
@@ -111,10 +113,12 @@ _HOME = {
     "Statistics": "sparsefeat.features",
     "Steer": "sparsefeat.steering",
     "TrainConfig": "sparsefeat.training",
+    "UCE": "sparsefeat.erasure",
     "Views": "sparsefeat.steering",
     "WeightMask": "sparsefeat.attribution",
     "WordCorrelations": "sparsefeat.features",
     "attach": "sparsefeat.pipeline",
+    "attribute_latents": "sparsefeat.attribution",
     "attribute_weights": "sparsefeat.attribution",
     "cad_amplify": "sparsefeat.attribution",
     "cad_erase": "sparsefeat.attribution",

@@ -30,6 +30,7 @@ from sparsefeat.arguments import finite, finite_in, image_map, number, whole
 from sparsefeat.attention import HeatMap
 from sparsefeat.attribution import WeightMask, chosen_weights
 from sparsefeat.erasure import Selection, select
+from sparsefeat.erasure.uce import TextMap
 from sparsefeat.features import area_under_curve, normalized_mean_difference, search
 from sparsefeat.report import overlay, save_animation
 from sparsefeat.steering import CodeRule, FeatureTransport, NeuronMaps, Overwrite, PromptVector
@@ -362,6 +363,22 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         sf.attribute_weights,
         lambda: {"pipe": Untouched(), "prompts": "a fox", "objective": "amplify", "latents": ones(1, 4, 8, 8)},
     ),
+    "attribute_latents": (
+        sf.attribute_latents,
+        lambda: {"pipe": Untouched(), "sae": make_sae(), "prompts": "a fox", "steps": (0.0, 0.5)},
+    ),
+    "UCE.fit": (
+        sf.UCE.fit,
+        lambda: {
+            "pipe": Untouched(),
+            "erase": "fox",
+            "erase_scale": 1.0,
+            "preserve_scale": 1.0,
+            "regularisation": 0.5,
+            "steps": (0.0, 0.5),
+        },
+    ),
+    "UCE": (sf.UCE, lambda: {"maps": [TextMap(("unet.x",), ones(4, 1), ones(1, 4))], "steps": (0.0, 0.5)}),
     "cad_erase": (
         sf.cad_erase,
         lambda: {"pipe": Untouched(), "prompts": "a fox", "ratio": 0.1, "steps": (0.0, 0.5)},
@@ -389,6 +406,7 @@ NOT_ASKED = {
     "Found": ANSWERS,
     "HeatMap": ANSWERS,
     "HeatMapRecording": ANSWERS,
+    "LatentScores": ANSWERS,
     "Loss": ANSWERS,
     "Naming": ANSWERS,
     "Replace": IN_THE_CALL,

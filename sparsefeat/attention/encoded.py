@@ -132,10 +132,20 @@ class EncodedPrompt:
 
     def own(self, keys: int) -> list[int]:
         """The keys of the prompt's own tokens, without marks, padding and what a template puts around it."""
+        return [key for keys_of_text in self._own(keys) for key in keys_of_text]
+
+    def last(self, keys: int) -> list[int]:
+        """The key of the prompt's last own token, one for each encoder whose text stands among the keys; of an empty prompt
+        that of the text's first position.
+        """
+        texts = zip(self._own(keys), self._texts(keys), strict=True)
+        return [own[-1] if own else encoded.tokens[0].index for own, encoded in texts]
+
+    def _own(self, keys: int) -> list[list[int]]:
         found = []
         for encoded in self._texts(keys):
             start, stop = self._own_part(encoded.text) or (0, len(encoded.text))
-            found += [t.index for t in encoded.tokens if not t.special and t.start >= start and t.stop <= stop]
+            found.append([t.index for t in encoded.tokens if not t.special and t.start >= start and t.stop <= stop])
         return found
 
     def indices(self, keys: int, word: str, occurrence: int | None = None) -> tuple[int, ...]:

@@ -1,11 +1,14 @@
 """Which weights and latents made a concept, and masks of them."""
 
 from sparsefeat.attribution.components import WeightScores, attribute_weights, cad_amplify, cad_erase
+from sparsefeat.attribution.latents import LatentScores, attribute_latents
 from sparsefeat.attribution.masks import WeightMask, chosen_weights
 
 __all__ = [
+    "LatentScores",
     "WeightMask",
     "WeightScores",
+    "attribute_latents",
     "attribute_weights",
     "cad_amplify",
     "cad_erase",

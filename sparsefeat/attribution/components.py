@@ -24,7 +24,7 @@ from torch import Tensor
 from sparsefeat.arguments import finite, number, whole
 from sparsefeat.attribution.gradients import EachStep, Predict, WeightGradients, weight_paths
 from sparsefeat.attribution.masks import WeightMask, chosen_weights
-from sparsefeat.pipeline import Call, Context, attach
+from sparsefeat.pipeline import Context, attach
 from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.pipeline.noising import LATENTS, finished_latents, noised
 from sparsefeat.pipeline.step_window import Steps, StepWindow
@@ -66,73 +66,61 @@ class WeightScores:
 
 
 class _FromNothing(EachStep):
-    """J of CAD-Erase: pairs of a prompt's row and the same image's unconditional one, of one run or of two."""
+    """J of CAD-Erase."""
 
-    def begin_call(self, call: Call) -> None:
+    def __init__(self, gradients: WeightGradients):
+        super().__init__(gradients.root_name)
+        self.gradients = gradients
         self.losses: list[float] = []
-        self._waiting: dict[int, dict[str, Mapping[str, Any]]] = {}
 
-    def row(self, arguments: Mapping[str, Any], condition: str, image: int, context: Context) -> None:
-        pair = self._waiting.setdefault(image, {})
-        pair[condition] = arguments
-        if "cond" not in pair or "uncond" not in pair:
+    def row(self, given: Mapping[str, Any], without: Mapping[str, Any] | None, image: int, context: Context) -> None:
+        if without is None:
             return
-        del self._waiting[image]
 
         def loss(predict: Predict) -> Tensor:
             with torch.no_grad():
-                nothing = predict(pair["uncond"])
-            return (predict(pair["cond"]) - nothing).square().sum()
+                nothing = predict(without)
+            return (predict(given) - nothing).square().sum()
 
         self.losses.append(self.gradients.add(loss))
-
-    def end_step(self, context: Context) -> None:
-        self._waiting.clear()
-
-    def end_call(self, call: Call) -> list[float]:
-        return self.losses
 
 
 class OnLatents(EachStep):
     """J of CAD-Amplify: the denoiser's own loss on given latents, in the place of what its loop would give it."""
 
     def __init__(self, gradients: WeightGradients, latents: Tensor, seed: int):
-        super().__init__(gradients)
-        self.latents = latents
+        super().__init__(gradients.root_name)
+        self.gradients, self.latents = gradients, latents
         self.generator = torch.Generator().manual_seed(seed)
         self.losses: list[float] = []
-        self.scheduler: Any = None
-
-    def begin_call(self, call: Call) -> None:
-        self.scheduler = getattr(call.pipe, "scheduler", None)
 
     def weight(self, image: int) -> float:
+        """Of an image's loss in the sum."""
         return 1.0
 
-    def row(self, arguments: Mapping[str, Any], condition: str, image: int, context: Context) -> None:
-        if condition != "cond":
-            return
-        name = next(one for one in LATENTS if one in arguments)
+    def row(self, given: Mapping[str, Any], without: Mapping[str, Any] | None, image: int, context: Context) -> None:
+        name = next(one for one in LATENTS if one in given)
         latents = self.latents[image : image + 1]
-        if arguments[name].shape != latents.shape:
+        if given[name].shape != latents.shape:
             raise ValueError(
-                f"the denoiser takes {list(arguments[name].shape)} and the latents are {list(latents.shape)}; draw both at one "
+                f"the denoiser takes {list(given[name].shape)} and the latents are {list(latents.shape)}; draw both at one "
                 "size, with a pipeline whose denoiser is given the latents alone."
             )
         assert context.step is not None
+        assert self.scheduler is not None
         timestep = self.scheduler.timesteps[context.step : context.step + 1]
         noise = torch.randn(latents.shape, generator=self.generator).to(latents)
         seen, aim = noised(self.scheduler, latents, noise, timestep)
 
         def loss(predict: Predict) -> Tensor:
-            said = predict({**arguments, name: seen.to(arguments[name])})
+            said = predict({**given, name: seen.to(given[name])})
             said = said[:, : aim.shape[1]] if said.ndim == 4 else said  # beside it, a variance that some say
             return self.weight(image) * (said - aim.float()).square().mean()
 
         self.losses.append(self.gradients.add(loss))
 
 
-def _prompts(name: str, given: str | Sequence[str]) -> list[str]:
+def prompts_of(name: str, given: str | Sequence[str]) -> list[str]:
     prompts = [given] if isinstance(given, str) else list(given)
     if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
         raise ValueError(f"{name}={given!r} must be a prompt of the concept, or a list of prompts.")
@@ -175,7 +163,7 @@ def attribute_weights(
     Raises:
         ValueError: no guidance, modules that cannot be read, or a gradient that is not finite.
     """
-    prompts = _prompts("prompts", prompts)
+    prompts = prompts_of("prompts", prompts)
     whole("seed", seed, 0)
     if objective not in ("erase", "amplify"):
         raise ValueError(f"objective={objective!r} is not known; use 'erase' or 'amplify'.")
@@ -217,7 +205,7 @@ def _cad(
 ) -> WeightMask:
     number("ratio", ratio, 0, 1, above=True)
     StepWindow.parse(steps)
-    concept = ", ".join(_prompts("prompts", prompts))
+    concept = ", ".join(prompts_of("prompts", prompts))
     return attribute_weights(pipe, prompts, objective=objective, **options).mask(ratio, concept=concept, steps=steps)
 
 

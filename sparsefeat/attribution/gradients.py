@@ -7,6 +7,7 @@ storage: no flag and no `.grad` of the user's parameters is touched, and only th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sparsefeat.attention.moved_latents import rows_of_arguments
-from sparsefeat.pipeline import Context, Instrument, UnknownConditionError, resolve
+from sparsefeat.pipeline import Call, Context, Instrument, UnknownConditionError, resolve
 from sparsefeat.pipeline.context import HOW_TO_STATE, UNKNOWN
 from sparsefeat.pipeline.families.registry import family_of
 from sparsefeat.pipeline.hookpoints import components
@@ -61,6 +62,17 @@ def weight_paths(pipe: Any, modules: str | Sequence[str]) -> list[str]:
     return paths
 
 
+def predicted(
+    root: nn.Module, arguments: Mapping[str, Any], weights: Mapping[str, Tensor] = MappingProxyType({})
+) -> Tensor:
+    """What the denoiser says, in float32, with `weights` by the names of its parameters in the place of its own; those that
+    are not among them take no part in a gradient.
+    """
+    state = {name: parameter.detach() for name, parameter in root.named_parameters()} | dict(weights)
+    said = functional_call(root, state, (), dict(arguments))
+    return (said if isinstance(said, Tensor) else said[0]).float()
+
+
 class WeightGradients:
     """sum of d loss / d weight of the modules at `paths`, all in one component."""
 
@@ -80,17 +92,10 @@ class WeightGradients:
 
     def add(self, loss: Callable[[Predict], Tensor]) -> float:
         """Add the gradients of `loss(predict)`, where `predict(arguments)` is what the denoiser says of its arguments."""
-        state = {name: parameter.detach() for name, parameter in self.root.named_parameters()}
         leaves = {path: value.detach().requires_grad_() for path, value in self.values.items()}
-        state |= {self.names[path]: leaf for path, leaf in leaves.items()}
-
-        def predict(arguments: Mapping[str, Any]) -> Tensor:
-            said = functional_call(self.root, state, (), dict(arguments))
-            said = said if isinstance(said, Tensor) else said[0]
-            return said.float()
-
+        named = {self.names[path]: leaf for path, leaf in leaves.items()}
         with torch.enable_grad():
-            value = loss(predict)
+            value = loss(lambda arguments: predicted(self.root, arguments, named))
         gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
         for path, gradient in zip(leaves, gradients, strict=True):
             if gradient is not None:  # not reached by the denoiser's prediction: 0
@@ -113,13 +118,19 @@ class WeightGradients:
 
 
 class EachStep(Instrument):
-    """Instrument: hears every run of the denoiser and hands on each image's row, with its arguments and condition."""
+    """Instrument: hears every run of the denoiser and hands on each image's conditional row, with the unconditional one of
+    the same step where there is one: of the same run, or of another.
+    """
 
-    def __init__(self, gradients: WeightGradients):
-        self.gradients = gradients
+    def __init__(self, root_name: str):
+        self.root_name = root_name
 
     def components(self, pipe: Any) -> tuple[str, ...]:
-        return (self.gradients.root_name,)
+        return (self.root_name,)
+
+    def begin_call(self, call: Call) -> None:
+        self.scheduler = getattr(call.pipe, "scheduler", None)
+        self._waiting: dict[int, tuple[dict[str, Mapping[str, Any]], Context]] = {}
 
     def at_component(self, name: str, arguments: Mapping[str, Any], context: Context) -> None:
         if context.step is None:
@@ -127,7 +138,17 @@ class EachStep(Instrument):
         if UNKNOWN in context.condition:
             raise UnknownConditionError(f"which rows of {name} are the prompt's cannot be told: {HOW_TO_STATE}")
         for row, (condition, image) in enumerate(zip(context.condition, context.prompt_index, strict=True)):
-            self.row(rows_of_arguments(arguments, [row], len(context.condition)), condition, image, context)
+            pair, _ = self._waiting.setdefault(image, ({}, context))
+            pair[condition] = rows_of_arguments(arguments, [row], len(context.condition))
+            if "cond" in pair and "uncond" in pair:
+                self.row(pair["cond"], pair["uncond"], image, self._waiting.pop(image)[1])
 
-    def row(self, arguments: Mapping[str, Any], condition: str, image: int, context: Context) -> None:
+    def end_step(self, context: Context) -> None:
+        for image, (pair, began) in self._waiting.items():
+            if "cond" in pair:
+                self.row(pair["cond"], None, image, began)
+        self._waiting.clear()
+
+    def row(self, given: Mapping[str, Any], without: Mapping[str, Any] | None, image: int, context: Context) -> None:
+        """One image's conditional arguments, and its unconditional ones where the pipeline runs with guidance."""
         raise NotImplementedError

@@ -1,0 +1,283 @@
+"""UCE: the weights that read the text, so changed that they take a concept for another (Gandikota et al., arXiv 2308.14761).
+
+With c_e the embedding of the last token of a concept to erase, a_e that of its guide, c_p those of concepts to preserve, the new
+weight minimises
+
+    sum_e s_e |W' c_e - W a_e|^2 + sum_p s_p |W' c_p - W c_p|^2 + lambda |W' - W|^2
+
+which has a closed form. Written as a change of W, with X the rows sqrt(s) c of all concepts:
+
+    W' = W + W L R     L = [a_e - c_e]     R = the rows e of sqrt(s_e) (X X' + lambda)^-1 X
+
+so the same two thin factors serve every weight that is given the same text, whatever it computes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsefeat.arguments import finite, number
+from sparsefeat.attention.seen_prompts import SeenPrompts
+from sparsefeat.attribution.gradients import denoiser_name
+from sparsefeat.pipeline import Call, Context, Instrument, UnknownConditionError, attach, resolve
+from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.context import HOW_TO_STATE, UNKNOWN
+from sparsefeat.pipeline.families.registry import family_of
+from sparsefeat.pipeline.hookpoints import components
+from sparsefeat.pipeline.step_window import Steps, StepWindow
+from sparsefeat.pipeline.weights import plain_weight
+from sparsefeat.steering.saved import SavableInstrument, register, save_instrument
+
+# Which Linear modules are given the text, by the denoiser's argument: the published ones, of UNets and of FLUX and SD3.
+_READERS = {
+    "encoder_hidden_states": r".*attn2\.(to_k|to_v)|context_embedder",
+    "pooled_projections": r"time_text_embed\.text_embedder\.linear_1",
+}
+
+
+@dataclass(frozen=True)
+class TextMap:
+    """Weights W at `paths` [*, d] become W + W left right; `left` [d, concepts], `right` [concepts, d]."""
+
+    paths: tuple[str, ...]
+    left: Tensor
+    right: Tensor
+
+    def __post_init__(self) -> None:
+        if self.left.ndim != 2 or self.left.shape != self.right.T.shape or not self.paths:
+            raise ValueError(
+                f"left {list(self.left.shape)} and right {list(self.right.shape)} must be [d, concepts] and [concepts, d], of "
+                f"at least one of paths={self.paths}."
+            )
+        finite("left", self.left)
+        finite("right", self.right)
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        left, right = (factor.to(weight.device, wide) for factor in (self.left, self.right))
+        return (weight.to(wide) + weight.to(wide) @ left @ right).to(weight.dtype)
+
+
+def text_map(
+    paths: Sequence[str],
+    erase: Tensor,
+    guide: Tensor,
+    preserve: Tensor,
+    scales: tuple[float, float],
+    regularisation: float,
+) -> TextMap:
+    """The closed form, in fp64: embeddings [concepts, d] of what is erased, what stands in its place, what is preserved."""
+    erase, guide, preserve = erase.double(), guide.double(), preserve.double()
+    erase_scale, preserve_scale = scales
+    x = torch.cat([erase_scale**0.5 * erase, preserve_scale**0.5 * preserve])
+    gram = x @ x.T + regularisation * torch.eye(len(x), dtype=x.dtype, device=x.device)
+    right = erase_scale**0.5 * torch.linalg.solve(gram, x)[: len(erase)]
+    return TextMap(tuple(paths), (guide - erase).T.float().cpu(), right.float().cpu())
+
+
+@register("sparsefeat.erasure:UCE")
+class UCE(SavableInstrument):
+    """Instrument: concepts are read as others, by changed weights that come back to the bit. Made by `UCE.fit`.
+
+    Weights are the same for all rows: there is no `condition`. What reads text beside the changed weights (SDXL's pooled text)
+    still reads the concept.
+
+    Args:
+        maps: how the weights change, one for each of the denoiser's text arguments.
+        concepts: names, for the record.
+        steps: window of steps as in `Steer`; default all.
+    """
+
+    def __init__(self, maps: Sequence[TextMap], concepts: Sequence[str] = (), *, steps: Steps = None):
+        if not maps or not all(isinstance(one, TextMap) for one in maps):
+            raise ValueError("maps= must be at least one TextMap; UCE.fit makes them.")
+        self.maps, self.concepts = tuple(maps), tuple(concepts)
+        self.window = StepWindow.parse(steps)
+
+    @classmethod
+    def fit(
+        cls,
+        pipe: Any,
+        erase: str | Sequence[str],
+        *,
+        guide: str | Sequence[str] = "",
+        preserve: str | Sequence[str] = (),
+        erase_scale: float = 1.0,
+        preserve_scale: float = 1.0,
+        regularisation: float = 0.5,
+        modules: Sequence[str] | None = None,
+        steps: Steps = None,
+        **call: Any,
+    ) -> UCE:
+        """Embed the concepts by one short call of the pipeline, and solve.
+
+        Args:
+            erase: concepts, "fox" or several.
+            guide: what each is read as, one for all or one for each; "" (the published for objects) is the empty prompt.
+            preserve: concepts that are to be read as before.
+            erase_scale, preserve_scale, regularisation: s_e, s_p and lambda; the released program's by default.
+            modules: paths of Linear modules that are given the text; default, of UNets the keys and values of the
+                cross-attention, of FLUX and Stable Diffusion 3 `context_embedder` and the first layer for the pooled text.
+            call: arguments of the pipeline, such as max_sequence_length, height and width.
+
+        Raises:
+            ValueError: texts that cannot be told apart in what the denoiser is given, modules that do not read text.
+        """
+        erased, preserved = _texts("erase", erase), _texts("preserve", preserve) if preserve else []
+        guides = [guide] * len(erased) if isinstance(guide, str) else list(guide)
+        if len(guides) != len(erased) or not all(isinstance(one, str) for one in guides):
+            raise ValueError(
+                f"guide={guide!r} must be one text, or one for each of the {len(erased)} concepts to erase."
+            )
+        scales = number("erase_scale", erase_scale, 0, above=True), number("preserve_scale", preserve_scale, 0)
+        number("regularisation", regularisation, 0, above=True)
+        StepWindow.parse(steps)
+        check_arguments(pipe, call, also=inspect.signature(cls.fit).parameters)
+        readers = _readers(pipe, modules)
+        seen = _Embeddings(denoiser_name(pipe), tuple(readers))
+        with attach(pipe, seen):
+            for text in dict.fromkeys([*erased, *guides, *preserved]):
+                seen.text = text
+                pipe(text, **{"num_inference_steps": 1, "output_type": "latent", **call})
+        maps = []
+        for argument, paths in readers.items():
+            of = {text: found[argument] for text, found in seen.found.items() if argument in found}
+            counts = {len(rows) for rows in of.values()}
+            if len(of) != len(seen.found) or len(counts) != 1:
+                raise ValueError(
+                    f"the denoiser was not given {argument} of as many encoders for every text; give modules=."
+                )
+            c, a, p = (torch.cat([of[text] for text in texts]) for texts in (erased, guides, preserved or erased[:1]))
+            for path in paths:
+                if plain_weight(resolve(pipe, path)).shape[1:] != c.shape[1:]:
+                    raise ValueError(
+                        f"{path} is not given the text, which is {c.shape[1]} wide; give modules that are."
+                    )
+            maps.append(text_map(paths, c, a, p if preserved else p[:0], scales, regularisation))
+        return cls(maps, erased, steps=steps)
+
+    def weights(self, pipe: Any) -> dict[str, Callable[[Tensor], Tensor]]:
+        changes: dict[str, Callable[[Tensor], Tensor]] = {}
+        for one in self.maps:
+            for path in one.paths:
+                found = tuple(plain_weight(resolve(pipe, path)).shape)
+                if found[1:] != (len(one.left),):
+                    raise ValueError(
+                        f"the weight of {path} is {list(found)} in this {type(pipe).__name__} and the text {len(one.left)} "
+                        "wide: it was fitted on another model."
+                    )
+                changes[path] = one
+        return changes
+
+    def active(self, context: Context) -> bool:
+        return self.window.contains(context)
+
+    def save(self, folder: str | os.PathLike[str], include_sae: bool = True, *, overwrite: bool = False) -> None:
+        """Write the factors for `load_instrument(folder)`; `overwrite` replaces an earlier instrument. There is no SAE."""
+        config = {
+            "concepts": list(self.concepts),
+            "paths": [list(one.paths) for one in self.maps],
+            "steps": self.window.to_json(),
+        }
+        tensors = {f"{side}.{i}": getattr(one, side) for i, one in enumerate(self.maps) for side in ("left", "right")}
+        save_instrument(self, folder, config, tensors, include_sae, overwrite)
+
+    @classmethod
+    def from_saved(cls, sae: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> UCE:
+        maps = [
+            TextMap(tuple(paths), tensors[f"left.{i}"], tensors[f"right.{i}"])
+            for i, paths in enumerate(config["paths"])
+        ]
+        loaded = cls(maps, config["concepts"])
+        loaded.window = StepWindow.from_json(config["steps"])
+        return loaded
+
+    def __repr__(self) -> str:
+        return f"UCE({', '.join(self.concepts)}: {sum(len(one.paths) for one in self.maps)} weights)"
+
+
+def _texts(name: str, given: str | Sequence[str]) -> list[str]:
+    texts = [given] if isinstance(given, str) else list(given)
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"{name}={given!r} must be a concept, as 'fox', or a list of concepts.")
+    return texts
+
+
+def _readers(pipe: Any, modules: Sequence[str] | None) -> dict[str, list[str]]:
+    """Paths of the weights that read text, by the denoiser's argument."""
+    if modules is not None:
+        return {"encoder_hidden_states": [resolve(pipe, path).path for path in _texts("modules", modules)]}
+    name = denoiser_name(pipe)
+    root = getattr(components(pipe)[name], "_orig_mod", components(pipe)[name])
+    # PEFT's wrapper is no Linear: found, so that it is refused by name.
+    named = {
+        path.replace(".base_layer", ""): None for path, module in root.named_modules() if isinstance(module, nn.Linear)
+    }
+    readers = {
+        argument: [f"{name}.{path}" for path in named if re.fullmatch(pattern, path)]
+        for argument, pattern in _READERS.items()
+    }
+    if not readers["encoder_hidden_states"]:
+        raise ValueError(
+            f"which weights of {type(root).__name__} read the text is not known; name the Linear modules that are given it, "
+            "modules=[...]."
+        )
+    found = {argument: paths for argument, paths in readers.items() if paths}
+    for path in (path for paths in found.values() for path in paths):
+        plain_weight(resolve(pipe, path))
+    return found
+
+
+class _Embeddings(Instrument):
+    """What the denoiser is given of each text's last token, [encoders, d] by argument."""
+
+    def __init__(self, denoiser: str, arguments: tuple[str, ...]):
+        self.denoiser, self.wanted = denoiser, arguments
+        self.text = ""
+        self.found: dict[str, dict[str, Tensor]] = {}
+        self._prompts = SeenPrompts()
+
+    def components(self, pipe: Any) -> tuple[str, ...]:
+        return (self.denoiser, *self._prompts.components(pipe))
+
+    def prepare(self, pipe: Any) -> None:
+        self._prompts.prepare(pipe)
+
+    def begin_call(self, call: Call) -> None:
+        self._call = call
+        self._prompts.begin_call(call)
+
+    def at_component(self, name: str, arguments: Mapping[str, Any], context: Context) -> None:
+        if name != self.denoiser:
+            self._prompts.at_component(name, arguments, context)
+            return
+        if UNKNOWN in context.condition:
+            raise UnknownConditionError(f"which rows of {name} are the prompt's cannot be told: {HOW_TO_STATE}")
+        if self.text in self.found or "cond" not in context.condition:
+            return
+        row = context.condition.index("cond")
+        self.found[self.text] = {
+            argument: rows
+            for argument in self.wanted
+            if (rows := self._rows(argument, arguments.get(argument), row)) is not None
+        }
+
+    def _rows(self, argument: str, given: Any, row: int) -> Tensor | None:
+        if not isinstance(given, Tensor) or given.ndim not in (2, 3):
+            return None
+        own = given[row].detach()
+        if own.ndim == 1:  # pooled: one for the text
+            return own[None]
+        root = components(self._call.pipe)[self.denoiser]
+        layout = family_of(root).text_layout(self._call.pipe, root, self._call.arguments)
+        prompts = self._prompts.prompts(layout)
+        assert prompts is not None
+        return own[prompts[0].last(len(own))]
