@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Task", "conducted", "each", "pieces", "shares", "threads", "together"]
+__all__ = ["PIECES_A_THREAD", "Task", "conducted", "each", "pieces", "shares", "threads", "together"]
 
 Task = Callable[[], None]
 Item = TypeVar("Item")

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 import sparsefeat_kernels
 import torch
-from sparsefeat_kernels import auxk_encode, bf16_products, prepare_encoder, threshold_encode, topk_encode
+from sparsefeat_kernels import (
+    attention_with_map_,
+    auxk_encode,
+    bf16_products,
+    concept_attention,
+    prepare_encoder,
+    threshold_encode,
+    topk_encode,
+)
 from sparsefeat_kernels.threads import conducted, each, shares
 from sparsefeat_kernels.threads import together as together_inside
 
@@ -186,6 +194,42 @@ def test_a_call_waits_for_its_threads_a_few_times_and_the_caller_runs_few_ops(mo
     )
     assert outside < 250
     assert large < 12
+
+
+@pytest.mark.parametrize("op", ["attention_map", "concept_attention"])
+def test_an_attention_is_handed_out_once_and_the_caller_runs_few_ops(op: str, monkeypatch: pytest.MonkeyPatch):
+    """Whole pieces of it: positions with all their heads, or heads with all their keys."""
+    from sparsefeat_kernels.attention import concept
+    from sparsefeat_kernels.attention import map as maps_of
+
+    g = torch.Generator().manual_seed(3)
+    q = torch.randn(2, 8, 1100, 24, generator=g)
+    k, v, own = (torch.randn(2, 8, 9, 24, generator=g) for _ in range(3))
+    maps = torch.zeros(2, 1100, 9)
+    module, call = {
+        "attention_map": (maps_of, lambda: attention_with_map_(maps, q, k, v)),
+        "concept_attention": (concept, lambda: concept_attention(own, k, v, q, q)),
+    }[op]
+    phases = []
+    inner = module.together
+    monkeypatch.setattr(module, "together", lambda tasks: phases.append(len(tasks)) or inner(tasks))
+    before = torch.get_num_threads()
+    answers = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            call()
+            phases.clear()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:  # of this thread
+                answers.append(call())
+            assert len(phases) == 1
+            assert count <= phases[0] <= 4 * count
+            if count > 1:
+                assert sum(one.count for one in profile.key_averages() if one.key.startswith("aten::")) < 20
+    finally:
+        torch.set_num_threads(before)
+    for other in answers[1:]:
+        torch.testing.assert_close(answers[0], other, rtol=1e-5, atol=1e-5)
 
 
 SCRATCH = """

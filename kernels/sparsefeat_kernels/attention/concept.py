@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import block_bytes, implementation, jit, next_power_of_2, ops, register, row_chunks, sum_dtype, tl
+from ..threads import conducted, each, shares, threads, together
 from .scores import (
     BLOCK_BYTES,
     add_to_group,
@@ -188,22 +190,27 @@ def _check_map(
 # --------------------------------------------------------------------------------------------------------------- CPU
 
 
+@conducted
 def _concept_attention_cpu(
     query: Tensor, key: Tensor, value: Tensor, image_key: Tensor, image_value: Tensor, scale: float, out: Tensor
 ) -> None:
     batch, heads, c, _ = query.shape
     wide, n = sum_dtype(query), image_key.shape[2]
-    bytes_a_head = c * (c + n) * (8 if wide == torch.float64 else 4)
-    blocks = row_chunks(heads, bytes_a_head, block_bytes(query, BLOCK_BYTES))
-    for b in range(batch):
-        for block in blocks:
-            q = query[b, block].to(wide) * scale
-            scores = q.new_empty(q.shape[0], c, c + n)
-            torch.matmul(q, key[b, block].to(wide).mT, out=scores[:, :, :c])
-            torch.matmul(q, image_key[b, block].to(wide).mT, out=scores[:, :, c:])
-            p = torch.softmax(scores, -1, out=scores)
-            own = torch.bmm(p[:, :, :c], value[b, block].to(wide))
-            out[b, block] = own.baddbmm_(p[:, :, c:], image_value[b, block].to(wide)).to(out.dtype)
+
+    def some(piece: tuple[int, slice]) -> None:
+        q = query[piece].to(wide) * scale
+        scores = q.new_empty(q.shape[0], c, c + n)
+        torch.matmul(q, key[piece].to(wide).mT, out=scores[:, :, :c])
+        torch.matmul(q, image_key[piece].to(wide).mT, out=scores[:, :, c:])
+        p = torch.softmax(scores, -1, out=scores)
+        own = torch.bmm(p[:, :, :c], value[piece].to(wide))
+        out[piece] = own.baddbmm_(p[:, :, c:], image_value[piece].to(wide)).to(out.dtype)
+
+    most = block_bytes(query, BLOCK_BYTES) // threads()
+    blocks = row_chunks(heads, c * (c + n) * wide.itemsize, most)
+    if len(blocks) < threads():
+        blocks = shares(heads, threads())
+    together(each(some, itertools.product(range(batch), blocks)))
 
 
 def _concept_map_cpu(

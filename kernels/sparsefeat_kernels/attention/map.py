@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import backend, implementation, jit, next_power_of_2, ops, register, sum_dtype, tl
-from ..threads import conducted, each, pieces, together
+from ..dispatch import backend, implementation, jit, next_power_of_2, ops, register, tl
+from ..products import product
+from ..threads import PIECES_A_THREAD, conducted, each, shares, threads, together
 from .flash import flash
 from .scores import (
-    BLOCK_BYTES,
+    ALONE_POSITIONS,
     add_to_group,
     additive,
     arguments,
@@ -80,9 +80,8 @@ def attention_map_(
     every run. NaN in a row of query makes that row of the map NaN; a score of +inf too. No gradients.
 
     Cost: 2 B heads n t d FLOPs and B heads n t exponentials, B the rows that are counted; twice the products above 256
-    keys. Reads query and key, reads and writes the maps once. [batch, heads, n, t] is never held above 8 MiB: scratch is some 20 MiB
-    on a CPU;
-    on a GPU 0 up to 256 keys, 4 batch heads n bytes above.
+    keys. Reads query and key, reads and writes the maps once. [batch, heads, n, t] is never held: scratch is some MiB for
+    each thread on a CPU; on a GPU 0 up to 256 keys, 4 batch heads n bytes above.
 
     Raises: ValueError or TypeError naming the argument, for wrong shapes, dtypes or devices.
 
@@ -194,13 +193,10 @@ def _check_value(value: Tensor, query: Tensor, key: Tensor) -> None:
 
 # --------------------------------------------------------------------------------------------------------------- CPU
 # Block by block: scores, softmax, and a product with the head weights, which is the sum over heads. What is added to
-# the maps is one [rows of the block, t].
+# the maps is one [rows of the block, t]. Threads share the positions: nobody else writes to theirs.
 
 
-FEWEST_POSITIONS = 64  # of a thread: below, a product runs at half speed
-# Scores of a call of which every op is split over torch's threads: handing it out to others takes longer than that gains.
-# 2 x 8 heads, 77 tokens, two threads: 3.1 ms against 6.6 at 1,024 positions (5 MiB), 15.4 against 12.3 at 4,096 (20 MiB).
-WHOLE_BYTES = 8 << 20
+FEWEST_POSITIONS = 256  # of a thread: below, a call is over before another thread has begun
 
 
 def _softmax(scores: Tensor, out: Tensor) -> Tensor:
@@ -211,17 +207,20 @@ def _softmax(scores: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _attention_cpu(maps: Tensor, query: Tensor, key: Tensor, *others: Any) -> None:
+def _times_values(probabilities: Tensor, value: Tensor) -> Tensor:
+    """[heads, rows, t] times [heads, t, e]; of one head by the library that takes one matrix at a time."""
+    if len(probabilities) == 1:
+        return product(probabilities[0], value[0].T)[None]
+    return torch.bmm(probabilities, value)
+
+
+def _attention_cpu(maps: Tensor, query: Tensor, *others: Any) -> None:
     """Adds to maps; fills `out` where it is given."""
-    scores = math.prod(query.shape[:3]) * key.shape[2] * sum_dtype(query).itemsize
-    if scores <= WHOLE_BYTES:  # nothing is handed out
-        _attention_in_blocks(WHOLE_BYTES, maps, query, key, *others)
-    else:
-        conducted(_attention_in_blocks)(BLOCK_BYTES, maps, query, key, *others)
+    run = conducted(_attention_in_blocks) if query.shape[2] >= 2 * FEWEST_POSITIONS else _attention_in_blocks
+    run(maps, query, *others)
 
 
 def _attention_in_blocks(
-    most_bytes: int,
     maps: Tensor,
     query: Tensor,
     key: Tensor,
@@ -233,18 +232,17 @@ def _attention_in_blocks(
     tokens: Tensor | None,
     out: Tensor | None,
 ) -> None:
-    """A block of scores takes up to `most_bytes`."""
     bias, weight = additive(mask, query, key), head_weights(head_weight, query)
     groups, heads, n_tokens = dict(counted_rows(group, maps.shape[0])), query.shape[1], key.shape[2]
     owned = None if tokens is None else (tokens >= 0) & (tokens < n_tokens)
     places = None if owned is None or tokens is None else torch.where(owned, tokens, 0)
 
     def some(positions: slice) -> None:
-        """All batch rows and heads, in order: nobody else writes to these positions."""
+        """All batch rows and heads, in order."""
         buffer: Tensor | None = None
         for b in groups if out is None else range(query.shape[0]):
             of_row = None if bias is None else bias[b][:, positions]
-            for block, rows, scores in score_blocks(query[b][:, positions], key[b], scale, of_row, most_bytes):
+            for block, rows, scores in score_blocks(query[b][:, positions], key[b], scale, of_row):
                 if buffer is None:  # the first block is the largest
                     buffer = torch.empty_like(scores)
                 at = slice(positions.start + rows.start, positions.start + rows.stop)
@@ -256,14 +254,20 @@ def _attention_in_blocks(
                         if shared == 1
                         else value[b, [h // shared for h in range(block.start, block.stop)]]
                     )
-                    out[b, block, at] = torch.bmm(probabilities, v.to(scores.dtype)).to(out.dtype)
+                    out[b, block, at] = _times_values(probabilities, v.to(scores.dtype)).to(out.dtype)
                 if b in groups:
-                    summed = torch.mv(probabilities.view(scores.shape[0], -1).T, weight[block]).view(scores.shape[1:])
+                    if len(scores) == 1 and head_weight is None:
+                        summed = probabilities[0]
+                    else:
+                        summed = torch.mv(probabilities.view(len(scores), -1).T, weight[block]).view(scores.shape[1:])
                     if places is not None and owned is not None:
                         summed = summed[:, places].masked_fill_(~owned, 0)
                     add_to_group(maps[:, at], groups[b], summed)
 
-    together(each(some, pieces(query.shape[2], FEWEST_POSITIONS)))
+    n = query.shape[2]
+    # Each at least as long as a head's products are made alone from, where there is one for every thread.
+    count = max(threads(), min(PIECES_A_THREAD * threads(), n // ALONE_POSITIONS))
+    together(each(some, shares(n, count if threads() > 1 else 1, FEWEST_POSITIONS)))
 
 
 # ------------------------------------------------------------------------------------------------------------ Triton

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from ..dispatch import block_bytes, implementation, sum_dtype
+from ..products import product
 
 __all__ = ["arguments", "score_blocks"]
 
 # One block of scores on the CPU path: with the block of probabilities beside it, what two cores' L2 holds.
 BLOCK_BYTES = 1 << 20
+# Positions from which on a head's products are made alone, by the library that is twice as fast but takes one matrix at a
+# time: 8 heads of 80, 77 tokens, one core of an AMD EPYC: 0.24 ms against 0.31 at 256 positions, 0.35 against 0.67 at 512.
+ALONE_POSITIONS = 512
 # A bias below this is a mask: the lowest number of fp32 or bf16 is a usual way to write one, and no score and no
 # logarithm of a sum can be told from it once it is added.
 MASKED = -1e30
@@ -130,30 +134,34 @@ def dense_probabilities(query: Tensor, key: Tensor, scale: float, mask: Tensor |
 
 
 def score_blocks(
-    query: Tensor, key: Tensor, scale: float, mask: Tensor | None, of_cpu: int = BLOCK_BYTES
+    query: Tensor, key: Tensor, scale: float, mask: Tensor | None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """The scores of one batch row, block by block, in a buffer that every block reuses.
+    """The scores of one batch row, block by block, in memory that the next block uses again.
 
     query [heads, n, d], key [key heads, t, d], mask a bias [heads, n, t] or None. Yields (heads, rows, scores
-    [heads of the block, rows of the block, t]); a block is `block_bytes` of `of_cpu` or, if that is more, one row of one
-    head.
+    [heads of the block, rows of the block, t]); a block is `block_bytes` or, if that is more, one row of one head.
     """
     (heads, n, _), tokens, dtype = query.shape, key.shape[1], sum_dtype(query)
-    most = block_bytes(query, of_cpu)
+    most = block_bytes(query, BLOCK_BYTES)
     room = max(1, most // (dtype.itemsize * max(tokens, 1)))  # rows of one head in a block
-    row_step = min(n, room, max(64, room // heads))  # below 64 rows a product runs at half speed: fewer heads instead
-    head_step = min(heads, max(1, room // row_step)) if n else heads
+    alone = min(n, room) >= ALONE_POSITIONS and query.device.type == "cpu"
+    # Below 64 rows a product runs at half speed: fewer heads instead.
+    row_step = min(n, room) if alone else min(n, room, max(64, room // heads))
+    head_step = 1 if alone else min(heads, max(1, room // row_step)) if n else heads
     shared = heads // key.shape[0]
-    buffer = query.new_empty(head_step * row_step * tokens, dtype=dtype)
+    buffer = query.new_empty(0 if alone else head_step * row_step * tokens, dtype=dtype)
     for first_head in range(0, heads, head_step):
         block = slice(first_head, min(first_head + head_step, heads))
         k = key[block] if shared == 1 else key[[h // shared for h in range(block.start, block.stop)]]
-        k = k.to(dtype).transpose(1, 2)  # [heads of the block, d, t]
+        k = k.to(dtype).mul(scale) if alone else k.to(dtype).transpose(1, 2)  # [heads of the block, t, d] or [, d, t]
         for first_row in range(0, n, row_step):
             rows = slice(first_row, min(first_row + row_step, n))
-            shape = (block.stop - block.start, rows.stop - rows.start, tokens)
-            scores = buffer[: math.prod(shape)].view(shape)
-            scores.baddbmm_(query[block, rows].to(dtype), k, beta=0, alpha=scale)
+            if alone:
+                scores = product(query[first_head, rows].to(dtype), k[0])[None]
+            else:
+                shape = (block.stop - block.start, rows.stop - rows.start, tokens)
+                scores = buffer[: math.prod(shape)].view(shape)
+                scores.baddbmm_(query[block, rows].to(dtype), k, beta=0, alpha=scale)
             if mask is not None:
                 bias = mask[block, rows].to(dtype)
                 scores.add_(bias).masked_fill_(bias < MASKED, -torch.inf)  # whatever the key holds, NaN too
@@ -176,7 +184,7 @@ def counted_rows(group: Tensor, groups: int) -> list[tuple[int, Tensor]]:
 def add_to_group(sums: Tensor, group: Tensor, more: Tensor) -> None:
     """sums[group] += more, in place; nothing for a group that is none of them."""
     if group.device.type == "cpu":
-        sums[int(group)] += more
+        sums[int(group)].add_(more)
         return
     counted = (group >= 0) & (group < len(sums))
     at = torch.where(counted, group, 0).long().view(1)

@@ -303,14 +303,20 @@ def test_a_value_that_does_not_fit_is_refused():
         attention_with_map_(maps, query, key, value.half())
 
 
-@pytest.mark.parametrize("more", [0, 1], ids=["whole", "handed out"])
-def test_both_sides_of_the_size_from_which_positions_are_handed_out(more: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("more", [-2, 0], ids=["below", "from it on"])
+@pytest.mark.parametrize("kept", [2 * map_module.FEWEST_POSITIONS, 2 * map_module.ALONE_POSITIONS])
+def test_both_sides_of_the_sizes_from_which_positions_are_handed_out_and_heads_multiplied_alone(
+    kept: int, more: int, monkeypatch: pytest.MonkeyPatch
+):
     batch, heads, tokens = 2, 4, 16
-    positions = map_module.WHOLE_BYTES // (4 * batch * heads * tokens) + more
+    positions = kept + more
     tensors = problem((batch, heads, heads, positions, tokens, 4, 4), torch.float32, "cpu")
     handed_out = []
     inner = map_module.together
     monkeypatch.setattr(map_module, "together", lambda tasks: handed_out.append(len(tasks)) or inner(tasks))
+    alone = []
+    one_matrix = scores.product
+    monkeypatch.setattr(scores, "product", lambda *a: alone.append(len(a[0])) or one_matrix(*a))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -318,8 +324,8 @@ def test_both_sides_of_the_size_from_which_positions_are_handed_out(more: int, m
     finally:
         torch.set_num_threads(before)
     assert len(handed_out) == 2
-    assert (min(handed_out) > 1) == bool(more)
-    assert (max(handed_out) > 1) == bool(more)
+    assert set(handed_out) == ({2} if positions >= 2 * map_module.FEWEST_POSITIONS else {1})
+    assert bool(alone) == (positions >= 2 * map_module.ALONE_POSITIONS)
     maps_expected, out_expected = expected(*tensors)
     torch.testing.assert_close(maps.double(), maps_expected, rtol=3e-6, atol=3e-6)
     torch.testing.assert_close(out.double(), out_expected, rtol=3e-6, atol=3e-6)
