@@ -58,18 +58,21 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.sae import Names as Names
     from sparsefeat.sae import SAEConfig as SAEConfig
     from sparsefeat.sae import load_sae as load_sae
+    from sparsefeat.steering import AddVector as AddVector
     from sparsefeat.steering import Compose as Compose
     from sparsefeat.steering import ConceptAlgebra as ConceptAlgebra
     from sparsefeat.steering import Hamiltonian as Hamiltonian
     from sparsefeat.steering import Inversion as Inversion
     from sparsefeat.steering import Langevin as Langevin
     from sparsefeat.steering import LinearAcT as LinearAcT
+    from sparsefeat.steering import PrincipalDirections as PrincipalDirections
     from sparsefeat.steering import PromptVector as PromptVector
     from sparsefeat.steering import ScaleConcept as ScaleConcept
     from sparsefeat.steering import ScoreEdit as ScoreEdit
     from sparsefeat.steering import Slider as Slider
     from sparsefeat.steering import Steer as Steer
     from sparsefeat.steering import Views as Views
+    from sparsefeat.steering import discover_direction as discover_direction
     from sparsefeat.steering import load_instrument as load_instrument
     from sparsefeat.training import CollectActivations as CollectActivations
     from sparsefeat.training import SAETrainer as SAETrainer
@@ -77,6 +80,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
 
 _HOME = {
     "AStar": "sparsefeat.attention",
+    "AddVector": "sparsefeat.steering",
     "AttendAndExcite": "sparsefeat.attention",
     "CollectActivations": "sparsefeat.training",
     "CollectExamples": "sparsefeat.features",
@@ -98,6 +102,7 @@ _HOME = {
     "Langevin": "sparsefeat.steering",
     "LinearAcT": "sparsefeat.steering",
     "Names": "sparsefeat.sae",
+    "PrincipalDirections": "sparsefeat.steering",
     "PromptVector": "sparsefeat.steering",
     "Record": "sparsefeat.features",
     "Replace": "sparsefeat.pipeline",
@@ -123,6 +128,7 @@ _HOME = {
     "cad_amplify": "sparsefeat.attribution",
     "cad_erase": "sparsefeat.attribution",
     "check": "sparsefeat.evaluation.check",
+    "discover_direction": "sparsefeat.steering",
     "export_neuronpedia": "sparsefeat.features",
     "hookpoints": "sparsefeat.pipeline",
     "load_instrument": "sparsefeat.steering",

@@ -135,6 +135,20 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
             "strength": 0.5,
         },
     ),
+    "AddVector": (
+        sf.AddVector,
+        lambda: {"at": AT, "vector": ones(D), "strength": 1.0, "steps": (0.0, 0.5), "mask": ones(8, 8)},
+    ),
+    "PrincipalDirections.steer": (
+        lambda amounts: sf.PrincipalDirections(
+            sf.Hookpoint(AT), ones(1, D), ones(1, 2, D), ones(1, 2), ones(1, 2)
+        ).steer(amounts),
+        lambda: {"amounts": {0: 2.0}},
+    ),
+    "discover_direction": (
+        sf.discover_direction,
+        lambda: {"pipe": Untouched(), "at": AT, "with_it": ["a red fox"], "without": "a fox", "lr": 0.1},
+    ),
     "Compose": (sf.Compose, lambda: {"weights": {"snow": 1.0, "a tree": -0.5}}),
     "Slider": (sf.Slider, lambda: {"positive": "old", "negative": "young", "scale": 2.0}),
     "ScaleConcept": (sf.ScaleConcept, lambda: {"concept": "fox", "omega": 5.0, "gamma": 3.0}),
@@ -409,6 +423,7 @@ NOT_ASKED = {
     "LatentScores": ANSWERS,
     "Loss": ANSWERS,
     "Naming": ANSWERS,
+    "PrincipalDirections": "made by PrincipalDirections.fit of what the pipeline gives; what it steers with is looked at",
     "Replace": IN_THE_CALL,
     "SAEQuality": ANSWERS,
     "Selection": "looked at by Erase, which it is given to",

@@ -1,8 +1,10 @@
-"""Edits of a pipeline's activations: by the latents of an SAE, by transport, by arithmetic of scores."""
+"""Edits of a pipeline's activations: by the latents of an SAE, by transport, along directions, by arithmetic of scores."""
 
 from sparsefeat.steering.code_rule import CodeRule, code_edit
+from sparsefeat.steering.discover import discover_direction
 from sparsefeat.steering.linear_act import LinearAcT, NeuronMaps
 from sparsefeat.steering.overwrite import Overwrite
+from sparsefeat.steering.principal import PrincipalDirections
 from sparsefeat.steering.prompt_vector import PromptVector
 from sparsefeat.steering.saved import load_instrument
 from sparsefeat.steering.scores import (
@@ -18,8 +20,10 @@ from sparsefeat.steering.scores import (
 )
 from sparsefeat.steering.steer import Steer
 from sparsefeat.steering.transport import FeatureTransport
+from sparsefeat.steering.vectors import AddVector
 
 __all__ = [
+    "AddVector",
     "CodeRule",
     "Compose",
     "ConceptAlgebra",
@@ -30,6 +34,7 @@ __all__ = [
     "LinearAcT",
     "NeuronMaps",
     "Overwrite",
+    "PrincipalDirections",
     "PromptVector",
     "ScaleConcept",
     "ScoreEdit",
@@ -37,5 +42,6 @@ __all__ = [
     "Steer",
     "Views",
     "code_edit",
+    "discover_direction",
     "load_instrument",
 ]

@@ -37,6 +37,16 @@ class NoiseLevel:
             return (x - self.alpha * predicted) / self.sigma
         return x + self.alpha * predicted
 
+    def noised(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """What a model would be given of these."""
+        return self.alpha * clean + self.sigma * noise
+
+    def target(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """What it should predict."""
+        if self.predicts == "v_prediction":
+            return self.alpha * noise - self.sigma * clean
+        return {"epsilon": noise, "sample": clean}.get(self.predicts, noise - clean)
+
     def change_of_prediction(self, noise: Tensor) -> Tensor:
         """By how much the prediction changes where eps changes by this, at the same latents.
 

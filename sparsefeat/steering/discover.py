@@ -1,0 +1,142 @@
+"""discover_direction: the vector in the h-space that makes an unspoken attribute of images expected.
+
+Li et al., "Self-Discovering Interpretable Diffusion Latent Directions" (CVPR 2024). Images x_0 are drawn from prompts that
+name the attribute; the model, frozen, is given a prompt that does not, and a vector c at the hookpoint:
+
+    min over c of  E over images, timesteps, noise of || target - model(x_t, t, prompt without; h + c) ||^2
+
+with the model's own target (noise, v, or the velocity of flow matching), by Adam from c = 0.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsefeat.arguments import number, whole
+from sparsefeat.attention.moved_latents import latents_argument, rows_of_arguments
+from sparsefeat.features.progress import progress_bar
+from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument, attach
+from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.steering.first_visits import check_places, check_prompts
+from sparsefeat.steering.scores.levels import NoiseLevel, noise_level
+from sparsefeat.steering.vectors import AddVector
+
+
+def discover_direction(
+    pipe: Any,
+    at: str | Hookpoint,
+    with_it: Sequence[str],
+    without: str,
+    *,
+    spatial: bool = True,
+    epochs: int = 20,
+    batch: int = 8,
+    lr: float = 0.1,
+    seed: int = 0,
+    **call: Any,
+) -> AddVector:
+    """Draw an image of each prompt and learn the vector.
+
+    Args:
+        at: where it is added; the paper's is "unet.mid_block".
+        with_it: prompts with the attribute, one image each, which may repeat (the paper: 1,000 of "a female person").
+        without: the prompt without it ("a person").
+        spatial: one value for every channel and position, as published; False: for every channel.
+        epochs, batch, lr: the published 20, 8 and 0.1.
+        seed: image i has the noise of seed + i; what is drawn while training comes from a generator of seed.
+        call: further arguments of the pipeline's call; the timesteps trained on are those of its schedule.
+
+    Returns the instrument of strength 1, which acts on conditional rows.
+    """
+    check_arguments(pipe, call, also=inspect.signature(discover_direction).parameters)
+    (place,) = check_places(at)
+    with_it = check_prompts("with_it", with_it, least=1)
+    (without,) = check_prompts("without", [without], least=1)
+    epochs, batch, seed = whole("epochs", epochs), whole("batch", batch), whole("seed", seed, 0)
+    lr = number("lr", lr, 0, above=True)
+    drawn = [
+        pipe(prompt, generator=torch.Generator().manual_seed(seed + i), output_type="latent", **call).images
+        for i, prompt in enumerate(with_it)
+    ]
+    clean = torch.cat(drawn)
+    seen = _Given(place)
+    # A distilled guidance is an input of the model, and stays; classifier-free guidance has no part in the loss.
+    off = (
+        {}
+        if getattr(getattr(pipe, "transformer", None), "config", {}).get("guidance_embeds")
+        else {"guidance_scale": 1.0}
+    )
+    with attach(pipe, seen):
+        pipe(without, generator=torch.Generator().manual_seed(seed), output_type="latent", **{**call, **off})
+    levels = [noise_level(pipe.scheduler, time, "discover_direction") for time in seen.times]
+    shape = (seen.width, *seen.grid) if spatial else (seen.width,)
+    vector = torch.zeros(shape, device=clean.device, requires_grad=True)
+    add = AddVector(place, vector, condition="both")
+    optimiser = torch.optim.Adam([vector], lr=lr)
+    generator = torch.Generator().manual_seed(seed)
+    root = getattr(pipe, seen.name)
+    bar = progress_bar(epochs, "discovering", "epochs")
+    with attach(pipe, add) as session, torch.enable_grad(), bar:
+        for _ in range(epochs):
+            for images in torch.randperm(len(clean), generator=generator).split(batch):
+                step = int(torch.randint(len(levels), (), generator=generator))
+                noise = torch.randn(clean[images].shape, generator=generator).to(clean)
+                with session.call([without] * len(images)):
+                    loss = _loss(root, seen.given[step], levels[step], clean[images], noise)
+                (vector.grad,) = torch.autograd.grad(loss, vector)
+                optimiser.step()
+            bar.update()
+    return AddVector(place, vector.detach().cpu())
+
+
+def _loss(root: Any, arguments: Mapping[str, Any], level: NoiseLevel, clean: Tensor, noise: Tensor) -> Tensor:
+    name = latents_argument(arguments)
+    given = rows_of_arguments(arguments, [0] * len(clean), len(arguments[name]))
+    output = root(**{**given, name: level.noised(clean, noise).to(arguments[name])})
+    said = output if isinstance(output, Tensor) else output[0]
+    said = said[:, : clean.shape[1]] if said.ndim > 3 else said  # beside it, a variance that some were trained to say
+    return (said.float() - level.target(clean, noise).float()).square().mean()
+
+
+class _Given(Instrument):
+    """Keeps what the denoiser is given at every step, and the shape of the activations."""
+
+    condition = "cond"
+
+    def __init__(self, at: Hookpoint):
+        self.at, self.name = at, at.path.partition(".")[0]
+        self.given: list[dict[str, Any]] = []
+        self.times: list[float] = []
+        self.width, self.grid = 0, (0, 0)
+
+    def hookpoints(self) -> tuple[Hookpoint, ...]:
+        return (self.at,)
+
+    def components(self, pipe: Any) -> tuple[str, ...]:
+        return (self.name,)
+
+    def begin_call(self, call: Call) -> None:
+        self._call = call
+
+    def at_component(self, name: str, arguments: Mapping[str, Any], context: Context) -> None:
+        scheduled = self._call.timesteps
+        if scheduled is None or context.evaluation is None:
+            raise ValueError(
+                f"{self.at} is not in a denoiser that runs in steps; name a block of the unet or transformer."
+            )
+        if "uncond" in context.condition:
+            return
+        self.given.append(dict(arguments))
+        self.times.append(scheduled[context.evaluation])
+
+    def at_hookpoint(self, activations: Activations, context: Context) -> None:
+        if context.grid is None or len(context.grid) != 2:
+            raise ValueError(
+                f"{self.at} has no grid of (height, width); name a place in the image's stream of a denoiser."
+            )
+        self.width, self.grid = activations.width, context.grid
