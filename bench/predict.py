@@ -1,5 +1,5 @@
-"""What topk_encode should cost on an H100, from its machine code: `python -m bench.predict`. No GPU is needed, and none has
-confirmed it; expect 30 % either way.
+"""What topk_encode and threshold_encode should cost on an H100, from their machine code: `python -m bench.predict`. No GPU is
+needed, and none has confirmed it; expect 30 % either way.
 
 The kernels are compiled for sm_90 as their launchers would compile them for 4,096 rows of bfloat16, and each launch costs
 what the busiest of the units it uses takes. The constants were fixed before the kernels were written, so that they say of
@@ -31,13 +31,15 @@ FETCH = 700  # clocks of a load from memory
 TRIPS = 8  # of the loop that bisects, of 14 at most: an exponent and three bits
 ROWS = 4096
 
-# d, n_latents, k, and the ratio to the bare product that is asked for
+# d, n_latents, k, and the ratio to the bare product that is asked for. Of threshold_encode k latents are active.
 SHAPES = {
     "1280/20480/32": 1.3,
     "768/32768/64": 1.35,
     "3072/65536/64": 1.15,
     "768/524288/64": 1.4,
 }
+THRESHOLD = 1.4  # at all of them
+OPS = ("topk_encode", "threshold_encode")
 RECORDED = Path(__file__).with_name("results") / "design-a-sass.json"
 
 
@@ -61,7 +63,7 @@ def tiles_of(rows: int, n_latents: int, height: int, width: int) -> int:
     return math.ceil(rows / height) * math.ceil(n_latents / width)
 
 
-def by_rows(rows: int, warps: int, clocks_a_warp: float, instructions: int) -> float:
+def by_rows(rows: int, warps: int, clocks_a_warp: float, instructions: float) -> float:
     """Seconds of a launch of one program a row: the work of the busiest multiprocessor, or a program's own time."""
     work = math.ceil(rows / MULTIPROCESSORS) * warps * clocks_a_warp
     return max(work, instructions * LATENCY) / CLOCK
@@ -90,11 +92,11 @@ class Launched:
     code: Code
 
 
-def launches(shape: str) -> Iterator[Launched]:
-    """Of topk_encode with the large tile and a kept bias, compiled."""
+def launches(shape: str, op: str) -> Iterator[Launched]:
+    """Of `op` with the large tile and a kept bias, compiled."""
     os.environ.pop("TRITON_INTERPRET", None)
     import triton
-    from sparsefeat_kernels.encode.gpu import tiles, topk
+    from sparsefeat_kernels.encode.gpu import threshold, tiles, topk
 
     from tests.kernels import ahead_of_time as ahead
 
@@ -102,9 +104,14 @@ def launches(shape: str) -> Iterator[Launched]:
     tiles.multiprocessors = lambda device: MULTIPROCESSORS
     d, n_latents, k = sizes(shape)
     with torch.device("meta"), ahead.recorded() as calls:
-        x, W, b_pre = (torch.empty(size, dtype=torch.bfloat16) for size in ((ROWS, d), (n_latents, d), (d,)))
-        # No ReLU: it is a branch, which a row whose k largest are positive does not take.
-        topk.topk_encode_triton(x, W, b_pre, b_pre, k, "raw", torch.empty(n_latents), tiles.LARGE_TILE)
+        sizes_of = (ROWS, d), (n_latents, d), (n_latents,), (d,)
+        x, W, b_enc, b_pre = (torch.empty(size, dtype=torch.bfloat16) for size in sizes_of)
+        bias = torch.empty(n_latents)
+        if op == "topk_encode":
+            # No ReLU: it is a branch, which a row whose k largest are positive does not take.
+            topk.topk_encode_triton(x, W, b_enc, b_pre, k, "raw", bias, tiles.LARGE_TILE)
+        else:
+            threshold.threshold_encode_triton(x, W, b_enc, b_pre, b_enc, 4 * k, bias, tiles.LARGE_TILE)
     folder = Path("build") / "predict"
     folder.mkdir(parents=True, exist_ok=True)
     compiled: dict[str, Code] = {}
@@ -120,15 +127,36 @@ def launches(shape: str) -> Iterator[Launched]:
 def product(one: Launched, shape: str) -> float:
     """cuBLAS's own time, by its tile of the same size, and the epilogue, which nothing overlaps: one program is all that a
     multiprocessor has room for."""
-    (d, _, _), a = sizes(shape), one.arguments
+    (d, of_all, k), a = sizes(shape), one.arguments
     rows, n_latents = a["rows"], a["n_latents"]
     tiles = tiles_of(rows, n_latents, a["BLOCK_ROWS"], a["BLOCK_LATENTS"])
-    whole = tiles_of(ROWS, sizes(shape)[1], 128, 256)
+    whole = tiles_of(ROWS, of_all, 128, 256)
     work = tiles * 2 * a["BLOCK_ROWS"] * a["BLOCK_LATENTS"] * d / CUBLAS
     work *= waves(tiles, MULTIPROCESSORS) / waves(whole, MULTIPROCESSORS)
     epilogue = math.ceil(tiles / MULTIPROCESSORS) * a["num_warps"] * clocks(one.code.after_product()) / CLOCK
-    moved = 2 * (n_latents + rows) * d + 4 * a["kept_ptr"].shape[1] * rows * a["n_groups"]
+    moved = 2 * (n_latents + rows) * d
+    if "kept_ptr" in a:
+        moved += 4 * a["kept_ptr"].shape[1] * rows * a["n_groups"]
+    else:  # words, and the 32 pre-activations of those that are not 0
+        moved += 4 * rows * a["n_words"] * (1 + 32 * min(1, 32 * k / of_all))
     return max(work + epilogue, moved / MEMORY)
+
+
+def compaction(one: Launched, shape: str, rows: int) -> float:
+    """Its inner loop has a trip for each active latent of the word with the most, of latents spread by chance; behind the
+    last chunk zeros fill the row. It fetches words and pre-activations, one after the other."""
+    (_, n_latents, k), a = sizes(shape), one.arguments
+    per_word, blocks = 32 * k / n_latents, math.ceil(a["n_words"] / a["BLOCK_WORDS"])
+    at_most, most = math.exp(-per_word), 0.0  # P(a word has so many), the mean of the most that one of a block has
+    for trip in range(1, 32):
+        most += 1 - at_most ** min(a["n_words"], a["BLOCK_WORDS"])
+        at_most += math.exp(-per_word) * per_word**trip / math.factorial(trip)
+    outer, inner = one.code.outer_and_inner()
+    code = ((one.code.ops, 1), (outer, blocks - 1), (inner, blocks * (most - 1)))
+    work = sum(clocks(ops) * times for ops, times in code)
+    instructions = sum(len(ops) * times for ops, times in code) + (1 + blocks) * FETCH / LATENCY
+    moved = 4 * rows * (a["n_words"] + 24 * per_word * a["n_words"])  # an entry is read from one sector, written to two
+    return max(by_rows(rows, 1, work, instructions), moved / MEMORY)
 
 
 def selection(one: Launched, rows: int) -> float:
@@ -149,31 +177,36 @@ def repair(one: Launched, shape: str, rows: int) -> float:
     return min(unproved, math.ceil(unproved / (2 * MULTIPROCESSORS))) * one_row
 
 
-def predicted(shape: str) -> dict[str, float]:
+def predicted(shape: str, op: str = "topk_encode") -> dict[str, float]:
     """Seconds by part, and `ratio` to the bare product."""
-    parts = {"product": 0.0, "selection": 0.0, "repair": 0.0, "launches": 0.0}
+    parts = dict.fromkeys(("product", "selection", "repair", "compaction", "launches"), 0.0)
     rows = 0
-    for one in launches(shape):
-        if one.kernel == "_topk_encode_product_kernel":
+    for one in launches(shape, op):
+        part = one.kernel.removesuffix("_kernel").rpartition("_")[2]
+        if part == "product":
             rows = one.arguments["rows"]
             parts["product"] += product(one, shape)
-        elif one.kernel == "_topk_encode_select_kernel":
+        elif part == "select":
             parts["selection"] += selection(one, rows)
-        else:
+        elif part == "repair":
             parts["repair"] += repair(one, shape, ROWS)
+        else:
+            parts["compaction"] += compaction(one, shape, rows)
         parts["launches"] += LAUNCH
-    return parts | {"ratio": sum(parts.values()) / bare(shape)}
+    return {name: seconds for name, seconds in parts.items() if seconds} | {"ratio": sum(parts.values()) / bare(shape)}
 
 
 def main() -> None:
-    for shape, most in SHAPES.items():
-        found = predicted(shape)
-        parts = ", ".join(f"{name} {seconds * 1e6:.0f} us" for name, seconds in found.items() if name != "ratio")
-        print(
-            f"{shape}: {found['ratio']:.3f} x the bare product (at most {most}; before {design_a(shape):.1f}); "
-            f"the product alone {bare(shape) * 1e6:.0f} us, {parts}",
-            flush=True,
-        )
+    for op in OPS:
+        for shape, most in SHAPES.items():
+            found = predicted(shape, op)
+            parts = ", ".join(f"{name} {seconds * 1e6:.0f} us" for name, seconds in found.items() if name != "ratio")
+            wanted = f"at most {most}; before {design_a(shape):.1f}" if op == "topk_encode" else f"at most {THRESHOLD}"
+            print(
+                f"{op} {shape}: {found['ratio']:.3f} x the bare product ({wanted}); "
+                f"the product alone {bare(shape) * 1e6:.0f} us, {parts}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

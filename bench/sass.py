@@ -50,6 +50,13 @@ class Code:
         start, end = min(self.loops())
         return self.ops[start:end]
 
+    def outer_and_inner(self) -> tuple[list[str], list[str]]:
+        """The ops of the first loop that holds another, and of that."""
+        loops = sorted(self.loops())
+        outer = next(loop for loop in loops if any(loop[0] < start and end <= loop[1] for start, end in loops))
+        inner = next(loop for loop in loops if outer[0] < loop[0] and loop[1] <= outer[1])
+        return self.ops[outer[0] : outer[1]], self.ops[inner[0] : inner[1]]
+
     def without(self, op: str) -> list[str]:
         """All ops but those of the branch that holds an `op` and ends the program, and what follows the program's end:
         ways for warps whose lanes have parted, which these have not."""

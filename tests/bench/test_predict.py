@@ -1,4 +1,4 @@
-"""The model of what topk_encode costs on an H100: it must say of the design before what an audit of it said, by other means,
+"""The model of what topk_encode and threshold_encode cost on an H100: it must say of the design before what an audit of it said, by other means,
 and its answer for this one must be what was asked for."""
 
 import json
@@ -28,12 +28,15 @@ def test_work_in_whole_waves():
 
 
 @pytest.mark.skipif(not TRITON_AVAILABLE or TRITON_VERSION < (3, 6), reason="needs Triton 3.6 or later")
-def test_this_design_costs_what_was_asked_for():
-    program = "import json; from bench import predict as p; print(json.dumps({s: p.predicted(s) for s in p.SHAPES}))"
+@pytest.mark.parametrize("op", predict.OPS)
+def test_this_design_costs_what_was_asked_for(op):
+    each = f"{{s: p.predicted(s, {op!r}) for s in p.SHAPES}}"
+    program = f"import json; from bench import predict as p; print(json.dumps({each}))"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(ROOT / "build" / "predict")}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     for shape, found in json.loads(done.stdout).items():
-        assert 1 < found["ratio"] <= predict.SHAPES[shape], (shape, found)
+        most = predict.SHAPES[shape] if op == "topk_encode" else predict.THRESHOLD
+        assert 1 < found["ratio"] <= most, (shape, found)
         assert min(found.values()) > 0

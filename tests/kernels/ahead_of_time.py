@@ -71,7 +71,6 @@ EXTREMES = (ATTENTION[0], ATTENTION[1], ATTENTION[-1])
 ONE_WIDE_HEAD = (1, 1, 4096, 512, 1, 300)
 # Of the other shapes: what depends on them, and runs there without a tuning table.
 SHAPED = (
-    "_threshold_encode_place_kernel",
     "_threshold_encode_product_kernel",
     "_topk_encode_product_kernel",
     "_topk_encode_select_kernel",
@@ -156,6 +155,10 @@ def launches(
             encode.topk_encode_triton(x, W, b, c, k, "relu")
             encode.topk_encode_triton(x, W, b, c, k, "signed")
             threshold.threshold_encode_triton(x, W, b, c, b, k)
+            for marked in threshold.marked_chunks(
+                x, W, b, c, b, None, 1
+            ):  # the CSR form, whose host waits for a number
+                marked.compact(group, values, indices, torch.empty(rows + 1, dtype=torch.int64))
             decode.sparse_decode_triton(values, indices, W, c)
             decode._grad_values_triton(x, values, indices, W)
             gradient._weight_gradient_triton(values, indices, x, c, n)
@@ -213,7 +216,7 @@ def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[ASTSource, dict
             return type(value)(*(of(inner, (*path, i), constant, special) for i, inner in enumerate(value)))
         if type(value).__name__ == "TensorDescriptor":  # from Triton 3.4
             return f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
-        if constant or (isinstance(value, int) and value == 1 and special):
+        if constant or value is None or (isinstance(value, int) and value == 1 and special):
             constants[path] = value
             return "constexpr"
         if isinstance(value, torch.Tensor):
@@ -283,14 +286,16 @@ def all_launches(architecture: str) -> Iterator[Launch]:
 
 def large_tile_launches(shape: str) -> list[tuple[Any, dict[str, Any]]]:
     """Of the tile that only the GPUs with the most shared memory have room for."""
-    encode = importlib.import_module("sparsefeat_kernels.encode.gpu.topk")
-    tiles = importlib.import_module("sparsefeat_kernels.encode.gpu.tiles")
+    encode, threshold, tiles = (
+        importlib.import_module(f"sparsefeat_kernels.encode.gpu.{name}") for name in ("topk", "threshold", "tiles")
+    )
     d, n, k = SHAPES[shape]
     with torch.device("meta"), recorded() as calls:
         x, W = torch.empty(ROWS, d, dtype=torch.bfloat16), torch.empty(n, d, dtype=torch.bfloat16)
         weights = torch.empty(n, dtype=torch.bfloat16), torch.empty(d, dtype=torch.bfloat16)
         encode.topk_encode_triton(x, W, *weights, k, "relu", blocks=tiles.LARGE_TILE)
-    return calls[1:2]  # after the bias
+        threshold.threshold_encode_triton(x, W, *weights, weights[0], k, tile=tiles.LARGE_TILE)
+    return [call for call in calls if call[0].fn.__name__.endswith("product_kernel")]
 
 
 def main(folder: Path, architecture: str) -> None:
@@ -308,12 +313,11 @@ def main(folder: Path, architecture: str) -> None:
         compiled = triton.compile(source, target=TARGETS[architecture], options=options)
         row = {"architecture": architecture, "kernel": kernel.fn.__name__, "shape": shape, "dtype": dtype} | more
         row |= evidence(compiled, architecture, folder)
-        if architecture == "sm_90" and row["kernel"] == "_topk_encode_product_kernel":
+        if architecture == "sm_90" and row["kernel"].endswith("_encode_product_kernel"):
             tile = arguments["BLOCK_ROWS"], arguments["BLOCK_LATENTS"]
             entries = tile[0] * tile[1] / (32 * arguments["num_warps"])  # of a thread
             of = Code(folder / "kernel.cubin", TOOLS / "cuobjdump").after_product()
-            row |= {"epilogue": units(of)["integer"] / entries, "signed": arguments["SIGNED"]}
-            row |= {"large": tile[1] > 128}
+            row |= {"epilogue": units(of)["integer"] / entries, "large": tile[1] > 128}
         print(json.dumps(row), flush=True)
 
 

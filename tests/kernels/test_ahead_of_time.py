@@ -36,7 +36,6 @@ KERNELS = {
     "_sparse_decode_sum_kernel",
     "_sparse_edit_row_kernel",
     "_threshold_encode_compact_kernel",
-    "_threshold_encode_place_kernel",
     "_threshold_encode_product_kernel",
     "_encoder_bias_kernel",
     "_topk_encode_product_kernel",
@@ -47,6 +46,7 @@ KERNELS = {
 }
 ATTENTION = {name for name in KERNELS if name.startswith(("_attention", "_concept")) and "join" not in name}
 ENCODERS = {name for name in KERNELS if "encode" in name}
+PRODUCTS = {name for name in ENCODERS if name.endswith("_product_kernel")}
 # Shared memory a program may ask for: 99 KiB on the smaller GPUs, which sm_80 stands for as well. Every sm_100 has 227.
 SHARED_LIMIT = dict.fromkeys(("sm_80", "sm_89", "sm_90", "sm_120"), 99 << 10) | {
     "sm_100": 227 << 10,
@@ -114,16 +114,18 @@ class Compiled:
             limits = TUNED_SHARED_LIMIT if row.get("tuned") or row.get("large") else SHARED_LIMIT
             assert row["shared"] <= limits[self.architecture], row
 
-    def test_topk_encode_reads_its_tiles_by_the_copy_engine_where_there_is_one(self, rows: list[dict[str, Any]]):
-        products = [row for row in rows if row["kernel"] == "_topk_encode_product_kernel"]
-        assert products
+    def test_encoders_spill_no_register(self, rows: list[dict[str, Any]]):
+        for row in rows:
+            assert row["kernel"] not in ENCODERS or row["spills"] == 0, row
+
+    def test_encoders_read_their_tiles_by_the_copy_engine_where_there_is_one(self, rows: list[dict[str, Any]]):
+        products = [row for row in rows if row["kernel"] in PRODUCTS]
+        assert {row["kernel"] for row in products} == PRODUCTS
         copies = self.architecture in ("sm_90", "sm_100", "sm_120")
         assert all((row.get("copies", 0) > 0) == copies for row in products)
 
     def test_half_precision_products_run_on_matrix_units(self, rows: list[dict[str, Any]]):
-        products = [
-            row for row in rows if row["kernel"].endswith("_encode_product_kernel") or row["kernel"] in ATTENTION
-        ]
+        products = [row for row in rows if row["kernel"] in PRODUCTS | ATTENTION]
         assert all(row["matrix_unit"] for row in products if row["dtype"] == "bfloat16")
 
 
@@ -135,13 +137,15 @@ class CompiledInFull(Compiled):
             assert row["spills"] == 0, row
 
     def test_loads_of_the_large_tensors_are_128_bits_wide(self, rows: list[dict[str, Any]]):
-        large = ATTENTION | {
-            "_sparse_decode_sum_kernel",
-            "_threshold_encode_product_kernel",
-            "_topk_encode_product_kernel",
-            "_topk_encode_repair_kernel",
-            "_topk_encode_select_kernel",
-        }
+        large = (
+            ATTENTION
+            | PRODUCTS
+            | {
+                "_sparse_decode_sum_kernel",
+                "_topk_encode_repair_kernel",
+                "_topk_encode_select_kernel",
+            }
+        )
         for row in rows:
             assert row["kernel"] not in large or row["wide_loads"] > 0, row
 

@@ -14,7 +14,7 @@ from ..threads import conducted, each, pieces, threads, together
 from .cpu import PREACTIVATION_BYTES, select, topk_encode_cpu
 from .gpu.topk import selects, topk_encode_triton
 from .prepared import PreparedEncoder
-from .product import WEIGHT_TILE_BYTES, check_encoder
+from .product import WEIGHT_TILE_BYTES, check_encoder, preactivations
 from .rounded import can_prefilter, pays_to_round
 from .survivors import topk_prefiltered_cpu
 from .topk import reference as topk_reference
@@ -151,12 +151,15 @@ def _both_codes(
     tile_bytes = WEIGHT_TILE_BYTES // threads()  # every thread has one
     tiles = pieces(n_dead, least=-(-4 * n_dead * x.shape[1] // tile_bytes))
     for chunk in row_chunks(x.shape[0], 4 * n_dead, PREACTIVATION_BYTES):
-        centred = x[chunk].to(aux_values.dtype) - b_pre.to(aux_values.dtype)
-        a = x.new_empty(centred.shape[0], n_dead, dtype=aux_values.dtype)
+        part, a = x[chunk], x.new_empty(chunk.stop - chunk.start, n_dead, dtype=aux_values.dtype)
+        centred = None if kernels else part.to(a.dtype) - b_pre.to(a.dtype)
 
-        def multiply(tile: slice, a: Tensor = a, centred: Tensor = centred) -> None:
-            W, b = W_enc[dead[tile]].to(a.dtype), b_enc[dead[tile]].to(a.dtype)
-            a[:, tile] = torch.addmm(b, centred, W.T) if kernels else product(centred, W, b)
+        def multiply(tile: slice, a: Tensor = a, part: Tensor = part, centred: Tensor | None = centred) -> None:
+            W, b = W_enc[dead[tile]], b_enc[dead[tile]]
+            if centred is None:
+                preactivations(part, W, b, b_pre, a[:, tile])
+            else:
+                a[:, tile] = product(centred, W.to(a.dtype), b.to(a.dtype))
 
         together(each(multiply, tiles))
         among_the_dead(a, chunk.start)

@@ -6,32 +6,32 @@ only the compaction of what is active, in index order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dispatch import implementation, ops, register, row_chunks, sum_dtype
+from ..dispatch import implementation, ops, register, sum_dtype
 from ..gradient.weight_gradient import weight_gradient
-from ..threads import conducted, each, shares, threads, together
 from .gpu.threshold import threshold_encode_csr_triton, threshold_encode_triton
-from .product import check_encoder, preactivations
-from .rounded import RoundedRows, pays_to_round, round_encoder
-from .survivors import CANDIDATES, GROUPS, PAIRS, bounds_by_group, entries_that_reach, group_margins, group_maxima
+from .prepared import PreparedEncoder
+from .product import check_bias, check_encoder
+from .threshold_cpu import threshold_encode_cpu, threshold_encode_csr_cpu
 
 __all__ = ["threshold_encode", "threshold_encode_csr"]
 
-# Bounds on what one call holds beside its inputs and outputs; with the 12 MiB of widened weights that preactivations
-# may hold, together below 64 MiB.
-PREACTIVATION_BYTES = 24 << 20  # pre-activations and centred inputs of one chunk of rows; below 32 MiB malloc keeps it
-COMPACTED_ENTRIES = 1 << 17  # pre-activations compacted at a time: some 80 bytes each, if all of them are active
-PIECE_ENTRIES = 9 << 20  # of a growing CSR code: above 32 MiB malloc asks the system for memory and returns it
 PADDED_ENTRIES = 1 << 20  # entries of a CSR code that its gradient pads at a time, some 40 bytes each
 
 
 def threshold_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor, max_active: int
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_pre: Tensor,
+    threshold: Tensor,
+    max_active: int,
+    *,
+    prepared: PreparedEncoder | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The pre-activations above a threshold, padded to `max_active` a row, and how many there were.
 
@@ -46,6 +46,8 @@ def threshold_encode(
         threshold: a scalar tensor or [n_latents], any floating dtype; compared in the dtype of the sum. A latent whose
             threshold is NaN or infinite is never active.
         max_active: entries a row is given, 1 <= max_active <= n_latents.
+        prepared: of `prepare_encoder(W_enc, b_enc, b_pre)`: saves a GPU's kernels in half precision a pass over W_enc.
+            Elsewhere it is passed over.
 
     Returns:
         values [rows, max_active], float64 for float64 inputs and float32 for all others; indices [rows, max_active]
@@ -60,7 +62,7 @@ def threshold_encode(
     Gradients reach x, W_enc, b_enc and b_pre through the entries whose value is not 0, without float atomics; not the
     threshold. The host never waits for the device (float64 on a GPU, which takes the CPU path, does).
 
-    Cost: 2 rows n_latents d FLOPs; reads W_enc once a chunk of rows. Scratch stays below 64 MiB whatever rows is (as
+    Cost: 2 rows n_latents d FLOPs; reads W_enc once a chunk of rows (of 4,096 and more by a GPU's kernels). Scratch stays below 64 MiB whatever rows is (as
     long as one row does, 80 n_latents bytes). On a CPU with bf16 instructions a bf16 product proves most latents
     inactive and only the others are computed in fp32: 0.4 of the fp32 product's time for 100 active of 20,480, as much
     as without where more than some 4 % are active.
@@ -73,11 +75,19 @@ def threshold_encode(
         >>> threshold_encode(x, W_enc, torch.zeros(4), torch.zeros(2), torch.tensor(1.0), max_active=3)
         (tensor([[2., 3., 0.]]), tensor([[0, 2, 0]], dtype=torch.int32), tensor([2], dtype=torch.int32))
     """
-    return ops.threshold_encode(x, W_enc, b_enc, b_pre, threshold, max_active)
+    return ops.threshold_encode(
+        x, W_enc, b_enc, b_pre, threshold, max_active, _kept_bias(prepared, W_enc, b_enc, b_pre)
+    )
 
 
 def threshold_encode_csr(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_pre: Tensor,
+    threshold: Tensor,
+    *,
+    prepared: PreparedEncoder | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All pre-activations above a threshold, as a code of rows of different lengths. The host waits for the device.
 
@@ -100,7 +110,14 @@ def threshold_encode_csr(
         >>> threshold_encode_csr(x, W_enc, torch.zeros(4), torch.zeros(2), torch.tensor(1.0))
         (tensor([2., 3., 2.]), tensor([0, 2, 1], dtype=torch.int32), tensor([0, 2, 3]))
     """
-    return ops.threshold_encode_csr(x, W_enc, b_enc, b_pre, threshold)
+    return ops.threshold_encode_csr(x, W_enc, b_enc, b_pre, threshold, _kept_bias(prepared, W_enc, b_enc, b_pre))
+
+
+def _kept_bias(prepared: PreparedEncoder | None, *weights: Tensor) -> Tensor | None:
+    if prepared is None:
+        return None
+    prepared.check_current(*weights)
+    return prepared.bias
 
 
 def reference(
@@ -119,11 +136,12 @@ def reference(
 
 
 def _check(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor, max_active: int | None = None
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor, bias: Tensor | None, most: int = 1
 ) -> None:
     if W_enc.dim() == 2 and W_enc.shape[0] == 0:
         raise ValueError(f"W_enc must have at least one latent, got shape {tuple(W_enc.shape)}")
     check_encoder(x, W_enc, b_enc, b_pre, 1, "raw")
+    check_bias(bias, W_enc)
     n_latents = W_enc.shape[0]
     if threshold.dim() > 1 or (threshold.dim() == 1 and threshold.shape[0] != n_latents):
         raise ValueError(
@@ -133,191 +151,8 @@ def _check(
         raise TypeError(f"threshold must be floating point, got {threshold.dtype}; convert it with .float()")
     if threshold.device != x.device:
         raise ValueError(f"threshold must be on x's device {x.device}, got {threshold.device}; move one of them")
-    if max_active is not None and not 1 <= max_active <= n_latents:
-        raise ValueError(f"max_active must be between 1 and n_latents = {n_latents}, got {max_active}")
-
-
-# --------------------------------------------------------------------------------------------------------------- CPU
-# Rows go in chunks, whose pre-activations are one matrix product into a scratch that every chunk reuses. A chunk is
-# compacted some rows at a time: a comparison and a `nonzero`, which lists rows and latents in index order already.
-#
-# On a processor with bf16 instructions the product is one of bf16 (rounded.py), of which a bound proves most
-# latents inactive; the others are computed in fp32 and compared. Its bias is b_enc less the threshold: what is stored is
-# the distance from the threshold, so that the rounding of the stored value is least where it matters. Rows with many
-# such latents, or without a proof, go the plain way.
-
-GROUPS_ALIVE = 0.6  # a row with more of its groups to look at is computed plainly: 4 % of 20,480 latents active
-
-
-class _Entries(NamedTuple):
-    """The active entries of some rows, row by row, latents ascending."""
-
-    rows: slice
-    row: Tensor  # [entries] int64, counted from rows.start
-    latent: Tensor  # [entries] int64
-    value: Tensor  # [entries]
-    counts: Tensor  # [rows] int64
-    broken: Tensor  # [rows] bool: a row with NaN, which has one entry
-
-
-def _entries_cpu(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor) -> Iterator[_Entries]:
-    group = next((g for g in GROUPS if len(W_enc) % g == 0), None)
-    if group is not None and W_enc.is_contiguous() and pays_to_round(x, W_enc):
-        return _entries_of_rounded(x, W_enc, b_enc, b_pre, threshold, group)
-    return _entries_plainly(x, W_enc, b_enc, b_pre, threshold)
-
-
-def _entries_of_rounded(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor, group: int
-) -> Iterator[_Entries]:
-    (rows, d), n_latents = x.shape, len(W_enc)
-    n_groups = n_latents // group
-    floor = threshold.float().clamp_min(0).expand(n_latents)
-    never = ~floor.isfinite()
-    encoder = round_encoder(W_enc, b_enc.double() - floor.double().masked_fill(never, 0), rows)
-    encoder.bounds[2].masked_fill_(never, -torch.inf)  # no upper bound of theirs reaches 0
-    group_bounds, entry_bounds = bounds_by_group(encoder, group)
-    bias, zeros = b_enc.float(), torch.zeros(rows)
-    most_groups = max(1, int(GROUPS_ALIVE * n_groups))
-    chunks = row_chunks(rows, 2 * (n_latents + encoder.width) + 12 * d, PREACTIVATION_BYTES)
-    product = torch.empty(chunks[0].stop if chunks else 0, n_latents, dtype=torch.bfloat16)
-    block = max(1, CANDIDATES // threads() // (most_groups * group))
-    for chunk in chunks:
-        start, count = chunk.start, chunk.stop - chunk.start
-        part, p = encoder.room_for(count), product[:count]
-        together(encoder.rounding(x[chunk], b_pre, part))
-        together(encoder.product(part, p))
-        blocks = [
-            slice(first, min(first + block, share.stop))
-            for share in shares(count, threads())
-            for first in range(share.start, share.stop, block)
-        ]
-        alive = torch.empty(count, n_groups, dtype=torch.bool)
-
-        def look(some: slice, p: Tensor = p, part: RoundedRows = part, alive: Tensor = alive) -> None:
-            top = group_maxima(p[some].view(-1, group, n_groups)).float()  # [block, n_groups]
-            alive[some] = top + group_margins(top, part.size[some], part.lost[some], group_bounds) >= 0
-
-        together(each(look, blocks))
-        proved = part.provable & (alive.sum(1) <= most_groups)
-        if 2 * int(proved.sum()) < count:  # such rows as are dense, or cannot be proved: no more of this
-            for e in _entries_plainly(x[start:], W_enc, b_enc, b_pre, threshold):
-                yield e._replace(rows=slice(start + e.rows.start, start + e.rows.stop))
-            return
-        alive &= proved[:, None]
-        found: dict[int, tuple[Tensor, Tensor]] = {}  # by first row
-
-        def search(some: slice, p: Tensor = p, part: RoundedRows = part, alive: Tensor = alive) -> None:
-            row, latent = entries_that_reach(
-                zeros, p[some], alive[some], part.size[some], part.lost[some], entry_bounds, signed=False
-            )
-            found[some.start] = row + some.start, latent  # noqa: B023
-
-        done = 0
-        for first in range(0, len(blocks), threads()):
-            several = blocks[first : first + threads()]
-            together(each(search, several))
-            if sum(len(row) for row, _ in found.values()) < PAIRS and several[-1].stop < count:
-                continue
-            stop = several[-1].stop
-            row, latent = (torch.cat(parts) for parts in zip(*(found[at] for at in sorted(found)), strict=True))
-            value = torch.empty(len(row))
-            together(encoder.rescoring(part.centred, row, latent, value))
-            value += bias[latent]
-            active = value > floor[latent]
-            row, latent, value = row[active], latent[active], value[active]
-            broken = torch.zeros(stop - done, dtype=torch.bool)
-            left = (~proved[done:stop]).nonzero()[:, 0] + done
-            if len(left):
-                entries = [(row, latent, value)]
-                for e in _entries_plainly(x[chunk][left], W_enc, b_enc, b_pre, threshold):
-                    entries.append((left[e.rows][e.row], e.latent, e.value))
-                    broken[left[e.rows] - done] = e.broken
-                row, latent, value = (torch.cat(parts) for parts in zip(*entries, strict=True))
-            row, order = (row * n_latents + latent).sort()
-            row = row // n_latents - done
-            counts = torch.bincount(row, minlength=stop - done)
-            yield _Entries(slice(start + done, start + stop), row, latent[order], value[order], counts, broken)
-            found, done = {}, stop
-
-
-def _entries_plainly(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor) -> Iterator[_Entries]:
-    rows, d = x.shape
-    n_latents, dtype = W_enc.shape[0], sum_dtype(x)
-    floor = threshold.to(dtype).clamp_min(0)  # NaN stays: nothing is above it
-    chunks = row_chunks(rows, (n_latents + d) * dtype.itemsize, PREACTIVATION_BYTES)
-    scratch = x.new_empty(chunks[0].stop if chunks else 0, n_latents, dtype=dtype)
-    for chunk in chunks:
-        preactivations(x[chunk], W_enc, b_enc, b_pre, scratch[: chunk.stop - chunk.start])
-        steps = row_chunks(chunk.stop - chunk.start, n_latents, COMPACTED_ENTRIES)
-        done: dict[int, _Entries] = {}  # by first row
-
-        def compact(some: slice, start: int = chunk.start, done: dict[int, _Entries] = done) -> None:
-            a = scratch[some]  # [step, n_latents]
-            active = a > floor
-            broken = a.amax(dim=1).isnan()
-            if bool(broken.any()):
-                active[broken] = False
-                active[broken, 0] = True
-                a[broken, 0] = torch.nan
-            row, latent = active.nonzero().unbind(1)
-            out = slice(start + some.start, start + some.stop)
-            done[some.start] = _Entries(out, row, latent, a[row, latent], active.sum(1), broken)
-
-        for first in range(0, len(steps), threads()):
-            several = steps[first : first + threads()]
-            together(each(compact, several))
-            yield from (done.pop(some.start) for some in several)
-
-
-@conducted
-def _threshold_encode_cpu(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor, max_active: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    values = x.new_zeros(x.shape[0], max_active, dtype=sum_dtype(x))
-    indices = x.new_zeros(x.shape[0], max_active, dtype=torch.int32)
-    counts = x.new_empty(x.shape[0], dtype=torch.int32)
-    for rows, row, latent, value, count, broken in _entries_cpu(x, W_enc, b_enc, b_pre, threshold):
-        slot = torch.arange(row.shape[0], device=x.device) - (count.cumsum(0) - count)[row]
-        if bool((count > max_active).any()):
-            kept = slot < max_active
-            row, latent, value, slot = row[kept], latent[kept], value[kept], slot[kept]
-        values[rows][row, slot] = value
-        indices[rows][row, slot] = latent.to(torch.int32)
-        counts[rows] = count
-        if bool(broken.any()):
-            values[rows][broken] = torch.nan
-            indices[rows][broken] = torch.arange(max_active, device=x.device, dtype=torch.int32)
-    return values, indices, counts
-
-
-@conducted
-def _threshold_encode_csr_cpu(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    # A list of chunks' entries, joined, would be the code twice and what malloc keeps in between. Pieces of this size go
-    # back to the system one by one, and what is not yet written of one takes no memory.
-    size = max(1, min(PIECE_ENTRIES, x.shape[0] * W_enc.shape[0]))
-    pieces: list[tuple[Tensor, Tensor]] = []
-    row_offsets = x.new_zeros(x.shape[0] + 1, dtype=torch.int64)
-    end = 0
-    for rows, _, latent, value, count, _ in _entries_cpu(x, W_enc, b_enc, b_pre, threshold):
-        row_offsets[1:][rows] = count
-        first = 0
-        while first < len(value):
-            place = end % size
-            if place == 0:
-                pieces.append((x.new_empty(size, dtype=sum_dtype(x)), x.new_empty(size, dtype=torch.int32)))
-            last = min(len(value), first + size - place)
-            for piece, part in zip(pieces[-1], (value, latent), strict=True):
-                piece[place : place + last - first] = part[first:last]
-            end, first = end + last - first, last
-    values, indices = x.new_empty(end, dtype=sum_dtype(x)), x.new_empty(end, dtype=torch.int32)
-    while pieces:
-        start = (len(pieces) - 1) * size
-        for joined, piece in zip((values, indices), pieces.pop(), strict=True):
-            joined[start : start + size] = piece[: end - start]
-    return values, indices, row_offsets.cumsum_(0)
+    if not 1 <= most <= n_latents:
+        raise ValueError(f"max_active must be between 1 and n_latents = {n_latents}, got {most}")
 
 
 # ---------------------------------------------------------------------------------------------- gradient of a CSR code
@@ -374,17 +209,30 @@ def _csr_grad_weights(
 
 
 def _threshold_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor, max_active: int
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_pre: Tensor,
+    threshold: Tensor,
+    max_active: int,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, W_enc, b_enc, b_pre, threshold, max_active)
-    run = threshold_encode_triton if implementation("threshold_encode", x) == "triton" else _threshold_encode_cpu
-    return run(x, W_enc, b_enc, b_pre, threshold, max_active)
+    _check(x, W_enc, b_enc, b_pre, threshold, bias, max_active)
+    if implementation("threshold_encode", x) == "triton":
+        return threshold_encode_triton(x, W_enc, b_enc, b_pre, threshold, max_active, bias)
+    return threshold_encode_cpu(x, W_enc, b_enc, b_pre, threshold, max_active)
 
 
 def _threshold_encode_fake(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor, max_active: int
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_pre: Tensor,
+    threshold: Tensor,
+    max_active: int,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, W_enc, b_enc, b_pre, threshold, max_active)
+    _check(x, W_enc, b_enc, b_pre, threshold, bias, max_active)
     shape = (x.shape[0], max_active)
     return (
         x.new_empty(shape, dtype=sum_dtype(x)),
@@ -394,19 +242,18 @@ def _threshold_encode_fake(
 
 
 def _threshold_encode_csr(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, W_enc, b_enc, b_pre, threshold)
-    run = (
-        threshold_encode_csr_triton if implementation("threshold_encode", x) == "triton" else _threshold_encode_csr_cpu
-    )
-    return run(x, W_enc, b_enc, b_pre, threshold)
+    _check(x, W_enc, b_enc, b_pre, threshold, bias)
+    if implementation("threshold_encode", x) == "triton":
+        return threshold_encode_csr_triton(x, W_enc, b_enc, b_pre, threshold, bias)
+    return threshold_encode_csr_cpu(x, W_enc, b_enc, b_pre, threshold)
 
 
 def _threshold_encode_csr_fake(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, W_enc, b_enc, b_pre, threshold)
+    _check(x, W_enc, b_enc, b_pre, threshold, bias)
     entries = torch.library.get_ctx().new_dynamic_size()
     return (
         x.new_empty(entries, dtype=sum_dtype(x)),
@@ -425,7 +272,7 @@ def _weight_gradients(ctx: Any, weight: Tensor, bias: Tensor, W_enc: Tensor) -> 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, W_enc, _, b_pre, _, _ = inputs
+    x, W_enc, _, b_pre = inputs[:4]
     values, indices, counts = output
     ctx.mark_non_differentiable(indices, counts)
     ctx.save_for_backward(x, W_enc, b_pre, values, indices)
@@ -441,11 +288,11 @@ def _backward(ctx: Any, grad_values: Tensor, *_: Tensor) -> tuple[Tensor | None,
     if any(ctx.needs_input_grad[1:4]):
         weight, bias = weight_gradient(g, indices, x, b_pre, W_enc.shape[0])
         grad_weights = _weight_gradients(ctx, weight, bias, W_enc)
-    return grad_x, *grad_weights, None, None
+    return grad_x, *grad_weights, None, None, None
 
 
 def _setup_context_csr(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, W_enc, _, b_pre, _ = inputs
+    x, W_enc, _, b_pre = inputs[:4]
     _, indices, row_offsets = output
     ctx.mark_non_differentiable(indices, row_offsets)
     ctx.save_for_backward(x, W_enc, b_pre, indices, row_offsets)
@@ -462,13 +309,13 @@ def _backward_csr(ctx: Any, grad_values: Tensor, *_: Tensor) -> tuple[Tensor | N
             grad_values, indices, row_offsets, x, b_pre, W_enc.shape[0]
         )
         grad_weights = _weight_gradients(ctx, weight, bias, W_enc)
-    return grad_x, *grad_weights, None
+    return grad_x, *grad_weights, None, None
 
 
 register(
     "threshold_encode",
-    "(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_pre, Tensor threshold, SymInt max_active) "
-    "-> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_pre, Tensor threshold, SymInt max_active, "
+    "Tensor? bias=None) -> (Tensor, Tensor, Tensor)",
     _threshold_encode,
     fake=_threshold_encode_fake,
     backward=_backward,
@@ -477,7 +324,8 @@ register(
 
 register(
     "threshold_encode_csr",
-    "(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_pre, Tensor threshold) -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_pre, Tensor threshold, Tensor? bias=None) "
+    "-> (Tensor, Tensor, Tensor)",
     _threshold_encode_csr,
     fake=_threshold_encode_csr_fake,
     backward=_backward_csr,

@@ -13,7 +13,7 @@ from ..tuning.table import tuned
 from .cpu import topk_encode_cpu
 from .gpu.topk import selects, topk_encode_triton
 from .prepared import PreparedEncoder
-from .product import SELECTIONS, check_encoder
+from .product import SELECTIONS, check_bias, check_encoder
 from .rounded import BIAS_COLUMNS, can_prefilter, pays_to_round
 from .survivors import topk_prefiltered_cpu
 
@@ -109,8 +109,7 @@ def _topk_encode(
         if pays_to_round(x, W_enc):
             return topk_prefiltered_cpu(x, W_enc, b_enc, b_pre, None, None, k, selection)
         return topk_encode_cpu(x, W_enc, b_enc, b_pre, k, selection)
-    if bias is not None and (bias.shape != W_enc.shape[:1] or bias.dtype != torch.float32 or not bias.is_contiguous()):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; pass what prepare_encoder made of these weights")
+    check_bias(bias, W_enc)
     entry = tuned("topk_encode", W_enc, x.shape[0], k)
     blocks = None if entry is None else entry.blocks
     return topk_encode_triton(x, W_enc, b_enc, b_pre, k, selection, bias, blocks)

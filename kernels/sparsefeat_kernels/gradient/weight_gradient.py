@@ -113,9 +113,9 @@ def weight_gradient_cpu(
 
 
 # A latent that fires on most rows would keep one program busy long after all others are done, so no program takes more
-# than a segment of a latent's entries. Most latents have one segment, whose sum is the result; the segments of the
-# others leave partial sums, which a second kernel adds in order. Which segment a program takes it finds by a search in
-# the running number of segments: nothing waits for the device.
+# than a segment of a latent's entries. Each latent has a program for its first segment, whose sum is the result of most; the
+# further segments have programs of their own, and a latent that has such leaves partial sums, which a second kernel adds in
+# order. Nothing waits for the device.
 
 SEGMENT = 512  # entries: 128 steps of 4
 PARTIAL_BYTES = 16 << 20  # a bound on the partial sums; beyond it segments are longer
@@ -129,8 +129,8 @@ def _weight_gradient_segment_kernel(
     row_ids_ptr,
     order_ptr,
     latent_offsets_ptr,
-    segment_offsets_ptr,
-    partial_offsets_ptr,
+    further_ptr,
+    latent_of_further_ptr,
     weight_ptr,
     bias_ptr,
     partial_ptr,
@@ -141,24 +141,23 @@ def _weight_gradient_segment_kernel(
     stride_x_row,
     stride_x_d,
     stride_shift_d,
-    SEARCH_STEPS: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """One segment and one block of columns: its entries in row order, BLOCK_ENTRIES partial sums, one final tree."""
-    number = tl.program_id(0).to(tl.int64)
-    low, high = number * 0, number * 0 + n_latents - 1  # the last latent whose segments begin at or before `number`
-    for _ in range(SEARCH_STEPS):
-        middle = (low + high + 1) // 2
-        before = tl.load(segment_offsets_ptr + middle) <= number
-        low, high = tl.where(before, middle, low), tl.where(before, high, middle - 1)
-    latent = low
-    first_segment, next_segment = tl.load(segment_offsets_ptr + latent), tl.load(segment_offsets_ptr + latent + 1)
-    exists = number < next_segment
-    alone = exists & (next_segment - first_segment == 1)
-    first = tl.load(latent_offsets_ptr + latent) + (number - first_segment) * segment_length
-    last = tl.minimum(first + segment_length, tl.load(latent_offsets_ptr + latent + 1))
-    last = tl.where(exists, last, first)
+    program = tl.program_id(0).to(tl.int64)
+    further = program - n_latents  # the number of a further segment, or negative: a latent's first
+    latent = program
+    if further >= 0:
+        latent = tl.load(latent_of_further_ptr + further)
+    exists = latent < n_latents
+    begin = tl.load(latent_offsets_ptr + latent, mask=exists, other=0)
+    end = tl.load(latent_offsets_ptr + latent + 1, mask=exists, other=0)
+    of_latent = tl.load(further_ptr + latent, mask=exists, other=0)  # the number of its first further segment
+    alone = end - begin <= segment_length
+    place = tl.where(further >= 0, further, tl.num_programs(0) - n_latents + of_latent)
+    first = begin + tl.where(further >= 0, further - of_latent + 1, 0) * segment_length
+    last = tl.minimum(first + segment_length, end)
     column = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     shift = tl.load(shift_ptr + column * stride_shift_d, mask=column < d, other=0.0).to(tl.float32)  # [BLOCK_D]
     total = tl.zeros([BLOCK_ENTRIES, BLOCK_D], tl.float32)
@@ -175,40 +174,42 @@ def _weight_gradient_segment_kernel(
         total += coefficient[:, None] * (x - shift[None, :])
         bias += coefficient
     total_of_segment, bias_of_segment = tl.sum(total, axis=0), tl.sum(bias, axis=0)
-    tl.store(weight_ptr + latent * d + column, total_of_segment, mask=(column < d) & alone)
-    place = tl.load(partial_offsets_ptr + latent) + number - first_segment
-    shared = exists & (next_segment - first_segment > 1)
-    tl.store(partial_ptr + place * d + column, total_of_segment, mask=(column < d) & shared)
-    of_bias = tl.program_id(1) == 0
-    tl.store(bias_ptr + latent, bias_of_segment, mask=alone & of_bias)
-    tl.store(partial_bias_ptr + place, bias_of_segment, mask=shared & of_bias)
+    tl.store(weight_ptr + latent * d + column, total_of_segment, mask=(column < d) & exists & alone)
+    tl.store(partial_ptr + place * d + column, total_of_segment, mask=(column < d) & exists & (not alone))
+    of_bias = exists & (tl.program_id(1) == 0)
+    tl.store(bias_ptr + latent, bias_of_segment, mask=of_bias & alone)
+    tl.store(partial_bias_ptr + place, bias_of_segment, mask=of_bias & (not alone))
 
 
 @jit_over_rows
 def _weight_gradient_partial_kernel(
-    latents_ptr,
-    segment_offsets_ptr,
-    partial_offsets_ptr,
+    further_ptr,
+    latent_of_further_ptr,
     partial_ptr,
     partial_bias_ptr,
     weight_ptr,
     bias_ptr,
+    n_latents,
     d,
     BLOCK_D: tl.constexpr,
 ):
-    """One latent of several segments and one block of columns: the sum of its partial sums, in their order."""
-    latent = tl.load(latents_ptr + tl.program_id(0)).to(tl.int64)
-    segments = tl.load(segment_offsets_ptr + latent + 1) - tl.load(segment_offsets_ptr + latent)
-    shared = segments > 1
-    first = tl.load(partial_offsets_ptr + latent)
-    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros([BLOCK_D], tl.float32)
-    bias = 0.0
-    for place in range(first, tl.where(shared, first + segments, first)):
-        total += tl.load(partial_ptr + place * d + column, mask=column < d, other=0.0)
-        bias += tl.load(partial_bias_ptr + place)
-    tl.store(weight_ptr + latent * d + column, total, mask=(column < d) & shared)
-    tl.store(bias_ptr + latent, bias, mask=shared & (tl.program_id(1) == 0))
+    """One further segment and one block of columns. Where it is its latent's first, the sum of the latent's partial sums, in
+    their order."""
+    further = tl.program_id(0).to(tl.int64)
+    latent = tl.load(latent_of_further_ptr + further)
+    exists = latent < n_latents
+    first = tl.load(further_ptr + latent, mask=exists, other=-1)
+    last = tl.load(further_ptr + latent + 1, mask=exists, other=0)
+    if first == further:
+        column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        place = tl.num_programs(0) + first  # of the latent's first segment
+        total = tl.load(partial_ptr + place * d + column, mask=column < d, other=0.0)  # [BLOCK_D]
+        bias = tl.load(partial_bias_ptr + place)
+        for place in range(first, last):
+            total += tl.load(partial_ptr + place * d + column, mask=column < d, other=0.0)
+            bias += tl.load(partial_bias_ptr + place)
+        tl.store(weight_ptr + latent * d + column, total, mask=column < d)
+        tl.store(bias_ptr + latent, bias, mask=tl.program_id(1) == 0)
 
 
 def _weight_gradient_triton(
@@ -220,26 +221,24 @@ def _weight_gradient_triton(
         return weight, bias
     row_ids, order, offsets = latent_major(indices, coefficients, n_latents)
     length = max(SEGMENT, -(-2 * entries * 4 * d // PARTIAL_BYTES))
-    segments = ((offsets.diff() + length - 1) // length).clamp_(min=1)  # one for a latent without entries: its zeros
-    several = torch.where(segments > 1, segments, 0)
-    partial_offsets = several.cumsum(0) - several
-    segment_offsets = torch.nn.functional.pad(segments.cumsum(0), (1, 0))
-    heavy = entries // length  # at most so many latents have more entries than a segment
-    partial = x.new_empty(2 * heavy, d, dtype=torch.float32)
-    partial_bias = x.new_empty(2 * heavy, dtype=torch.float32)
+    most = entries // length  # further segments: at most so many latents have any, and none but its last is short
+    further = offsets.new_zeros(n_latents + 1)
+    torch.cumsum(((offsets.diff() - 1) // length).clamp_(min=0), 0, out=further[1:])
+    latent_of_further = torch.searchsorted(further[1:], torch.arange(most, device=x.device), right=True)
+    partial = x.new_empty(2 * most, d, dtype=torch.float32)  # further ones, and first ones of latents that have such
+    partial_bias = x.new_empty(2 * most, dtype=torch.float32)
     block_d = min(next_power_of_2(max(d, 16)), 512)  # 128 threads times 4 columns
     columns = max(1, -(-d // block_d))
     with torch.cuda.device_of(x):
-        _weight_gradient_segment_kernel[(n_latents + heavy, columns)](
-            coefficients.contiguous(), x, shift, row_ids, order, offsets, segment_offsets, partial_offsets, weight,
-            bias, partial, partial_bias, n_latents, d, length, *x.stride(), *shift.stride(),
-            SEARCH_STEPS=n_latents.bit_length(), BLOCK_ENTRIES=4, BLOCK_D=block_d, num_warps=4,
+        _weight_gradient_segment_kernel[(n_latents + most, columns)](
+            coefficients.contiguous(), x, shift, row_ids, order, offsets, further, latent_of_further, weight, bias,
+            partial, partial_bias, n_latents, d, length, *x.stride(), *shift.stride(), BLOCK_ENTRIES=4, BLOCK_D=block_d,
+            num_warps=4,
         )  # fmt: skip
-        if heavy:
-            most = segments.sort(descending=True, stable=True).indices[: min(heavy, n_latents)]
-            _weight_gradient_partial_kernel[(len(most), columns)](
-                most, segment_offsets, partial_offsets, partial, partial_bias, weight, bias, d,
-                BLOCK_D=block_d, num_warps=4,
+        if most:
+            _weight_gradient_partial_kernel[(most, columns)](
+                further, latent_of_further, partial, partial_bias, weight, bias, n_latents, d, BLOCK_D=block_d,
+                num_warps=4,
             )  # fmt: skip
     return weight, bias
 

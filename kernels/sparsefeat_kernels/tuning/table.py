@@ -72,9 +72,10 @@ class Entry:
         if not isinstance(self.median_ms, float) or not 0 < self.median_ms < math.inf:
             raise ValueError(f"median_ms must be a positive number, got {self.median_ms!r}; tune again")
 
-    def distance(self, sizes: tuple[int, ...]) -> float:
-        """Doublings and halvings from this entry's shape to `sizes` (of SIZES), over all of them."""
-        return sum(abs(math.log2(size / getattr(self, name))) for name, size in zip(SIZES, sizes, strict=True))
+    def distance(self, sizes: tuple[int | None, ...]) -> float:
+        """Doublings and halvings from this entry's shape to `sizes` (of SIZES), over all that are given."""
+        given = [(name, size) for name, size in zip(SIZES, sizes, strict=True) if size is not None]
+        return sum(abs(math.log2(size / getattr(self, name))) for name, size in given)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Table:
     versions: Mapping[str, str]
     entries: tuple[Entry, ...]
 
-    def nearest(self, op: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> Entry | None:
+    def nearest(self, op: str, dtype: torch.dtype, sizes: tuple[int | None, ...]) -> Entry | None:
         """The entry of the nearest shape, the first of equally near ones; None if there is none within FARTHEST."""
         fitting = [e for e in self.entries if e.op == op and e.dtype == str(dtype).removeprefix("torch.")]
         best = min(fitting, key=lambda entry: entry.distance(sizes), default=None)
@@ -137,13 +138,15 @@ def _table_of(index: int | None, own: str | None) -> Table | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _nearest(index: int | None, own: str | None, op: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> Entry | None:
+def _nearest(
+    index: int | None, own: str | None, op: str, dtype: torch.dtype, sizes: tuple[int | None, ...]
+) -> Entry | None:
     table = _table_of(index, own)
     return None if table is None else table.nearest(op, dtype, sizes)
 
 
-def tuned(op: str, W: torch.Tensor, rows: int, k: int) -> Entry | None:
-    """The entry for `op` on `rows` rows and a dictionary W [n_latents, d], or None: take the defaults.
+def tuned(op: str, W: torch.Tensor, rows: int, k: int | None = None) -> Entry | None:
+    """The entry for `op` on `rows` rows and a dictionary W [n_latents, d], or None: take the defaults. Without k, of any.
 
     Raises ValueError if SPARSEFEAT_TUNING names a file that is no table.
     """

@@ -9,11 +9,13 @@ from sparsefeat_kernels import (
     SparseCode,
     bf16_products,
     force_triton,
+    prepare_encoder,
     threshold_encode,
     threshold_encode_csr,
 )
 from sparsefeat_kernels.encode import rounded as rounded_encoder
-from sparsefeat_kernels.encode.gpu import threshold as threshold_gpu
+from sparsefeat_kernels.encode import threshold_cpu
+from sparsefeat_kernels.encode.gpu import tiles
 from sparsefeat_kernels.encode.threshold import reference
 from torch import Tensor
 
@@ -79,8 +81,8 @@ def test_every_active_latent_in_index_order(path: str, shape: tuple[int, int, in
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_cpu_path_in_many_chunks_and_blocks(dtype: torch.dtype, monkeypatch):
     # 48 KiB of pre-activations: the 41 rows come in several chunks, which are compacted in several blocks of two rows
-    monkeypatch.setitem(threshold_encode.__globals__, "PREACTIVATION_BYTES", 48 << 10)
-    monkeypatch.setitem(threshold_encode.__globals__, "COMPACTED_ENTRIES", 3100)
+    monkeypatch.setattr(threshold_cpu, "PREACTIVATION_BYTES", 48 << 10)
+    monkeypatch.setattr(threshold_cpu, "COMPACTED_ENTRIES", 3100)
     inputs = problem(41, 24, 1501, dtype, "cpu")
     values, *_ = got = threshold_encode(*inputs, 600)
     assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -89,12 +91,25 @@ def test_cpu_path_in_many_chunks_and_blocks(dtype: torch.dtype, monkeypatch):
 
 
 def test_triton_path_in_many_chunks_and_many_tiles(monkeypatch):
-    monkeypatch.setattr(threshold_gpu, "SCRATCH_BYTES", 4 * 1600 * 3)  # three rows a chunk
+    monkeypatch.setattr(tiles, "SCRATCH_BYTES", 5 * 1408 * 3)  # three rows of the CSR form, one tile of the padded
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs = problem(7, 5, 1300, torch.float32, device)  # eleven tiles: two programs a row compact them
+    inputs = problem(7, 5, 1300, torch.float32, device)
     with force_triton():
         assert_same(threshold_encode(*inputs, 500), expected(inputs, 500), 1e-4)
         assert_csr_same(threshold_encode_csr(*inputs), expected(inputs, 1300), 1e-4)
+
+
+def test_triton_counts_go_from_chunk_to_chunk_of_latents_with_nan_in_any_of_them(monkeypatch):
+    monkeypatch.setattr(tiles, "SCRATCH_BYTES", 5 * 128 * 64)  # one tile
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randint(-3, 4, (500,), generator=torch.Generator().manual_seed(0)).float().to(device)
+    for broken in (None, 5, 300, 499):
+        if broken is not None:
+            a[broken] = NAN
+        inputs = (*preactivations(a), torch.tensor(1.0, device=device))
+        with force_triton():
+            for max_active in (1, 60, 500):
+                assert_same(threshold_encode(*inputs, max_active), expected(inputs, max_active))
 
 
 def test_an_overflowing_row_keeps_its_lowest_indices_and_its_true_count(path: str):
@@ -186,6 +201,17 @@ def test_both_paths_give_the_same_bits_on_small_integers(seed: int, rows: int, d
         assert_csr_same(threshold_encode_csr(*inputs), expected(inputs, n))
 
 
+def test_a_kept_bias_changes_nothing_and_is_checked(path: str):
+    x, W, b, c, threshold = problem(4, 6, 40, torch.float16, path)
+    inputs = tuple(t.float() if path == "cpu" else t for t in (x, W, b, c))  # a CPU prepares float32 alone
+    prepared = prepare_encoder(*inputs[1:])
+    for op, most in ((threshold_encode, (7,)), (threshold_encode_csr, ())):
+        plain = op(*inputs, threshold, *most)
+        assert all(map(torch.equal, op(*inputs, threshold, *most, prepared=prepared), plain))
+        with pytest.raises(ValueError, match="prepare_encoder again"):
+            op(inputs[0], inputs[1].clone(), *inputs[2:], threshold, *most, prepared=prepared)
+
+
 def test_only_rows_with_nan_are_broken(path: str):
     inputs = problem(4, 6, 40, torch.float32, path)
     whole = threshold_encode(*inputs, 7)
@@ -264,10 +290,10 @@ def small_products(monkeypatch) -> None:
         monkeypatch.setattr(rounded_encoder, name, 1)
     monkeypatch.setattr(rounded_encoder, "ROUNDED_TILE_BYTES", 1 << 16)
     monkeypatch.setattr(rounded_encoder, "WIDENED_TILE_BYTES", 1 << 16)
-    monkeypatch.setitem(threshold_encode.__globals__, "PREACTIVATION_BYTES", 36000)
-    monkeypatch.setitem(threshold_encode.__globals__, "CANDIDATES", 4000)
-    monkeypatch.setitem(threshold_encode.__globals__, "PAIRS", 300)
-    monkeypatch.setitem(threshold_encode.__globals__, "PIECE_ENTRIES", 500)
+    monkeypatch.setattr(threshold_cpu, "PREACTIVATION_BYTES", 36000)
+    monkeypatch.setattr(threshold_cpu, "CANDIDATES", 4000)
+    monkeypatch.setattr(threshold_cpu, "PAIRS", 300)
+    monkeypatch.setattr(threshold_cpu, "PIECE_ENTRIES", 500)
 
 
 def hard(name: str, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
@@ -344,10 +370,8 @@ def assert_is_what_the_reference_says(got: tuple[Tensor, ...], inputs: tuple[Ten
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", HARD)
 def test_the_contract_holds_through_a_bf16_product(name: str, dtype: torch.dtype, small_products, monkeypatch):
-    plainly, plain = [], threshold_encode.__globals__["_entries_plainly"]
-    monkeypatch.setitem(
-        threshold_encode.__globals__, "_entries_plainly", lambda *a: plainly.append(len(a[0])) or plain(*a)
-    )
+    plainly, plain = [], threshold_cpu._entries_plainly
+    monkeypatch.setattr(threshold_cpu, "_entries_plainly", lambda *a: plainly.append(len(a[0])) or plain(*a))
     for seed in range(3):
         inputs = hard(name, dtype, seed)
         got = threshold_encode_csr(*inputs)
@@ -359,7 +383,7 @@ def test_the_contract_holds_through_a_bf16_product(name: str, dtype: torch.dtype
         assert torch.equal(indices[kept], got[1])
         assert torch.equal(counts.long(), got[2].diff())
         with monkeypatch.context() as patch:
-            patch.setitem(threshold_encode.__globals__, "pays_to_round", lambda *_: False)
+            patch.setattr(threshold_cpu, "pays_to_round", lambda *_: False)
             wanted = threshold_encode(*inputs, 1024)
         broken = ~wanted[0].isfinite().all(1)
         torch.testing.assert_close(values[broken], wanted[0][broken], rtol=0, atol=0, equal_nan=True)
@@ -398,7 +422,7 @@ def test_the_scratch_does_not_grow_with_rows_through_a_bf16_product(one_thread):
 
 
 def test_a_csr_code_is_held_little_more_than_once(one_thread, monkeypatch):
-    monkeypatch.setitem(threshold_encode.__globals__, "PIECE_ENTRIES", 1 << 18)
+    monkeypatch.setattr(threshold_cpu, "PIECE_ENTRIES", 1 << 18)
     rows, n = 1500, 2048
     inputs = (torch.zeros(rows, 2), torch.randn(n, 2), torch.ones(n), torch.zeros(2), torch.tensor(0.0))
     with torch.profiler.profile(profile_memory=True) as profile:

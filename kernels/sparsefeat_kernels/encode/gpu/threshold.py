@@ -1,25 +1,48 @@
-"""threshold_encode on a GPU: a product that counts, and the compaction of what is active.
+"""threshold_encode on a GPU, in two launches: a product that marks what is active, and the compaction of what is marked.
 
-A chunk's product (tiles.py) leaves the number of active latents of every (row, tile of latents), and in a scratch the
-pre-activations of those tiles that have any: at 32 active of 20,480 latents, fewer than one tile in five is written or read
-again. A second kernel turns a row's numbers into the place where each tile's entries begin; a third, one warp a row, goes
-through the tiles that have any and moves their entries there. A row's places run from row_starts[r] to row_starts[r + 1], so
-that the padded and the CSR form are one program.
+The product (tiles.py) leaves a word of 32 bits for every (row, 32 latents), a bit set where the pre-activation is above its
+threshold or NaN, and in a scratch the pre-activations of those words that have any: at 32 active of 20,480 latents fewer than
+one in twenty is written. Then one warp takes a row: the numbers of bits, summed up, say where each word's entries begin, and
+all words give their lowest bits away together until none is left. A row's places run from row_starts[r] to row_starts[r + 1],
+so that the padded and the CSR form are one program; with no places at all it counts.
+
+The padded form takes latents in chunks, so that W is read once for every few thousand rows; counts go from chunk to chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...dispatch import jit_over_rows, next_power_of_2, row_chunks, tl
+from ...dispatch import jit, jit_over_rows, next_power_of_2, tl
+from ...tuning.table import tuned
 from ..product import encoder_bias
-from .tiles import SCRATCH_BYTES, default_tile, operands, precision, tile_sums
+from .tiles import chunks_of, default_tile, operands, precision, programs_of, tile_sums
 
-__all__ = ["threshold_encode_csr_triton", "threshold_encode_triton"]
+__all__ = ["marked_chunks", "threshold_encode_csr_triton", "threshold_encode_triton"]
+
+WORD = 32  # latents
+LEAST_ROWS = 4096  # at once, where there are as many: what a chunk of latents leaves room for
+
+
+@jit
+def _store_marked(a, marked, out, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Those words of [ROWS, COLUMNS] that are marked [ROWS, COLUMNS / 32], to rows that are `stride` apart. In pieces of 64
+    columns, which pass through shared memory one after the other."""
+    if COLUMNS > 64:
+        half = tl.permute(tl.reshape(a, [ROWS, 2, COLUMNS // 2]), (0, 2, 1))
+        marked_half = tl.permute(tl.reshape(marked, [ROWS, 2, COLUMNS // 64]), (0, 2, 1))
+        first, second = tl.split(half)
+        marked_first, marked_second = tl.split(marked_half)
+        _store_marked(first, marked_first, out, stride, ROWS, COLUMNS // 2)
+        _store_marked(second, marked_second, out + COLUMNS // 2, stride, ROWS, COLUMNS // 2)
+    else:
+        column = (tl.arange(0, COLUMNS // 32) * 32)[None, :, None] + tl.arange(0, 32)[None, None, :]
+        places = out + tl.arange(0, ROWS)[:, None, None] * stride + column
+        tl.store(places, tl.reshape(a, [ROWS, COLUMNS // 32, 32]), mask=marked[:, :, None])
 
 
 @jit_over_rows
@@ -30,11 +53,11 @@ def _threshold_encode_product_kernel(
     bias_ptr,
     threshold_ptr,
     scratch_ptr,
-    tile_counts_ptr,
+    words_ptr,
     rows,
     n_latents,
     d,
-    n_tiles,
+    n_words,
     stride_x_row,
     stride_x_d,
     stride_W_latent,
@@ -48,184 +71,202 @@ def _threshold_encode_product_kernel(
     BLOCK_LATENTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """How many latents of one tile are active in each row, -1 for a row with NaN; in tiles that have any, the scratch
-    [rows, n_tiles, BLOCK_LATENTS] is x W_enc^T + bias where active and 0 elsewhere."""
-    # A program a tile: what a persistent one reads ahead would leave no shared memory for the rows' sums. Programs that
-    # share latents are neighbours: a tile of W comes from memory once.
+    """words [rows, n_words] of x W^T + bias, and scratch [rows, n_words, 32] where a word is not 0."""
+    WORDS: tl.constexpr = BLOCK_LATENTS // 32
     row_blocks = tl.cdiv(rows, BLOCK_ROWS)
-    tile = tl.program_id(0)
-    row = (tile % row_blocks) * BLOCK_ROWS
-    block = tile // row_blocks
-    total = tile_sums(
-        x, W, b_pre_ptr, row, block * BLOCK_LATENTS, rows, n_latents, d,
-        stride_x_row, stride_x_d, stride_W_latent, stride_W_d, stride_b_pre_d,
-        DESCRIBED, CENTRED, PRECISION, BLOCK_ROWS, BLOCK_LATENTS, BLOCK_D,
-    )  # fmt: skip
-    latent = (block * BLOCK_LATENTS + tl.arange(0, BLOCK_LATENTS)).to(tl.int64)
-    real = latent < n_latents
-    # A latent that is not there has a bias that no sum makes positive.
-    bias = tl.load(bias_ptr + latent, mask=real, other=-3.4028234663852886e38)
-    threshold = tl.load(threshold_ptr + latent * stride_threshold_latent, mask=real, other=float("inf"))
-    # NaN is above nothing, a negative threshold is 0.
-    threshold = tl.where(threshold == threshold, tl.maximum(threshold, 0.0), float("inf"))
-    a = total + bias[None, :]  # [BLOCK_ROWS, BLOCK_LATENTS]
-    z = tl.where(a > threshold[None, :], a, 0.0)
-    count = tl.sum((z != 0.0).to(tl.int32), axis=1)  # [BLOCK_ROWS]
-    broken = tl.max(((a != a) & real[None, :]).to(tl.int32), axis=1)
-    count = tl.where(broken > 0, -1, count)
-    row += tl.arange(0, BLOCK_ROWS)
-    place = row.to(tl.int64) * n_tiles + block
-    tl.store(tile_counts_ptr + place, count, mask=row < rows)
-    out = scratch_ptr + place[:, None] * BLOCK_LATENTS + tl.arange(0, BLOCK_LATENTS)[None, :]
-    tl.store(out, z, mask=((row < rows) & (count > 0))[:, None])
+    tiles = row_blocks * tl.cdiv(n_latents, BLOCK_LATENTS)
+    # Programs that share latents run together: a tile of W comes from memory once.
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        row = (tile % row_blocks) * BLOCK_ROWS
+        block = tile // row_blocks
+        total = tile_sums(
+            x, W, b_pre_ptr, row, block * BLOCK_LATENTS, rows, n_latents, d,
+            stride_x_row, stride_x_d, stride_W_latent, stride_W_d, stride_b_pre_d,
+            DESCRIBED, CENTRED, PRECISION, BLOCK_ROWS, BLOCK_LATENTS, BLOCK_D,
+        )  # fmt: skip
+        column = tl.arange(0, BLOCK_LATENTS)
+        latent = (block * BLOCK_LATENTS + column).to(tl.int64)
+        real = latent < n_latents
+        # A latent that is not there has a bias that no sum makes positive, and a threshold that nothing is above.
+        bias = tl.load(bias_ptr + latent, mask=real, other=-3.4028234663852886e38)
+        threshold = tl.load(threshold_ptr + latent * stride_threshold_latent, mask=real, other=float("inf"))
+        # NaN is above nothing, a negative threshold is 0.
+        threshold = tl.where(threshold == threshold, tl.maximum(threshold, 0.0), float("inf"))
+        a = total + bias[None, :]  # [BLOCK_ROWS, BLOCK_LATENTS]
+        bit = tl.where(a <= threshold[None, :], 0, 1 << (column % 32)[None, :])
+        words = tl.sum(tl.reshape(bit, [BLOCK_ROWS, WORDS, 32]), axis=2)
+        out_row = row + tl.arange(0, BLOCK_ROWS)
+        inside = (out_row < rows)[:, None]
+        # The scratch is too small for offsets of 2^31.
+        out = out_row[:, None] * n_words + block * WORDS + tl.arange(0, WORDS)[None, :]
+        tl.store(words_ptr + out, words, mask=inside)
+        scratch = scratch_ptr + row * (n_words * 32) + block * BLOCK_LATENTS
+        _store_marked(a, (words != 0) & inside, scratch, n_words * 32, BLOCK_ROWS, BLOCK_LATENTS)
 
 
-@jit_over_rows
-def _threshold_encode_place_kernel(
-    tile_counts_ptr, tile_places_ptr, counts_ptr, broken_ptr, n_tiles, BLOCK_TILES: tl.constexpr
-):
-    """One row: where among its entries each tile's begin, how many there are, and whether it has NaN."""
-    row = tl.program_id(0).to(tl.int64)
-    place, broken = 0, 0
-    for start in range(0, n_tiles, BLOCK_TILES):
-        tile = start + tl.arange(0, BLOCK_TILES)
-        count = tl.load(tile_counts_ptr + row * n_tiles + tile, mask=tile < n_tiles, other=0)  # [BLOCK_TILES]
-        broken = tl.maximum(broken, tl.max((count < 0).to(tl.int32), axis=0))
-        count = tl.maximum(count, 0)
-        before = place + tl.cumsum(count, axis=0) - count
-        tl.store(tile_places_ptr + row * n_tiles + tile, before, mask=tile < n_tiles)
-        place += tl.sum(count, axis=0)
-    tl.store(counts_ptr + row, tl.where(broken > 0, 1, place))
-    tl.store(broken_ptr + row, broken)
+@jit
+def _ones(x):
+    """How many bits of int32 are set."""
+    x -= (x >> 1) & 0x55555555
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return (x * 0x01010101) >> 24
 
 
 @jit_over_rows
 def _threshold_encode_compact_kernel(
     scratch_ptr,
-    tile_counts_ptr,
-    tile_places_ptr,
-    broken_ptr,
+    words_ptr,
     row_starts_ptr,
+    counts_ptr,
     values_ptr,
     indices_ptr,
-    n_tiles,
-    BLOCK_TILES: tl.constexpr,
-    MOVED: tl.constexpr,
-    BLOCK_LATENTS: tl.constexpr,
+    places,
+    n_words,
+    first_latent,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
 ):
-    """One row: the active entries move to their places, those past the row's last are dropped."""
+    """One row: the marked entries move to their places behind those of the chunks before, those past the row's last are
+    dropped; after the last chunk zeros fill the row. Until then a row with NaN has count -1. Without row_starts all rows
+    have `places`."""
     row = tl.program_id(0).to(tl.int64)
-    first = tl.load(row_starts_ptr + row)
-    places = tl.load(row_starts_ptr + row + 1) - first
-    values_ptr += first
-    indices_ptr += first
-    scratch_ptr += row * n_tiles * BLOCK_LATENTS
-    tile_counts_ptr += row * n_tiles
-    tile_places_ptr += row * n_tiles
-    if tl.load(broken_ptr + row) > 0:
-        for begin in range(0, places, BLOCK_LATENTS):
-            of_nan = begin + tl.arange(0, BLOCK_LATENTS)
-            nan = tl.full([BLOCK_LATENTS], float("nan"), tl.float32)
-            tl.store(values_ptr + of_nan, nan, mask=of_nan < places)
-            tl.store(indices_ptr + of_nan, of_nan.to(tl.int32), mask=of_nan < places)
+    start = row * places
+    if row_starts_ptr is not None:
+        start = tl.load(row_starts_ptr + row)
+        places = (tl.load(row_starts_ptr + row + 1) - start).to(tl.int32)
+    values_ptr += start
+    indices_ptr += start
+    words_ptr += row * n_words
+    scratch_ptr += row * n_words * 32
+    found, broken = 0, False
+    if not FIRST:
+        found = tl.load(counts_ptr + row)
+        broken = found < 0
+        found = tl.maximum(found, 0)
+    nan = tl.zeros([BLOCK_WORDS], tl.int32)
+    for first in range(0, n_words, BLOCK_WORDS):
+        word = first + tl.arange(0, BLOCK_WORDS)
+        bits = tl.load(words_ptr + word, mask=word < n_words, other=0)  # [BLOCK_WORDS]
+        count = _ones(bits)
+        place = found + tl.cumsum(count, axis=0) - count
+        found += tl.sum(count, axis=0)
+        for _ in range(0, tl.max(count, axis=0)):
+            lowest = bits & -bits
+            # Its place is the exponent.
+            latent = word * 32 - 127 + ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF)
+            a = tl.load(scratch_ptr + latent, mask=bits != 0, other=0.0)
+            kept = (bits != 0) & (place < places)
+            tl.store(values_ptr + place, a, mask=kept)
+            tl.store(indices_ptr + place, first_latent + latent, mask=kept)
+            nan |= (a != a).to(tl.int32)
+            place += 1
+            bits ^= lowest
+    broken |= tl.max(nan, axis=0) > 0
+    if LAST:
+        first_of_rest = tl.where(broken, 0, found)
+        rest = tl.where(broken, float("nan"), 0.0)
+        tl.debug_barrier()  # of a row with NaN these are the last to write
+        for begin in range(first_of_rest, places, BLOCK_WORDS):
+            place = begin + tl.arange(0, BLOCK_WORDS)
+            tl.store(values_ptr + place, tl.zeros([BLOCK_WORDS], tl.float32) + rest, mask=place < places)
+            tl.store(indices_ptr + place, tl.where(broken, place, 0), mask=place < places)
+        tl.store(counts_ptr + row, tl.where(broken, 1, found))
     else:
-        found = 0  # tiles with entries: their numbers take the place of counts that have been read
-        for start in range(0, n_tiles, BLOCK_TILES):
-            tile = start + tl.arange(0, BLOCK_TILES)
-            some = (tl.load(tile_counts_ptr + tile, mask=tile < n_tiles, other=0) > 0).to(tl.int32)
-            tl.debug_barrier()
-            tl.store(tile_counts_ptr + found + tl.cumsum(some, axis=0) - 1, tile, mask=some > 0)
-            found += tl.sum(some, axis=0)
-        tl.debug_barrier()  # other lanes read what these wrote
-        for start in range(0, found, MOVED):
-            slot = start + tl.arange(0, MOVED)
-            tile = tl.load(tile_counts_ptr + slot, mask=slot < found, other=0)  # [MOVED]
-            before = tl.load(tile_places_ptr + tile, mask=slot < found, other=0)
-            latent = tile[:, None] * BLOCK_LATENTS + tl.arange(0, BLOCK_LATENTS)[None, :]  # [MOVED, BLOCK_LATENTS]
-            z = tl.load(scratch_ptr + latent, mask=(slot < found)[:, None], other=0.0)
-            active = z != 0.0
-            place = before[:, None] + tl.cumsum(active.to(tl.int32), axis=1) - 1
-            kept = active & (place < places)
-            tl.store(values_ptr + place, z, mask=kept)
-            tl.store(indices_ptr + place, latent, mask=kept)
+        tl.store(counts_ptr + row, tl.where(broken, -1, found))
 
 
-class _Tiles(NamedTuple):
-    """What the product left of some rows."""
+class Marked(NamedTuple):
+    """What the product left of some rows and latents."""
 
     rows: slice
-    scratch: Tensor  # [rows, n_tiles, BLOCK_LATENTS] fp32, written only in tiles with active latents
-    tile_counts: Tensor  # [rows, n_tiles] int32
-    tile_places: Tensor  # [rows, n_tiles] int32
-    counts: Tensor  # [rows] int32
-    broken: Tensor  # [rows] int32
+    latents: slice
+    last: bool  # no latents follow
+    scratch: Tensor  # fp32 [rows, n_words, 32], written only where a word is not 0
+    words: Tensor  # int32 [rows, n_words]
+
+    def compact(
+        self, counts: Tensor, values: Tensor, indices: Tensor, row_starts: Tensor | None = None, places: int = 0
+    ) -> None:
+        """Move entries to `values` and `indices`, whose row r has the places row_starts[r] .. row_starts[r + 1] - 1, or of
+        whose rows each has `places`."""
+        rows, n_words = self.words.shape
+        with torch.cuda.device_of(values):
+            _threshold_encode_compact_kernel[(rows,)](
+                self.scratch, self.words, row_starts, counts, values, indices, places, n_words, self.latents.start,
+                FIRST=self.latents.start == 0, LAST=self.last,
+                BLOCK_WORDS=min(next_power_of_2(max(n_words, 2)), 128), num_warps=1,
+            )  # fmt: skip
 
 
-def _tiles_triton(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor) -> Iterator[_Tiles]:
-    """The chunks of rows, one after the other: all write to the same memory."""
-    rows, d = x.shape
-    n_latents, tile = W_enc.shape[0], default_tile(x.dtype)
-    width = tile["BLOCK_LATENTS"]
-    n_tiles = -(-n_latents // width)
-    chunks = row_chunks(rows, 4 * n_tiles * (width + 2) + 8, SCRATCH_BYTES, tile["BLOCK_ROWS"])
-    chunk = chunks[0].stop
-    scratch = x.new_empty(chunk, n_tiles, width, dtype=torch.float32)
-    tile_counts, tile_places = (x.new_empty(chunk, n_tiles, dtype=torch.int32) for _ in range(2))
-    counts, broken = (x.new_empty(chunk, dtype=torch.int32) for _ in range(2))
+def _tile(x: Tensor, W_enc: Tensor) -> Mapping[str, int]:
+    """That of topk_encode, and one stage fewer, which leaves room for what passes through shared memory."""
+    entry = tuned("topk_encode", W_enc, x.shape[0])
+    tile = default_tile(x.dtype) if entry is None else entry.blocks
+    return {**tile, "num_stages": max(2, tile["num_stages"] - 1)}
+
+
+def marked_chunks(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor, bias: Tensor | None, least_rows: int,
+    tile: Mapping[str, int] | None = None,
+) -> Iterator[Marked]:  # fmt: skip
+    """The chunks, one after the other: all write to the same memory."""
+    tile = _tile(x, W_enc) if tile is None else tile
+    n_latents, width = W_enc.shape[0], tile["BLOCK_LATENTS"]
+    chunks = chunks_of(x, W_enc, tile, 4 + 4 / WORD, 0, 1 << 31, least_rows)
+    most = chunks[0][1][0].stop, -(-chunks[0][0].stop // width) * width
+    scratch = x.new_empty(most[0] * most[1], dtype=torch.float32)
+    marks = x.new_empty(most[0] * most[1] // WORD, dtype=torch.int32)
     floor = threshold.to(torch.float32).expand(n_latents)
     with torch.cuda.device_of(x):
-        bias = encoder_bias(W_enc, b_enc, b_pre)
-        for out in chunks:
-            part = x[out]
-            x_tiles, W_tiles, described = operands(part, W_enc, tile)
-            _threshold_encode_product_kernel[(-(-len(part) // tile["BLOCK_ROWS"]) * n_tiles,)](
-                x_tiles, W_tiles, b_pre, bias, floor, scratch, tile_counts, len(part), n_latents, d, n_tiles,
-                *part.stride(), *W_enc.stride(), b_pre.stride(0), floor.stride(0), DESCRIBED=described,
-                CENTRED=x.dtype == torch.float32, PRECISION=precision(x.dtype), **tile,
-            )  # fmt: skip
-            _threshold_encode_place_kernel[(len(part),)](
-                tile_counts, tile_places, counts, broken, n_tiles,
-                BLOCK_TILES=min(next_power_of_2(max(n_tiles, 2)), 1024), num_warps=1,
-            )  # fmt: skip
-            done = slice(0, len(part))
-            yield _Tiles(out, scratch[done], tile_counts, tile_places, counts[done], broken[done])
-
-
-def _compact_triton(tiles: _Tiles, row_starts: Tensor, values: Tensor, indices: Tensor) -> None:
-    """Move the entries of `tiles` to `values` and `indices`, whose row r is row_starts[r] .. row_starts[r + 1] - 1."""
-    _, n_tiles, width = tiles.scratch.shape
-    with torch.cuda.device_of(values):
-        _threshold_encode_compact_kernel[(tiles.counts.shape[0],)](
-            tiles.scratch, tiles.tile_counts, tiles.tile_places, tiles.broken, row_starts, values, indices, n_tiles,
-            BLOCK_TILES=min(next_power_of_2(max(n_tiles, 2)), 256), MOVED=4, BLOCK_LATENTS=width, num_warps=1,
-        )  # fmt: skip
+        bias = encoder_bias(W_enc, b_enc, b_pre) if bias is None else bias
+    for latents, of_rows in chunks:
+        W = W_enc[latents]
+        n_words = -(-len(W) // width) * width // WORD
+        for rows in of_rows:
+            some = x[rows]
+            words = marks[: len(some) * n_words].view(len(some), n_words)
+            x_tiles, W_tiles, described = operands(some, W, tile)
+            with torch.cuda.device_of(x):
+                _threshold_encode_product_kernel[(programs_of(len(some), len(W), tile, x.device),)](
+                    x_tiles, W_tiles, b_pre, bias[latents], floor[latents], scratch, words, len(some), *W.shape, n_words,
+                    *some.stride(), *W.stride(), b_pre.stride(0), floor.stride(0), DESCRIBED=described,
+                    CENTRED=x.dtype == torch.float32, PRECISION=precision(x.dtype), **tile,
+                )  # fmt: skip
+            yield Marked(rows, latents, latents.stop == n_latents, scratch, words)
 
 
 def threshold_encode_triton(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor, max_active: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    values = x.new_zeros(x.shape[0], max_active, dtype=torch.float32)
-    indices = x.new_zeros(x.shape[0], max_active, dtype=torch.int32)
-    counts = x.new_empty(x.shape[0], dtype=torch.int32)
-    for tiles in _tiles_triton(x, W_enc, b_enc, b_pre, threshold) if x.shape[0] else ():
-        row_starts = torch.arange(tiles.counts.shape[0] + 1, device=x.device) * max_active
-        _compact_triton(tiles, row_starts, values[tiles.rows], indices[tiles.rows])
-        counts[tiles.rows] = tiles.counts
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor, max_active: int,
+    bias: Tensor | None = None, tile: Mapping[str, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """bias: what `encoder_bias` made of these weights before; tile: the product's sizes, warps and stages."""
+    rows = x.shape[0]
+    values = x.new_empty(rows, max_active, dtype=torch.float32)
+    indices = x.new_empty(rows, max_active, dtype=torch.int32)
+    counts = x.new_empty(rows, dtype=torch.int32)
+    for marked in marked_chunks(x, W_enc, b_enc, b_pre, threshold, bias, LEAST_ROWS, tile) if rows else ():
+        part = marked.rows
+        marked.compact(counts[part], values[part], indices[part], places=max_active)
     return values, indices, counts
 
 
 def threshold_encode_csr_triton(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """All latents of a chunk's rows at once: entries are in order of the rows."""
     values = [x.new_empty(0, dtype=torch.float32)]
     indices = [x.new_empty(0, dtype=torch.int32)]
     row_offsets = x.new_zeros(x.shape[0] + 1, dtype=torch.int64)
-    for tiles in _tiles_triton(x, W_enc, b_enc, b_pre, threshold) if x.shape[0] else ():
-        row_starts = x.new_zeros(tiles.counts.shape[0] + 1, dtype=torch.int64)
-        torch.cumsum(tiles.counts, 0, out=row_starts[1:])
+    for marked in marked_chunks(x, W_enc, b_enc, b_pre, threshold, bias, 1) if x.shape[0] else ():
+        counts = x.new_empty(len(marked.words), dtype=torch.int32)
+        marked.compact(counts, values[0], indices[0])  # to no places: what it does is count
+        row_starts = x.new_zeros(len(counts) + 1, dtype=torch.int64)
+        torch.cumsum(counts, 0, out=row_starts[1:])
         entries = int(row_starts[-1])  # the host waits for the device
         values.append(x.new_empty(entries, dtype=torch.float32))
         indices.append(x.new_empty(entries, dtype=torch.int32))
-        _compact_triton(tiles, row_starts, values[-1], indices[-1])
-        row_offsets[1:][tiles.rows] = tiles.counts.long()
+        marked.compact(counts, values[-1], indices[-1], row_starts)
+        row_offsets[1:][marked.rows] = counts.long()
     return torch.cat(values), torch.cat(indices), row_offsets.cumsum_(0)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dispatch import INTERPRETED, TRITON_VERSION, TensorDescriptor, backend, has_copy_engine, jit, tl
+from ...dispatch import INTERPRETED, TRITON_VERSION, TensorDescriptor, backend, has_copy_engine, jit, row_chunks, tl
 
 __all__ = [
     "LARGE_TILE",
@@ -84,18 +84,25 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def chunks_of(
-    x: Tensor, W: Tensor, tile: Mapping[str, int], bytes_an_entry: float, bytes_a_row: int, most_latents: int
+    x: Tensor,
+    W: Tensor,
+    tile: Mapping[str, int],
+    bytes_an_entry: float,
+    bytes_a_row: int,
+    most_latents: int,
+    least_rows: int = LEAST_ROWS,
 ) -> list[tuple[slice, list[slice]]]:
     """Chunks of at most `most_latents` latents, and of the rows of each, whose scratch is within SCRATCH_BYTES: as many
-    latents as leave room for LEAST_ROWS rows."""
+    latents as leave room for `least_rows` rows."""
     block, width = tile["BLOCK_ROWS"], tile["BLOCK_LATENTS"]
-    least = min(-(-x.shape[0] // block) * block, LEAST_ROWS)
+    least = min(-(-x.shape[0] // block) * block, least_rows)
     most_latents = min(most_latents, int((SCRATCH_BYTES / least - bytes_a_row) / bytes_an_entry))
     most_rows = -(-x.shape[0] // block)
-    latents = _chunks(W.shape[0], width, most_latents, min(most_rows, LEAST_ROWS // block), W.device)
+    latents = _chunks(W.shape[0], width, most_latents, max(1, min(most_rows, least_rows // block)), W.device)
     widest = -(-(latents[0].stop - latents[0].start) // width)
     most = int(SCRATCH_BYTES / (widest * width * bytes_an_entry + bytes_a_row))
-    of_rows = _chunks(x.shape[0], block, most, widest, x.device)
+    # Where one block is too many, fewer rows: a tile is then not full.
+    of_rows = _chunks(x.shape[0], block, most, widest, x.device) if most >= block else row_chunks(x.shape[0], 1, most)
     return [(part, of_rows) for part in latents]
 
 
