@@ -35,9 +35,14 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.attribution import cad_amplify as cad_amplify
     from sparsefeat.attribution import cad_erase as cad_erase
     from sparsefeat.erasure import UCE as UCE
+    from sparsefeat.erasure import ConceptLancet as ConceptLancet
     from sparsefeat.erasure import Erase as Erase
     from sparsefeat.erasure import InterpretThenDeactivate as InterpretThenDeactivate
+    from sparsefeat.erasure import PosteriorAttenuation as PosteriorAttenuation
+    from sparsefeat.erasure import ReplaceWhere as ReplaceWhere
+    from sparsefeat.erasure import clamp_latents as clamp_latents
     from sparsefeat.erasure import negative_prompt as negative_prompt
+    from sparsefeat.erasure import safe_latent_diffusion as safe_latent_diffusion
     from sparsefeat.evaluation.check import check as check
     from sparsefeat.evaluation.splice import Splice as Splice
     from sparsefeat.features import CollectExamples as CollectExamples
@@ -87,6 +92,7 @@ _HOME = {
     "CollectStatistics": "sparsefeat.features",
     "Compose": "sparsefeat.steering",
     "ConceptAlgebra": "sparsefeat.steering",
+    "ConceptLancet": "sparsefeat.erasure",
     "Context": "sparsefeat.pipeline",
     "CorrectionBySimilarities": "sparsefeat.attention",
     "CrossTokenNMS": "sparsefeat.attention",
@@ -102,10 +108,12 @@ _HOME = {
     "Langevin": "sparsefeat.steering",
     "LinearAcT": "sparsefeat.steering",
     "Names": "sparsefeat.sae",
+    "PosteriorAttenuation": "sparsefeat.erasure",
     "PrincipalDirections": "sparsefeat.steering",
     "PromptVector": "sparsefeat.steering",
     "Record": "sparsefeat.features",
     "Replace": "sparsefeat.pipeline",
+    "ReplaceWhere": "sparsefeat.erasure",
     "SAE": "sparsefeat.sae",
     "SAEConfig": "sparsefeat.sae",
     "SAETrainer": "sparsefeat.training",
@@ -128,6 +136,7 @@ _HOME = {
     "cad_amplify": "sparsefeat.attribution",
     "cad_erase": "sparsefeat.attribution",
     "check": "sparsefeat.evaluation.check",
+    "clamp_latents": "sparsefeat.erasure",
     "discover_direction": "sparsefeat.steering",
     "export_neuronpedia": "sparsefeat.features",
     "hookpoints": "sparsefeat.pipeline",
@@ -136,6 +145,7 @@ _HOME = {
     "negative_prompt": "sparsefeat.erasure",
     "presets": "sparsefeat.presets",
     "read_image": "sparsefeat.attention",
+    "safe_latent_diffusion": "sparsefeat.erasure",
 }
 
 __all__ = ["__version__", *_HOME]

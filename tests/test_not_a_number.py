@@ -34,6 +34,7 @@ from sparsefeat.erasure.uce import TextMap
 from sparsefeat.features import area_under_curve, normalized_mean_difference, search
 from sparsefeat.report import overlay, save_animation
 from sparsefeat.steering import CodeRule, FeatureTransport, NeuronMaps, Overwrite, PromptVector
+from sparsefeat.steering.scores import SafeGuidance
 from sparsefeat.training import Objective, TensorRows, build_itda, geometric_median, initialise, training_loss
 from tests.tiny import tiny_sd
 
@@ -380,6 +381,48 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "attribute_latents": (
         sf.attribute_latents,
         lambda: {"pipe": Untouched(), "sae": make_sae(), "prompts": "a fox", "steps": (0.0, 0.5)},
+    ),
+    "safe_latent_diffusion": (
+        sf.safe_latent_diffusion,
+        lambda: {"concept": "fox", "scale": 2.0, "threshold": 0.1, "momentum": 0.1, "beta": 0.1, "steps": (0.0, 0.5)},
+    ),
+    "SafeGuidance": (
+        SafeGuidance,
+        lambda: {"concept": "fox", "scale": 2.0, "threshold": 0.1, "momentum": 0.1, "beta": 0.1},
+    ),
+    "clamp_latents": (
+        sf.clamp_latents,
+        lambda: {"sae": make_sae(), "statistics": statistics(), "concept": "fox", "factor": 0.5, "steps": (0.0, 0.5)},
+    ),
+    "ReplaceWhere": (
+        sf.ReplaceWhere,
+        lambda: {"sae": make_sae(), "latents": {3: 0.5}, "steps": (0.0, 0.5)},
+    ),
+    "PosteriorAttenuation": (
+        sf.PosteriorAttenuation,
+        lambda: {"sae": make_sae(), "latents": [3], "posterior": ones(1, 66), "steps": (0.0, 0.5)},
+    ),
+    "PosteriorAttenuation.fit": (
+        sf.PosteriorAttenuation.fit,
+        lambda: {
+            "pipe": Untouched(),
+            "sae": make_sae(),
+            "concept": "fox",
+            "prompts": CONCEPTS,
+            "prior": 0.5,
+            "steps": (0.0, 0.5),
+        },
+    ),
+    "ConceptLancet": (
+        sf.ConceptLancet,
+        lambda: {
+            "directions": {"fox": ones(4), "owl": torch.eye(4)[0]},
+            "remove": "fox",
+            "at": AT,
+            "strength": 0.5,
+            "center": ones(4),
+            "steps": (0.0, 0.5),
+        },
     ),
     "UCE.fit": (
         sf.UCE.fit,

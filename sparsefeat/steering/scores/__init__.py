@@ -3,6 +3,7 @@
 from sparsefeat.steering.scores.corrections import Hamiltonian, Langevin
 from sparsefeat.steering.scores.inversion import Inversion
 from sparsefeat.steering.scores.rules import Compose, ConceptAlgebra, Rule, ScaleConcept, Slider, Views
+from sparsefeat.steering.scores.safe import SafeGuidance
 from sparsefeat.steering.scores.score_edit import ScoreEdit
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Inversion",
     "Langevin",
     "Rule",
+    "SafeGuidance",
     "ScaleConcept",
     "ScoreEdit",
     "Slider",

@@ -22,10 +22,11 @@ from sparsefeat.steering.scores.inversion import Inversion
 from sparsefeat.steering.scores.levels import NoiseLevel, noise_level
 from sparsefeat.steering.scores.predictions import Moment, Predictions, wide
 from sparsefeat.steering.scores.rules import Compose, ConceptAlgebra, Rule, ScaleConcept, Slider, Views
+from sparsefeat.steering.scores.safe import SafeGuidance
 from sparsefeat.steering.scores.texts import Texts
 from sparsefeat.steering.where import Mask, mask_of_rows
 
-_RULES = {rule.__name__: rule for rule in (Compose, ConceptAlgebra, ScaleConcept, Slider, Views)}
+_RULES = {rule.__name__: rule for rule in (Compose, ConceptAlgebra, SafeGuidance, ScaleConcept, Slider, Views)}
 _CHAINS = {chain.__name__: chain for chain in (Langevin, Hamiltonian)}
 
 
@@ -260,7 +261,7 @@ class ScoreEdit(SavableInstrument):
         """
         if callable(self.mask) and not isinstance(self.mask, Tensor):
             raise ValueError("a ScoreEdit whose mask is a callable cannot be saved; give the mask as a tensor.")
-        fields = {field.name: getattr(self.rule, field.name) for field in dataclasses.fields(self.rule)}  # type: ignore[arg-type]
+        fields = {field.name: getattr(self.rule, field.name) for field in dataclasses.fields(self.rule) if field.init}  # type: ignore[arg-type]
         inversion = fields.pop("inversion", None)
         tensors = {} if inversion is None else {"inversion": inversion.latents}
         if isinstance(self.mask, Tensor):
