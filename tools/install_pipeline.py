@@ -25,6 +25,8 @@ def main() -> None:
     for path in fresh.rglob("*config.json"):  # where a part was loaded from is nobody's business but this machine's
         kept = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
         path.write_text(json.dumps(kept, indent=2) + "\n")
+    index = fresh / "model_index.json"  # transformers before 5 reads a tokenizer.json into the fast class alone
+    index.write_text(index.read_text().replace('"CLIPTokenizer"', '"CLIPTokenizerFast"'))
     shutil.rmtree(PIPELINE, ignore_errors=True)
     fresh.rename(PIPELINE)
     size = sum(path.stat().st_size for path in PIPELINE.rglob("*") if path.is_file())

@@ -12,7 +12,7 @@ from torch import nn
 
 from sparsefeat.pipeline.call_arguments import check_pipeline
 from sparsefeat.pipeline.families.family import Family
-from sparsefeat.pipeline.families.registry import family_of
+from sparsefeat.pipeline.families.registry import family_of, is_known
 from sparsefeat.pipeline.published import published_at
 
 IO = ("output", "input", "diff")
@@ -145,10 +145,17 @@ def hookpoints(pipe: Any) -> list[HookpointInfo]:
 
 
 def components(pipe: Any) -> dict[str, nn.Module]:
-    """The modules a pipeline is made of, by name."""
+    """The modules a pipeline is made of, by name; of a wrapper around a denoiser that is known, the denoiser."""
     parts = getattr(pipe, "components", None)
     parts = parts if isinstance(parts, Mapping) else vars(pipe)
-    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    return {name: _wrapped(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def _wrapped(part: nn.Module) -> nn.Module:
+    if is_known(part) or hasattr(part, "_orig_mod") or type(part).__module__.startswith("diffusers."):
+        return part
+    inside = [module for module in part.modules() if is_known(module)]
+    return inside[0] if len(inside) == 1 else part
 
 
 def resolve(pipe: Any, path: str) -> Target:

@@ -208,11 +208,8 @@ class RunningCall:
     def begin_root(self, target: Target, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """A component is about to run: the arguments to run it on in the place of these, None for the same."""
         root = getattr(target.module, "_orig_mod", target.module)
-        try:
-            # The class's forward: offloading puts one on the instance that says (*args, **kwargs) in older versions.
-            bound = inspect.signature(type(root).forward).bind_partial(root, *args, **kwargs)
-            arguments = dict(list(bound.arguments.items())[1:])
-        except TypeError:
+        arguments = _named(root, args, kwargs)
+        if arguments is None:
             return None  # the model's own error names the wrong argument
         batch = _batch(arguments)
         before = self.roots.get(target.path)
@@ -274,9 +271,12 @@ class RunningCall:
     def _is_main(self, loop: Loop) -> bool:
         return loop.index == 0 and loop.scheduler is getattr(self.pipe, "scheduler", None)
 
-    def passed_through(self, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """A component between the text encoders and the denoiser has run."""
-        if not self.references.encodings:  # what a method that encodes returns is told by the method
+    def passed_through(self, target: Target, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """A text encoder, or a component between these and the denoiser, has run."""
+        if target.family.stream == "text":
+            arguments = _named(getattr(target.module, "_orig_mod", target.module), args, kwargs) or {}
+            self.references.ran(lambda: self.texts.references(self.pipe, target.root_name, arguments, output))
+        elif not self.references.encodings:  # what a method that encodes returns is told by the method
             self.conditions.passed_through((*args, *kwargs.values()), output)
 
     @staticmethod
@@ -358,6 +358,16 @@ def _check_like(instrument: Instrument, method: str, what: str, answer: Any, giv
 
 def _said(value: Any) -> str:
     return f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _named(root: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments of a model's forward by name; None if it does not take these."""
+    try:
+        # The class's forward: offloading puts one on the instance that says (*args, **kwargs) in older versions.
+        bound = inspect.signature(type(root).forward).bind_partial(root, *args, **kwargs)
+    except TypeError:
+        return None
+    return dict(list(bound.arguments.items())[1:])
 
 
 def _batch(arguments: Mapping[str, Any]) -> int:

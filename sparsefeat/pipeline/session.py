@@ -90,7 +90,7 @@ def attach(
     between = tuple(
         Target(name, root, name, root, family)
         for name, root in components(pipe).items()
-        if (family := family_of(root)).may_pass_texts_on
+        if (family := family_of(root)).makes_embeddings
     )
     wiring = Wiring.of(pipe)  # `prepare` may have opened and closed sessions of its own
     session = Session(wiring, pipe, instruments, places, taps, listened, between, stated, weights)
@@ -159,7 +159,7 @@ class Session:
         self.taps = taps
         self.listened = listened
         self.between = between
-        """The components between the text encoders and the denoiser."""
+        """The text encoders, and the components between these and the denoiser."""
         self.weights = weights
         self.layout = layout
         """The runs of a step as the user stated them."""

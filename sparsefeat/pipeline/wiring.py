@@ -285,7 +285,7 @@ class Wiring:
         if kind == "between":
             running = self._running
             if running is not None and calls_here()[-1:] == [running] and not in_backward():
-                running.passed_through(args, kwargs, output)
+                running.passed_through(target, args, kwargs, output)
             return None
         if in_backward():
             if kind == "root":

@@ -8,7 +8,7 @@ from torch import nn
 
 from sparsefeat.pipeline import Hookpoint, UnknownHookpointError, attach, hookpoints, resolve
 from tests.families import families
-from tests.pipeline.instruments import Watch
+from tests.pipeline.instruments import Edit, Watch, push, zero
 from tests.tiny import pixels, tiny_sd, tiny_sdxl, tiny_t5_encoder
 
 
@@ -206,3 +206,45 @@ def test_what_holds_its_models_as_components_alone_lists_them(sd):
     assert [str(info.hookpoint) for info in hookpoints(held)] == [
         str(info.hookpoint) for info in hookpoints(sd) if info.hookpoint.path.startswith("unet.")
     ]
+
+
+# A module around a denoiser, in its place
+
+
+class Around(nn.Module):
+    """Hands everything on, attributes too if `forwards`."""
+
+    def __init__(self, model, forwards):
+        super().__init__()
+        self.inner = model
+        self.config, self.dtype, self.device = model.config, model.dtype, model.device
+        self.add_embedding = getattr(model, "add_embedding", None)
+        self.forwards = forwards
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if not self.__dict__.get("forwards"):
+                raise
+            return getattr(super().__getattr__("inner"), name)
+
+
+@pytest.mark.parametrize("forwards", [False, True])
+@pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl])
+def test_a_wrapper_around_a_denoiser_is_seen_through(build, forwards):
+    pipe = build()
+    path = "unet.mid_block.attentions.0"
+    listed = [str(info.hookpoint) for info in hookpoints(pipe)]
+    plain = pixels(pipe, ["a fox", "cat"], output_type="latent")
+    pipe.unet = Around(pipe.unet, forwards)
+    assert [str(info.hookpoint) for info in hookpoints(pipe)] == listed
+    watch = Watch(path)
+    with attach(pipe, watch, Edit(zero, path)):
+        assert torch.equal(pixels(pipe, ["a fox", "cat"], output_type="latent"), plain)
+    assert [c.condition for c in watch.contexts] == [("uncond", "uncond", "cond", "cond")] * 2
+    with attach(pipe, Edit(push(), path)):
+        assert not torch.equal(pixels(pipe, ["a fox", "cat"], output_type="latent"), plain)

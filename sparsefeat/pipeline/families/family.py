@@ -94,8 +94,8 @@ class Family:
     runs_in_steps = False
     """Whether the scheduler drives this model. A text encoder and a VAE run outside the steps."""
 
-    may_pass_texts_on = False
-    """Whether it may lie between the text encoders and the denoiser, and make something else of the prompts."""
+    makes_embeddings = False
+    """Whether the denoiser may be given what it makes of the prompts: a text encoder, or what lies behind one."""
 
     never_reached = "it may have been skipped by a cache or replaced after `attach`; attach again after such changes"
     """The likely reason, and the remedy, when a whole call ends without a hookpoint of this family."""

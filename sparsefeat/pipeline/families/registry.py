@@ -96,3 +96,8 @@ def family_of(root: nn.Module) -> Family:
     """The family of one component of a pipeline; `Unknown` where none claims it."""
     root = getattr(root, "_orig_mod", root)  # torch.compile's wrapper
     return next(family for family in FAMILIES if family.claims(root))
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether it is one of the models that families name by their classes, and nothing that only looks like one."""
+    return any(Family.claims(family, module) for family in FAMILIES)

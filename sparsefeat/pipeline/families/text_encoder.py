@@ -28,6 +28,7 @@ _KINDS = (("layer", _LAYERS), ("self_attention", _LAYERS + r"\.self_attn"), ("fe
 
 class TextEncoder(Family):
     stream = "text"
+    makes_embeddings = True
     never_reached = (
         "the pipeline did not run its text encoder, as it was given `prompt_embeds`: pass the prompt as text, or "
         "encode it under a session of its own, inside `with session.call(...)`"

@@ -119,14 +119,15 @@ class UNet(Family):
 
     def check_whole(self, pipe: Any, call: Mapping[str, Any], run: Run) -> None:
         """Tiles (StableDiffusionPanoramaPipeline's views) have a grid of their own, and all of them are the same image; a
-        reference beside the image that is made is not that image.
+        reference beside the image that is made is not that image. A pass at a higher resolution is, larger in both
+        directions alike.
         """
         scale = getattr(pipe, "vae_scale_factor", None)
         pixels = [side for side in (call.get("height"), call.get("width")) if isinstance(side, int)]
         if run.grid is None or not isinstance(scale, int) or len(pixels) < 2:
             return
         whole, given = tuple(side // scale for side in pixels), run.grid[-2:]
-        if whole == given:
+        if whole[0] * given[1] == whole[1] * given[0] and whole <= given:
             return
         what = "on a tile of" if all(a <= b for a, b in zip(given, whole, strict=True)) else "on more than the image,"
         raise ValueError(

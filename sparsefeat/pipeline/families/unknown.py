@@ -21,7 +21,7 @@ _DENOISERS = r"diffusers\.models\.(transformers|unets|controlnets)\."
 class Unknown(Family):
     """A component of which only its rows, stated by a hookpoint, are taken."""
 
-    may_pass_texts_on = True
+    makes_embeddings = True
 
     def claims(self, root: nn.Module) -> bool:
         return True
@@ -61,7 +61,7 @@ class Unknown(Family):
 
 class UnknownDenoiser(Unknown):
     runs_in_steps = True
-    may_pass_texts_on = False
+    makes_embeddings = False
 
     def claims(self, root: nn.Module) -> bool:
         if any(re.match(_DENOISERS, cls.__module__) for cls in type(root).__mro__ if cls.__name__ != "ModelMixin"):

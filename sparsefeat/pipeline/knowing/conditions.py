@@ -247,14 +247,19 @@ def _seen(evidence: Sequence[Evidence]) -> Entries | None:
 
 
 def _texts(arguments: Mapping[str, Any], batch: int, references: list[Reference]) -> Iterator[list[torch.Tensor]]:
-    """What among a model's arguments may be a batch of texts, as it is like a reference: one tensor for each entry.
-    Sequences before pooled ones.
+    """What among a model's arguments may be a batch of texts, as it is like a reference: one tensor for each entry, which
+    may hold one for each of its frames. Sequences before pooled ones.
     """
     found = []
     for value in _flat(arguments.values()):
-        if isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[0] != batch and value.shape[1] == batch:
-            value = value.transpose(0, 1)  # the sequence first
+        if isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[1] == 1:
+            value = value[:, 0]
         rows = rows_of_texts(value)
+        if isinstance(value, torch.Tensor) and value.ndim == 3 and batch and value.shape[0] != batch:
+            if value.shape[1] == batch:
+                rows = list(value.transpose(0, 1))  # the sequence first
+            elif value.shape[0] and value.shape[0] % batch == 0:
+                rows = list(value.unflatten(0, (batch, -1)))  # a text for each frame
         if batch and len(rows) == batch and any(_overlap(rows[0], reference.tensor) for reference in references):
             found.append(rows)
     yield from sorted(found, key=lambda rows: -rows[0].ndim)
@@ -319,16 +324,19 @@ def _evidence(pairs: list[Pair], distances: list[float], batch: int) -> tuple[li
 
 
 def _overlap(row: torch.Tensor, reference: torch.Tensor) -> int:
-    """How many positions two texts can be compared at: one may be padded further than the other."""
-    if row.ndim != reference.ndim or row.shape[-1] != reference.shape[-1]:
+    """How many positions two texts can be compared at: one may be padded further than the other. A row of three axes is a
+    text for each frame.
+    """
+    frames = row.ndim == 3 and reference.ndim == 2
+    if not (frames or row.ndim == reference.ndim) or row.shape[-1] != reference.shape[-1]:
         return 0
-    return 1 if row.ndim == 1 else min(len(row), len(reference))
+    return 1 if row.ndim == 1 else min(row.shape[-2], len(reference))
 
 
 def _distance(row: torch.Tensor, reference: torch.Tensor, length: int) -> torch.Tensor:
     """The largest difference over the largest value: fp32, 0-dim, on the row's device."""
     if row.ndim > 1:
-        row, reference = row[:length], reference[:length]
+        row, reference = row[..., :length, :], reference[:length]
     reference = reference.to(row.device)
     narrow = row.dtype if row.dtype.itemsize < reference.dtype.itemsize else reference.dtype
     row, reference = row.to(narrow).float(), reference.to(narrow).float()

@@ -1,7 +1,8 @@
 """What the prompts and the negative prompts became: the embeddings that a row of the denoiser's batch is compared with.
 
 They come from the pipeline's own `encode_prompt` and its like, whose returned names say which are negative, or, where
-one call encodes one text, whose text does; and from embeddings among the arguments of the call.
+one call encodes one text, whose text does; where these say nothing, or there is no such method, from the runs of the text
+encoders, whose ids say it (texts.py); and from embeddings among the arguments of the call.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,8 @@ class Encoding:
     negatives: list[str]
     condition: str | None
     """That of everything it encodes, None where it encodes both."""
+    inside: list[Callable[[], list[Reference]]] = field(default_factory=list)
+    """What runs of text encoders, and methods that it called, tell: asked where its own result says nothing."""
 
 
 @dataclass
@@ -64,7 +67,7 @@ class References:
         """The embeddings that the caller gave."""
         for name, value in self.call.arguments.items():
             if _EMBEDDING.search(name) and not name.startswith("ip_adapter"):
-                self._add(name, value, None)
+                self.found += self._named(name, value, None)
 
     def begin(self, method: Any, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """A method that encodes was called."""
@@ -85,16 +88,31 @@ class References:
 
     def end(self, method: Any, pipe: Any, result: Any) -> None:
         """It is done, and `result` is what it returned; None if it failed."""
-        encoding = self.encodings.pop()
-        if self.encodings or result is None:
-            return  # one encoding method called another: the outer one's result is what the pipeline goes on with
-        self.complete.append(encoding)
+        encoding = self.encodings[-1]
+        told = [] if result is None else self._returned(method, pipe, result, encoding.condition)
+        if result is not None and not told and len(self.encodings) == 1:
+            told = [reference for ask in encoding.inside for reference in ask()]
+        self.encodings.pop()
+        if self.encodings:  # the outer one's result is what the pipeline goes on with
+            self.encodings[-1].inside += [lambda: told] if told else encoding.inside
+        elif result is not None:
+            self.complete.append(encoding)
+            self.found += told
+
+    def ran(self, ask: Callable[[], list[Reference]]) -> None:
+        """A text encoder has run, of which `ask` says what its rows are."""
+        if self.encodings:
+            self.encodings[-1].inside.append(ask)
+        else:
+            self.found += ask()
+
+    def _returned(self, method: Any, pipe: Any, result: Any, condition: str | None) -> list[Reference]:
         elements = result if isinstance(result, (tuple, list)) else (result,)
         overridden = [vars(cls)[method.__name__] for cls in type(pipe).__mro__ if method.__name__ in vars(cls)]
         said = (returned_names(inspect.unwrap(one), len(elements)) for one in (method, *overridden))
         names = next((names for names in said if any(names)), ("",) * len(elements))
-        for name, value in zip(names, elements, strict=True):
-            self._add(name, value, encoding.condition)
+        named = zip(names, elements, strict=True)
+        return [reference for name, value in named for reference in self._named(name, value, condition)]
 
     def _as_the_call_has_it(self, prompts: list[str], negatives: list[str], arguments: Mapping[str, Any]) -> str | None:
         """The condition of what a method that encodes both is given for a prompt, in a loop that is not diffusers': the
@@ -126,14 +144,14 @@ class References:
         negatives = {text for name, value in arguments if _NEGATIVE.search(name) for text in listed(value)}
         return bool(texts) and set(texts) <= (negatives or {""})
 
-    def _add(self, name: str, value: Any, condition: str | None) -> None:
+    def _named(self, name: str, value: Any, condition: str | None) -> list[Reference]:
+        """What a value of this name is, unless its name or shape does not say it."""
         if isinstance(value, Mapping):
-            for inner, element in value.items():
-                self._add(f"{name}.{inner}", element, condition)
-            return
+            inner = [self._named(f"{name}.{key}", element, condition) for key, element in value.items()]
+            return [reference for each in inner for reference in each]
         rows = rows_of_texts(value)
         if not rows or not _EMBEDDING.search(name) or condition == UNKNOWN:
-            return
+            return []
         if _NEGATIVE.search(name):
             condition = "uncond"
         elif condition is None:
@@ -146,8 +164,8 @@ class References:
         elif len(rows) == 1:
             each = n_images
         elif len(rows) * each != n_images:
-            return  # several conditions in one tensor: which is which, the name does not say
-        self.found += [Reference(condition, i * each, each, row.detach()) for i, row in enumerate(rows)]
+            return []  # several conditions in one tensor: which is which, the name does not say
+        return [Reference(condition, i * each, each, row.detach()) for i, row in enumerate(rows)]
 
 
 def _is_of(text: str, prompt: str) -> bool:
@@ -156,8 +174,11 @@ def _is_of(text: str, prompt: str) -> bool:
 
 
 def rows_of_texts(value: Any) -> list[torch.Tensor]:
-    """The rows of a batch of embeddings: a float tensor [batch, (positions,) channels], or a list of [positions, channels]."""
+    """The rows of a batch of embeddings: a float tensor [batch, (positions,) channels], of several layers [batch, positions,
+    layers, channels], or a list of [positions, channels].
+    """
     if isinstance(value, torch.Tensor):
+        value = value.flatten(2) if value.ndim == 4 else value
         return list(value) if value.ndim in (2, 3) and value.is_floating_point() else []
     if isinstance(value, (list, tuple)) and all(isinstance(row, torch.Tensor) for row in value):
         return list(value) if all(row.ndim == 2 and row.is_floating_point() for row in value) else []
@@ -189,7 +210,8 @@ def returned_names(method: Any, n: int) -> tuple[str, ...]:
 
 
 def _name(element: ast.expr | None) -> str:
-    """The variable in an expression: `negative_embeds.to(device)` is `negative_embeds`."""
-    while isinstance(element, (ast.Call, ast.Attribute, ast.Subscript)):
-        element = element.func if isinstance(element, ast.Call) else element.value
+    """The variable in an expression: `negative_embeds.to(device) if guided else None` is `negative_embeds`."""
+    while isinstance(element, (ast.Call, ast.Attribute, ast.Subscript, ast.IfExp)):
+        parts = {ast.Call: "func", ast.IfExp: "body"}
+        element = getattr(element, parts.get(type(element), "value"))
     return element.id if isinstance(element, ast.Name) else ""

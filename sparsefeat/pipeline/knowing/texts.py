@@ -9,7 +9,7 @@ prompts first, in one run or one by one, and the negative prompts after.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from sparsefeat.pipeline.context import UNKNOWN, Call
 from sparsefeat.pipeline.knowing.conditions import Entries, is_diffusers_own
-from sparsefeat.pipeline.knowing.references import References, listed
+from sparsefeat.pipeline.knowing.references import Reference, References, listed, rows_of_texts
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TextRows:
     """What is known of the rows of the text encoders in one call."""
 
     call: Call
-    references: References
+    references_of_call: References
     _rows: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # by encoder, the rows it has had
 
     def entries(self, pipe: Any, component: str, arguments: Mapping[str, Any], batch: int) -> Entries:
@@ -50,14 +50,36 @@ class TextRows:
             return ids.tolist()  # one wait for each run of an encoder
         return [None] * batch
 
+    def references(self, pipe: Any, component: str, arguments: Mapping[str, Any], output: Any) -> list[Reference]:
+        """What one run of a text encoder made of the texts in it, as far as their ids are those of a prompt or of a
+        negative one. Waits for the device once.
+        """
+        ids = arguments.get("input_ids")
+        batch = len(ids) if isinstance(ids, torch.Tensor) and ids.ndim == 2 else 0
+        texts = [self._found(pipe, component, row)[0] for row in self._ids(arguments, batch)]
+        each = self.call.images_per_prompt
+        return [
+            Reference(text.condition, text.prompt * each, each, row.detach())
+            for rows in map(rows_of_texts, _tensors(output))
+            if len(rows) == batch
+            for row, fitting in zip(rows, texts, strict=True)
+            for text in fitting
+            if text.condition != UNKNOWN
+        ]
+
+    def _found(self, pipe: Any, component: str, ids: list[int] | None) -> tuple[list[Text], bool, str | None]:
+        """The texts that a row of ids is of, whether there are any to compare with, and the condition of all that the
+        method encodes in which the encoder runs.
+        """
+        encoding = self.references_of_call.encodings[0] if self.references_of_call.encodings else None
+        only = None if encoding is None or encoding.condition == UNKNOWN else encoding.condition
+        texts = [text for text in self._texts(pipe, component) if only in (None, text.condition)]
+        found = _fitting(ids, texts, _specials(pipe, component)) if ids is not None else []
+        return found, bool(texts), only
+
     def _one(self, pipe: Any, component: str, ids: list[int] | None, before: list[tuple[str, int]]) -> tuple[str, int]:
         call = self.call
-        encoding = self.references.encodings[0] if self.references.encodings else None
-        only = None if encoding is None or encoding.condition == UNKNOWN else encoding.condition
-        texts = self._texts(pipe, component)
-        if only is not None:
-            texts = [text for text in texts if text.condition == only]
-        found = _fitting(ids, texts, _specials(pipe, component)) if ids is not None else []
+        found, any_texts, only = self._found(pipe, component, ids)
         if len({text.condition for text in found}) == 1:
             (condition, *_) = (text.condition for text in found)
             return condition, min((text.prompt for text in found), key=lambda p: (before.count((condition, p)), p))
@@ -65,7 +87,7 @@ class TextRows:
         row = len(before)
         if only is not None:
             return only, sum(condition == only for condition, _ in before) % n_prompts
-        if texts and not found and not (call.own_loop or is_diffusers_own(pipe)):
+        if any_texts and not found and not (call.own_loop or is_diffusers_own(pipe)):
             return UNKNOWN, row % n_prompts
         given_as_text = call.prompts is not None and call.arguments.get("prompt_embeds") is None
         n_cond = n_prompts if given_as_text or call.own_loop else 0
@@ -85,11 +107,20 @@ class TextRows:
             n_prompts = self.call.n_prompts or 1
             spread = negative * n_prompts if len(negative) == 1 else negative
             said |= {("uncond", i, text): None for i, text in enumerate(spread)}
-        for encoding in self.references.encodings:
+        for encoding in self.references_of_call.encodings:
             n_cond = "cond" if encoding.condition is None else encoding.condition
             said |= {(n_cond, i, text): None for i, text in enumerate(encoding.prompts)}
             said |= {("uncond", i, text): None for i, text in enumerate(encoding.negatives)}
         return [Text(condition, i, _tokenize(tokenizer, text)) for condition, i, text in said]
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    """The tensors in what an encoder gave, the hidden states of its layers among them."""
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, (tuple, list, Mapping)):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(value)
 
 
 def _fitting(ids: list[int], texts: list[Text], specials: frozenset[int]) -> list[Text]:

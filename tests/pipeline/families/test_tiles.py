@@ -71,6 +71,26 @@ def test_a_reference_beside_the_image_is_refused():
         pixels(pipe, "a fox", height=64, width=64)
 
 
+class TwoPasses(diffusers.StableDiffusionPipeline):
+    """A first pass at the size asked for, and a second one at twice that."""
+
+    def __call__(self, prompt, height, width, **kwargs):
+        super().__call__(prompt, height=height, width=width, **kwargs)
+        return super().__call__(prompt, height=2 * height, width=2 * width, **kwargs)
+
+
+def test_a_second_pass_at_a_higher_resolution_is_a_loop_of_its_own_with_its_own_grid():
+    pipe = made_of(TwoPasses, tiny_sd(), requires_safety_checker=False)
+    with attach(pipe, watch := Watch(BLOCK)):
+        pixels(pipe, "a fox", height=48, width=64)
+    assert [(c.loop, c.step, c.grid) for c in watch.contexts] == [
+        (0, 0, (3, 4)),
+        (0, 1, (3, 4)),
+        (1, 0, (6, 8)),
+        (1, 1, (6, 8)),
+    ]
+
+
 @pytest.mark.parametrize("size", [(64, 64), (48, 80), (70, 66)])
 def test_a_whole_image_of_any_size_is_none(size):
     with attach(pipe := tiny_sd(), watch := Watch(BLOCK)):

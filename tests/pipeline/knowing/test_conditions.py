@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from sparsefeat import SAE, Record, SAEConfig, Steer
 from sparsefeat.pipeline import Call, Hookpoint, UnknownConditionError, attach
 from sparsefeat.pipeline.knowing.conditions import Conditions, DenoiserRun, is_diffusers_own
-from sparsefeat.pipeline.knowing.references import Reference, References
+from sparsefeat.pipeline.knowing.references import Reference, References, rows_of_texts
 from tests.pipeline.instruments import Edit, Watch, push
 from tests.pipeline.knowing.loops import BLOCK, Between, OneByOne, Own, Silent, build
 from tests.tiny import pixels, tiny_sd
@@ -67,12 +67,16 @@ def test_the_texts_of_the_images_may_come_in_any_order():
     assert conditions.entries(build_nothing(), run, None) == (("cond",) * 3, (2, 0, 1))
 
 
-@pytest.mark.parametrize("layout", ["list", "sequence first", "in a dict", "padded", "pooled"])
+@pytest.mark.parametrize(
+    "layout", ["list", "sequence first", "in a dict", "padded", "pooled", "frames", "one more axis", "layers"]
+)
 def test_texts_are_found_wherever_they_lie_among_the_arguments(layout):
     call = Call(prompts=["a"])
     cond, uncond = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
     if layout == "pooled":
         cond, uncond = cond[0], uncond[0]
+    if layout == "layers":
+        cond, uncond = (rows_of_texts(torch.stack([text] * 3, dim=1)[None])[0] for text in (cond, uncond))
     found = [Reference("cond", 0, 1, cond), Reference("uncond", 0, 1, uncond)]
     batch = torch.stack([cond, uncond])
     value = {
@@ -81,9 +85,22 @@ def test_texts_are_found_wherever_they_lie_among_the_arguments(layout):
         "in a dict": {"inner": batch},
         "padded": torch.nn.functional.pad(batch, (0, 0, 0, 3)),
         "pooled": batch,
+        "frames": batch.repeat_interleave(3, dim=0),
+        "one more axis": batch[:, None],
+        "layers": batch.view(2, 5, -1, 8) if layout == "layers" else None,
     }[layout]
     run = DenoiserRun("transformer", {"latent": torch.randn(2, 4, 3, 3), "text": value}, 2)
     assert Conditions(call, References(call, found)).entries(build_nothing(), run, None)[0] == ("cond", "uncond")
+
+
+def test_frames_of_different_texts_are_nobodys():
+    """As where a batch of texts is repeated as a whole, and not each of them for its frames."""
+    call = Call(prompts=["a"])
+    cond, uncond = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+    found = [Reference("cond", 0, 1, cond), Reference("uncond", 0, 1, uncond)]
+    texts = torch.stack([cond, uncond]).repeat(3, 1, 1)
+    run = DenoiserRun("unet", {"latent": torch.randn(2, 4, 3, 3, 3), "text": texts}, 2)
+    assert Conditions(call, References(call, found)).entries(build_nothing(), run, None)[0] == ("unknown",) * 2
 
 
 def build_nothing():

@@ -264,6 +264,8 @@ def test_a_timestep_for_every_token_is_the_schedulers():
     if not family.available:
         pytest.skip("Wan is not in this diffusers")
     pipe = family.build()
+    if "expand_timesteps" not in pipe.config:
+        pytest.skip("this diffusers gives Wan one timestep for all tokens")
     pipe.register_to_config(expand_timesteps=True)
     given = []
     pipe.transformer.register_forward_pre_hook(lambda m, a, k: given.append(k["timestep"]), with_kwargs=True)

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -23,6 +24,9 @@ from tests.pipeline.promises import NotHere, Spot, denoisers, prepared
 
 PROMPTS, OTHER = ("a fox", "red cat"), "red fox"  # as long as the others: texts are padded to the longest
 FAMILIES = families()
+NOT_BY_ROW = ("encoder_hidden_states_llama3",)  # of which the first axis is the layers
+# diffusers 0.33 repeats the pooled texts of several prompts for several images as a whole, so that they are mixed up.
+MIXED = ("sd3",) if diffusers.__version__.startswith("0.33.") else ()
 CASES = [
     (name, guidance, batch)
     for name, guidance, batch in itertools.product(FAMILIES, (True, False), BATCHES)
@@ -113,7 +117,7 @@ def test_the_label_of_every_row_is_what_changes_with_its_prompt(name, guidance, 
             pairs = [
                 (a, b)
                 for argument, value in before.items()
-                if argument != "encoder_hidden_states_llama3"  # of which the first axis is the layers
+                if argument not in NOT_BY_ROW and not (argument == "pooled_projections" and name.startswith(MIXED))
                 for a, b in zip(rows(value, n), rows(after.get(argument), n), strict=False)
             ]
             assert pairs, "no batch among the arguments"
