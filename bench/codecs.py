@@ -1,8 +1,13 @@
-"""Codecs at equal sparsity on the embedded pipeline: `python -m bench.codecs` (resumable; half an hour on two quiet cores).
+"""Codecs at equal sparsity on the embedded pipeline: `python -m bench.codecs` (resumable; an hour on one core).
 
-Every codec of the table has as many latents and as many of them active a row, sees the same rows in the same order for as
-many steps at the same learning rate, and is trained twice, from two seeds. ITDA, PCA and NMF are fitted to the same rows.
-Reconstruction is measured on prompts that none was trained on; the rest as in `sparsefeat.evaluation.evaluate_saes`.
+Every codec of the table has as many latents, sees the same rows in the same order for as many steps at the same learning
+rate, and is trained twice, from two seeds. ITDA, PCA and NMF are fitted to the same rows. Reconstruction is measured on
+prompts that none was trained on; the rest as in `sparsefeat.evaluation.evaluate_saes`.
+
+All are compared where K latents of the rows that are measured are active. Those rows are of other prompts than the rows
+trained on, and more of a penalised SAE's latents are active there: it is trained again, with its `l0_target` scaled by
+what is missing, until K are (`at_l0`, also NMF's number of parts); BatchTopK's one threshold is set to leave K. Only the
+number of active latents is looked at for it, no error.
 
 Writes bench/results/codecs.json after every codec; `python tools/write_tables.py` makes the table of docs/training.md
 from it.
@@ -12,12 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,8 +47,11 @@ from sparsefeat.measure.machine import device_name
 from sparsefeat.sae import SAE, SAEConfig
 from sparsefeat.training import CollectedRows, SAETrainer, TensorRows, build_itda, recipe
 
+T = TypeVar("T")
+
 HOOKPOINT = "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2"
-N_LATENTS, K, STEPS, BATCH, LR = 512, 8, 600, 1024, 2e-3
+N_LATENTS, K, STEPS, BATCH, LR = 512, 8, 1000, 1024, 2e-3
+CLOSE, TRIALS = 0.03, 8  # of K; trainings of one codec until it is so close
 RECIPES = {
     "TopK": "topk",
     "BatchTopK": "batch-topk",
@@ -56,6 +63,7 @@ RECIPES = {
     "temporal-aware": "temporal-topk",
 }
 PENALISED = ("JumpReLU", "Gated", "ReLU")
+ONE_THRESHOLD = ("BatchTopK", "Matryoshka")
 SEEDS = (0, 1)
 
 
@@ -74,14 +82,43 @@ def rows_of(pipe: Any, split: int, rows_per_image: int, seen_only: bool, cache: 
     return torch.load(cache, weights_only=True)
 
 
-def trained(name: str, rows: TensorRows, seed: int) -> SAE:
+def at_l0(made: Callable[[float], tuple[T, float]]) -> tuple[T, float]:
+    """What `made` makes of a setting, such that K latents are active, and the setting. made: a setting to a codec and its
+    mean number of active latents, which grows with the setting."""
+    setting = float(K)
+    for _ in range(TRIALS):
+        one, l0 = made(setting)
+        print(f"  trained to {setting:.2f}: {l0:.2f} active", flush=True)
+        if abs(l0 / K - 1) <= CLOSE:
+            return one, setting
+        setting *= K / l0
+    raise RuntimeError(f"no setting of {TRIALS} came to {K} active latents within {CLOSE:.0%}; the last gave {l0:.2f}")
+
+
+@torch.no_grad()
+def leave_k(sae: SAE, rows: Tensor) -> SAE:
+    """Set the one threshold of a BatchTopK SAE so that K latents a row are active, on average over `rows`."""
+    assert sae.threshold is not None
+    largest = sae.encode(rows, k=N_LATENTS // 4).values.flatten()
+    sae.threshold.copy_(largest.topk(K * len(rows) + 1).values[-1])
+    return sae
+
+
+def trained(name: str, rows: TensorRows, seed: int, active: float = K) -> SAE:
+    """active: latents a row, on the rows trained on."""
     d_model = rows.d_model
     options: dict[str, Any] = {"hookpoint": HOOKPOINT}
     if name == "temporal-aware":
         options["time_width"] = d_model
     pieces: dict[str, Any] = {"dead_after": 100 * BATCH}
+    if name in PENALISED:
+        pieces["l0_target"] = active
     if name == "ReLU":
         pieces["sparsity"] = 1e-2
+    if (
+        name == "JumpReLU"
+    ):  # the published 1 is for a hundred times the steps: thresholds are still falling behind it here
+        pieces["sparsity"] = 10.0
     if name == "RA":
         pieces["archetypes"] = N_LATENTS
     made = recipe(
@@ -95,8 +132,6 @@ def trained(name: str, rows: TensorRows, seed: int) -> SAE:
         lr=LR,
         batch_size=BATCH,
         warmup_steps=50,
-        # Where a penalty's weight is found on the way, latents must still be able to move while it is.
-        decay_steps=STEPS // 5 if name in PENALISED else STEPS - 50,
         grad_clip=1.0,
         seed=seed,
     )
@@ -126,15 +161,15 @@ def pca(rows: Tensor, seed: int) -> SAE:
 
 
 class NMF:
-    """Rows around their median, both signs of every dimension, as K non-negative parts (multiplicative updates of Lee and
-    Seung for the squared error); `parts [K, 2 d_model]`."""
+    """Rows around their median, both signs of every dimension, as non-negative parts (multiplicative updates of Lee and
+    Seung for the squared error); `parts [n_parts, 2 d_model]`."""
 
-    def __init__(self, rows: Tensor, updates: int = 200) -> None:
+    def __init__(self, rows: Tensor, n_parts: int, updates: int = 200) -> None:
         self.centre = rows.median(0).values
         data = self._signs(rows[:: max(1, len(rows) // 16_384)])
         generator = torch.Generator().manual_seed(0)
-        codes = torch.rand(len(data), K, generator=generator)
-        self.parts = torch.rand(K, data.shape[1], generator=generator)
+        codes = torch.rand(len(data), n_parts, generator=generator)
+        self.parts = torch.rand(n_parts, data.shape[1], generator=generator)
         for _ in range(updates):
             codes = self._better(codes, data)
             self.parts *= (codes.T @ data) / (codes.T @ codes @ self.parts + 1e-9)
@@ -148,7 +183,7 @@ class NMF:
 
     def codes(self, rows: Tensor, timestep: Tensor | None = None, updates: int = 100) -> Tensor:
         data = self._signs(rows)
-        codes = torch.ones(len(rows), K)
+        codes = torch.ones(len(rows), len(self.parts))
         for _ in range(updates):
             codes = self._better(codes, data)
         return codes
@@ -198,17 +233,23 @@ def run(out: Path, work: Path) -> None:
     splicing = Splicing(pipe, HOOKPOINT, rows, images, tests)
     controls["ablation"] = splicing.ablations()
 
-    def measured(name: str, made: Callable[[int], SAE], units: Units | None = None) -> None:
-        if name in codecs:
-            return
-        started = time.perf_counter()
-        first = made(SEEDS[0])
-        seconds = time.perf_counter() - started
-        second = made(SEEDS[1])
+    def of_recipe(name: str, seed: int, active: float = K) -> SAE:
+        sae = trained(name, source, seed, active)
+        return leave_k(sae, held.rows) if name in ONE_THRESHOLD else sae
+
+    def of_target(name: str, active: float) -> tuple[SAE, float]:
+        sae = of_recipe(name, SEEDS[0], active)
+        return sae, measure_sae(sae, held).l0
+
+    def of_parts(n: float) -> tuple[NMF, float]:
+        nmf = NMF(seen["rows"], round(n))
+        return nmf, nmf.measured(held.rows)["l0"]
+
+    def measured(name: str, made: Callable[[int], SAE], units: Units | None = None, first: SAE | None = None) -> None:
+        first, second = first or made(SEEDS[0]), made(SEEDS[1])
         directions = [sae.W_dec.detach()[measure_sae(sae, held).density > 0] for sae in (first, second)]
         random = [torch.randn(d.shape, generator=torch.Generator().manual_seed(i)) for i, d in enumerate(directions)]
         codecs[name] = {
-            "training_seconds": seconds,
             **quality(first, held, fitted),
             **measure_units(units or latents(first, name), rows, concepts),
             **splicing.of(first),
@@ -216,15 +257,23 @@ def run(out: Path, work: Path) -> None:
             "stability_random": stability(*random)._asdict(),
         }
         write_json(out, results)
-        print(f"{name}: FVU {codecs[name]['fvu']:.4f}, L0 {codecs[name]['l0']:.2f}, {seconds:.0f} s", flush=True)
+        print(f"{name}: FVU {codecs[name]['fvu']:.4f}, L0 {codecs[name]['l0']:.2f}", flush=True)
 
     for name in RECIPES:
-        measured(name, partial(trained, name, source))
-    measured("ITDA", partial(itda, seen["rows"]))
-    measured(f"PCA-{K}", partial(pca, seen["rows"]), components(seen["rows"], K))
+        if name in codecs:
+            continue
+        first, active = at_l0(partial(of_target, name)) if name in PENALISED else (None, None)
+        measured(name, partial(of_recipe, name, active=active or K), first=first)
+        codecs[name]["trained_to"] = active
+    if "ITDA" not in codecs:
+        measured("ITDA", partial(itda, seen["rows"]))
+    if f"PCA-{K}" not in codecs:
+        measured(f"PCA-{K}", partial(pca, seen["rows"]), components(seen["rows"], K))
     if "NMF" not in codecs:
-        nmf = NMF(seen["rows"])
-        codecs["NMF"] = {**nmf.measured(held.rows), **measure_units(Units("NMF", K, nmf.codes), rows, concepts)}
+        nmf, _ = at_l0(of_parts)
+        n_parts = len(nmf.parts)
+        codecs["NMF"] = {**nmf.measured(held.rows), **measure_units(Units("NMF", n_parts, nmf.codes), rows, concepts)}
+        codecs["NMF"]["trained_to"] = n_parts
         write_json(out, results)
     if "random pipeline" not in controls:
         topk = trained("TopK", source, SEEDS[0])

@@ -104,14 +104,16 @@ def measure_units(units: Units, rows: CollectedRows, concepts: Concepts) -> dict
     found = pooled(units, rows.rows, rows.image, rows.timestep)
     named = names(found.peak, concepts.of_image, concepts.words, concepts.choosing)
     alive = (found.peak > 0).any(0)
-    apart = separability_above_chance(found.mean[:, alive], concepts.member) if alive.any() else torch.zeros(1)
+    units_alive = found.mean[:, alive] if alive.any() else found.mean
+    apart = separability_above_chance(units_alive, concepts.member)
     probes = {
         f"probe_{k}": _mean(sparse_probing(found.mean, concepts.member, min(k, units.n), concepts.choosing))
         for k in (1, 5)
     }
     return {
         **probes,
-        "separability": float(apart.mean()),
+        "separability": apart.value,
+        "separability_interval": apart.interval,
         "named": named.share,
         "word_auc": named.auc,
         "units": units.n,

@@ -12,7 +12,6 @@ manifest: one that was copied in from a store of other data is refused.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -21,12 +20,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from sparsefeat.disk import Lock, sync
 
 NAME, VERSION, MANIFEST = "sparsefeat.store", 1, "manifest.json"
 SHARD_NAME = re.compile(r"w(\d{4,})-(\d{6,})-(\d+)\.safetensors")
@@ -93,7 +94,7 @@ class ShardWriter:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write_manifest(self.folder, manifest)
-            self._lock = _locked(self.folder / f".w{worker:04d}.lock")
+            self._lock = Lock(self.folder / f".w{worker:04d}.lock")
         except BlockingIOError:
             raise RuntimeError(
                 f"another writer has worker {worker} of {self.folder} open: give this one its own worker id"
@@ -133,7 +134,7 @@ class ShardWriter:
 
     def flush(self) -> None:
         """Write what is buffered as a shard, however few rows."""
-        if self._lock.closed:
+        if not self._lock.held:
             raise ValueError(f"the writer of {self.folder} is closed: open a new one, it goes on where this one was")
         if not self._buffered:
             return
@@ -144,9 +145,9 @@ class ShardWriter:
             # One entry: safetensors writes several in any order, and equal shards are to be equal files.
             written = {"mark": self._pending_mark, "manifest": self._digest}
             save_file(tensors, partial, metadata={"written": json.dumps(written)})
-            _sync(partial)
+            sync(partial)
             os.rename(partial, target)
-            _sync(self.folder)
+            sync(self.folder)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise OSError(
@@ -158,12 +159,11 @@ class ShardWriter:
         self._buffer, self._buffered = [], 0
 
     def close(self) -> None:
-        if not self._lock.closed:
+        if self._lock.held:
             try:
                 self.flush()
             finally:
-                Path(self._lock.name).unlink(missing_ok=True)
-                self._lock.close()
+                self._lock.release()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -378,7 +378,7 @@ def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
             raise ValueError(f"{folder} has shards but no {MANIFEST}: restore it, or choose a new folder")
         partial = folder / f".{MANIFEST}.{os.getpid()}.partial"
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        _sync(partial)
+        sync(partial)
         try:
             os.link(partial, path)  # unlike a rename, fails if another writer was first
         except FileExistsError:
@@ -434,25 +434,3 @@ def _read_mark(shard: Shard, digest: str) -> Any:
             return _mark(shard.path, file, digest)
     except SafetensorError as error:
         raise OSError(f"{shard.path} cannot be read ({error}): remove it, the run goes on before it") from None
-
-
-def _locked(path: Path) -> IO[str]:
-    """The file, locked until it is closed; raises BlockingIOError if another process has it."""
-    while True:
-        file = open(path, "w")  # noqa: SIM115 (held until the writer is closed)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file  # else its last holder took the file away in between
-        except BaseException:
-            file.close()
-            raise
-        file.close()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

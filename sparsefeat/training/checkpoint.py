@@ -28,6 +28,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
+from sparsefeat.disk import sync
 from sparsefeat.training.ranks import Ranks
 from sparsefeat.whole import written_plainly
 
@@ -56,7 +57,7 @@ def write_checkpoint(
             if ranks.first:
                 shutil.rmtree(final, ignore_errors=True)
                 os.rename(unfinished, final)
-                _sync(folder)
+                sync(folder)
                 for earlier in _whole(folder)[:-1]:
                     shutil.rmtree(earlier)
             ranks.wait()
@@ -147,11 +148,3 @@ def _whole(folder: Path) -> list[Path]:
         (path for path in folder.iterdir() if _FOLDER.fullmatch(path.name)),
         key=lambda path: int(path.name.split("-")[1]),
     )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -58,8 +58,9 @@ def _prefixes(n: int) -> tuple[int, ...]:
 
 
 def _batch_topk(d: int, n: int, k: int, steps: int, **pieces: Any) -> Objective:
-    start = min(1000, steps // 10)
-    return Objective("mse", aux="crosscoder", threshold_decay=0.999, threshold_after=start, **pieces)
+    # dictionary_learning's constants; of a run too short for them a share, or the threshold is of what fired long ago.
+    start, remembered = min(1000, steps // 10), min(1000, max(1, steps // 20))
+    return Objective("mse", aux="crosscoder", threshold_decay=1 - 1 / remembered, threshold_after=start, **pieces)
 
 
 THRESHOLD = {"activation": "batch_topk", "inference": "threshold"}

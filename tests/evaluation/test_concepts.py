@@ -65,9 +65,16 @@ def test_separability_is_the_mean_jensen_shannon_distance_of_the_histograms():
         distances = [jensenshannon(shares[a], shares[b], 2) for a in range(4) for b in range(a + 1, 4)]
         assert float(found[unit]) == pytest.approx(sum(distances) / 6, abs=1e-6)
     assert found[3] == pytest.approx(0.5)  # of the six pairs the three with concept 0 have nothing in common
-    above = separability_above_chance(activations, member)
-    assert above[3] > 0.12
-    assert above[[0, 1, 2, 6, 7, 8]].abs().max() < 0.12  # far apart as histograms, and yet by chance
+
+
+def test_separability_is_told_with_what_chance_alone_gives():
+    activations, member = planted()
+    planted_unit = separability_above_chance(activations[:, [3]], member)
+    assert planted_unit.value > 3 * planted_unit.interval
+    by_chance = separability_above_chance(activations[:, [0, 1, 2, 6, 7, 8]], member)
+    assert abs(by_chance.value) < by_chance.interval  # far apart as histograms, and yet by chance
+    few = torch.arange(activations.shape[0]) < 16  # four images a concept
+    assert separability_above_chance(activations[few][:, [3]], member[:, few]).interval > 2 * planted_unit.interval
 
 
 def test_a_word_names_the_unit_that_fires_for_it_and_none_of_those_that_mean_nothing():

@@ -76,6 +76,16 @@ def test_it_learns_and_is_loaded_as_it_was_saved(name, tmp_path):
     assert 0.5 * K < l0 < 2 * K or name == "dn-cbm", f"{l0:.2f} active"
 
 
+@pytest.mark.parametrize("name", ["batch-topk", "matryoshka"])
+def test_a_short_run_s_threshold_leaves_as_many_active_as_were_trained(name):
+    rows, _ = superposition(2000)
+    rows += 0.1 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(3))  # so that any k can be active
+    made = recipe(name, D, n_latents=N, k=2 * K, **FAST)
+    sae = SAETrainer(SAE(made.sae), TensorRows(rows), made.train).fit(progress=False)
+    l0 = float((sae.encode(rows).values != 0).float().sum(1).mean())
+    assert l0 == pytest.approx(2 * K, rel=0.05)
+
+
 def test_recipes_have_the_published_constants():
     unbox = recipe("sdxl-unbox", 1280)
     assert (unbox.sae.n_latents, unbox.sae.k, unbox.train.lr, unbox.train.batch_size) == (5120, 10, 1e-4, 4096)
@@ -87,6 +97,7 @@ def test_recipes_have_the_published_constants():
     assert flux.train.objective.dead_after == 1024 * 65536 // 64
     assert (flux.sae.clip, flux.train.betas, flux.train.grad_clip, flux.train.warmup_steps) == (10, (0, 0.99), 10, 50)
     assert flux.train.ema == 0.995
+    assert recipe("batch-topk", 64).train.objective.threshold_decay == 0.999
     assert recipe("matryoshka", 64).train.objective.prefixes == (32, 96, 224, 480, 1024)
     with pytest.raises(ValueError, match="recipe 'sae' is not known: choose one of topk"):
         recipe("sae", 8)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparsefeat.disk import sync
 from sparsefeat.sae.config import SAEConfig
 from sparsefeat.sae.files import read_json, shown, weights
 from sparsefeat.sae.formats.format import Format, Given
@@ -83,7 +84,7 @@ def write(
             described = {"format": NAME, "format_version": VERSION, **config.to_json()}
             (staged / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
             for name in (WEIGHTS, CONFIG):
-                _sync(staged / name)
+                sync(staged / name)
         try:
             os.rename(staged, folder)  # also onto an empty folder
         except OSError:
@@ -106,11 +107,6 @@ def _check_place(folder: Path, config: SAEConfig) -> None:
     present = {"format": NAME, "format_version": VERSION, **config.to_json()}
     if read_json(folder / CONFIG) != present:
         raise FileExistsError(f"{folder} holds an SAE of another config: choose a new folder, or pass overwrite=True")
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _umask() -> int:
