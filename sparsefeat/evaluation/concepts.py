@@ -82,8 +82,9 @@ def separability(activations: Tensor, member: Tensor) -> Tensor:
     """fp64 `[units]`: the Jensen-Shannon distance between the activations of the images of two concepts, mean over the pairs
     of concepts (arXiv 2508.15094 has the idea; its code is not public, and the definition is this one).
 
-    Densities are histograms over the same bins for all concepts: one for exactly 0, BINS of equal width up to the unit's
-    largest. Distances are square roots of divergences in bits: 0 where two concepts have the same activations, 1 where
+    Densities are histograms over the same bins for all concepts: one for exactly 0, and up to the unit's largest so many of
+    equal width as the square root of the images a concept has (of the smallest; at most BINS): with more bins than that any
+    two concepts lie far apart, and nothing is left to tell. Distances are square roots of divergences in bits: 0 where two concepts have the same activations, 1 where
     they have no bin in common.
 
     Args:
@@ -91,8 +92,9 @@ def separability(activations: Tensor, member: Tensor) -> Tensor:
     """
     activations = finite("activations", activations).double()
     top = activations.amax(0).clamp_min(torch.finfo(torch.float64).tiny)
-    place = torch.where(activations > 0, 1 + (activations / top * BINS).long().clamp(max=BINS - 1), 0)
-    one_hot = torch.nn.functional.one_hot(place, BINS + 1).double()  # [images, units, bins]
+    bins = max(1, min(BINS, math.isqrt(int(member.sum(1).min()))))
+    place = torch.where(activations > 0, 1 + (activations / top * bins).long().clamp(max=bins - 1), 0)
+    one_hot = torch.nn.functional.one_hot(place, bins + 1).double()  # [images, units, bins]
     share = torch.einsum("ci,iub->cub", member.double(), one_hot) / member.sum(1).double().view(-1, 1, 1)
     total, pairs = torch.zeros(activations.shape[1], dtype=torch.float64), 0
     for first in range(len(member)):

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import jensenshannon
 
-from sparsefeat.evaluation.concepts import BINS, halves, names, separability, separability_above_chance, sparse_probing
+from sparsefeat.evaluation.concepts import halves, names, separability, separability_above_chance, sparse_probing
 from sparsefeat.evaluation.stability import stability
 from sparsefeat.evaluation.units import Units, components, latents, neurons, pooled
 from sparsefeat.sae import SAE, SAEConfig
@@ -55,7 +55,7 @@ def test_separability_is_the_mean_jensen_shannon_distance_of_the_histograms():
     found = separability(activations, member)
     for unit in (0, 3, 4):
         values, top = activations[:, unit].double(), float(activations[:, unit].max())
-        edges = [-1.0, 0.0, *[(i / BINS) * top for i in range(1, BINS)], top * 2]
+        edges = [-1.0, 0.0, *[(i / 4) * top for i in range(1, 4)], top * 2]  # of 20 images a concept: as many as 4 x 4
         shares = []
         for concept in member:
             counts = [
@@ -74,7 +74,9 @@ def test_separability_is_told_with_what_chance_alone_gives():
     by_chance = separability_above_chance(activations[:, [0, 1, 2, 6, 7, 8]], member)
     assert abs(by_chance.value) < by_chance.interval  # far apart as histograms, and yet by chance
     few = torch.arange(activations.shape[0]) < 16  # four images a concept
-    assert separability_above_chance(activations[few][:, [3]], member[:, few]).interval > 2 * planted_unit.interval
+    seen = separability_above_chance(activations[few][:, [3]], member[:, few])
+    assert seen.interval > 2 * planted_unit.interval
+    assert abs(seen.value - planted_unit.value) < seen.interval
 
 
 def test_a_word_names_the_unit_that_fires_for_it_and_none_of_those_that_mean_nothing():
