@@ -13,6 +13,7 @@ from sparsefeat.attention.heat_maps import HeatMaps
 from sparsefeat.attention.recording import HeatMapRecording
 from sparsefeat.attention.sums import MapSum, Part, add_up
 from sparsefeat.pipeline import attach
+from sparsefeat.pipeline.image_to_image import WITH_ONE, image_to_image
 
 SCHEDULE = 50
 """Steps of the schedule of which one is run: how finely `noise` is told."""
@@ -52,7 +53,10 @@ def read_image(
     noise, samples = number("noise", noise, 0, 1, above=True), whole("samples", samples)
     if maps.window.fractions is not None or maps.window.indices is not None:
         raise ValueError("read_image runs one step alone, so steps= of its HeatMaps means nothing; leave it out.")
-    twin, name = _image_to_image(pipe)
+    try:
+        twin, name = image_to_image(pipe)
+    except ValueError as error:
+        raise ValueError(f"{error}: take a model that has one ({WITH_ONE}).") from None
 
     def stop(running: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
         running._interrupt = True  # as diffusers' guide on callbacks does
@@ -81,24 +85,3 @@ def joined(recordings: Sequence[HeatMapRecording]) -> HeatMapRecording:
             {part: MapSum(h.total.clone(), list(h.count), h.head_weight) for part, h in recording.sums.items()}, sums
         )
     return replace(recordings[0], sums=sums, evaluations=sum(recording.evaluations for recording in recordings))
-
-
-def _image_to_image(pipe: Any) -> tuple[Any, str]:
-    """The image-to-image pipeline of the same models, and what it calls its image."""
-    import diffusers  # takes seconds, and whoever has a pipeline has it already
-
-    name = type(pipe).__name__
-    if name.startswith("CogVideoX"):
-        return diffusers.CogVideoXVideoToVideoPipeline.from_pipe(pipe), "video"
-    try:
-        twin = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
-    except ValueError:
-        twin = None
-    # Editing pipelines (Kontext, FLUX.2, Qwen-Image-Edit) put the image beside the one that is made.
-    if twin is None or "Img2Img" not in type(twin).__name__:
-        raise ValueError(
-            f"read_image noises an image and runs one step, for which diffusers has no image-to-image pipeline of "
-            f"{name}'s models: take a model that has one (SD, SDXL, SD3, FLUX.1, Qwen-Image, Z-Image, CogVideoX)."
-        )
-    twin.set_progress_bar_config(disable=True)
-    return twin, "image"

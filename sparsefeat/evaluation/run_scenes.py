@@ -13,6 +13,7 @@ from sparsefeat.evaluation.generation import TEST, VALIDATION
 from sparsefeat.evaluation.pixel_judge import PixelJudge, pixel_judge_report
 from sparsefeat.measure.machine import device_name, versions
 from sparsefeat.pipeline import attach
+from sparsefeat.pipeline.image_to_image import image_to_image
 from sparsefeat.sae import SAE
 
 # Seeds of the pictures that thresholds and latents are chosen on, and of those that are scored.
@@ -32,7 +33,7 @@ def evaluate_scenes(
     drawings where it has learnt nothing else (`draws_scenes` False). `n` pictures a split are scored; thresholds are
     chosen on as many other real ones and half as many drawn ones, the SAEs' latents on EmojiCanvas' real drawings.
     """
-    shown = scenes.image_to_image(pipe)
+    shown = image_to_image(pipe)[0]
     splits: list[tuple[str, Any, list[scenes.Picture], list[scenes.Picture], PixelJudge | None]] = [
         (
             "real scenes, held-out pairs",

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoPipelineForImage2Image
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -196,7 +195,7 @@ def latents(name: str, sae: SAE, of_object: dict[int, int], at: Any = None) -> M
 
 def latents_of_objects(pipe: Any, sae: SAE, pictures: Sequence[Picture], at: Any = None) -> dict[int, int]:
     """The latent whose map correlates most with each object's mask, over real pictures that are not scored; `pipe` is
-    `image_to_image`'s."""
+    `sparsefeat.pipeline.image_to_image`'s."""
     objects = sorted({index for picture in pictures for index in picture.objects})
     names = {index: emojicanvas.OBJECTS[index] for index in objects}
     found = WordCorrelations(sae.n_latents, list(names.values()))
@@ -211,13 +210,6 @@ def latents_of_objects(pipe: Any, sae: SAE, pictures: Sequence[Picture], at: Any
 
 
 # --------------------------------------------------------------------------------------------------------- the pictures
-
-
-def image_to_image(pipe: Any) -> Any:
-    """The pipeline that encodes a picture, gives it noise and denoises it from there, of the same models."""
-    twin = AutoPipelineForImage2Image.from_pipe(pipe)
-    twin.set_progress_bar_config(disable=True)
-    return twin
 
 
 def called(pipe: Any, chunk: Sequence[Picture], judge: PixelJudge | None = None) -> tuple[list[Tensor], float]:

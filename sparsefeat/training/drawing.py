@@ -23,6 +23,7 @@ from sparsefeat.inputs import Inputs
 from sparsefeat.pipeline import Context, Hookpoint, Instrument, attach
 from sparsefeat.pipeline.call_arguments import check_arguments, check_values
 from sparsefeat.pipeline.hookpoints import resolve
+from sparsefeat.pipeline.image_to_image import image_to_image
 from sparsefeat.store import MANIFEST, ShardReader, last_marks
 from sparsefeat.training.collect import CollectActivations, store_of
 from sparsefeat.training.ranks import ALONE, Ranks
@@ -57,7 +58,7 @@ class Drawing:
         whole("seed", self.seed, 0)
         pipe = self.pipe
         if self.inputs.images:
-            pipe = _image_to_image(pipe)
+            pipe = _looking(pipe)
             object.__setattr__(self, "pipe", pipe)
         if "prompt" not in inspect.signature(type(pipe).__call__).parameters:
             raise ValueError(
@@ -112,6 +113,17 @@ class Drawing:
         }
 
 
+def _looking(pipe: Any) -> Any:
+    try:
+        twin, takes = image_to_image(pipe)
+        if takes == "image":
+            return twin
+        problem = f"{type(pipe).__name__} looks at videos"
+    except ValueError as error:
+        problem = str(error)
+    raise ValueError(f"{problem}: collect from prompts.")
+
+
 def _strength(left: int, steps: int) -> float:
     """With which so many steps are left: `strength * steps` is that number exactly, as pipelines round either way."""
     strength = left / steps
@@ -131,17 +143,6 @@ def _own_size(pipe: Any) -> int:
     if not isinstance(size, int):
         raise ValueError("the size of the images cannot be told from this pipeline: give height= and width=.")
     return size * pipe.vae_scale_factor
-
-
-def _image_to_image(pipe: Any) -> Any:
-    from diffusers import AutoPipelineForImage2Image
-
-    try:
-        return AutoPipelineForImage2Image.from_pipe(pipe)
-    except ValueError as error:
-        raise ValueError(
-            f"diffusers has no image-to-image pipeline of {type(pipe).__name__}: collect from prompts."
-        ) from error
 
 
 class _Rate(Instrument):

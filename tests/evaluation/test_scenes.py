@@ -13,6 +13,7 @@ from sparsefeat.evaluation import scenes
 from sparsefeat.evaluation.eager_daam import EagerDAAM
 from sparsefeat.evaluation.pixel_judge import load_pixel_judge
 from sparsefeat.pipeline import attach
+from sparsefeat.pipeline.image_to_image import image_to_image
 from tests.tiny import pixels, tiny_sd
 
 
@@ -81,7 +82,7 @@ def test_a_row_of_the_embedded_pipeline_has_every_column():
 
     pipe = load_pipeline()
     fit, test = scenes.real(4, emojiscenes.TRAIN, 1), scenes.real(4, emojiscenes.HELD_OUT, 2)
-    own = scenes.image_to_image(pipe)
+    own = image_to_image(pipe)[0]
     row = scenes.row(own, "embedded", scenes.heat_maps("cross", refined=1), "real", fit, test, None)
     assert row["method"] == "cross maps, refined 1 x"
     assert row["n_maps"] == 8

@@ -56,7 +56,8 @@ def test_a_lock_is_held_by_one_until_it_is_released(system, tmp_path):
     first.release()
     assert not path.exists()
     second = disk.Lock(path)
-    assert second.held and not first.held
+    assert second.held
+    assert not first.held
     second.release()
 
 
