@@ -82,6 +82,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.training import CollectActivations as CollectActivations
     from sparsefeat.training import SAETrainer as SAETrainer
     from sparsefeat.training import TrainConfig as TrainConfig
+    from sparsefeat.training import factorise as factorise
+    from sparsefeat.training import sobol_importance as sobol_importance
 
 _HOME = {
     "AStar": "sparsefeat.attention",
@@ -139,6 +141,7 @@ _HOME = {
     "clamp_latents": "sparsefeat.erasure",
     "discover_direction": "sparsefeat.steering",
     "export_neuronpedia": "sparsefeat.features",
+    "factorise": "sparsefeat.training",
     "hookpoints": "sparsefeat.pipeline",
     "load_instrument": "sparsefeat.steering",
     "load_sae": "sparsefeat.sae",
@@ -146,6 +149,7 @@ _HOME = {
     "presets": "sparsefeat.presets",
     "read_image": "sparsefeat.attention",
     "safe_latent_diffusion": "sparsefeat.erasure",
+    "sobol_importance": "sparsefeat.training",
 }
 
 __all__ = ["__version__", *_HOME]

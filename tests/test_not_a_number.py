@@ -150,6 +150,11 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         sf.discover_direction,
         lambda: {"pipe": Untouched(), "at": AT, "with_it": ["a red fox"], "without": "a fox", "lr": 0.1},
     ),
+    "factorise": (sf.factorise, lambda: {"rows": SOME_ROWS.clone(), "n_latents": 3}),
+    "sobol_importance": (
+        sf.sobol_importance,
+        lambda: {"sae": sf.factorise(SOME_ROWS, 3), "rows": SOME_ROWS[None].clone(), "score": lambda x: x.sum((1, 2))},
+    ),
     "Compose": (sf.Compose, lambda: {"weights": {"snow": 1.0, "a tree": -0.5}}),
     "Slider": (sf.Slider, lambda: {"positive": "old", "negative": "young", "scale": 2.0}),
     "ScaleConcept": (sf.ScaleConcept, lambda: {"concept": "fox", "omega": 5.0, "gamma": 3.0}),

@@ -107,3 +107,38 @@ def pursuit_encode(rows: Tensor, W_dec: Tensor, b_pre: Tensor, k: int, activatio
     method = activation.removesuffix("_pursuit")
     values, indices = matching_pursuit((rows - b_pre).to(wide), W_dec.to(wide), k, method)
     return SparseCode(values, indices, W_dec.shape[0])
+
+
+@torch.no_grad()
+def nnls_encode(rows: Tensor, W_enc: Tensor, W_dec: Tensor, b_pre: Tensor) -> SparseCode:
+    """argmin over u >= 0 of |relu(x - b_pre) - u P|^2 + |relu(b_pre - x) - u N|^2, of the parts P = (W_enc + W_dec) / 2 and
+    N = (W_enc - W_dec) / 2; every latent has an entry, by falling value."""
+    wide = torch.promote_types(W_dec.dtype, torch.float32)
+    around, total, difference = (t.to(wide) for t in (rows - b_pre, W_enc, W_dec))
+    parts = torch.cat([total + difference, total - difference], 1) / 2
+    signs = torch.cat([around, -around], 1).relu()
+    codes = nonnegative_codes(parts @ parts.T, signs @ parts.T)
+    values, indices = codes.sort(dim=1, descending=True, stable=True)
+    return SparseCode(values, indices.to(torch.int32), len(W_dec))
+
+
+def nonnegative_codes(
+    gram: Tensor, products: Tensor, start: Tensor | None = None, sweeps: int = 500, tolerance: float = 1e-5
+) -> Tensor:
+    """argmin over u >= 0 of u G u^T / 2 - u b^T for every row b `[rows, n]` of `products`, by cyclic coordinate descent.
+
+    It ends when no entry's gradient, where it could still move, exceeds `tolerance` times the largest product.
+    """
+    u = torch.zeros_like(products) if start is None else start.clone()
+    gradient = u @ gram - products
+    small = tolerance * products.abs().nan_to_num().amax() if products.numel() else products.new_zeros(())
+    for _ in range(sweeps):
+        for latent in range(gram.shape[0]):
+            if gram[latent, latent] > 0:
+                after = (u[:, latent] - gradient[:, latent] / gram[latent, latent]).clamp_min(0)
+                gradient += torch.outer(after - u[:, latent], gram[latent])
+                u[:, latent] = after
+        can_move = torch.where(u > 0, gradient.abs(), (-gradient).clamp_min(0))
+        if not (can_move.nan_to_num() > small).any():
+            break
+    return u

@@ -9,7 +9,8 @@ from typing import Any
 TOPK_ACTIVATIONS = ("topk", "signed_topk", "raw_topk", "batch_topk")
 THRESHOLD_ACTIVATIONS = ("relu", "jumprelu")
 PURSUITS = ("matching_pursuit", "gradient_pursuit")
-ACTIVATIONS = (*TOPK_ACTIVATIONS, "groupmax", *PURSUITS, *THRESHOLD_ACTIVATIONS)
+FACTORS = ("nnls",)
+ACTIVATIONS = (*TOPK_ACTIVATIONS, "groupmax", *PURSUITS, *FACTORS, *THRESHOLD_ACTIVATIONS)
 INFERENCES = ("topk", "threshold")
 NORMALIZERS = ("none", "b_pre", "standardize", "unit_norm", "constant_norm", "pca", "affine", "timestep")
 # Normalisers whose numbers are part of the SAE.
@@ -33,6 +34,8 @@ class SAEConfig:
         "groupmax"     the largest `pre` of each of k groups of n_latents / k neighbours, then ReLU (sparsify).
         "matching_pursuit", "gradient_pursuit"   no encoder: k greedy steps over the decoder rows, which should have
                        unit norm (ITDA, arXiv 2505.24360; see `sparsefeat_kernels.matching_pursuit`). Values are signed.
+        "nnls"         the non-negative code that is nearest in both signs of x - b_pre, of a non-negative factorisation
+                       (`factorise`): W_dec is the difference of a latent's two parts and W_enc their sum. k is n_latents.
         "jumprelu"     `relu(pre)` where `pre > threshold`, one threshold a latent (arXiv 2407.14435). A gated SAE with
                        tied encoders (arXiv 2404.16014) is one: with W' = exp(r_mag) W, b' = b_mag, its threshold is
                        b_mag - exp(r_mag) b_gate.
@@ -80,6 +83,10 @@ class SAEConfig:
             _check_positive_int("k", self.k)
             if self.k > self.n_latents:
                 raise ValueError(f"k is {self.k} but n_latents is {self.n_latents}: choose k no larger than n_latents")
+            if self.activation in FACTORS and self.k != self.n_latents:
+                raise ValueError(
+                    f"k is {self.k} but every latent of an 'nnls' code may be active: pass k={self.n_latents}"
+                )
             if self.activation == "groupmax" and self.n_latents % self.k:
                 raise ValueError(f"k is {self.k} but n_latents is {self.n_latents}: groupmax needs k equal groups")
         elif self.k is not None:

@@ -15,10 +15,11 @@ from sparsefeat.sae.activations import (
     SELECTION,
     batch_topk_encode,
     groupmax_encode,
+    nnls_encode,
     pursuit_encode,
     threshold_encode,
 )
-from sparsefeat.sae.config import FITTED, PURSUITS, SAEConfig
+from sparsefeat.sae.config import FACTORS, FITTED, PURSUITS, SAEConfig
 from sparsefeat.sae.formats import native
 from sparsefeat.sae.names import Names
 from sparsefeat.sae.normalizers import PCA, ROW_SCALED, denormalize, modulation, normalize, row_scale
@@ -131,6 +132,10 @@ class SAE(nn.Module):
             rows = self.normalize(x)
             if config.activation == "groupmax":
                 return groupmax_encode(rows, *weights, k or config.k or 1)
+            if config.activation in FACTORS:
+                if k is not None and k != config.k:
+                    raise ValueError(f"k is {k} but an 'nnls' code has all {config.n_latents} latents: leave it out")
+                return nnls_encode(rows, self.W_enc, self.W_dec, self.b_pre)
             if config.activation in PURSUITS:
                 return pursuit_encode(rows, self.W_dec, self.b_pre, k or config.k or 1, config.activation)
             if config.activation == "batch_topk" and self.training:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sparsefeat.training.collect import CollectActivations, CollectedRows
 from sparsefeat.training.config import TrainConfig
 from sparsefeat.training.drawing import Drawing, collect_activations
+from sparsefeat.training.factorise import factorise, sobol_importance
 from sparsefeat.training.initialise import geometric_median, initialise
 from sparsefeat.training.itda import build_itda
 from sparsefeat.training.learner import Learner
@@ -35,9 +36,11 @@ __all__ = [
     "TrainConfig",
     "build_itda",
     "collect_activations",
+    "factorise",
     "fit_together",
     "geometric_median",
     "initialise",
     "recipe",
+    "sobol_importance",
     "training_loss",
 ]

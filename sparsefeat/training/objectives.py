@@ -54,7 +54,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsefeat.arguments import number, whole
-from sparsefeat.sae.config import PURSUITS, SAEConfig
+from sparsefeat.sae.config import FACTORS, PURSUITS, SAEConfig
 
 RECONSTRUCTIONS = ("fvu", "mse", "l2")
 AUXILIARIES = ("residual", "unbox", "saeuron", "crosscoder", "fae")
@@ -140,8 +140,9 @@ class Objective:
     def check(self, config: SAEConfig) -> None:
         """Refuse what does not go with the SAE: nothing that is asked for is left out silently."""
         activation = config.activation
-        if activation in PURSUITS or activation == "groupmax":
-            remedy = "build_itda makes its dictionary" if activation in PURSUITS else "train 'topk' instead"
+        if activation in (*PURSUITS, *FACTORS, "groupmax"):
+            makers = {"groupmax": "train 'topk' instead", "nnls": "factorise makes its dictionary"}
+            remedy = makers.get(activation, "build_itda makes its dictionary")
             raise ValueError(f"activation {activation!r} is not trained by gradients: {remedy}")
         selecting, jumping = activation in SELECTING, activation == "jumprelu"
         if not selecting and not self.sparsity:
