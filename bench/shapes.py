@@ -74,7 +74,8 @@ def cpu_figures() -> Iterator[Wanted]:
     for op in ("sparse_edit", "feature_stats", "weight_gradient", "threshold_encode", "attention_map", "attention_tap"):
         yield Wanted(op, HERE[op], "float32", 3.0)
     yield Wanted("attention_map", CROSS["SD 1.5, 64 x 64"], "float32", 3.0)
-    yield Wanted("concept_attention", HERE["concept_attention"], "float32", 3.0)
+    for op in ("concept_attention", "concept_map", "attention_map_gradient", "resize_add"):
+        yield Wanted(op, HERE[op], "float32", 3.0)
     yield Wanted("matching_pursuit", HERE["matching_pursuit"], "float32", 4.0)
     # Where the dense way should win: a large share of few latents.
     yield Wanted("sparse_decode", sae_shape("TIDE", 256), "float32", 4.0)

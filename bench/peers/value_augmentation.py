@@ -36,6 +36,6 @@ def run(state: Any) -> tuple[Tensor, Tensor]:
 
 
 def providers(op: str, dtype: str, device: str) -> list[Provider]:
-    if not op.startswith("attention"):
+    if op not in ("attention_map", "attention_tap"):
         return []
     return [Provider(NAME, run, prepare, lambda state, answer: (answer[0], answer[1].clone()))]

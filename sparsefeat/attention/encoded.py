@@ -66,10 +66,15 @@ class EncodedPrompt:
             if places is not None:
                 return [self._text(each, [places.pop(0) for _ in each.ids]) for each in several]
         raise ValueError(
-            f"at which of the {keys} keys the words of {self.prompt!r} stand cannot be told from what the text encoders "
-            f"were given ({', '.join(str(sum(map(len, rows.ids))) for rows in self.rows) or 'nothing was seen'} tokens); "
-            "name token positions instead: .map([2, 3])."
+            f"at which of the {keys} keys the words of {self.prompt!r} stand cannot be told{self._given()}; name token "
+            "positions instead: .map([2, 3])."
         )
+
+    def _given(self) -> str:
+        counts = [str(sum(map(len, rows.ids))) for rows in self.rows]
+        if not counts:
+            return ", as nothing was seen of its encoding"
+        return f" from the {', '.join(counts)} tokens that the text encoders were given"
 
     def _laid_out(self, layout: TextLayout, keys: int) -> list[_Text] | None:
         """The tokens at the keys that the layout gives them; None where there are not as many keys as that."""
@@ -181,8 +186,12 @@ class EncodedPrompt:
         for kept in range(len(pieces), 0, -1):
             end = "" if kept == len(pieces) else r"\s*$"
             found = list(re.finditer(r"\s*".join(pieces[:kept]) + end, text, flags=re.IGNORECASE))
-            if found:
-                return found[-1].span()
+            if not found:
+                continue
+            start, stop = found[-1].span()
+            # What is missing was not cut off where it stands before: a word between was not known, and left out.
+            rest = [piece for piece in pieces[kept:] if re.search(rf"\b{piece}\b", text[:start], flags=re.IGNORECASE)]
+            return None if rest else (start, stop)
         return None
 
 

@@ -82,7 +82,7 @@ def attentions_of(pipe: Any, kind: str) -> tuple[Layer, ...]:
         for path, of_kind, module in family.blocks(model):
             plain = path.replace("_orig_mod.", "").replace("base_layer.", "")
             apart = kind == "cross_attention" and not getattr(module, "is_cross_attention", True)
-            if of_kind == kind and family.reads_text_at(plain) and not apart:
+            if of_kind == kind and family.reads_text_at(model, plain) and not apart:
                 found.append(Layer(f"{name}.{plain}", module, name, model, family))
     return tuple(found)
 

@@ -70,13 +70,17 @@ class SelfAttention(Instrument):
         self.begin_call(Call())
 
     def attentions(self, pipe: Any) -> tuple[str, ...]:
-        found = {
-            f"{name}.{path}": bypass(name, module)
-            for name, root in components(pipe).items()
-            if family_of(root).runs_in_steps
-            for path, kind, module in family_of(root).blocks(getattr(root, "_orig_mod", root))
-            if kind in ("self_attention", "joint_attention", "linear_attention")
-        }
+        found, video = {}, False
+        for name, root in components(pipe).items():
+            family, model = family_of(root), getattr(root, "_orig_mod", root)
+            if not family.runs_in_steps or family.stream == "audio":
+                continue
+            for path, kind, module in family.blocks(model):
+                if kind in ("self_attention", "joint_attention", "linear_attention"):
+                    found[f"{name}.{path}"] = bypass(name, module)
+                    video = video or len(family.default_grid(pipe, model, path) or ()) > 2
+        if video:
+            raise ValueError(f"SelfAttention keeps images, and {type(pipe).__name__} makes videos: leave it out.")
         if not found:
             raise ValueError(f"SelfAttention finds no attention of the image to itself in {type(pipe).__name__}.")
         chosen = tuple(path for path in found if self.layers is None or any(part in path for part in self.layers))

@@ -15,6 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def spelled_at(tokenizer: Any, prompt: str, word: str) -> list[int]:
+    """The word's tokens, found as DAAM finds them: its spelling among the prompt's, after the start token."""
+    spelled, wanted = tokenizer.tokenize(prompt.lower()), tokenizer.tokenize(word.lower())
+    places = [i for i in range(len(spelled)) if spelled[i : i + len(wanted)] == wanted]
+    return [1 + place + i for place in places for i in range(len(wanted))]
+
+
 class EagerDAAM:
     """Within `attached(pipe)`, probabilities of the second half of every batch (`guidance`), or of all of it, are summed
     over steps; `maps(image)` is then [tokens, h, w], and `forget()` begins anew."""
@@ -56,12 +63,8 @@ class EagerDAAM:
         self._sums[name] = self._sums[name] + probabilities if name in self._sums else probabilities
 
     def word(self, image: int, tokenizer: Any, prompt: str, word: str) -> Tensor:
-        """[h, w], the mean over the word's tokens, found as DAAM finds them: its spelling among the prompt's, after the
-        start token."""
-        spelled, wanted = tokenizer.tokenize(prompt.lower()), tokenizer.tokenize(word.lower())
-        places = [i for i in range(len(spelled)) if spelled[i : i + len(wanted)] == wanted]
-        tokens = [1 + place + i for place in places for i in range(len(wanted))]
-        return self.maps(image)[tokens].mean(0)
+        """[h, w], the mean over the word's tokens."""
+        return self.maps(image)[spelled_at(tokenizer, prompt, word)].mean(0)
 
     def maps(self, image: int) -> Tensor:
         large = max(self._grids[held.shape[2]] for held in self._sums.values())

@@ -8,7 +8,7 @@ from typing import Any
 from sparsefeat.assets import emojiscenes
 from sparsefeat.attention import HeatMaps
 from sparsefeat.attention.reading import KINDS
-from sparsefeat.evaluation import scenes
+from sparsefeat.evaluation import peer_maps, scenes
 from sparsefeat.evaluation.generation import TEST, VALIDATION
 from sparsefeat.evaluation.pixel_judge import PixelJudge, pixel_judge_report
 from sparsefeat.measure.machine import device_name, versions
@@ -31,7 +31,8 @@ def evaluate_scenes(
 ) -> dict[str, Any]:
     """Every method on every split: real scenes of held-out pairs, and what the pipeline draws: held-out scenes, or single
     drawings where it has learnt nothing else (`draws_scenes` False). `n` pictures a split are scored; thresholds are
-    chosen on as many other real ones and half as many drawn ones, the SAEs' latents on EmojiCanvas' real drawings.
+    chosen on as many other real ones and half as many drawn ones, the SAEs' latents on EmojiCanvas' real drawings. Other
+    packages' maps are measured where they are installed; what one of them cannot do is a `note` in its row.
     """
     shown = image_to_image(pipe)[0]
     splits: list[tuple[str, Any, list[scenes.Picture], list[scenes.Picture], PixelJudge | None]] = [
@@ -49,6 +50,9 @@ def evaluate_scenes(
     else:
         splits.append(("drawings", pipe, scenes.drawings(-(-n // 2), VALIDATION), scenes.drawings(n, TEST), judge))
     chosen = [(sae, scenes.latents_of_objects(shown, sae, scenes.real_drawings())) for sae in saes]
+    peers, absent = peer_maps.installed()
+    for package in absent:
+        said(f"{package} is not installed: no row of it")
     rows = []
     for split, own, fit, test, masked_by in splits:
         methods = [scenes.nothing(), scenes.chance(), *_of_attention(own)]
@@ -58,8 +62,15 @@ def evaluate_scenes(
                 said(f"{split}: {sae.config.hookpoint} has no latent for {len(missing)} objects; left out")
             else:
                 methods.append(scenes.latents(f"a latent an object, {sae.config.hookpoint}", sae, latent))
-        for method in methods:
-            line = scenes.row(own, name, method, split, fit, test, masked_by)
+        for method in (*methods, *peers):
+            try:
+                line = scenes.row(own, name, method, split, fit, test, masked_by)
+            except Exception as error:
+                if method not in peers:
+                    raise
+                rows.append({"pipeline": name, "method": method.name, "split": split, "note": f"{error}"[:300]})
+                said(f"{split}: {method.name}: {type(error).__name__}: {error}")
+                continue
             if method.name == "no maps":  # nothing to score
                 line |= dict.fromkeys(
                     ("miou", "oracle_miou", "share_of_oracle", "accuracy", "map", "pointing", "threshold")

@@ -18,11 +18,13 @@ import sparsefeat_kernels as kernels
 
 from sparsefeat.measure import speed_table
 from sparsefeat.measure.answers import itemsize
-from sparsefeat.measure.ops import attention, decode, encode, feature_stats, pursuit, training
+from sparsefeat.measure.ops import attention, decode, encode, feature_stats, maps, pursuit, training
 from sparsefeat.measure.ops.op import Op
 from sparsefeat.measure.timing import Ceilings, Figure, measure
 
-FOUND: Mapping[str, Op] = encode.OPS | decode.OPS | training.OPS | feature_stats.OPS | pursuit.OPS | attention.OPS
+FOUND: Mapping[str, Op] = (
+    encode.OPS | decode.OPS | training.OPS | feature_stats.OPS | pursuit.OPS | attention.OPS | maps.OPS
+)
 OPS = {name: FOUND[name] for name in speed_table.OPS}  # in the order of the tables
 
 
@@ -32,7 +34,7 @@ def available() -> tuple[str, ...]:
 
 def build(op: str, shape: Mapping[str, int], dtype: str = "float32", device: str = "cpu") -> Figure:
     """The figure of an op: `shape` has rows, d_model, n_latents, k; of attention batch, heads, n, t, d, and for
-    "attention_tap" selected."""
+    "attention_tap" selected; for "resize_add" maps, t, side, to."""
     if op not in available():
         raise ValueError(f"op {op!r} is not measured; choose one of {', '.join(available())}")
     what, size = OPS[op], itemsize(dtype)
@@ -65,6 +67,9 @@ HERE: dict[str, Mapping[str, int]] = {
     "attention_map": {"batch": 2, "heads": 8, "n": 1024, "t": 77, "d": 80},  # SD 1.5 at 32 x 32
     "attention_tap": {"batch": 1, "heads": 24, "n": 1024, "t": 333, "d": 64, "selected": 8},  # SD 3.5 at 512 x 512
     "concept_attention": {"batch": 1, "heads": 24, "n": 1024, "t": 8, "d": 128},  # FLUX.1 at 512 x 512, 8 concepts
+    "concept_map": {"batch": 1, "heads": 24, "n": 1024, "t": 8, "d": 128},
+    "attention_map_gradient": {"batch": 1, "heads": 8, "n": 256, "t": 77, "d": 160},  # of Attend-and-Excite in SD 1.5
+    "resize_add": {"maps": 64, "t": 8, "side": 32, "to": 64},  # SD 1.5: the layers and heads of one level, 8 words
 }
 
 

@@ -16,6 +16,7 @@ OURS = "sparsefeat"
 OPS = (
     "topk_encode", "sparse_decode", "forward", "training_step", "sparse_edit", "feature_stats", "weight_gradient",
     "threshold_encode", "matching_pursuit", "attention_map", "attention_tap", "concept_attention",
+    "concept_map", "attention_map_gradient", "resize_add",
 )  # fmt: skip
 COMMITTED = Path(__file__).resolve().parents[1] / "assets" / "results"  # what the package carries
 HEADER = [
@@ -63,9 +64,11 @@ def summary(records: Iterable[Record]) -> list[Row]:
 
 
 def shape_text(shape: Mapping[str, int]) -> str:
-    """`1,024 rows, 1280 → 20,480, k = 32`, or the sizes of an attention."""
+    """`1,024 rows, 1280 → 20,480, k = 32`, or the sizes of an attention, or of its maps."""
     if "d_model" in shape:
         return f"{shape['rows']:,} rows, {shape['d_model']} → {shape['n_latents']:,}, k = {shape['k']}"
+    if "side" in shape:
+        return f"{shape['maps']} maps × {shape['t']} tokens, {shape['side']}² to {shape['to']}²"
     text = f"{shape['batch']} × {shape['heads']} heads × {shape['d']}, {shape['n']:,} positions, {shape['t']} tokens"
     return text + (f", {shape['selected']} mapped" if "selected" in shape else "")
 

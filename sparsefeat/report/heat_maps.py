@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from sparsefeat.arguments import number, whole
-from sparsefeat.attention import HeatMapRecording
+from sparsefeat.attention import HeatMap, HeatMapRecording
 from sparsefeat.report.figures import contact_sheet, enlarge, overlay
 
 By = Literal["step", "layer"]
@@ -60,6 +61,29 @@ def over_steps(
     return [overlay(picture, one, limits=(0.0, 1.0)) for one in scaled]
 
 
+def over_frames(video: Sequence[Image.Image] | np.ndarray, heat: HeatMap) -> list[Image.Image]:
+    """The frames of a video, each with the map of the latent frame that it was decoded from laid over it, all scaled alike.
+
+    `video`: pictures, or [frames, height, width, 3] from 0 to 1, as a pipeline gives them: `.frames[0]`. Where the first
+    frame has a latent frame of its own and the others share theirs evenly (CogVideoX, Wan, HunyuanVideo: 1 + 4 k frames),
+    that is what is meant; else all share evenly.
+    """
+    if heat.values.ndim != 3:
+        raise ValueError(
+            f"heat is the map of an image, {list(heat.values.shape)}; lay it over one, heat.overlay(image)."
+        )
+    frames = [
+        one if isinstance(one, Image.Image) else Image.fromarray((one * 255).round().astype(np.uint8)) for one in video
+    ]
+    latents, n = len(heat.values), len(frames)
+    if n < latents:
+        raise ValueError(f"video has {n} frames and heat {latents}; give all the frames that were made with it.")
+    causal = latents > 1 and (n - 1) % (latents - 1) == 0
+    of = [-(-i * (latents - 1) // (n - 1)) if causal else i * latents // n for i in range(n)]
+    scaled = heat.scaled().cpu()
+    return [overlay(frame, scaled[at], limits=(0.0, 1.0)) for frame, at in zip(frames, of, strict=True)]
+
+
 def save_animation(frames: Sequence[Image.Image], path: Path | str, seconds: float = 0.2) -> Path:
     """Write frames as a GIF that repeats, or as an MP4, by the path's ending; `seconds` a frame.
 
@@ -78,8 +102,9 @@ def save_animation(frames: Sequence[Image.Image], path: Path | str, seconds: flo
 
         even = [frame.convert("RGB").crop((0, 0, frame.width // 2 * 2, frame.height // 2 * 2)) for frame in frames]
         try:
-            export_to_video(even, str(path), fps=max(1, round(1 / seconds)))
-        except ImportError as missing:
+            # Blocks of 16, the default, would stretch other sizes.
+            export_to_video(even, str(path), fps=1 / seconds, macro_block_size=2)
+        except (ImportError, AttributeError, RuntimeError) as missing:  # imageio, its ffmpeg plugin, or ffmpeg itself
             raise ImportError(
                 f"{path.name} cannot be written without imageio and ffmpeg: pip install imageio imageio-ffmpeg, or take a "
                 ".gif"

@@ -154,7 +154,7 @@ def test_keys_that_lack_the_padding_behind_or_are_of_nobody():
     encoded = EncodedPrompt("a fox", (words("a fox", right=4),))
     assert encoded.indices(5, "fox") == (2,)
     for keys in (2, 9, 30):
-        with pytest.raises(ValueError, match="cannot be told from what the text encoders were given"):
+        with pytest.raises(ValueError, match=r"cannot be told from the \d+ tokens that the text encoders were given"):
             encoded.indices(keys, "fox")
     with pytest.raises(ValueError, match="nothing was seen"):
         EncodedPrompt("a fox", ()).indices(16, "fox")
@@ -169,6 +169,17 @@ def test_a_prompt_that_was_cut_off_has_the_words_that_were_left():
     assert encoded.indices(len(ids), "a") == (8,)
     with pytest.raises(ValueError, match="is not in the prompt"):
         encoded.indices(len(ids), "fox")
+
+
+def test_a_word_that_the_tokenizer_does_not_know_hides_none_of_the_others():
+    tokenizer = tiny_words(bos=True)
+    template = "photo of a cat in the snow"
+    prompt = "red fox \u2603 \u72d0 dog fox"  # two signs that it has no token for
+    ids = tuple(tokenizer(f"{template} {prompt}")["input_ids"])
+    encoded = EncodedPrompt(prompt, (Rows(tokenizer, (ids,)),))
+    assert encoded.indices(len(ids), "dog") == (12,)
+    assert encoded.indices(len(ids), "fox") == (9, 13)
+    assert encoded.indices(len(ids), "red") == (8,)
 
 
 def test_the_map_of_a_word_is_never_that_of_padding():

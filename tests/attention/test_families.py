@@ -70,6 +70,9 @@ PLACES = {
     ),
     "cogvideox": Place(tuple(f"transformer.transformer_blocks.{i}.attn1" for i in (0, 1)), text_first, same),
     "hunyuan_video": Place((DOUBLE[0], *SINGLE), image_first, after(4)),
+    "cogview3": Place(tuple(f"transformer.transformer_blocks.{i}.attn1" for i in (0, 1)), text_first, same),
+    "cogview4": Place(tuple(f"transformer.transformer_blocks.{i}.attn1" for i in (0, 1)), text_first, same),
+    "ovis": Place(DOUBLE + SINGLE, text_first, after(28)),
 }
 CROSS = ("pixart", "sana", "sd", "sdxl", "wan")
 WORD = "fox"
@@ -92,20 +95,25 @@ def rows_of(tiny, seen: list, guidance: bool, condition: str, image: int, n_imag
                 yield call, chunk * n_images + image
 
 
+def one_map(call, row: int, place: Place, made: int, what: str):
+    """[heads, positions, tokens] of one batch row of one attention."""
+    (a, b), (c, d) = place.streams(call.query.shape[2], made)
+    if what == "joint":
+        return call.scores().softmax(-1)[row, :, a:b, c:d]
+    if what == "text_renormalised":
+        return call.scores()[row, :, a:b, c:d].softmax(-1)
+    if what == "query_query":
+        return call.scores(call.query)[row, :, a:b, c:d].softmax(-1)
+    assert what == "text_to_image"
+    return call.scores().softmax(-1)[row, :, c:d, a:b].transpose(1, 2)
+
+
 def expected_map(tiny, ran: Ran, place: Place, image: int, made: int, condition="cond", guidance=True, what="joint"):
     """Mean over layers and heads, sum over steps, of [positions, tokens]."""
     total, count = 0.0, 0
     for path in place.layers:
         for call, row in rows_of(tiny, ran.of(path), guidance, condition, image, 1):
-            (a, b), (c, d) = place.streams(call.query.shape[2], made)
-            if what == "joint":
-                p = call.scores().softmax(-1)[row, :, a:b, c:d]
-            elif what == "text_renormalised":
-                p = call.scores()[row, :, a:b, c:d].softmax(-1)
-            elif what == "query_query":
-                p = call.scores(call.query)[row, :, a:b, c:d].softmax(-1)
-            elif what == "text_to_image":
-                p = call.scores().softmax(-1)[row, :, c:d, a:b].transpose(1, 2)
+            p = one_map(call, row, place, made, what)
             total, count = total + p.sum(0), count + p.shape[0]
     runs = len(ran.of(place.layers[0])) // len(tiny.runs(guidance))
     return total / count * runs
@@ -172,6 +180,63 @@ def test_cross_maps_are_those_of_a_plain_softmax_at_one_resolution(name):
     expected = sum(call.scores().softmax(-1)[row].mean(0) for call, row in calls)
     torch.testing.assert_close(recording.tensor().flatten(1).T.double(), expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(recording.word(WORD).values, run[words].word(WORD).values, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["hunyuan_video15", "hunyuan_image"])
+def test_what_stands_in_quotes_comes_before_the_prompt_and_padding_behind_it(name):
+    """A prompt's own tokens follow those that ByT5 made of its quotation, as many as each prompt has."""
+    tiny, pipe = built(name)
+    pipe.tokenizer_2_max_length = 24  # `Text "dog". ` has 13 bytes with its end, `Text "red fox". ` 17
+    layer = DOUBLE[0]
+
+    def call():
+        return tiny.call(pipe, ["red fox", "dog"], guidance=True)
+
+    ran = eager(pipe, (layer,), call)
+    kinds = {what: sf.HeatMaps(what, layers=layer) for what in ("joint", "text_renormalised", "query_query")}
+    kinds["text_to_image"] = sf.HeatMaps(layers=layer, direction="text_to_image")
+    negative, words = sf.HeatMaps(layers=layer, condition="uncond"), sf.HeatMaps(layers=layer, words=["fox", "dog"])
+    with sf.attach(pipe, *kinds.values(), negative, words) as run:
+        result = call()
+    assert torch.equal(torch.as_tensor(result), torch.as_tensor(ran.result))
+    made, cropped = math.prod(run[negative].grid), pipe.prompt_template_encode_start_idx
+    for image, (word, glyphs) in enumerate((("fox", 17), ("dog", 13))):
+        ids, mask = ran.texts["text_encoder"][image]
+        start, own = made + glyphs, sum(mask) - cropped
+        place = Place((layer,), lambda length, image, at=start, n=own: ((0, image), (at, at + n)), same)
+        for what, maps in kinds.items():
+            calls = [(call, row) for call, row in rows_of(tiny, ran.of(layer), True, "cond", image, 2)]
+            expected = sum(one_map(call, row, place, made, what).mean(0) for call, row in calls)
+            found = run[maps].tensor(image).flatten(1).T.double()
+            torch.testing.assert_close(found[:, :own], expected, rtol=1e-4, atol=1e-7)
+            assert not found[:, own:].any()
+        keys = [at - cropped for at, one in enumerate(ids) if one == pipe.tokenizer.convert_tokens_to_ids(word)]
+        assert len(keys) == 2  # what is quoted is in the prompt too
+        joint = run[kinds["joint"]]
+        torch.testing.assert_close(joint.word(word, image).values, joint.map(keys, image).values)
+        torch.testing.assert_close(run[words].word(word, image).values, joint.word(word, image).values)
+    place = Place((layer,), lambda length, image: ((0, image), (image, image + run[negative].n_tokens)), same)
+    calls = rows_of(tiny, ran.of(layer), True, "uncond", 0, 2)  # without a quotation
+    expected = sum(one_map(call, row, place, made, "joint").mean(0) for call, row in calls)
+    torch.testing.assert_close(run[negative].tensor().flatten(1).T.double(), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["ace_step", "stable_audio", "mochi", "omnigen", "prx"])
+def test_where_image_and_text_cannot_be_told_apart_attach_says_it(name):
+    _, pipe = built(name)
+    with pytest.raises(ValueError, match="finds no attention between image and text"):
+        sf.attach(pipe, sf.HeatMaps())
+
+
+@pytest.mark.parametrize("name", ["motif_video", "ltx2"])
+def test_attentions_without_text_or_without_image_are_left_out(name):
+    tiny, pipe = built(name)
+    with sf.attach(pipe, maps := sf.HeatMaps(keep=["layers"])) as run:
+        tiny.call(pipe, ["red fox"], guidance=tiny.guidance == "cfg")
+    left = {"motif_video": "single_transformer_blocks.2", "ltx2": "audio_"}[name]
+    assert run[maps].layers
+    assert not any(left in layer for layer in run[maps].layers)
+    assert (run[maps].tensor(normalize="steps").sum(0) <= 1 + 1e-4).all()
 
 
 def test_texts_of_different_lengths_in_one_sequence_keep_their_own_words():

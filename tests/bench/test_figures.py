@@ -25,7 +25,9 @@ CROSS = {"batch": 2, "heads": 3, "n": 33, "t": 11, "d": 8}
 def small(op: str) -> dict[str, int]:
     if op == "attention_tap":
         return {**CROSS, "selected": 4}
-    return CROSS if "attention" in op else SAE
+    if op == "resize_add":
+        return {"maps": 6, "t": 3, "side": 4, "to": 8}
+    return CROSS if "attention" in op or "concept" in op else SAE
 
 
 def answers(op: str):

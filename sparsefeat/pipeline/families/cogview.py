@@ -7,10 +7,13 @@ them it is, is told by how many rows there are, and refused where they are as ma
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import nn
 
-from sparsefeat.pipeline.families.family import Rows, Run, UnknownRowsError
+from sparsefeat.pipeline.families.family import Rows, Run, TextLayout, UnknownRowsError
 from sparsefeat.pipeline.families.joint import JointTransformer
 
 _BLOCK = r"transformer_blocks\.\d+"
@@ -27,6 +30,9 @@ class CogView3(JointTransformer):
     joint_blocks = _BLOCK
     joint_attentions = _BLOCK + r"\.attn1"
     single_blocks = _BLOCK  # inside them both are one sequence
+
+    def text_layout(self, pipe: Any, root: nn.Module, call: Mapping[str, Any]) -> TextLayout:
+        return TextLayout()  # padding included, which CogView 4 puts before the prompt
 
 
 class CogView4(CogView3):

@@ -197,9 +197,11 @@ class Family:
         """Whether the keys of a module's attention of this index are, or hold, those of the prompt's tokens."""
         return index == 0
 
-    def reads_text_at(self, path: str) -> bool:
-        """Whether an attention module attends to the text at all: refiners see one stream alone."""
-        return "refiner" not in path
+    def reads_text_at(self, root: nn.Module, path: str) -> bool:
+        """Whether an attention module is between an image and the text, and which of its queries and keys are which is
+        known: refiners see one stream alone, and sound has no image.
+        """
+        return "refiner" not in path and self.stream != "audio"
 
     def text_layout(self, pipe: Any, root: nn.Module, call: Mapping[str, Any]) -> TextLayout | None:
         """At which of the text's keys the tokens of which text encoder stand; None where the number of the keys tells

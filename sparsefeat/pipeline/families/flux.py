@@ -65,6 +65,9 @@ class Flux(JointTransformer):
     def text_layout(self, pipe: Any, root: nn.Module, call: Mapping[str, Any]) -> TextLayout | None:
         if getattr(pipe, "text_encoder_2", None) is not None:  # T5; CLIP's text is one vector
             return TextLayout((("text_encoder_2",),))
+        template = getattr(pipe, "user_prompt_begin_id", None)  # Ovis puts words before the prompt, and leaves them out
+        if isinstance(template, int):
+            return TextLayout(dropped=template)
         return TextLayout() if "Chroma" in type(root).__name__ else None
 
     def text_tokens(self, run: Run) -> int | None:

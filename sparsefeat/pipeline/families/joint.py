@@ -102,7 +102,9 @@ class JointTransformer(Transformer):
             )
         return (side.before, side.made) if stream == "image" else (0, None)
 
-    def attention_streams(self, path: str, run: Run, queries: int) -> dict[str, tuple[int, int]]:
+    def attention_streams(
+        self, path: str, run: Run, queries: int
+    ) -> dict[str, tuple[int, int]] | tuple[dict[str, tuple[int, int]], ...]:
         side, text = self._sides(path, run), self.text_tokens(run)
         if self.known(path) == "joint" and queries != side.total:
             return self._split(path, side, text, queries, run)

@@ -42,6 +42,9 @@ class LTX2(LTX):
             return "audio"
         return None if re.fullmatch(_ACROSS, path) else super().content(path)
 
+    def reads_text_at(self, root: nn.Module, path: str) -> bool:
+        return super().reads_text_at(root, path) and not re.fullmatch(_AUDIO, path)
+
     def output_element(self, path: str, stream: str, output: Any, run: Run) -> int:
         return 1 if re.fullmatch(_BLOCK, path) and stream == "audio" else 0
 

@@ -29,6 +29,9 @@ class Mochi(JointTransformer):
     joint_blocks = _BLOCK
     joint_attentions = _BLOCK + r"\.attn1"
 
+    def reads_text_at(self, root: nn.Module, path: str) -> bool:
+        return False
+
     def attention_streams(self, path: str, run: Run, queries: int) -> dict[str, tuple[int, int]]:
         raise UnknownRowsError(path, run.root, "it attends for each text by itself")
 

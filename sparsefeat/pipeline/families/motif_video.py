@@ -7,6 +7,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from torch import nn
+
 from sparsefeat.pipeline.families.family import Run, UnknownRowsError
 from sparsefeat.pipeline.families.hunyuan_video import HunyuanVideo
 
@@ -14,9 +16,16 @@ from sparsefeat.pipeline.families.hunyuan_video import HunyuanVideo
 class MotifVideo(HunyuanVideo):
     classes = ("MotifVideoTransformer3DModel",)
 
-    def output_element(self, path: str, stream: str, output: Any, run: Run) -> int:
+    def reads_text_at(self, root: nn.Module, path: str) -> bool:
+        return super().reads_text_at(root, path) and not self._decodes(root, path)
+
+    def _decodes(self, root: nn.Module, path: str) -> bool:
         single = re.match(r"single_transformer_blocks\.(\d+)", path)
-        decoders = getattr(getattr(run.root, "config", None), "num_decoder_layers", 0)
-        if single and stream == "text" and int(single[1]) >= len(run.root.single_transformer_blocks) - decoders:
+        decoders = getattr(getattr(root, "config", None), "num_decoder_layers", 0)
+        singles: Any = root.single_transformer_blocks
+        return single is not None and int(single[1]) >= len(singles) - decoders
+
+    def output_element(self, path: str, stream: str, output: Any, run: Run) -> int:
+        if stream == "text" and self._decodes(run.root, path):
             raise UnknownRowsError(path, run.root, "this block of the decoder has no text")
         return super().output_element(path, stream, output, run)

@@ -28,6 +28,9 @@ class OmniGen(Transformer):
         start, _ = self.attention_streams(path, run, tensor.shape[1] if tensor.ndim == 3 else 0)["image"]
         return start, tensor.shape[1] - start
 
+    def reads_text_at(self, root: nn.Module, path: str) -> bool:
+        return False  # a template and given images are between the words
+
     def attention_streams(self, path: str, run: Run, queries: int) -> dict[str, tuple[int, int]]:
         made, ids = None if run.grid is None else math.prod(run.grid), run.arguments.get("input_ids")
         given = ids.shape[1] + 1 if isinstance(ids, torch.Tensor) else 1

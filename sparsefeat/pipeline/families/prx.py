@@ -20,6 +20,9 @@ class PRX(Transformer):
     text_modules = rf"txt_in|{_BLOCK}\.attention\.txt_kv_proj"
     image_modules = r"img_in(\..*)?|final_layer(\.linear)?"
 
+    def reads_text_at(self, root: nn.Module, path: str) -> bool:
+        return False  # which of its keys are the text's is not told
+
     def default_grid(self, pipe: Any, root: nn.Module, path: str) -> tuple[int, ...] | None:
         pixels, scale = getattr(pipe, "default_sample_size", None), getattr(pipe, "vae_scale_factor", None)
         patch = configured(root, "patch_size")
