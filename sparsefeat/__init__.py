@@ -34,6 +34,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.attribution import attribute_weights as attribute_weights
     from sparsefeat.attribution import cad_amplify as cad_amplify
     from sparsefeat.attribution import cad_erase as cad_erase
+    from sparsefeat.attribution import cones as cones
+    from sparsefeat.erasure import ESD as ESD
     from sparsefeat.erasure import UCE as UCE
     from sparsefeat.erasure import ConceptLancet as ConceptLancet
     from sparsefeat.erasure import Erase as Erase
@@ -99,6 +101,7 @@ _HOME = {
     "CorrectionBySimilarities": "sparsefeat.attention",
     "CrossTokenNMS": "sparsefeat.attention",
     "Delta": "sparsefeat.pipeline",
+    "ESD": "sparsefeat.erasure",
     "Erase": "sparsefeat.erasure",
     "Examples": "sparsefeat.features",
     "Hamiltonian": "sparsefeat.steering",
@@ -139,6 +142,7 @@ _HOME = {
     "cad_erase": "sparsefeat.attribution",
     "check": "sparsefeat.evaluation.check",
     "clamp_latents": "sparsefeat.erasure",
+    "cones": "sparsefeat.attribution",
     "discover_direction": "sparsefeat.steering",
     "export_neuronpedia": "sparsefeat.features",
     "factorise": "sparsefeat.training",

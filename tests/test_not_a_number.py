@@ -30,6 +30,7 @@ from sparsefeat.arguments import finite, finite_in, image_map, number, whole
 from sparsefeat.attention import HeatMap
 from sparsefeat.attribution import WeightMask, chosen_weights
 from sparsefeat.erasure import Selection, select
+from sparsefeat.erasure.esd import LowRank
 from sparsefeat.erasure.uce import TextMap
 from sparsefeat.features import area_under_curve, normalized_mean_difference, search
 from sparsefeat.report import overlay, save_animation
@@ -426,6 +427,23 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
             "at": AT,
             "strength": 0.5,
             "center": ones(4),
+            "steps": (0.0, 0.5),
+        },
+    ),
+    "ESD": (sf.ESD, lambda: {"changes": {"unet.x": LowRank(ones(3, 1), ones(1, 4))}, "steps": (0.0, 0.5)}),
+    "ESD.fit": (
+        sf.ESD.fit,
+        lambda: {"pipe": Untouched(), "concept": "fox", "eta": 1.0, "lr": 1e-3, "steps": (0.0, 0.5)},
+    ),
+    "cones": (
+        sf.cones,
+        lambda: {
+            "pipe": Untouched(),
+            "concept": "fox",
+            "prior_weight": 1.0,
+            "latents": ones(1, 4, 8, 8),
+            "threshold": 0.1,
+            "rho": 1e-3,
             "steps": (0.0, 0.5),
         },
     ),

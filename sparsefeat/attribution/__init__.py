@@ -1,6 +1,7 @@
 """Which weights and latents made a concept, and masks of them."""
 
 from sparsefeat.attribution.components import WeightScores, attribute_weights, cad_amplify, cad_erase
+from sparsefeat.attribution.concept_neurons import cones
 from sparsefeat.attribution.latents import LatentScores, attribute_latents
 from sparsefeat.attribution.masks import WeightMask, chosen_weights
 
@@ -13,4 +14,5 @@ __all__ = [
     "cad_amplify",
     "cad_erase",
     "chosen_weights",
+    "cones",
 ]

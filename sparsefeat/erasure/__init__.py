@@ -1,6 +1,7 @@
 """Erasing a concept: find its latents, and take them out while the pipeline runs."""
 
 from sparsefeat.erasure.clamp import clamp_latents
+from sparsefeat.erasure.esd import ESD
 from sparsefeat.erasure.interpret_deactivate import InterpretThenDeactivate
 from sparsefeat.erasure.lancet import ConceptLancet
 from sparsefeat.erasure.negative_prompt import negative_prompt
@@ -12,6 +13,7 @@ from sparsefeat.erasure.safe_latent_diffusion import safe_latent_diffusion
 from sparsefeat.erasure.uce import UCE
 
 __all__ = [
+    "ESD",
     "UCE",
     "ConceptLancet",
     "Erase",
