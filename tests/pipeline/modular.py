@@ -12,4 +12,12 @@ PIPELINES = {
     "z_image": ("ZImageAutoBlocks", "transformer.layers.0", SQUARE),
     "ltx": ("LTXAutoBlocks", "transformer.transformer_blocks.0", SQUARE | {"num_frames": 9} | TOKENS),
     "flux": ("FluxAutoBlocks", "transformer.transformer_blocks.0", SQUARE | TOKENS),
+    "flux2": (
+        "Flux2KleinBaseAutoBlocks",
+        "transformer.transformer_blocks.0",
+        SQUARE | TOKENS | {"text_encoder_out_layers": (1, 2)},
+    ),
+    "wan": ("WanBlocks", "transformer.blocks.0", SQUARE | {"num_frames": 5, "max_sequence_length": 8}),
+    "ltx2": ("LTX2AutoBlocks", "transformer.transformer_blocks.0", SQUARE | {"num_frames": 9}),
+    "hunyuan_video15": ("HunyuanVideo15AutoBlocks", "transformer.transformer_blocks.0", SQUARE | {"num_frames": 5}),
 }

@@ -6,6 +6,9 @@ What is conditional is found by changing a prompt and looking which runs of the 
 from __future__ import annotations
 
 import functools
+import importlib
+import inspect
+import types
 
 import diffusers
 import pytest
@@ -15,6 +18,8 @@ from torch import nn
 from sparsefeat.pipeline import attach
 from tests.families import families
 from tests.pipeline.instruments import Edit, Watch, push, zero
+from tests.pipeline.knowing.test_what_changes import kept
+from tests.pipeline.knowing.test_what_changes import rows as batch_rows
 from tests.pipeline.modular import PIPELINES
 from tests.pipeline.state import everything
 from tests.tiny import tiny_scheduler, tiny_sdxl
@@ -35,6 +40,14 @@ def build(name, manager=None):
     return pipe
 
 
+@pytest.fixture(autouse=True)
+def without_ftfy(monkeypatch):
+    """Wan's blocks mend the encoding of the prompt by a package that is not needed here."""
+    if hasattr(modular, "WanBlocks"):
+        wan = importlib.import_module("diffusers.modular_pipelines.wan.encoders")
+        monkeypatch.setattr(wan, "ftfy", types.SimpleNamespace(fix_text=str), raising=False)
+
+
 def call(pipe, name, prompt="a fox", **arguments):
     generator = torch.Generator().manual_seed(3)
     given = {**PIPELINES[name][2], "num_inference_steps": 2, **arguments}
@@ -43,6 +56,15 @@ def call(pipe, name, prompt="a fox", **arguments):
 
 def with_guider(pipe, kind, **options):
     pipe.update_components(guider=getattr(guiders, kind)(**options))
+
+
+def guide(pipe, name):
+    if name not in ("flux", "ltx2"):  # FLUX.1's is a number for the model, and LTX-2 has a guider of its own
+        with_guider(pipe, "ClassifierFreeGuidance", guidance_scale=4.0)
+
+
+def inputs(pipe):
+    return {taken.name for taken in pipe.blocks.inputs}
 
 
 def changed_texts(pipe, name, **other):
@@ -56,7 +78,7 @@ def changed_texts(pipe, name, **other):
         heard.append(torch.cat([t.flatten() for t in (texts[0] if isinstance(texts[0], list) else texts)]))
 
     handle = root.register_forward_pre_hook(listen, with_kwargs=True)
-    said = {} if name == "flux" else {"negative_prompt": "blue dog"}
+    said = {"negative_prompt": "blue dog"} if "negative_prompt" in inputs(pipe) else {}
     call(pipe, name, **said)
     first = list(heard)
     heard.clear()
@@ -68,8 +90,7 @@ def changed_texts(pipe, name, **other):
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_promise_on_a_modular_pipeline(name):
     pipe = build(name)
-    if name != "flux":
-        with_guider(pipe, "ClassifierFreeGuidance", guidance_scale=4.0)
+    guide(pipe, name)
     path = PIPELINES[name][1]
     alone = call(pipe, name)
     before = everything(pipe)
@@ -78,13 +99,68 @@ def test_every_promise_on_a_modular_pipeline(name):
         same = call(pipe, name)
     assert torch.equal(same, alone)
     assert everything(pipe) == before
-    assert [c.condition[0] == "cond" for c in watch.contexts] == changed_texts(pipe, name, prompt="red cat")
+    assert [c.condition[0] in ("cond", "perturbed") for c in watch.contexts] == changed_texts(
+        pipe, name, prompt="red cat"
+    )
     runs = len(watch.contexts) // 2
     assert [(c.step, c.n_steps, c.fraction) for c in watch.contexts] == [(0, 2, 0.0)] * runs + [(1, 2, 0.5)] * runs
     assert run.calls[0].call.prompts == ["a fox"]
     with attach(pipe, Edit(push(8.0), path)):
         assert not torch.equal(call(pipe, name), alone)
     assert torch.equal(call(pipe, name), alone)
+
+
+@pytest.mark.parametrize(("n_prompts", "each"), [(2, 1), (2, 2), (1, 3)])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_label_of_every_row_is_what_changes_with_its_prompt(name, n_prompts, each):
+    pipe = build(name)
+    guide(pipe, name)
+    prompts, other = ["a fox", "red cat"][:n_prompts], "red fox"
+    number = {"num_images_per_prompt", "num_videos_per_prompt"} & inputs(pipe)
+    each = each if number else 1
+    more = dict.fromkeys(number, each)
+    negatives = ["blue dog", "no"][:n_prompts] if "negative_prompt" in inputs(pipe) else None
+    # The blocks of SDXL repeat the pooled texts of several prompts for several images as a whole: they are mixed up.
+    mixed = ("added_cond_kwargs",) if name == "sdxl" and n_prompts > 1 and each > 1 else ()
+
+    def rows(prompts):
+        heard = []
+
+        def listen(module, args, kwargs):
+            names = list(inspect.signature(type(module).forward).parameters)[1:]
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            found = [list(batch_rows(kept(v), n_prompts * each)) for n, v in given.items() if n not in mixed]
+            heard.append([batch for batches in found for batch in batches])
+
+        root = getattr(pipe, PIPELINES[name][1].partition(".")[0])
+        handle = root.register_forward_pre_hook(listen, with_kwargs=True)
+        try:
+            said = {} if negatives is None else {"negative_prompt": list(negatives)}
+            call(pipe, name, list(prompts), num_inference_steps=1, **said, **more)  # Z-Image's writes into the lists
+        finally:
+            handle.remove()
+        return heard
+
+    try:
+        rows(prompts)
+    except (RuntimeError, ValueError) as error:
+        pytest.skip(f"diffusers' own blocks fail: {error}")
+    with attach(pipe, watch := Watch(PIPELINES[name][1])) as run:
+        before = rows(prompts)
+    assert run.calls[0].call.prompts == prompts
+    assert len(before) == len(watch.contexts)
+    for altered in range(n_prompts):
+        after = rows([other if i == altered else prompt for i, prompt in enumerate(prompts)])
+        for context, old, new in zip(watch.contexts, before, after, strict=True):
+            assert old
+            for entry, (condition, image) in enumerate(context.entries):
+                changes = not all(alike(a[entry], b[entry]) for a, b in zip(old, new, strict=True))
+                assert changes == (condition in ("cond", "perturbed") and image // each == altered), (entry, condition)
+
+
+def alike(a, b):
+    """A text beside another one in a batch is padded otherwise, and rounded otherwise."""
+    return a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=1e-5)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -100,6 +176,45 @@ def test_an_exception_leaves_nothing_on_a_modular_pipeline(error):
     with pytest.raises(error, match="in the middle"), attach(pipe, Edit(fail, PIPELINES["sdxl"][1])):
         call(pipe, "sdxl")
     assert everything(pipe) == before
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_flux3_which_is_modular_only_keeps_its_promises(guided):
+    blocks = getattr(modular, "Flux3AutoBlocks", None)
+    if blocks is None:
+        pytest.skip("this diffusers has no FLUX.3")
+    blocks = blocks()
+    for encodes in ("prompt_upsampler", "text_encoder"):
+        blocks.sub_blocks.pop(encodes)
+    pipe = blocks.init_pipeline()
+    torch.manual_seed(0)
+    sizes = {"attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": (2, 2, 2, 2)}
+    channels = {"in_channels": 16, "cond_in_channels": 16, "joint_attention_dim": 16}
+    transformer = diffusers.Flux3Transformer2DModel(num_layers=1, num_single_layers=2, **channels, **sizes).eval()
+    vae = families()["flux2"].build().vae
+    pipe.update_components(transformer=transformer, vae=vae, scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    with_guider(pipe, "ClassifierFreeGuidance", guidance_scale=4.0 if guided else 1.0)
+    generator = torch.Generator().manual_seed(1)
+    embeds = {f"{which}prompt_embeds": torch.randn(1, 5, 16, generator=generator) for which in ("", "negative_")}
+
+    def run():
+        generator = torch.Generator().manual_seed(3)
+        return pipe(height=64, width=96, num_inference_steps=2, generator=generator, output="latents", **embeds)
+
+    alone, before = run(), everything(pipe)
+    paths = ("transformer.mode_blocks.image.0", "transformer.single_transformer_blocks.0")
+    watch, text = Watch(*paths), Watch(*(f"{path}:text" for path in ("transformer.txt_mode_blocks.0", paths[1])))
+    with attach(pipe, watch, text, Edit(zero, *paths, f"{paths[1]}:diff", f"{paths[1]}:text")):
+        assert torch.equal(run(), alone)
+    assert everything(pipe) == before
+    runs = ["cond", "uncond"] if guided else ["cond"]
+    assert [c.condition for c in watch.contexts] == [(run,) for _ in range(2) for run in runs for _ in paths]
+    assert {c.grid for c in watch.contexts} == {alone.shape[-2:]}
+    assert {tuple(tensor.shape) for tensor in text.tensors} == {(1, 5, 16)}
+    for path in (*paths, f"{paths[1]}:text", "transformer.txt_mode_blocks.0:text"):
+        with attach(pipe, Edit(push(8.0), path)):
+            assert not torch.equal(run(), alone)
 
 
 def test_guiders_name_the_passes_of_a_step_and_a_skipped_block_is_not_visited():

@@ -99,8 +99,16 @@ def told_by_ids(ids: torch.Tensor, made: int = 0, n_tokens: int | None = None) -
     (places,) = (ids[:, 0] == made).nonzero(as_tuple=True)
     if not len(places) or int(places[-1] - places[0]) + 1 != len(places):
         return None
-    y, x = (ids[places, column] - ids[places, column].min() for column in (1, 2))
-    height, width = int(y.max()) + 1, int(x.max()) + 1
-    if height * width != len(places) or not torch.equal(y * width + x, torch.arange(len(places)).to(y.dtype)):
+    (height, y), (width, x) = (_counted(ids[places, column]) for column in (1, 2))
+    if height * width != len(places) or not torch.equal(y * width + x, torch.arange(len(places))):
         return None
     return Ids((height, width), Side(int(places[0]), len(places), len(ids) - int(places[-1]) - 1))
+
+
+def _counted(positions: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """How many places there are along a side, and which of them each position is: they have one distance, which FLUX.3
+    scales. 0 places where they do not.
+    """
+    places, index = positions.double().unique(return_inverse=True)
+    steps = places.diff()
+    return (len(places) if len(steps) == 0 or steps.max() < 1.5 * steps.min() else 0), index

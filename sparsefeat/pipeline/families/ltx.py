@@ -33,17 +33,21 @@ class LTX(Transformer):
         frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
         if isinstance(frames, int) and isinstance(height, int) and isinstance(width, int):
             return in_patches(root, frames, height, width)
-        coordinates = arguments.get("video_coords")
-        return read_once(last_video, coordinates) if isinstance(coordinates, torch.Tensor) else None
+        coordinates = _of_every_token(arguments)
+        return None if coordinates is None else read_once(last_video, coordinates)
 
     def side(self, run: Run) -> Side | None:
-        coordinates, side = run.arguments.get("video_coords"), super().side(run)
-        if side is None or not isinstance(coordinates, torch.Tensor):
-            return side
-        return Side(coordinates.shape[-1] - side.made, side.made)
+        coordinates, side = _of_every_token(run.arguments), super().side(run)
+        return side if side is None or coordinates is None else Side(coordinates.shape[-1] - side.made, side.made)
 
     def default_grid(self, pipe: Any, root: nn.Module, path: str) -> tuple[int, ...] | None:
         return default_video_grid(pipe, root)
+
+
+def _of_every_token(arguments: Mapping[str, Any]) -> torch.Tensor | None:
+    """The positions [B, 3, tokens], where the model is given these (LTX-2's are of another shape)."""
+    coordinates = arguments.get("video_coords")
+    return coordinates if isinstance(coordinates, torch.Tensor) and coordinates.ndim == 3 else None
 
 
 def last_video(coordinates: torch.Tensor) -> tuple[int, int, int] | None:

@@ -15,6 +15,7 @@ from sparsefeat.pipeline.families.cosmos import Cosmos
 from sparsefeat.pipeline.families.family import Family
 from sparsefeat.pipeline.families.flux import Flux
 from sparsefeat.pipeline.families.flux2 import Flux2
+from sparsefeat.pipeline.families.flux3 import Flux3
 from sparsefeat.pipeline.families.hidream import HiDream
 from sparsefeat.pipeline.families.hunyuan_dit import HunyuanDiT
 from sparsefeat.pipeline.families.hunyuan_image import HunyuanImage
@@ -53,6 +54,7 @@ FAMILIES: tuple[Family, ...] = (
     Sana(),
     QwenImage(),
     Flux2(),
+    Flux3(),
     AuraFlow(),
     Lumina(),
     Lumina2(),

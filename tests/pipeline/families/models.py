@@ -103,6 +103,44 @@ MODELS = [
         (3, 4),
         lambda output: output[0, 4:16],
     ),
+    *(
+        Model(
+            "Flux3Transformer2DModel",
+            {
+                "in_channels": 8,
+                "cond_in_channels": 8,
+                "num_layers": 1,
+                "num_single_layers": 2,
+                "attention_head_dim": 8,
+                "num_attention_heads": 2,
+                "joint_attention_dim": 16,
+                "axes_dims_rope": (2, 2, 2, 2),
+            },
+            lambda latent, text, references=references: {
+                "hidden_states": latent,
+                "encoder_hidden_states": text,
+                "timestep": T,
+                "img_ids": torch.tensor([1, 0.5, 0.5, 1]) * ids((0, 3, 4), width=4),
+                "txt_ids": torch.zeros(5, 4),
+                "image_cond_hidden_states": torch.randn(1, references, 8, generator=generator(9))
+                if references
+                else None,
+                "image_cond_ids": ids((0, 1, references), width=4) if references else None,
+            },
+            (1, 12, 8),
+            (1, 5, 16),
+            first,
+            "single_transformer_blocks.1",
+            (3, 4),
+            packed,
+            text_stream="single" in first,
+        )
+        for first, references in (
+            ("single_transformer_blocks.0", 0),
+            ("single_transformer_blocks.0", 4),
+            ("mode_blocks.image.0", 4),
+        )
+    ),
     Model(
         "QwenImageTransformer2DModel",  # as Qwen-Image-Layered: two images that are made, then the one that was given
         {

@@ -29,7 +29,6 @@ REFUSED = {
     "DreamLiteUNetModel",
     "EasyAnimateTransformer3DModel",
     "ErnieImageTransformer2DModel",
-    "Flux3Transformer2DModel",
     "FluxMultiControlNetModel",
     "GlmImageTransformer2DModel",
     "HeliosTransformer3DModel",
