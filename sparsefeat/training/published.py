@@ -279,6 +279,11 @@ PUBLISHED: dict[str, _Published] = {
 }
 
 
+def batch_size_of(name: str) -> int:
+    """Of a recipe that is not told another."""
+    return int(PUBLISHED[name].train.get("batch_size", TrainConfig.batch_size))
+
+
 def recipe(
     name: str,
     d_model: int,

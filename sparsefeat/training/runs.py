@@ -16,12 +16,13 @@ from sparsefeat.sae.config import PURSUITS
 from sparsefeat.sae.model_card import model_card
 from sparsefeat.training.checkpoint import newest_checkpoint, read_description
 from sparsefeat.training.itda import build_itda
-from sparsefeat.training.published import Recipe, recipe
+from sparsefeat.training.published import Recipe, batch_size_of, recipe
 from sparsefeat.training.ranks import ALONE, Ranks
 from sparsefeat.training.rows import Source
 from sparsefeat.training.trainer import SAETrainer, fit_together
 from sparsefeat.whole import written_plainly
 
+BATCHES_AN_EPOCH = 8
 CARD, SETTINGS = "README.md", "train.json"
 MEASURED = {"fvu": "FVU in training", "l0": "active latents a row", "dead": "share of dead latents"}
 """What of the last measured step the card has, and how it calls it."""
@@ -35,6 +36,11 @@ class Trained:
     preset: str
     folder: Path
     entries: list[dict[str, float]] = field(repr=False)
+
+
+def fitting_batch_size(rows: int, presets: Sequence[str]) -> int:
+    """The presets' own, or as many as make BATCHES_AN_EPOCH batches of the rows, if those are fewer."""
+    return max(1, min(*(batch_size_of(name) for name in presets), rows // BATCHES_AN_EPOCH))
 
 
 def train_presets(

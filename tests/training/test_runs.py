@@ -7,7 +7,7 @@ import torch
 
 from sparsefeat.training import TensorRows
 from sparsefeat.training.rows import SideBySide
-from sparsefeat.training.runs import summaries, train_presets
+from sparsefeat.training.runs import fitting_batch_size, summaries, train_presets
 
 
 @pytest.mark.parametrize(("dead_after", "told"), [(None, False), (128, True), (10_000, False)])
@@ -24,3 +24,10 @@ def test_the_share_of_dead_latents_is_told_only_after_rows_enough_for_one_to_die
     assert ("share of dead latents" in card) is told
     assert (", dead " in line) is told
     assert ["dead" in entry for entry in one.entries] == [told and 64 * step >= 128 for step in (1, 2, 3, 4)]
+
+
+def test_a_batch_is_the_preset_s_or_an_eighth_of_few_rows():
+    assert fitting_batch_size(10**6, ["topk"]) == 4096
+    assert fitting_batch_size(10**6, ["topk", "flux-sae"]) == 1024
+    assert fitting_batch_size(400, ["topk", "flux-sae"]) == 50
+    assert fitting_batch_size(3, ["topk"]) == 1

@@ -31,7 +31,7 @@ from sparsefeat.cli.options import Device, Guidance, Pipeline, Seed, Steps, fini
 from sparsefeat.whole import check_free, check_writable
 
 if TYPE_CHECKING:
-    from sparsefeat.training.rows import Source
+    from sparsefeat.training.rows import SideBySide, Source
 
 # Known without torch; those of `sparsefeat.training.PUBLISHED`.
 PRESETS = (
@@ -186,7 +186,8 @@ def train(
     from sparsefeat.report.training_page import write_training_page
     from sparsefeat.training import Drawing, PipelineRows, Ranks
     from sparsefeat.training.metrics import board_writer
-    from sparsefeat.training.runs import summaries, train_presets
+    from sparsefeat.training.published import batch_size_of
+    from sparsefeat.training.runs import fitting_batch_size, summaries, train_presets
 
     if tensorboard:
         board_writer()
@@ -217,7 +218,14 @@ def train(
     with ranks.joined(device), keeping(lambda: f"checkpoints are in {out}, and the same command goes on from them"):
         source: Source
         if inputs is None:
-            source, places, base_model = of_stores(Path(activations or "").expanduser(), at, transcoding)
+            stored, places, base_model = of_stores(Path(activations or "").expanduser(), at, transcoding)
+            source, rows = stored, min(one.n_rows for one in stored.sources)
+            usual = min(map(batch_size_of, presets))
+            fitting = fitting_batch_size(rows, presets)
+            if batch_size is None and fitting < usual:
+                settings["batch_size"] = fitting
+                if ranks.first:
+                    typer.echo(f"--batch-size is {fitting:,}, not the preset's {usual:,}: there are {rows:,} rows")
         else:
             choice = PipelineChoice(pipeline, device, steps)
             drawing = Drawing(choice.open(), inputs, batch, seed, choice.call_settings(guidance, height, width))
@@ -266,7 +274,7 @@ def output_of(hookpoint: str) -> str:
     return INPUT.sub("", hookpoint)
 
 
-def of_stores(folder: Path, at: list[str] | None, transcoding: bool) -> tuple[Source, list[str], str | None]:
+def of_stores(folder: Path, at: list[str] | None, transcoding: bool) -> tuple[SideBySide, list[str], str | None]:
     """The stores that `collect` wrote for these hookpoints, in their order, or for all; their hookpoints, and what they are of."""
     from sparsefeat.pipeline import Hookpoint
     from sparsefeat.store import ShardReader
