@@ -12,7 +12,9 @@ import torch
 
 # Forked from a process that has loaded everything and run nothing: a child is at work at once.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["sparsefeat.training.drawing", "sparsefeat.training.trainer", "tests.tiny"])
+_CONTEXT.set_forkserver_preload(
+    ["sparsefeat.training.activations.drawing", "sparsefeat.training.run.trainer", "tests.tiny"]
+)
 
 
 def _alone(work: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any] | None = None) -> None:

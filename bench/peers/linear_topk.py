@@ -35,7 +35,7 @@ def forward(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b: Tensor, k
 def loss(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b: Tensor, k: int, is_dead: Tensor, n_dead: int
 ) -> Tensor:
-    """The loss of sparsefeat.training.objectives; `n_dead` is given, since counting would break a compiled graph."""
+    """The loss of sparsefeat.training.objective.objectives; `n_dead` is given, since counting would break a compiled graph."""
     a = F.linear(x - b, W_enc, b_enc)
     values, indices = a.topk(k, sorted=False)
     error = x - decode(values.relu(), indices, W_dec, b)

@@ -118,7 +118,7 @@ def dense_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b: Tensor, k: int) -> 
 def dense_step(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b: Tensor, k: int, is_dead: Tensor
 ) -> dict[str, Tensor]:
-    """Loss and gradients of `sparsefeat.training.objectives`, from dense codes."""
+    """Loss and gradients of `sparsefeat.training.objective.objectives`, from dense codes."""
     W_enc, b_enc, W_dec, b = (t.detach().requires_grad_() for t in (W_enc, b_enc, W_dec, b))
     with torch.enable_grad():
         loss = dense_loss(x, W_enc, b_enc, W_dec, b, k, is_dead)

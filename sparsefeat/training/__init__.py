@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from sparsefeat.training.collect import CollectActivations, CollectedRows
-from sparsefeat.training.config import TrainConfig
-from sparsefeat.training.drawing import Drawing, collect_activations
+from sparsefeat.training.activations.collect import CollectActivations, CollectedRows
+from sparsefeat.training.activations.drawing import Drawing, collect_activations
+from sparsefeat.training.activations.live import PipelineRows
+from sparsefeat.training.activations.rows import RowSource, StoreRows, TensorRows
 from sparsefeat.training.factorise import factorise, sobol_importance
-from sparsefeat.training.initialise import geometric_median, initialise
-from sparsefeat.training.itda import build_itda
-from sparsefeat.training.learner import Learner
-from sparsefeat.training.live import PipelineRows
-from sparsefeat.training.losses import Batch, Loss, training_loss
-from sparsefeat.training.objectives import Objective
-from sparsefeat.training.published import PUBLISHED, Recipe, recipe
+from sparsefeat.training.learning.initialise import geometric_median, initialise
+from sparsefeat.training.learning.itda import build_itda
+from sparsefeat.training.learning.learner import Learner
+from sparsefeat.training.objective.losses import Batch, Loss, training_loss
+from sparsefeat.training.objective.objectives import Objective
 from sparsefeat.training.ranks import Ranks
-from sparsefeat.training.rows import RowSource, StoreRows, TensorRows
-from sparsefeat.training.trainer import SAETrainer, fit_together
+from sparsefeat.training.run.config import TrainConfig
+from sparsefeat.training.run.published import PUBLISHED, Recipe, recipe
+from sparsefeat.training.run.trainer import SAETrainer, fit_together
 
 __all__ = [
     "PUBLISHED",

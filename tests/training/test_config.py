@@ -15,8 +15,8 @@ import torch
 
 from sparsefeat.sae import SAE, SAEConfig
 from sparsefeat.training import SAETrainer, TensorRows, TrainConfig, fit_together
-from sparsefeat.training.early import misfit
-from sparsefeat.training.metrics import board_writer
+from sparsefeat.training.run.early import misfit
+from sparsefeat.training.run.metrics import board_writer
 from tests.training.test_trainer import CONFIG, same, small, small_rows, superposition
 
 
@@ -136,7 +136,7 @@ def test_several_saes_of_one_source_train_as_each_would_alone():
         SAETrainer(small(a), small_rows(), c).fit(progress=False)
         for a, c in zip(("topk", "signed_topk"), configs, strict=True)
     ]
-    from sparsefeat.training.rows import SideBySide
+    from sparsefeat.training.activations.rows import SideBySide
 
     shared = SideBySide(source)
     made = [SAETrainer(small(a), shared, c) for a, c in zip(("topk", "signed_topk"), configs, strict=True)]

@@ -17,7 +17,7 @@ from sparsefeat.pipeline.context import CONDITIONS
 from sparsefeat.sae import SAE, SAEConfig
 from sparsefeat.store import ShardReader
 from sparsefeat.training import PipelineRows, SAETrainer, StoreRows, TrainConfig, drawing
-from sparsefeat.training.drawing import PART_IMAGES, Drawing, collect_activations
+from sparsefeat.training.activations.drawing import PART_IMAGES, Drawing, collect_activations
 from sparsefeat.training.ranks import Ranks
 from tests import killing
 from tests.tiny import tiny_sd

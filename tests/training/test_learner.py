@@ -124,7 +124,7 @@ def test_hierarchical_topk_is_the_mean_over_codes_of_fewer_latents():
 
 def test_batch_topk_with_free_decoder_rows_selects_by_activation_times_norm():
     learner, x = learner_of(Objective("mse", auxk=0, decoder="free"), "batch_topk"), rows_of()
-    from sparsefeat.training.dictionaries import remake
+    from sparsefeat.training.learning.dictionaries import remake
 
     remake(learner.dictionary, learner.sae)
     torch.testing.assert_close(learner.sae.W_dec.norm(dim=1), torch.ones(N).double())
@@ -142,7 +142,7 @@ def test_batch_topk_with_free_decoder_rows_selects_by_activation_times_norm():
 def test_l1_is_of_activations_times_the_norms_of_their_rows(decoder):
     learner, x = learner_of(Objective("mse", sparsity=0.2, decoder=decoder), "relu"), rows_of()
     if learner.dictionary is not None:
-        from sparsefeat.training.dictionaries import remake
+        from sparsefeat.training.learning.dictionaries import remake
 
         remake(learner.dictionary, learner.sae)
     p = copies(learner)
@@ -225,7 +225,7 @@ def test_gated_trains_the_gate_by_what_it_reconstructs_alone_and_is_a_jumprelu_s
 
 def test_archetypes_are_convex_in_the_centres_and_relaxed_within_delta():
     learner, x = learner_of(Objective("mse", auxk=0, decoder="archetypal", archetypes=11, delta=0.2)), rows_of()
-    from sparsefeat.training.dictionaries import remake
+    from sparsefeat.training.learning.dictionaries import remake
 
     with torch.no_grad():
         learner.dictionary.centres.normal_()
@@ -280,7 +280,7 @@ def test_rows_taken_in_parts_give_the_same_loss_and_gradients(monkeypatch):
     learner, x = learner_of(objective, "jumprelu"), rows_of()
     whole = learner.loss(x, step=0)
     gradients = learner.gradients(whole)
-    monkeypatch.setattr("sparsefeat.training.penalised.PRE_BYTES", 7 * N * 8)
+    monkeypatch.setattr("sparsefeat.training.objective.penalised.PRE_BYTES", 7 * N * 8)
     parts = learner.loss(x, step=0)
     torch.testing.assert_close(parts.total, whole.total)
     assert torch.equal(parts.counts, whole.counts)
@@ -365,7 +365,7 @@ def test_a_transcoder_between_different_units_folds_both_scales():
 def test_who_fired_in_each_convention():
     from sparsefeat_kernels import SparseCode
 
-    from sparsefeat.training.learner import fired
+    from sparsefeat.training.learning.learner import fired
 
     code = SparseCode(torch.tensor([[2.0, 0.5, 0.0], [-3.0, 0.1, 0.0]]), torch.tensor([[1, 2, 3], [2, 4, 5]]).int(), 7)
     assert fired(code, 0.0)[0].tolist() == [0, 1, 2, 0, 1, 0, 0]

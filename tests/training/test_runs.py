@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sparsefeat.training import TensorRows
-from sparsefeat.training.rows import SideBySide
-from sparsefeat.training.runs import fitting_batch_size, summaries, train_presets
+from sparsefeat.training.activations.rows import SideBySide
+from sparsefeat.training.run.runs import fitting_batch_size, summaries, train_presets
 
 
 @pytest.mark.parametrize(("dead_after", "told"), [(None, False), (128, True), (10_000, False)])

@@ -93,7 +93,7 @@ def collect(
     check_writable(out, "--out")
     import torch
 
-    from sparsefeat.training.drawing import Drawing, collect_activations
+    from sparsefeat.training.activations.drawing import Drawing, collect_activations
     from sparsefeat.training.ranks import Ranks
 
     ranks = Ranks.of_environment()

@@ -31,7 +31,7 @@ from sparsefeat.cli.options import Device, Guidance, Pipeline, Seed, Steps, fini
 from sparsefeat.whole import check_free, check_writable
 
 if TYPE_CHECKING:
-    from sparsefeat.training.rows import SideBySide, Source
+    from sparsefeat.training.activations.rows import SideBySide, Source
 
 # Known without torch; those of `sparsefeat.training.PUBLISHED`.
 PRESETS = (
@@ -185,9 +185,9 @@ def train(
     check_writable(out, "--out")
     from sparsefeat.report.training_page import write_training_page
     from sparsefeat.training import Drawing, PipelineRows, Ranks
-    from sparsefeat.training.metrics import board_writer
-    from sparsefeat.training.published import batch_size_of
-    from sparsefeat.training.runs import fitting_batch_size, summaries, train_presets
+    from sparsefeat.training.run.metrics import board_writer
+    from sparsefeat.training.run.published import batch_size_of
+    from sparsefeat.training.run.runs import fitting_batch_size, summaries, train_presets
 
     if tensorboard:
         board_writer()
@@ -278,7 +278,7 @@ def of_stores(folder: Path, at: list[str] | None, transcoding: bool) -> tuple[Si
     """The stores that `collect` wrote for these hookpoints, in their order, or for all; their hookpoints, and what they are of."""
     from sparsefeat.pipeline import Hookpoint
     from sparsefeat.store import ShardReader
-    from sparsefeat.training.rows import SideBySide, StoreRows
+    from sparsefeat.training.activations.rows import SideBySide, StoreRows
 
     readers = [ShardReader(one.parent) for one in sorted(folder.glob("*/manifest.json"))]
     by_name = {str(reader.metadata.get("hookpoint")): reader for reader in readers}

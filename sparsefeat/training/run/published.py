@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsefeat.sae import SAEConfig
-from sparsefeat.training.config import TrainConfig
-from sparsefeat.training.objectives import Objective
+from sparsefeat.training.objective.objectives import Objective
+from sparsefeat.training.run.config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsefeat.arguments import finite
 from sparsefeat.store import ShardReader
-from sparsefeat.training.losses import Batch
+from sparsefeat.training.objective.losses import Batch
 from sparsefeat.training.ranks import ALONE, Ranks
 
 

@@ -21,11 +21,11 @@ from sparsefeat.sae import SAE
 from sparsefeat.sae.config import FITTED
 from sparsefeat.sae.module import TIME
 from sparsefeat.sae.normalizers import ROW_SCALED
-from sparsefeat.training.dictionaries import Archetypal, FreeRows, pull_back, remake
-from sparsefeat.training.initialise import geometric_median, initialise
-from sparsefeat.training.losses import ONE, Across, Batch, Loss, training_loss
-from sparsefeat.training.objectives import LOG_WEIGHT_STEP, SELECTING, Objective
-from sparsefeat.training.penalised import Gate, penalised_loss
+from sparsefeat.training.learning.dictionaries import Archetypal, FreeRows, pull_back, remake
+from sparsefeat.training.learning.initialise import geometric_median, initialise
+from sparsefeat.training.objective.losses import ONE, Across, Batch, Loss, training_loss
+from sparsefeat.training.objective.objectives import LOG_WEIGHT_STEP, SELECTING, Objective
+from sparsefeat.training.objective.penalised import Gate, penalised_loss
 
 ENCODER = ("W_enc", "b_enc", "W_dec")
 

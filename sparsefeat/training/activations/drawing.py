@@ -25,7 +25,7 @@ from sparsefeat.pipeline.call_arguments import check_arguments, check_values
 from sparsefeat.pipeline.hookpoints import resolve
 from sparsefeat.pipeline.image_to_image import image_to_image
 from sparsefeat.store import MANIFEST, ShardReader, last_marks
-from sparsefeat.training.collect import CollectActivations, store_of
+from sparsefeat.training.activations.collect import CollectActivations, store_of
 from sparsefeat.training.ranks import ALONE, Ranks
 from sparsefeat.whole import as_path, written_plainly
 

@@ -2,7 +2,7 @@
 
     L = error(x, x_hat) + auxk * L_aux + multi_topk * error(x, x_hat_4k) + sparsity * penalty + pre_act * L_pre
 
-All of it in rows whose spread is one (`sparsefeat.training.learner`), so that constants hold at every hookpoint.
+All of it in rows whose spread is one (`sparsefeat.training.learning.learner`), so that constants hold at every hookpoint.
 
 `reconstruction`, with the batch's sums over rows and dimensions:
 

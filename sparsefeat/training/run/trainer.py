@@ -21,15 +21,15 @@ from tqdm import tqdm
 
 from sparsefeat.sae import SAE
 from sparsefeat.store import ShardReader
-from sparsefeat.training.checkpoint import newest_checkpoint, read_description, read_tensors, write_checkpoint
-from sparsefeat.training.config import TrainConfig
-from sparsefeat.training.dictionaries import remake
-from sparsefeat.training.early import EarlyWarnings, misfit
-from sparsefeat.training.learner import Learner
-from sparsefeat.training.losses import Batch
-from sparsefeat.training.metrics import Metrics
+from sparsefeat.training.activations.rows import RowSource, SideBySide, Source, StoreRows, TensorRows
+from sparsefeat.training.learning.dictionaries import remake
+from sparsefeat.training.learning.learner import Learner
+from sparsefeat.training.objective.losses import Batch
 from sparsefeat.training.ranks import ALONE, Ranks
-from sparsefeat.training.rows import RowSource, SideBySide, Source, StoreRows, TensorRows
+from sparsefeat.training.run.checkpoint import newest_checkpoint, read_description, read_tensors, write_checkpoint
+from sparsefeat.training.run.config import TrainConfig
+from sparsefeat.training.run.early import EarlyWarnings, misfit
+from sparsefeat.training.run.metrics import Metrics
 
 SAMPLE_ROWS = 32_768  # rows the start values are taken from, as sdxl-unbox does
 # Ranks agree on whether one of them was interrupted at these steps: asking waits for the device.

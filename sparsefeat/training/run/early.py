@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsefeat.sae import SAEConfig
-from sparsefeat.training.config import TrainConfig
+from sparsefeat.training.run.config import TrainConfig
 
 # A channel with this share of the variance is all that an SAE without a normaliser learns for long: FLUX's have one.
 LARGEST_SHARE = 0.3

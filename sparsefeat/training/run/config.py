@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparsefeat.arguments import number, whole
-from sparsefeat.training.objectives import Objective
+from sparsefeat.training.objective.objectives import Objective
 
 OPTIMIZERS = ("adam", "adamw")
 DECAYS = ("linear", "cosine")

@@ -1,6 +1,6 @@
 """The loss of a batch for SAEs that select: one pass over the encoder for the code, that of 4 k and the dead latents'.
 
-`sparsefeat.training.objectives` has the formulas; `sparsefeat.training.penalised` the SAEs that do not select.
+`sparsefeat.training.objective.objectives` has the formulas; `sparsefeat.training.objective.penalised` the SAEs that do not select.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsefeat.sae import SAE
 from sparsefeat.sae.activations import SELECTION, batch_topk_encode
-from sparsefeat.training.objectives import SORTED, Objective
+from sparsefeat.training.objective.objectives import SORTED, Objective
 
 
 class Across(Protocol):

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sparsefeat.sae import SAE
-from sparsefeat.training.losses import ONE, Across, Loss, Spread
-from sparsefeat.training.objectives import TANH_SCALE, Objective
+from sparsefeat.training.objective.losses import ONE, Across, Loss, Spread
+from sparsefeat.training.objective.objectives import TANH_SCALE, Objective
 
 PRE_BYTES = 256 << 20
 

@@ -14,12 +14,12 @@ import torch
 from sparsefeat.sae import SAE
 from sparsefeat.sae.config import PURSUITS
 from sparsefeat.sae.model_card import model_card
-from sparsefeat.training.checkpoint import newest_checkpoint, read_description
-from sparsefeat.training.itda import build_itda
-from sparsefeat.training.published import Recipe, batch_size_of, recipe
+from sparsefeat.training.activations.rows import Source
+from sparsefeat.training.learning.itda import build_itda
 from sparsefeat.training.ranks import ALONE, Ranks
-from sparsefeat.training.rows import Source
-from sparsefeat.training.trainer import SAETrainer, fit_together
+from sparsefeat.training.run.checkpoint import newest_checkpoint, read_description
+from sparsefeat.training.run.published import Recipe, batch_size_of, recipe
+from sparsefeat.training.run.trainer import SAETrainer, fit_together
 from sparsefeat.whole import written_plainly
 
 BATCHES_AN_EPOCH = 8

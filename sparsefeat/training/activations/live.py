@@ -15,11 +15,11 @@ from torch import Tensor
 
 from sparsefeat.arguments import whole
 from sparsefeat.pipeline import Hookpoint, attach
-from sparsefeat.training.collect import CollectActivations, CollectedRows
-from sparsefeat.training.drawing import Drawing
-from sparsefeat.training.losses import Batch
+from sparsefeat.training.activations.collect import CollectActivations, CollectedRows
+from sparsefeat.training.activations.drawing import Drawing
+from sparsefeat.training.activations.rows import epoch_generator
+from sparsefeat.training.objective.losses import Batch
 from sparsefeat.training.ranks import Ranks
-from sparsefeat.training.rows import epoch_generator
 
 
 class PipelineRows:

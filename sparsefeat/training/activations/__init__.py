@@ -1,0 +1,1 @@
+"""Rows to train on: collected into a store, drawn meanwhile, or in memory."""

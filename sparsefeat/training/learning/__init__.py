@@ -1,0 +1,1 @@
+"""An SAE while it learns: start values, dictionaries, constraints; ITDA, which is built in one pass."""

@@ -1,0 +1,1 @@
+"""What an SAE is trained for, and the loss of a batch."""

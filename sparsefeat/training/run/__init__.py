@@ -1,0 +1,1 @@
+"""A run: recipes, settings, steps, checkpoints, what is measured on the way."""
