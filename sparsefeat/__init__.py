@@ -47,13 +47,16 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.erasure import safe_latent_diffusion as safe_latent_diffusion
     from sparsefeat.evaluation.check import check as check
     from sparsefeat.evaluation.splice import Splice as Splice
+    from sparsefeat.features import Blindspots as Blindspots
     from sparsefeat.features import CollectExamples as CollectExamples
     from sparsefeat.features import CollectStatistics as CollectStatistics
     from sparsefeat.features import Examples as Examples
     from sparsefeat.features import Record as Record
     from sparsefeat.features import Statistics as Statistics
     from sparsefeat.features import WordCorrelations as WordCorrelations
+    from sparsefeat.features import example_vectors as example_vectors
     from sparsefeat.features import export_neuronpedia as export_neuronpedia
+    from sparsefeat.features import name_by_encoder as name_by_encoder
     from sparsefeat.pipeline import Context as Context
     from sparsefeat.pipeline import Delta as Delta
     from sparsefeat.pipeline import Hookpoint as Hookpoint
@@ -78,6 +81,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.steering import ScoreEdit as ScoreEdit
     from sparsefeat.steering import Slider as Slider
     from sparsefeat.steering import Steer as Steer
+    from sparsefeat.steering import TokenDirection as TokenDirection
     from sparsefeat.steering import Views as Views
     from sparsefeat.steering import discover_direction as discover_direction
     from sparsefeat.steering import load_instrument as load_instrument
@@ -91,6 +95,7 @@ _HOME = {
     "AStar": "sparsefeat.attention",
     "AddVector": "sparsefeat.steering",
     "AttendAndExcite": "sparsefeat.attention",
+    "Blindspots": "sparsefeat.features",
     "CollectActivations": "sparsefeat.training",
     "CollectExamples": "sparsefeat.features",
     "CollectStatistics": "sparsefeat.features",
@@ -130,6 +135,7 @@ _HOME = {
     "Splice": "sparsefeat.evaluation.splice",
     "Statistics": "sparsefeat.features",
     "Steer": "sparsefeat.steering",
+    "TokenDirection": "sparsefeat.steering",
     "TrainConfig": "sparsefeat.training",
     "UCE": "sparsefeat.erasure",
     "Views": "sparsefeat.steering",
@@ -144,11 +150,13 @@ _HOME = {
     "clamp_latents": "sparsefeat.erasure",
     "cones": "sparsefeat.attribution",
     "discover_direction": "sparsefeat.steering",
+    "example_vectors": "sparsefeat.features",
     "export_neuronpedia": "sparsefeat.features",
     "factorise": "sparsefeat.training",
     "hookpoints": "sparsefeat.pipeline",
     "load_instrument": "sparsefeat.steering",
     "load_sae": "sparsefeat.sae",
+    "name_by_encoder": "sparsefeat.features",
     "negative_prompt": "sparsefeat.erasure",
     "presets": "sparsefeat.presets",
     "read_image": "sparsefeat.attention",

@@ -12,7 +12,7 @@ from sparsefeat.arguments import number, whole
 from sparsefeat.attention.heat_maps import HeatMaps
 from sparsefeat.attention.recording import HeatMapRecording
 from sparsefeat.attention.sums import MapSum, Part, add_up
-from sparsefeat.pipeline import attach
+from sparsefeat.pipeline import Instrument, Session, attach
 from sparsefeat.pipeline.image_to_image import WITH_ONE, image_to_image
 
 SCHEDULE = 50
@@ -50,9 +50,27 @@ def read_image(
         found = sf.read_image(pipe, sf.HeatMaps(concepts=["fox", "snow"]), Image.open("fox.png"), "a fox")
         found.word("fox").mask(0.5)
     """
-    noise, samples = number("noise", noise, 0, 1, above=True), whole("samples", samples)
     if maps.window.fractions is not None or maps.window.indices is not None:
         raise ValueError("read_image runs one step alone, so steps= of its HeatMaps means nothing; leave it out.")
+    run = run_noised(pipe, [maps], image, prompt, noise=noise, samples=samples, seed=seed, **arguments)
+    return joined([each[maps] for each in run.calls])
+
+
+def run_noised(
+    pipe: Any,
+    instruments: Sequence[Instrument],
+    image: Any,
+    prompt: str = "",
+    *,
+    noise: float = 0.5,
+    samples: int = 1,
+    seed: int = 0,
+    **arguments: Any,
+) -> Session:
+    """The denoiser run once on a noised image, with instruments attached; arguments and errors as of `read_image`. The
+    session has a call for every sample.
+    """
+    noise, samples = number("noise", noise, 0, 1, above=True), whole("samples", samples)
     try:
         twin, name = image_to_image(pipe)
     except ValueError as error:
@@ -71,10 +89,10 @@ def read_image(
         "output_type": "latent",
         "callback_on_step_end": stop,
     }
-    with attach(twin, maps) as run:
+    with attach(twin, *instruments) as run:
         for sample in range(samples):
             twin(**{**call, "generator": torch.Generator().manual_seed(whole("seed", seed, 0) + sample), **arguments})
-        return joined([each[maps] for each in run.calls])
+    return run
 
 
 def joined(recordings: Sequence[HeatMapRecording]) -> HeatMapRecording:

@@ -8,7 +8,7 @@ Two instruments, which may be attached together. Both act on the conditional row
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsefeat.arguments import number, whole
 from sparsefeat.attention.cross_attention import cross_attentions
 from sparsefeat.attention.losses import smoothed
-from sparsefeat.attention.seen_prompts import SeenPrompts
+from sparsefeat.attention.word_embeddings import OfWords, WordEmbeddings
 from sparsefeat.pipeline import (
     Activations,
     AttentionCall,
@@ -26,44 +26,11 @@ from sparsefeat.pipeline import (
     Context,
     Delta,
     Hookpoint,
-    Instrument,
-    UnknownConditionError,
     resolve,
 )
-from sparsefeat.pipeline.context import HOW_TO_STATE, UNKNOWN
 
 
-class _OfWords(Instrument):
-    """Looks the words of a prompt up among the keys of its attention."""
-
-    condition = "cond"
-
-    def __init__(self, words: Sequence[str]):
-        if isinstance(words, str) or not words or not all(isinstance(word, str) and word.strip() for word in words):
-            raise ValueError(f"words={words!r} must be a list of words of the prompt, as in ['fox', 'rocket'].")
-        self.words = tuple(words)
-        self._prompts = SeenPrompts()
-
-    def components(self, pipe: Any) -> tuple[str, ...]:
-        return self._prompts.components(pipe)
-
-    def prepare(self, pipe: Any) -> None:
-        self._prompts.prepare(pipe)
-
-    def begin_call(self, call: Call) -> None:
-        self._call = call
-        self._prompts.begin_call(call)
-
-    def at_component(self, name: str, arguments: Mapping[str, Any], context: Context) -> Mapping[str, Tensor] | None:
-        self._prompts.at_component(name, arguments, context)
-        return None
-
-    def tokens(self, image: int, keys: int, denoiser: str) -> list[tuple[int, ...]]:
-        root = getattr(self._call.pipe, denoiser)
-        return [self._prompts.tokens(image, keys, word, root) for word in self.words]
-
-
-class CorrectionBySimilarities(_OfWords):
+class CorrectionBySimilarities(WordEmbeddings):
     """The embedding of every concept's token is drawn to what it has in common with its neighbours, before the denoiser.
 
         S = f_c * f   (elementwise, [tokens, d])      kept: the entries above the `quantile` of S
@@ -83,32 +50,9 @@ class CorrectionBySimilarities(_OfWords):
         self.strength = number("strength", strength, 0, 1)
         self.window = whole("window", window)
         self.quantile = number("quantile", quantile, 0, 1)
-        self._denoisers: tuple[str, ...] = ()
 
-    def components(self, pipe: Any) -> tuple[str, ...]:
-        denoisers = (name for name in ("unet", "transformer", "prior") if getattr(pipe, name, None) is not None)
-        self._denoisers = tuple(denoisers)
-        return (*self._denoisers, *super().components(pipe))
-
-    def at_component(self, name: str, arguments: Mapping[str, Any], context: Context) -> Mapping[str, Tensor] | None:
-        if name not in self._denoisers:
-            return super().at_component(name, arguments, context)
-        text = arguments.get("encoder_hidden_states")
-        if not isinstance(text, Tensor) or text.dim() != 3:
-            raise ValueError(
-                f"{name} is given no encoder_hidden_states [batch, tokens, width], which CorrectionBySimilarities corrects."
-            )
-        if UNKNOWN in context.condition:
-            raise UnknownConditionError(
-                f"which of the {context.batch} batch entries of {name} are conditional cannot be told, and "
-                f"CorrectionBySimilarities corrects these: {HOW_TO_STATE}"
-            )
-        corrected = text.clone()
-        for row, (condition, image) in enumerate(zip(context.condition, context.prompt_index, strict=True)):
-            if condition == "cond":
-                concepts = [token for of_word in self.tokens(image, text.shape[1], name) for token in of_word]
-                corrected[row] = self.corrected(text[row], concepts)
-        return {"encoder_hidden_states": corrected}
+    def changed(self, embeddings: Tensor, words: Sequence[Sequence[int]], context: Context) -> Tensor:
+        return self.corrected(embeddings, [token for of_word in words for token in of_word])
 
     def corrected(self, embeddings: Tensor, concepts: Sequence[int]) -> Tensor:
         """Embeddings [tokens, d] with those of the concepts' tokens corrected."""
@@ -127,7 +71,7 @@ class CorrectionBySimilarities(_OfWords):
         return after.to(embeddings.dtype)
 
 
-class CrossTokenNMS(_OfWords):
+class CrossTokenNMS(OfWords):
     """At every position only the word with the highest map is attended to among the words; the others' tokens get
     nothing there.
 

@@ -1,6 +1,8 @@
 """Features of a pipeline: codes as they are recorded, their statistics, and the search among them."""
 
+from sparsefeat.features.blindspots import Blindspots
 from sparsefeat.features.chance import Naming, name_of
+from sparsefeat.features.encoder_names import EncoderName, example_vectors, name_by_encoder
 from sparsefeat.features.neuronpedia import export_neuronpedia
 from sparsefeat.features.record import Record, Recording, TopLatent
 from sparsefeat.features.scores import area_under_curve, normalized_mean_difference
@@ -9,8 +11,10 @@ from sparsefeat.features.statistics import CollectStatistics, Statistics, collec
 from sparsefeat.features.word_maps import WordCorrelations, WordLatent
 
 __all__ = [
+    "Blindspots",
     "CollectExamples",
     "CollectStatistics",
+    "EncoderName",
     "Example",
     "Examples",
     "Found",
@@ -23,7 +27,9 @@ __all__ = [
     "WordLatent",
     "area_under_curve",
     "collect_statistics",
+    "example_vectors",
     "export_neuronpedia",
+    "name_by_encoder",
     "name_of",
     "normalized_mean_difference",
     "search",

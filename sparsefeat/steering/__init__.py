@@ -19,6 +19,7 @@ from sparsefeat.steering.scores import (
     Views,
 )
 from sparsefeat.steering.steer import Steer
+from sparsefeat.steering.token_direction import TokenDirection
 from sparsefeat.steering.transport import FeatureTransport
 from sparsefeat.steering.vectors import AddVector
 
@@ -40,6 +41,7 @@ __all__ = [
     "ScoreEdit",
     "Slider",
     "Steer",
+    "TokenDirection",
     "Views",
     "code_edit",
     "discover_direction",
