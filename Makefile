@@ -5,7 +5,7 @@
 # make interop  other programs' SAE files made again by those programs, and compared: docs/interop.md
 # make matrix  every promise of attach in every configuration, ten minutes: docs/pipelines.md
 # make floor   the oldest supported versions, in an environment of their own: docs/pipelines.md too
-# make card    the kernels compiled by the Triton that the GPU machines have, in an environment of its own
+# make card    what a GPU machine will do, rehearsed with the Triton it has: kernels compiled, every op interpreted; half an hour
 # make evaluate  the EmojiCanvas benchmark: bench/results/emoji.json
 
 PYTHON ?= python3
@@ -84,15 +84,18 @@ $(FLOOR)/.installed: constraints-floor.txt
 	touch $@
 
 card: $(CARD)/.installed
-	OMP_NUM_THREADS=1 $(CARD)/bin/python -m pytest -q tests/kernels/test_ahead_of_time.py tests/bench/test_predict.py
+	OMP_NUM_THREADS=1 $(CARD)/bin/python -m pytest -q tests/kernels/test_ahead_of_time.py \
+		tests/kernels/test_ahead_of_time_sm_90.py tests/bench/test_predict.py
 	$(CARD)/bin/python -m bench.predict
+	$(CARD)/bin/python -m bench.gpu smoke --rehearse --out build/card
 
-# torch first and pinned, as above; then the older Triton, whose interpreter needs an older numpy.
-$(CARD)/.installed: constraints.txt
+# torch first and pinned, as above. Without diffusers and transformers: the machines have none.
+$(CARD)/.installed: constraints-card.txt
 	$(PYTHON) -m venv $(CARD)
-	$(CARD)/bin/python -m pip install --quiet -c constraints.txt torch
-	$(CARD)/bin/python -m pip install --quiet -c constraints.txt -e '.[test,bench]'
-	$(CARD)/bin/python -m pip install --quiet --no-deps 'triton==3.6.0' 'numpy<2.4'
+	$(CARD)/bin/python -m pip install --quiet -c constraints-card.txt torch triton numpy
+	$(CARD)/bin/python -m pip install --quiet -c constraints-card.txt \
+		hypothesis pytest pytest-benchmark safetensors huggingface_hub
+	$(CARD)/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
 bench: $(VENV)/.tests-installed

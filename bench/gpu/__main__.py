@@ -1,4 +1,5 @@
-"""`python -m bench.gpu smoke --out FOLDER`, then `python -m bench.gpu full --out FOLDER`: see smoke.py and full.py.
+"""`python -m bench.gpu smoke --out FOLDER`, then `python -m bench.gpu full --out FOLDER`: see smoke.py and full.py. At home,
+`python -m bench.gpu prove --out FOLDER`: see prove.py.
 
 Needs torch, triton, pytest, pytest-benchmark, numpy, safetensors and huggingface_hub; the package need not be installed.
 Other libraries are measured where they can be imported: PYTHONPATH may name a folder of them.
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu import full, repeats, smoke
+from bench.gpu import full, prove, repeats, smoke
 
 
 def main(given: list[str] | None = None) -> None:
@@ -29,10 +30,11 @@ def main(given: list[str] | None = None) -> None:
     second.add_argument("--spent", type=float, default=0.0, metavar="SECONDS", help="of the budget, before")
     second.add_argument("--resume", type=Path, metavar="FOLDER", help="results of an earlier run to go on from")
     third = of.add_parser("draw", help="tables and plots of what full measured")
+    fourth = of.add_parser("prove", help="make the default what smoke found right and faster")
     of.add_parser("once", help="every op once on small inputs: what a sanitizer watches")
     for command, budget in ((first, None), (second, full.BUDGET_S)):
         command.add_argument("--budget", type=float, default=budget, metavar="SECONDS")
-    for command in (first, second, third):
+    for command in (first, second, third, fourth):
         command.add_argument("--out", type=Path, metavar="FOLDER", help="where the results are; otherwise $OUT says it")
     arguments = parser.parse_args(given)
     if arguments.command == "once":
@@ -41,8 +43,8 @@ def main(given: list[str] | None = None) -> None:
     out = arguments.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else None)
     if out is None:
         parser.error("--out is needed: a folder for the results")
-    if arguments.command == "draw":
-        full.draw(out)
+    if arguments.command in ("draw", "prove"):
+        full.draw(out) if arguments.command == "draw" else prove.prove(out)
         return
     if arguments.command == "smoke":
         rehearse = arguments.rehearse or not torch.cuda.is_available()

@@ -209,7 +209,9 @@ def tuned(record: Record) -> None:
     if not table.is_file():
         return
     os.environ[tuning_table.VARIABLE] = str(table.resolve())
-    figures = (wanted for wanted in gpu_figures() if wanted.op in tuning_of.OPS and not wanted.compiled)
+    # threshold_encode takes the tiles that topk_encode was tuned for.
+    by_table = (*tuning_of.OPS, "threshold_encode")
+    figures = (wanted for wanted in gpu_figures() if wanted.op in by_table and not wanted.compiled)
     measured(record, "tuned", figures, results_of(record, "-tuned"))
 
 

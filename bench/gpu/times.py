@@ -13,16 +13,17 @@ from typing import Any
 
 import sparsefeat_kernels as kernels
 import torch
+from sparsefeat_kernels.encode.gpu.threshold import threshold_encode_triton
 from sparsefeat_kernels.encode.gpu.tiles import LARGE_TILE, default_tile
 from sparsefeat_kernels.encode.gpu.topk import topk_encode_triton
 from torch import Tensor
 
-from bench.gpu.checks import SMALLEST, TINY, TINY_ATTENTION
+from bench.gpu.checks import SLOW, SMALLEST, TINY, TINY_ATTENTION
 from bench.gpu.children import Step
 from bench.gpu.faults import by_triton, device, encoded_with_bias, with_bias
 from bench.measure import OURS, Ceilings, Figure, build, measure, measure_ceilings
 from bench.peers import compiled
-from bench.shapes import CROSS, sae_shape
+from bench.shapes import CROSS, JOINT, SELECTED, sae_shape
 from sparsefeat.measure.sae_case import SAECase
 from sparsefeat.measure.timing import DENSE, Provider
 
@@ -31,7 +32,8 @@ ATTENTION_SHAPES = ("SD 1.5, 64 x 64", "SDXL, 32 x 32", "SD 1.5, 16 x 16")
 ROWS = 4096
 ROUNDS_S = 0.25
 REPLAYS = 20
-PLAIN = f"{OURS}, plain torch"
+KERNELS, PLAIN = f"{OURS}, Triton", f"{OURS}, plain torch"
+LARGE = f"{KERNELS}, {LARGE_TILE['BLOCK_LATENTS']} wide"
 
 
 def by(figure: Figure, name: str, triton: bool) -> Provider:
@@ -42,31 +44,50 @@ def by(figure: Figure, name: str, triton: bool) -> Provider:
 
 def encode_providers(figure: Figure) -> list[Provider]:
     return [
-        by(figure, f"{OURS}, Triton", triton=True),
-        Provider(f"{OURS}, Triton, bias kept", encoded_with_bias, with_bias),
-        Provider(f"{OURS}, Triton, {LARGE_TILE['BLOCK_LATENTS']} wide", of_large_tile),
+        by(figure, KERNELS, triton=True),
+        Provider(f"{KERNELS}, bias kept", encoded_with_bias, with_bias),
+        Provider(LARGE, of_large_tile),
         by(figure, PLAIN, triton=False),
     ]
 
 
+def large_tile(case: SAECase) -> Mapping[str, int]:
+    """That only GPUs with the most shared memory have room for, whatever a tuning table says."""
+    return LARGE_TILE if case.x.dtype != torch.float32 else default_tile(case.x.dtype)
+
+
 def of_large_tile(case: SAECase) -> tuple[Tensor, Tensor]:
-    """By the tile that only GPUs with the most shared memory have room for, whatever a tuning table says."""
-    tile = LARGE_TILE if case.x.dtype != torch.float32 else default_tile(case.x.dtype)
-    return topk_encode_triton(case.x, case.W_enc, case.b_enc, case.b, case.k, "relu", blocks=tile)
+    return topk_encode_triton(case.x, case.W_enc, case.b_enc, case.b, case.k, "relu", blocks=large_tile(case))
+
+
+def threshold_of_large_tile(state: tuple[SAECase, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    case, threshold = state
+    weights, most = (case.W_enc, case.b_enc, case.b, threshold), min(8 * case.k, len(case.W_enc))
+    return threshold_encode_triton(case.x, *weights, most, tile=large_tile(case))
 
 
 def op_providers(figure: Figure) -> list[Provider]:
-    return [by(figure, f"{OURS}, Triton", triton=True), by(figure, PLAIN, triton=False)]
+    return [by(figure, KERNELS, triton=True), by(figure, PLAIN, triton=False)]
+
+
+def threshold_providers(figure: Figure) -> list[Provider]:
+    kernels, plain = op_providers(figure)
+    return [kernels, replace(kernels, name=LARGE, run=threshold_of_large_tile), plain]
 
 
 # Every op that is timed, the most wanted first.
 OPS: Mapping[str, Callable[[Figure], list[Provider]]] = {
     "topk_encode": encode_providers,
     "attention_map": op_providers,
-    "threshold_encode": op_providers,
+    "threshold_encode": threshold_providers,
     "sparse_decode": op_providers,
     "training_step": op_providers,
+    "weight_gradient": op_providers,
+    "sparse_edit": op_providers,
+    "feature_stats": op_providers,
+    "attention_tap": op_providers,
 }
+AT_ONE_SHAPE = ("weight_gradient", "sparse_edit", "feature_stats")
 
 
 def graph_ms(figure: Figure, provider: Provider) -> float:
@@ -116,12 +137,16 @@ def timed(op: str, shape: Mapping[str, int], dtype: str) -> dict[str, Any]:
 def wanted(op: str, rehearse: bool) -> Mapping[str, tuple[Mapping[str, int], str]]:
     """Shape and dtype of every step."""
     if rehearse:
-        shape = {"attention_map": TINY_ATTENTION, "training_step": SMALLEST}.get(op, TINY)
+        small = {"attention_map": TINY_ATTENTION, "attention_tap": {**TINY_ATTENTION, "selected": 3}}
+        shape = small.get(op, SMALLEST if op in SLOW else TINY)
         return {"tiny, float32": (shape, "float32")}
     if op == "attention_map":
         return {f"{name}, bfloat16": (CROSS[name], "bfloat16") for name in ATTENTION_SHAPES}
+    if op == "attention_tap":
+        return {"FLUX, bfloat16": ({**JOINT["FLUX"], "selected": SELECTED}, "bfloat16")}
     found: dict[str, tuple[Mapping[str, int], str]] = {
-        f"{name}, bfloat16": (sae_shape(name, ROWS), "bfloat16") for name in SHAPES
+        f"{name}, bfloat16": (sae_shape(name, ROWS), "bfloat16")
+        for name in (SHAPES[:1] if op in AT_ONE_SHAPE else SHAPES)
     }
     if op == "topk_encode":
         found["SAeUron, float32"] = (sae_shape("SAeUron", ROWS), "float32")

@@ -9,7 +9,7 @@ import torch
 from sparsefeat_kernels import dispatch
 from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
 
-from bench.gpu import checks, children, smoke, times
+from bench.gpu import checks, children, prove, smoke, times
 from bench.gpu.__main__ import main
 from bench.gpu.children import Job, Step
 from tests.bench.broken_op import BROKEN
@@ -150,6 +150,39 @@ def test_where_no_folder_is_given_the_variable_says_it(tmp_path, monkeypatch):
     monkeypatch.delenv("OUT")
     with pytest.raises(SystemExit):
         main(["smoke"])
+
+
+def smoked(folder, rehearsal=False, **took):
+    """A smoke.json: of each op the milliseconds of the kernels and of plain torch, or what its checks said."""
+    records = {
+        op: {"tiny": {"records": [
+            {"provider": "sparsefeat, Triton", "median_ms": ms[0], "checked": True},
+            {"provider": "sparsefeat, Triton, 256 wide", "median_ms": 0.01, "checked": True},
+            {"provider": "sparsefeat, plain torch", "median_ms": ms[1], "checked": ms[1] < 100},
+        ]}} for op, ms in took.items()
+    }  # fmt: skip
+    machine = {"device": "A Card", "backend": "cuda", "rehearsal": rehearsal}
+    summary = dict.fromkeys(took, "passed") | {"sparse_edit_delta": "2 of 5 steps not reached"}
+    (folder / "smoke.json").write_text(json.dumps({"machine": machine, "summary": summary, "times": records}))
+
+
+def test_what_smoke_found_right_and_faster_becomes_the_default_and_no_longer_when_it_is_not(tmp_path, capsys):
+    proven, results = tmp_path / "proven.json", tmp_path
+    proven.write_text(
+        '{"cuda": {"sparse_decode": "smoke-a-card.json", "attention_map": "smoke-other.json"}, "hip": {}}'
+    )
+    smoked(tmp_path, topk_encode=(1.0, 2.0), sparse_decode=(3.0, 2.0), sparse_edit=(1.0, 2.0), feature_stats=(1.0, 200))
+    prove.prove(tmp_path, results, proven)
+    found = json.loads(proven.read_text())
+    assert found == {"cuda": {"topk_encode": "smoke-a-card.json", "attention_map": "smoke-other.json"}, "hip": {}}
+    assert json.loads((results / "smoke-a-card.json").read_text())["machine"]["device"] == "A Card"
+    said = capsys.readouterr().out
+    assert "sparse_edit_delta: 2 of 5 steps not reached" in said
+    assert "3.000 ms at tiny where plain torch takes 2.000 ms" in said
+    assert "not timed at tiny" in said
+    smoked(tmp_path, rehearsal=True, topk_encode=(1.0, 2.0))
+    with pytest.raises(SystemExit, match="proves nothing"):
+        prove.prove(tmp_path, results, proven)
 
 
 def test_an_op_that_is_the_default_on_a_gpu_has_a_record_that_says_it_is_right_and_faster():
