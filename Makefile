@@ -3,7 +3,7 @@
 # make bench   the ops against dense PyTorch and other libraries on this machine, ten minutes: bench/results/
 # make peers   the other libraries, in an environment of their own, which make bench then uses
 # make interop  other programs' SAE files made again by those programs, and compared: docs/interop.md
-# make matrix  every promise of attach in every configuration, ten minutes: docs/pipelines.md
+# make matrix  every promise of attach in every configuration, over half an hour: docs/pipelines.md
 # make floor   the oldest supported versions, in an environment of their own: docs/pipelines.md too
 # make card    what a GPU machine will do, rehearsed with the Triton it has: kernels compiled, every op interpreted; half an hour
 # make evaluate  the EmojiCanvas benchmark: bench/results/emoji.json

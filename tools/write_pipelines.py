@@ -63,6 +63,12 @@ What is good to know:
   its own part of the schedule.
 * CogVideoX, AnimateDiff and a few others make one video a prompt whatever `num_videos_per_prompt` says; so does
   `Call.images_per_prompt`.
+* Conditioning frames and reference images (Kontext, FLUX.2, FLUX.3, LTX's conditions) are not part of what is made: no
+  instrument sees their rows.
+* A module of your own in the denoiser's place that holds it and hands everything on is seen through: hookpoints are called
+  as they are without it.
+* Packed weights (torchao, bitsandbytes, GGUF files, Nunchaku) are never read: activations are read and edited as in any
+  other model (`tests/pipeline/test_quantised.py`, which `make matrix` runs with these packages).
 * Attach first and compile then. A model that was compiled before would not run the hooks, and `attach` refuses it.
 * A step belongs to the scheduler that its model is run with. Pipelines with a prior and a decoder, with copies of their
   scheduler, or with several loops in one call (`Context.loop`) are counted loop by loop.
@@ -74,7 +80,7 @@ It is seen, not looked up: the text that each row is given is compared with what
 returned for the prompts and for the negative prompts, and with embeddings among the call's arguments. So it does not
 matter whether a pipeline runs [uncond, cond] or [cond, uncond], one run or several, or what its arguments are called;
 subclasses and loops of your own are understood in the same way. A text encoder's rows are told by the token ids in
-them. Two kinds of rows have the same text and are told apart by the pipeline's class or by its guider: "perturbed"
+them; where no `encode_prompt` says which text is which, the ids that the encoders were given do. Two kinds of rows have the same text and are told apart by the pipeline's class or by its guider: "perturbed"
 ones, and InstructPix2Pix's "image".
 
 Where a loop is not one of diffusers' and its embeddings come from nowhere, a row is `"unknown"`. An instrument that acts on
@@ -96,7 +102,7 @@ output is not.
 ## Modular pipelines
 
 `sf.attach(modular_pipe, ...)` takes the pipelines of `ModularPipelineBlocks.init_pipeline()`. Guiders say themselves which
-of their passes is running. Tried on {modular} (`tests/pipeline/test_modular.py`).
+of their passes is running. Tried on {modular}, and FLUX.3, which has no other pipeline (`tests/pipeline/test_modular.py`).
 
 ## Several pipelines with the same models
 

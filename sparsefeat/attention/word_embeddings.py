@@ -76,8 +76,14 @@ class WordEmbeddings(OfWords):
             )
         if not self.acts(context):
             return None
+        if len(text) % len(context.condition):
+            raise ValueError(
+                f"{name} is given {len(text)} texts for {len(context.condition)} batch entries, so that whose they are cannot be "
+                f"told; use {who} with one video a prompt."
+            )
         after = text.clone()
-        for row, (condition, image) in enumerate(zip(context.condition, context.prompt_index, strict=True)):
+        entries = after.unflatten(0, (len(context.condition), -1))  # a video may have its text for each frame
+        for entry, condition, image in zip(entries, context.condition, context.prompt_index, strict=True):
             if condition == "cond":
-                after[row] = self.changed(text[row], self.tokens(image, text.shape[1], name), context)
+                entry.copy_(self.changed(entry[0], self.tokens(image, text.shape[1], name), context))
         return {"encoder_hidden_states": after}

@@ -55,6 +55,34 @@ def test_a_strength_of_zero_changes_no_bit():
         assert np.array_equal(pixels(pipe, PROMPT), before)
 
 
+@pytest.mark.parametrize("guidance", [True, False])
+def test_the_text_of_every_frame_is_corrected_and_the_negative_prompts_is_not(guidance):
+    family = families()["animatediff"]
+    pipe, heard = family.build(), []
+    pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: heard.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
+
+    def given():
+        heard.clear()
+        family.call(pipe, [PROMPT], guidance=guidance, steps=1)
+        return heard[0]
+
+    plain = given()
+    with attach(pipe, CorrectionBySimilarities(["fox", "cat"], strength=0.4, window=2, quantile=0.7)):
+        pipe.unet.register_forward_pre_hook(  # behind the instrument's
+            lambda module, args, kwargs: heard.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+        )
+        given()
+    found = heard[1]
+    frames = len(plain) // (1 + guidance)
+    assert frames > 1
+    assert torch.equal(found[:-frames], plain[:-frames])
+    wanted = corrected_by_hand(plain[-1].double().numpy(), [FOX, CAT], 0.4, 2, 0.7)
+    for frame in found[-frames:]:
+        torch.testing.assert_close(frame.double(), torch.from_numpy(wanted), rtol=1e-5, atol=1e-5)
+
+
 class Suppressing:
     """An attention processor with the whole matrix, in which of FOX and CAT the lower one is zero at every position."""
 
