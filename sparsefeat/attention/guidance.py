@@ -1,4 +1,4 @@
-"""Guidance by maps: latents are moved, step by step, to where the words' cross-attention maps are as they should be.
+"""Guidance by maps: latents are moved, step by step, to where the words' maps are as they should be.
 
     guide = AttendAndExcite(["fox", "rocket"])
     with sf.attach(pipe, guide) as run:
@@ -8,7 +8,8 @@
 When the denoiser is about to run for a step, it is run on the conditional row alone with gradients; a loss of its maps
 says where what it is given, x, is to move, x' = x - size dloss/dx, and both the denoiser and the scheduler go on from
 there. A scheduler that holds its latents on another scale, z = x / s (Euler's), goes on from z' = x' / s: the same size
-means the same with every scheduler. The maps' gradient comes from `attention_map`: no [heads, positions, tokens] is kept by it, though torch's
+means the same with every scheduler. Maps are softmaxes over the text: of a joint attention (SD3, FLUX, Qwen-Image) those
+of the image's queries over the text's keys alone, which is what a cross-attention has. The maps' gradient comes from `attention_map`: no [heads, positions, tokens] is kept by it, though torch's
 own attention keeps what it needs of the pass.
 """
 
@@ -27,10 +28,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sparsefeat.arguments import number, whole
-from sparsefeat.attention.cross_attention import cross_attentions, cross_attentions_of
+from sparsefeat.attention.cross_attention import text_attentions, text_attentions_of
 from sparsefeat.attention.losses import neglect, retention, segregation, sharpened
 from sparsefeat.attention.moved_latents import MovedLatents, latents_argument, rows_of_arguments
 from sparsefeat.attention.seen_prompts import SeenPrompts
+from sparsefeat.attention.sums import cut, of_four
 from sparsefeat.pipeline import Call, Context, Instrument, UnknownConditionError
 from sparsefeat.pipeline.context import HOW_TO_STATE, UNKNOWN
 from sparsefeat.pipeline.families.family import Run
@@ -78,7 +80,7 @@ class MapGuidance(Instrument):
         self.begin_call(Call())
 
     def components(self, pipe: Any) -> tuple[str, ...]:
-        modules = cross_attentions(pipe, type(self).__name__)
+        modules = text_attentions(pipe, type(self).__name__)
         self._denoisers = tuple(dict.fromkeys(path.partition(".")[0] for path in modules))
         return (*self._denoisers, *self._prompts.components(pipe))
 
@@ -166,10 +168,8 @@ class MapGuidance(Instrument):
         self._moment = None
         return self._moved.of_the_scheduler(sample)
 
-    def _chosen(self, image: int, root: nn.Module) -> Callable[[int], list[tuple[int, ...]]]:
-        """Of the number of keys: the token positions of each word in this image's prompt."""
-
-        def positions(keys: int) -> list[tuple[int, ...]]:
+    def _chosen(self, image: int, root: nn.Module) -> Chosen:
+        def positions(keys: int) -> tuple[list[tuple[int, ...]], bool]:
             found = []
             for word in self.words:
                 parts = [word] if isinstance(word, (str, int)) else list(word)
@@ -177,9 +177,13 @@ class MapGuidance(Instrument):
                 for part in parts:
                     tokens += self._prompts.tokens(image, keys, part, root) if isinstance(part, str) else (part,)
                 found.append(tokens)
-            return found
+            return found, self._prompts.begins_with_mark(image, keys, root)
 
         return positions
+
+
+Chosen = Callable[[int], tuple[list[tuple[int, ...]], bool]]
+"""Of the number of keys: the token positions of each word in an image's prompt, and whether the first token is a mark."""
 
 
 class Guided:
@@ -190,7 +194,7 @@ class Guided:
         root: nn.Module,
         arguments: Mapping[str, Any],
         argument: str,
-        chosen: Callable[[int], list[tuple[int, ...]]],
+        chosen: Chosen,
         resolution: tuple[int, int] | None,
     ):
         self.root, self.arguments, self.argument, self.chosen = root, arguments, argument, chosen
@@ -205,17 +209,22 @@ class Guided:
         family = family_of(self.root)
         run = Run(self.root, arguments, family.image_grid(self.root, arguments))
 
-        def seen(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> None:
-            grid = family.grid(run, (1, query.shape[2], 1))
+        def seen(path: str, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> None:
+            streams = family.attention_streams(path, run, query.shape[2])
+            own, grid, mask = streams[0] if isinstance(streams, tuple) else streams, run.grid, of_four(mask)
+            if "text" in own and "image" in own:
+                rows, columns = slice(*own["image"]), slice(*own["text"])
+                query, key = query[:, :, rows], key[:, :, columns]
+                mask = None if mask is None else cut(cut(mask, 2, rows), 3, columns)
+            else:
+                grid = family.grid(run, (1, query.shape[2], 1))
             if grid is None or len(grid) != 2:
                 raise ValueError(f"attention from {query.shape[2]} positions is of no image grid; guidance needs one.")
-            if mask is not None and mask.dim() < 4:
-                mask = mask[(None,) * (4 - mask.dim())]
             found = attention_map(query, key, scale, mask)[0]  # [positions, tokens]
             held = summed.setdefault((int(grid[0]), int(grid[1])), [0, 0])
             held[0], held[1] = held[0] + found, held[1] + query.shape[1]
 
-        with torch.enable_grad(), _watching(list(cross_attentions_of(self.root).values()), seen):
+        with torch.enable_grad(), _watching(text_attentions_of(self.root), seen):
             self.root(**arguments)
         if not summed:
             raise ValueError(
@@ -225,7 +234,7 @@ class Guided:
         grid = self._level(list(summed), latent.shape[-2:])
         total, heads = summed[grid]
         maps = (total / heads).T.reshape(-1, *grid)
-        return sharpened(maps, self.chosen(len(maps)))
+        return sharpened(maps, *self.chosen(len(maps)))
 
     def _level(self, grids: list[tuple[int, int]], latent: Sequence[int]) -> tuple[int, int]:
         if self.resolution is not None:
@@ -329,30 +338,27 @@ class AStar(MapGuidance):
 
 
 @contextmanager
-def _watching(modules: Sequence[nn.Module], seen: Callable[..., None]) -> Iterator[None]:
-    """Within this, `seen(query, key, mask, scale)` for the first attention of each run of these modules."""
-    inside: list[bool] = []
+def _watching(modules: Mapping[str, nn.Module], seen: Callable[..., None]) -> Iterator[None]:
+    """Within this, `seen(path, query, key, mask, scale)` for the first attention of each run of these modules."""
+    inside: list[str | None] = []
     handles = []
 
     class Watch(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             if func is F.scaled_dot_product_attention and inside and inside[-1]:
-                inside[-1] = False  # what follows in this module is an IP-Adapter's image
+                path, inside[-1] = inside[-1], None  # what follows in this module is an IP-Adapter's image
                 given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False))
                 given |= kwargs
-                seen(given["query"], given["key"], given.get("attn_mask"), given.get("scale"))
+                seen(path, given["query"], given["key"], given.get("attn_mask"), given.get("scale"))
             return func(*args, **kwargs)
-
-    def begin(*_: Any) -> None:
-        inside.append(True)
 
     def end(*_: Any) -> None:  # what a hook returns is taken for the module's output
         inside.pop()
 
     try:
-        for module in modules:
-            handles.append(module.register_forward_pre_hook(begin))
+        for path, module in modules.items():
+            handles.append(module.register_forward_pre_hook(lambda *_, path=path: inside.append(path)))
             handles.append(module.register_forward_hook(end))
         with Watch():
             yield

@@ -33,21 +33,21 @@ def mean_overlap(maps: Tensor) -> Tensor:
     return torch.stack([overlap(maps[i], maps[j]) for i, j in pairs]).mean()
 
 
-def sharpened(maps: Tensor, words: Sequence[Sequence[int]]) -> Tensor:
+def sharpened(maps: Tensor, words: Sequence[Sequence[int]], marked: bool = True) -> Tensor:
     """The maps that guidance works on: [words, h, w] of the maps of all tokens [tokens, h, w].
 
-    A softmax over the tokens of 100 times the maps, the first and the last token left out (start, and end or padding);
-    of each word the mean over its tokens; then `smoothed`. As Attend-and-Excite has it, where a word is one token.
+    A softmax over the tokens of 100 times the maps, the first (where it is `marked`, a start) and the last (end or padding)
+    left out; of each word the mean over its tokens; then `smoothed`. As Attend-and-Excite has it, where a word is one token.
     """
-    tokens = len(maps)
-    outside = [token for of_word in words for token in of_word if not 0 < token < tokens - 1]
+    tokens, first = len(maps), int(marked)
+    outside = [token for of_word in words for token in of_word if not first <= token < tokens - 1]
     if outside or not all(words):
         raise ValueError(
-            f"tokens {outside or [list(of_word) for of_word in words]} cannot be guided by; name tokens from 1 to "
+            f"tokens {outside or [list(of_word) for of_word in words]} cannot be guided by; name tokens from {first} to "
             f"{tokens - 2}, without the start and the end"
         )
-    shares = (100 * maps[1:-1]).softmax(0)
-    return smoothed(torch.stack([shares[[token - 1 for token in of_word]].mean(0) for of_word in words]))
+    shares = (100 * maps[first:-1]).softmax(0)
+    return smoothed(torch.stack([shares[[token - first for token in of_word]].mean(0) for of_word in words]))
 
 
 def smoothed(maps: Tensor, sigma: float = math.sqrt(0.5)) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparsefeat.attention.cross_attention import cross_attentions_of
 from sparsefeat.attention.encoded import EncodedPrompt, Rows
 from sparsefeat.pipeline import Call, Context
 from sparsefeat.pipeline.families.family import TextLayout
@@ -75,13 +76,26 @@ class SeenPrompts:
         return tuple(found)
 
     def tokens(self, image: int, keys: int, word: str, root: nn.Module) -> tuple[int, ...]:
-        """The positions of a word among the keys of an image's cross-attention in a model; ValueError where they cannot be
-        told.
+        """The positions of a word among the keys of an image's attention to the text in a model; ValueError where they
+        cannot be told.
         """
-        prompts = self.prompts(family_of(root).text_layout(self._call.pipe, root, self._call.arguments))
+        prompts = self._of(root)
         if prompts is None:
             raise ValueError(
                 f"where word={word!r} stands cannot be told, as the call was given embeddings, not text; name token "
                 "positions instead, as in words=[2, (3, 4)]."
             )
         return prompts[image // self._call.images_per_prompt].indices(keys, word)
+
+    def begins_with_mark(self, image: int, keys: int, root: nn.Module) -> bool:
+        """Whether the first key is a mark, as CLIP's is, or unknown; T5 begins with the first word."""
+        prompts = self._of(root)
+        if prompts is None:
+            return True
+        first = prompts[image // self._call.images_per_prompt].tokens(keys)[:1]
+        return not first or first[0].index > 0 or first[0].special
+
+    def _of(self, root: nn.Module) -> tuple[EncodedPrompt, ...] | None:
+        layout = family_of(root).text_layout(self._call.pipe, root, self._call.arguments)
+        # Of a joint attention whose family does not say where the tokens stand, the number of keys does not tell it.
+        return self.prompts(layout, layout is not None or bool(cross_attentions_of(root)))

@@ -119,7 +119,7 @@ class Attended:
     ) -> None:
         """Add the maps to [groups, image positions, tokens]; `tokens` are positions among the text's."""
         call = self.call
-        query, key, mask, lse = call.query.detach(), call.key.detach(), _of_four(call.mask), call.lse
+        query, key, mask, lse = call.query.detach(), call.key.detach(), of_four(call.mask), call.lse
         if self.kind == "query_query":
             key, mask = query, None
         if self.kind in ("cross", "joint") and lse is None:
@@ -131,7 +131,7 @@ class Attended:
         image, text = slice(*self.image), slice(*self.text)
         rows, columns = (image, text) if self.direction == "image_to_text" else (text, image)
         query, key = query[:, :, rows], key[:, :, columns]
-        mask = None if mask is None else _cut(_cut(mask, 2, rows), 3, columns)
+        mask = None if mask is None else cut(cut(mask, 2, rows), 3, columns)
         lse = None if lse is None else lse[:, :, rows]
         if self.direction == "text_to_image":
             maps = maps.transpose(1, 2)
@@ -147,12 +147,12 @@ class Attended:
             attention_map_(maps, query, key, call.scale, mask, weight, group, tokens)
 
 
-def _of_four(mask: Tensor | None) -> Tensor | None:
+def of_four(mask: Tensor | None) -> Tensor | None:
     """An attn_mask as `F.scaled_dot_product_attention` takes it, broadcast from the right, with all four dimensions."""
     return mask if mask is None or mask.dim() >= 4 else mask[(None,) * (4 - mask.dim())]
 
 
-def _cut(mask: Tensor, dim: int, part: slice) -> Tensor:
+def cut(mask: Tensor, dim: int, part: slice) -> Tensor:
     return mask if mask.shape[dim] == 1 else mask.narrow(dim, part.start, part.stop - part.start)
 
 

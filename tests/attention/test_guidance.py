@@ -9,9 +9,11 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 
+import sparsefeat as sf
 from sparsefeat.attention.guidance import AStar, AttendAndExcite
 from sparsefeat.attention.losses import mean_overlap, neglect, overlap, retention, segregation, sharpened, smoothed
 from sparsefeat.pipeline import attach
+from tests.attention.test_families import PLACES
 from tests.families import families
 from tests.tiny import pixels, tiny_sd, tiny_sdxl
 
@@ -256,6 +258,60 @@ def test_a_pipeline_with_cross_attention_and_another_kind_of_model_is_guided_too
     assert run[guide].losses
 
 
+@pytest.mark.parametrize(("name", "first"), [("flux", 0), ("sd3", 1), ("qwen_image", 0)])
+def test_a_joint_attention_is_guided_by_the_texts_share_of_it(name, first):
+    """One step: the latent moved by hand, by the maps of the image's queries over the text's keys."""
+    tiny = families()[name]
+    pipe, place = tiny.build(), PLACES[name]
+    given, seen, words = [], [], [1]
+    if name == "sd3":  # CLIP's tokens are before T5's
+        words = [pipe.tokenizer("red fox")["input_ids"].index(pipe.tokenizer.convert_tokens_to_ids("fox</w>")), 16 + 1]
+
+    def call(latents, guide=None):
+        return torch.as_tensor(tiny.call(pipe, ["red fox"], guidance=False, size="wide", steps=1, latents=latents))
+
+    handle = pipe.transformer.register_forward_pre_hook(lambda m, a, k: given.append(k), with_kwargs=True)
+    tiny.call(pipe, ["red fox"], guidance=False, size="wide", steps=1)
+    handle.remove()
+    arguments = given[0]
+    start = arguments["hidden_states"].detach()
+    at, maps = start.clone().requires_grad_(), sf.HeatMaps()
+    with attach(pipe, maps) as run:
+        plain = call(start)
+    grid, original = run[maps].grid, torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, *more, **options):
+        if query.shape[2] == key.shape[2] > math.prod(grid):
+            (a, b), (c, d) = place.streams(query.shape[2], math.prod(grid))
+            scores = query[0, :, a:b] @ key[0, :, c:d].mT / query.shape[-1] ** 0.5
+            mask = options.get("attn_mask")
+            if mask is not None:
+                scores = scores.masked_fill(~mask[0, :, :, c:d].expand_as(scores), -torch.inf)
+            seen.append(scores.softmax(-1))
+        return original(query, key, *more, **options)
+
+    torch.nn.functional.scaled_dot_product_attention = watched
+    try:
+        pipe.transformer(**{**arguments, "hidden_states": at})
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = original
+    mean = torch.cat(seen).mean(0).T.unflatten(-1, grid)
+    share = (100 * mean[first:-1]).softmax(0)[[word - first for word in words]].mean(0)
+    weights = torch.tensor([[math.exp(-(y**2 + x**2)) for x in (-1, 0, 1)] for y in (-1, 0, 1)])
+    padded = torch.nn.functional.pad(share[None], (1, 1, 1, 1), mode="reflect")[0]
+    height = padded.unfold(0, 3, 1).unfold(1, 3, 1).mul(weights / weights.sum()).sum((-2, -1)).max()
+    moved = start - 20 * torch.autograd.grad(1 - height, at)[0]
+    wanted = call(moved.detach())
+    guide = AttendAndExcite(["fox"], steps=1, thresholds={})
+    with attach(pipe, guide) as run:
+        found = call(start)
+    assert run[guide].losses[0, 0][0] == pytest.approx(1 - float(height.detach()), abs=1e-5)
+    assert (wanted - plain).abs().max() > 1e-6
+    torch.testing.assert_close(
+        found - plain, wanted - plain, rtol=2e-2, atol=2e-2 * float((wanted - plain).abs().max())
+    )
+
+
 def test_what_cannot_be_guided_is_refused_before_it_is_drawn():
     pipe = tiny_sd()
     for words in ("fox", [], [1.5], [[]]):
@@ -272,9 +328,11 @@ def test_what_cannot_be_guided_is_refused_before_it_is_drawn():
         ),
     ):
         pixels(pipe, PROMPT)
-    joint = families()["sd3"].build()
-    with pytest.raises(ValueError, match="AStar works on cross-attention, and StableDiffusion3Pipeline has none"):
-        attach(joint, AStar(["fox"]))
+    apart = families()["mochi"].build()
+    with pytest.raises(
+        ValueError, match="AStar works on the image's attention to the text, and MochiPipeline has none"
+    ):
+        attach(apart, AStar(["fox"]))
     embeddings, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True)
     with attach(pipe, AStar(["fox"])), pytest.raises(ValueError, match="name token positions instead"):
         pixels(pipe, None, prompt_embeds=embeddings, negative_prompt_embeds=negative)
