@@ -28,6 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparsefeat.pipeline.hookpoints import Target
 from sparsefeat.pipeline.instrument import AttentionCall
 
+try:
+    from diffusers.models import attention_dispatch
+except ImportError:  # before diffusers 0.35
+    attention_dispatch = None
+
 _ABSENT = object()
 
 
@@ -207,7 +212,7 @@ def bypass(root_name: str, module: nn.Module) -> str | None:
     if getattr(processor, "_parallel_config", None) is not None:
         return f"its {name} shares its sequence among several devices (context parallelism): run it on one"
     if hasattr(processor, "_attention_backend"):
-        chosen = processor._attention_backend or os.environ.get("DIFFUSERS_ATTN_BACKEND", "native")
+        chosen = processor._attention_backend or _active_backend()
         backend = str(getattr(chosen, "value", chosen))
         if backend in ("native", "_native_flash", "_native_efficient", "_native_cudnn", "_native_math"):
             return None
@@ -220,6 +225,13 @@ def bypass(root_name: str, module: nn.Module) -> str | None:
     if name in _BYPASSING or any(part in name for part in ("XFormers", "Sliced", "NPU", "XLA")):
         return f"its {name} does not call F.scaled_dot_product_attention: {_remedy(root_name, name)}"
     return None
+
+
+def _active_backend() -> Any:
+    """What diffusers runs for a processor that names none: of `with attention_backend(...)`, of the model that was last
+    given one, or of the environment."""
+    registry = getattr(attention_dispatch, "_AttentionBackendRegistry", None)
+    return getattr(registry, "_active_backend", None) or os.environ.get("DIFFUSERS_ATTN_BACKEND", "native")
 
 
 _BYPASSING = ("AttnProcessor", "AttnAddedKVProcessor", "CustomDiffusionAttnProcessor", "IPAdapterAttnProcessor")

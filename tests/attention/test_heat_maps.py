@@ -376,6 +376,21 @@ def test_processors_and_backends_that_bypass_the_seam_are_named_with_what_works(
             pixels(pipe)
 
 
+def test_a_backend_that_is_active_for_every_model_is_named_too_and_its_remedy_works():
+    attention_dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
+    tiny = families()["flux"]
+    pipe = tiny.build()
+    with attention_dispatch.attention_backend("flex"):
+        with pytest.raises(
+            ValueError, match=r"runs the attention backend 'flex'.*: take the native one, (.*)\.$"
+        ) as error:
+            attach(pipe, HeatMaps())
+        eval(str(error.value).split("take the native one, ")[1].rstrip("."), {"pipe": pipe})
+        with attach(pipe, maps := HeatMaps()) as run:
+            tiny.call(pipe, ["red fox"], guidance=False)
+        assert run[maps].word("fox").values.max() > 0
+
+
 def test_the_frames_of_a_video_have_maps_of_their_own():
     tiny = families()["wan"]
     if not tiny.available:
