@@ -106,13 +106,14 @@ bench: $(VENV)/.tests-installed
 peers: $(PEERS)/.installed
 
 # torch first and pinned, as above; torchvision comes along with these and is built for another build of torch, which
-# breaks every import of transformers.
+# breaks every import of transformers. daam asks for diffusers 0.21, and runs with a newer one.
 $(PEERS)/.installed: constraints.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt torch
 	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt eai-sparsify sae-lens dictionary-learning overcomplete
 	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt diffusers matplotlib pytest pytest-benchmark typer
-	$(PEERS)/bin/python -m pip install --quiet --no-deps attention-map-diffusers==1.0.0
+	$(PEERS)/bin/python -m pip install --quiet --no-deps attention-map-diffusers==1.0.0 daam==0.2.0
+	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt spacy inflect joblib numba scikit-image
 	$(PEERS)/bin/python -m pip install --quiet --no-deps -e .
 	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@
