@@ -221,6 +221,21 @@ def peak_of_a_map(pipe: Any, run: Callable[[], Any]) -> int:
     return resident_peak_beyond(lambda: alone.at_attention(call, context))
 
 
+def warmed() -> None:
+    """What is made once in a process, by the first map of either: it is no part of a step."""
+    for name in ("sd", "flux"):
+        tiny = families()[name]
+        pipe = tiny.build()
+
+        def run(tiny: Any = tiny, pipe: Any = pipe) -> Any:
+            return tiny.call(pipe, ["red fox"], guidance=tiny.guidance == "cfg")
+
+        with sf.attach(pipe, sf.HeatMaps(words=[1, 2])):
+            run()
+        if not importable("attention_map_diffusers"):
+            captured(pipe, RELATIONS["image_to_text"], run, timesteps="last")
+
+
 def cost(name: str, build: Callable[[], tuple[Any, Callable[[], Any]]]) -> list[dict[str, Any]]:
     pipe, run = build()
     maps = sf.HeatMaps(words=EIGHT)
@@ -289,6 +304,7 @@ def main(what: str) -> None:
     if what == "agree":
         made: Iterator[Any] = ([agreement(n, d)] for n in FAMILIES for d in RELATIONS)
     else:
+        warmed()
         made = (cost(n, build) for n, build in (("SD 1.5 step", sd_step), ("FLUX block", flux_block)))
     for some in made:
         for row in some:
