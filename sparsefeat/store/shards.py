@@ -150,9 +150,8 @@ class ShardWriter:
             sync(self.folder)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
-            raise OSError(
-                f"cannot write {target} ({error}): free some space; rows up to mark {self.mark!r} are safe"
-            ) from error
+            kept = "nothing was kept yet" if self.mark is None else f"rows up to mark {self.mark!r} are safe"
+            raise OSError(f"cannot write {target} ({error}): free some space; {kept}") from error
         self.n_rows += self._buffered
         self.mark = self._pending_mark
         self._next += 1
