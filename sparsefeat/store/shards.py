@@ -230,9 +230,7 @@ class ShardReader:
                         )
                 yield file, names
         except (SafetensorError, OSError) as error:
-            raise OSError(
-                f"{shard.path} cannot be read ({error}): copy it again, or remove it to go without"
-            ) from error
+            raise _unreadable(shard.path, error, "copy it again, or remove it to go without") from error
 
     def rows(self, index: Tensor | Sequence[int], fields: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Rows by number, in the order asked. Holds the result and one shard at a time."""
@@ -346,6 +344,8 @@ def read_manifest(folder: Path) -> tuple[dict[str, Field], dict[str, Any]]:
         if values["format"] != NAME or not isinstance(values["format_version"], int) or values["format_version"] < 1:
             raise ValueError(f"format {values['format']!r} version {values['format_version']!r}")
         newer = values["format_version"] if values["format_version"] > VERSION else None
+    except PermissionError:
+        raise _forbidden(path) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no manifest of {NAME} version {VERSION} ({error}): pass another folder") from None
     if newer is not None:
@@ -431,5 +431,16 @@ def _read_mark(shard: Shard, digest: str) -> Any:
     try:
         with safe_open(shard.path, framework="pt") as file:
             return _mark(shard.path, file, digest)
-    except SafetensorError as error:
-        raise OSError(f"{shard.path} cannot be read ({error}): remove it, the run goes on before it") from None
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(shard.path, error, "remove it, the run goes on before it") from None
+
+
+def _forbidden(path: Path) -> PermissionError:
+    return PermissionError(f"{path} may not be read (Permission denied): make it readable, chmod u+r")
+
+
+def _unreadable(path: Path, error: Exception, remedy: str) -> OSError:
+    """What to say of a shard; one that may not be read is called "No such file" by safetensors."""
+    if path.exists() and not os.access(path, os.R_OK):
+        return _forbidden(path)
+    return OSError(f"{path} cannot be read ({error}): {remedy}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -305,3 +306,26 @@ def test_what_users_get_wrong_is_said(tmp_path):
         reader.rows([0], ["row"])
     with pytest.raises(ValueError, match="batch_size 0"):
         next(reader.batches(0))
+
+
+def test_what_may_not_be_read_is_told_so_and_nothing_is_to_be_copied_again(tmp_path):
+    """In a process without root's right to read everything, where this one has it."""
+    with ShardWriter(tmp_path / "store", {"rows": Field(torch.float32, (3,))}) as writer:
+        writer.append({"rows": torch.ones(5, 3)}, mark=1)
+    program = (
+        "from sparsefeat.store import ShardReader, last_marks\n"
+        "for attempt in (lambda: ShardReader('store').read_shard(0), lambda: last_marks('store')):\n"
+        "    try: attempt()\n"
+        "    except PermissionError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", program]
+    if os.geteuid() == 0:
+        rights = "-dac_override,-dac_read_search"
+        command = ["setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}", *command]
+        if shutil.which("setpriv") is None:
+            pytest.skip("root reads everything, and there is no setpriv to give that up")
+    for name in ("w0000-000000-5.safetensors", "manifest.json"):
+        (tmp_path / "store" / name).chmod(0)
+        said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
+        assert said == [f"store/{name} may not be read (Permission denied): make it readable, chmod u+r"] * 2
+        (tmp_path / "store" / name).chmod(0o600)
