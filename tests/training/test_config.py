@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sparsefeat.sae import SAE, SAEConfig
-from sparsefeat.training import SAETrainer, TensorRows, TrainConfig, fit_together
+from sparsefeat.training import SAETrainer, TensorRows, TrainConfig, fit_together, recipe
 from sparsefeat.training.run.early import misfit
 from sparsefeat.training.run.metrics import board_writer
 from tests.training.test_trainer import CONFIG, same, small, small_rows, superposition
@@ -212,3 +212,19 @@ def test_a_folder_without_permission_is_said(tmp_path: Path):
     made = SAETrainer(small(), small_rows(), CONFIG, Path("/proc/no/run"))
     with pytest.raises(OSError, match=r"cannot write a checkpoint into /proc/no/run .*choose another folder"):
         made.checkpoint()
+
+
+def test_a_penalty_that_does_not_reach_its_number_of_active_latents_in_the_steps_there_are_says_so():
+    rows = torch.randn(512, 16, generator=torch.Generator().manual_seed(2))
+
+    def train(steps: int) -> SAETrainer:
+        made = recipe("jumprelu", 16, n_latents=64, k=4, steps=steps, batch_size=128, lr=1e-2)
+        return SAETrainer(SAE(made.sae), rows, made.train)
+
+    with pytest.warns(UserWarning, match=r"has \d+\.\d latents active a row, not the 4 it was trained to: take more steps"):
+        train(10).fit(progress=False)
+    enough = train(600)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*latents active a row.*")
+        enough.fit(progress=False)
+    assert enough.log[-1]["l0"] == pytest.approx(4, rel=0.2)

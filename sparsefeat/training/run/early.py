@@ -20,6 +20,8 @@ ROWS_A_CHANNEL = 4
 # Rows after which a latent that all are equally likely to choose has fired a hundred times.
 FIRINGS = 100
 SILENT_SHARE = 0.5
+# Of the number of active latents that a penalty was to reach, in the last batch.
+FAR_FROM_TARGET = 0.2
 
 
 def misfit(rows: Tensor, config: SAEConfig) -> str | None:
@@ -73,6 +75,15 @@ class EarlyWarnings:
                 "fvu",
                 f"the SAE at {self.place} explains less than the mean does, fvu {measured['fvu']:.2f} at step {step}: lower lr "
                 f"({measured['lr']:g}), or take another normalizer",
+            )
+
+        target = config.objective.l0_target
+        if step == config.steps and target is not None and abs(measured["l0"] / target - 1) > FAR_FROM_TARGET:
+            more = "more steps" if measured["l0"] > target else "a smaller sparsity"
+            self._say(
+                "l0",
+                f"the SAE at {self.place} has {measured['l0']:.1f} latents active a row, not the {target:g} it was trained to: take "
+                f"{more}",
             )
 
     def _say(self, kind: str, sentence: str) -> None:
