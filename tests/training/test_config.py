@@ -221,7 +221,9 @@ def test_a_penalty_that_does_not_reach_its_number_of_active_latents_in_the_steps
         made = recipe("jumprelu", 16, n_latents=64, k=4, steps=steps, batch_size=128, lr=1e-2)
         return SAETrainer(SAE(made.sae), rows, made.train)
 
-    with pytest.warns(UserWarning, match=r"has \d+\.\d latents active a row, not the 4 it was trained to: take more steps"):
+    with pytest.warns(
+        UserWarning, match=r"has \d+\.\d latents active a row, not the 4 it was trained to: take more steps"
+    ):
         train(10).fit(progress=False)
     enough = train(600)
     with warnings.catch_warnings():

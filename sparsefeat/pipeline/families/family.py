@@ -107,8 +107,12 @@ class Family:
         """Whether this component of a pipeline is of this family. A subclass of a user's is what it is made of, but one
         of diffusers' own is another model (DreamLite's UNet sees a reference image beside the one that is made).
         """
-        names = [cls.__name__ for cls in type(root).__mro__]
-        own = [cls.__name__ for cls in type(root).__mro__ if cls.__module__.startswith("diffusers.models.")]
+        return self.names(type(root))
+
+    def names(self, kind: type[nn.Module]) -> bool:
+        """Whether `classes` has it, as `claims` says."""
+        names = [cls.__name__ for cls in kind.__mro__]
+        own = [cls.__name__ for cls in kind.__mro__ if cls.__module__.startswith("diffusers.models.")]
         return any(name in self.classes for name in own[:1] or names)
 
     def stating(self, rows: tuple[int, int | None] | None) -> Family:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from torch import nn
 
 from sparsefeat.pipeline.families.allegro import Allegro
@@ -102,4 +104,9 @@ def family_of(root: nn.Module) -> Family:
 
 def is_known(module: nn.Module) -> bool:
     """Whether it is one of the models that families name by their classes, and nothing that only looks like one."""
-    return any(Family.claims(family, module) for family in FAMILIES)
+    return _is_known(type(module))
+
+
+@cache  # asked of every component and every block of it whenever something is attached
+def _is_known(kind: type[nn.Module]) -> bool:
+    return any(family.names(kind) for family in FAMILIES)
