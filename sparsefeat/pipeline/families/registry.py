@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 from torch import nn
 
 from sparsefeat.pipeline.families.allegro import Allegro
@@ -104,9 +102,10 @@ def family_of(root: nn.Module) -> Family:
 
 def is_known(module: nn.Module) -> bool:
     """Whether it is one of the models that families name by their classes, and nothing that only looks like one."""
-    return _is_known(type(module))
+    kind = type(module)
+    if kind not in _known:  # asked of every component and every block of it whenever something is attached
+        _known[kind] = any(family.names(kind) for family in FAMILIES)
+    return _known[kind]
 
 
-@cache  # asked of every component and every block of it whenever something is attached
-def _is_known(kind: type[nn.Module]) -> bool:
-    return any(family.names(kind) for family in FAMILIES)
+_known: dict[type[nn.Module], bool] = {}
