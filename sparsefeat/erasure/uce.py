@@ -1,7 +1,7 @@
 """UCE: the weights that read the text, so changed that they take a concept for another (Gandikota et al., arXiv 2308.14761).
 
-With c_e the embedding of the last token of a concept to erase, a_e that of its guide, c_p those of concepts to preserve, the new
-weight minimises
+With c_e embeddings of a concept to erase (from its last token on), a_e those of its guide, c_p those of concepts to preserve, the
+new weight minimises
 
     sum_e s_e |W' c_e - W a_e|^2 + sum_p s_p |W' c_p - W c_p|^2 + lambda |W' - W|^2
 
@@ -113,6 +113,7 @@ class UCE(SavableInstrument):
         erase_scale: float = 1.0,
         preserve_scale: float = 1.0,
         regularisation: float = 0.5,
+        tokens: str = "onward",
         modules: Sequence[str] | None = None,
         steps: Steps = None,
         **call: Any,
@@ -124,6 +125,10 @@ class UCE(SavableInstrument):
             guide: what each is read as, one for all or one for each; "" (the published for objects) is the empty prompt.
             preserve: concepts that are to be read as before.
             erase_scale, preserve_scale, regularisation: s_e, s_p and lambda; the released program's by default.
+            tokens: "onward", the paper's program: all positions from the concept's last token to the end, padding too, each as
+                the guide's at the same distance, and every position of what is preserved; CLIP's padding says what a prompt is
+                about. "last", the present program: the last token alone; where the denoiser is given texts of several
+                encoders one after the other (Stable Diffusion 3), the one way there is.
             modules: paths of Linear modules that are given the text; default, of UNets the keys and values of the
                 cross-attention, of FLUX and Stable Diffusion 3 `context_embedder` and the first layer for the pooled text.
             call: arguments of the pipeline, such as max_sequence_length, height and width.
@@ -139,6 +144,8 @@ class UCE(SavableInstrument):
             )
         scales = number("erase_scale", erase_scale, 0, above=True), number("preserve_scale", preserve_scale, 0)
         number("regularisation", regularisation, 0, above=True)
+        if tokens not in ("last", "onward"):
+            raise ValueError(f"tokens={tokens!r} is not known; use 'last' or 'onward'.")
         StepWindow.parse(steps)
         check_arguments(pipe, call, also=inspect.signature(cls.fit).parameters)
         readers = _readers(pipe, modules)
@@ -150,18 +157,22 @@ class UCE(SavableInstrument):
         maps = []
         for argument, paths in readers.items():
             of = {text: found[argument] for text, found in seen.found.items() if argument in found}
-            counts = {len(rows) for rows in of.values()}
+            counts = {len(given.last) for given in of.values()}
             if len(of) != len(seen.found) or len(counts) != 1:
                 raise ValueError(
                     f"the denoiser was not given {argument} of as many encoders for every text; give modules=."
                 )
-            c, a, p = (torch.cat([of[text] for text in texts]) for texts in (erased, guides, preserved or erased[:1]))
+            if tokens == "onward" and counts != {1}:
+                raise ValueError("tokens='onward' needs one text among those the denoiser is given; use 'last' here.")
+            pairs = [_paired(of[text], of[other], tokens) for text, other in zip(erased, guides, strict=True)]
+            c, a = (torch.cat([pair[side] for pair in pairs]) for side in (0, 1))
+            p = torch.cat([c[:0], *(of[text].rows if tokens == "onward" else of[text].ends for text in preserved)])
             for path in paths:
                 if plain_weight(resolve(pipe, path)).shape[1:] != c.shape[1:]:
                     raise ValueError(
                         f"{path} is not given the text, which is {c.shape[1]} wide; give modules that are."
                     )
-            maps.append(text_map(paths, c, a, p if preserved else p[:0], scales, regularisation))
+            maps.append(text_map(paths, c, a, p, scales, regularisation))
         return cls(maps, erased, steps=steps)
 
     def weights(self, pipe: Any) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -236,13 +247,32 @@ def _readers(pipe: Any, modules: Sequence[str] | None) -> dict[str, list[str]]:
     return found
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What the denoiser is given of one text: `rows` [positions, d], and where the last token of each encoder's is."""
+
+    rows: Tensor
+    last: list[int]
+
+    @property
+    def ends(self) -> Tensor:
+        return self.rows[self.last]
+
+
+def _paired(erase: _Given, guide: _Given, tokens: str) -> tuple[Tensor, Tensor]:
+    if tokens == "last":
+        return erase.ends, guide.ends
+    length = min(len(one.rows) - one.last[0] for one in (erase, guide))
+    return erase.rows[erase.last[0] :][:length], guide.rows[guide.last[0] :][:length]
+
+
 class _Embeddings(Instrument):
-    """What the denoiser is given of each text's last token, [encoders, d] by argument."""
+    """What the denoiser is given of each text, by argument."""
 
     def __init__(self, denoiser: str, arguments: tuple[str, ...]):
         self.denoiser, self.wanted = denoiser, arguments
         self.text = ""
-        self.found: dict[str, dict[str, Tensor]] = {}
+        self.found: dict[str, dict[str, _Given]] = {}
         self._prompts = SeenPrompts()
 
     def components(self, pipe: Any) -> tuple[str, ...]:
@@ -270,14 +300,14 @@ class _Embeddings(Instrument):
             if (rows := self._rows(argument, arguments.get(argument), row)) is not None
         }
 
-    def _rows(self, argument: str, given: Any, row: int) -> Tensor | None:
+    def _rows(self, argument: str, given: Any, row: int) -> _Given | None:
         if not isinstance(given, Tensor) or given.ndim not in (2, 3):
             return None
         own = given[row].detach()
         if own.ndim == 1:  # pooled: one for the text
-            return own[None]
+            return _Given(own[None], [0])
         root = components(self._call.pipe)[self.denoiser]
         layout = family_of(root).text_layout(self._call.pipe, root, self._call.arguments)
         prompts = self._prompts.prompts(layout)
         assert prompts is not None
-        return own[prompts[0].last(len(own))]
+        return _Given(own, prompts[0].last(len(own)))

@@ -66,7 +66,7 @@ def test_the_weights_are_those_of_the_published_equations(name):
     before = {n: p.detach().clone() for n, p in root.named_parameters()}
     with torch.no_grad():
         of = {text: [row.double() for row in embeddings(pipe, text)] for text in (*ERASE, *GUIDE, *KEEP)}
-    erase = UCE.fit(pipe, ERASE, guide=GUIDE, preserve=KEEP, **CALL, **call)
+    erase = UCE.fit(pipe, ERASE, guide=GUIDE, preserve=KEEP, tokens="last", **CALL, **call)
     c, a, p = ([row for text in texts for row in of[text]] for texts in (ERASE, GUIDE, KEEP))
     checked = 0
     with attach(pipe, erase):
@@ -78,6 +78,35 @@ def test_the_weights_are_those_of_the_published_equations(name):
                 checked += 1
     assert checked > 0
     assert all(torch.equal(weight, before[n]) for n, weight in root.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_or_all_positions_from_the_last_token_on(name):
+    build, _, call, kind = CASES[name]
+    pipe = build()
+    root = pipe.unet if name == "sd" else pipe.transformer
+    with torch.no_grad():
+        if name == "sd":
+            of = {text: pipe.encode_prompt(text, "cpu", 1, False)[0][0].double() for text in (*ERASE, *GUIDE, *KEEP)}
+            last = {text: len(pipe.tokenizer(text).input_ids) - 2 for text in of}
+        else:
+            of = {
+                text: pipe.encode_prompt(text, text, max_sequence_length=16)[0][0].double()
+                for text in (*ERASE, *GUIDE, *KEEP)
+            }
+            last = {text: max(len(pipe.tokenizer_2(text).input_ids) - 2, 0) for text in of}
+    c, a = [], []
+    for text, other in zip(ERASE, GUIDE, strict=True):
+        farthest = max(last[text], last[other])  # the published slices, which end at the same distance
+        c += list(of[text][last[text] : len(of[text]) - (farthest - last[text])])
+        a += list(of[other][last[other] : len(of[other]) - (farthest - last[other])])
+    p = [row for text in KEEP for row in of[text]]
+    erase = UCE.fit(pipe, ERASE, guide=GUIDE, preserve=KEEP, preserve_scale=0.1, **CALL, **call)
+    before = {n: w.detach().clone() for n, w in root.named_parameters()}
+    with attach(pipe, erase):
+        n, weight = next((n, w) for n, w in root.named_parameters() if kind in n and n.endswith("weight"))
+        wanted = published(before[n], c, a, p, s_p=0.1)
+        assert (weight.double() - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
 def test_transformers_are_given_the_pooled_text_too():
@@ -95,7 +124,7 @@ def test_transformers_are_given_the_pooled_text_too():
 def test_the_erased_word_draws_what_its_guide_draws_as_the_regularisation_goes_to_nothing():
     """With as many rows as tokens differ, W' reads "fox" as "dog": the keys and values are the guide's."""
     pipe = tiny_sd()
-    erase = UCE.fit(pipe, "fox", guide="dog", regularisation=1e-6, **CALL)
+    erase = UCE.fit(pipe, "fox", guide="dog", regularisation=1e-6, tokens="last", **CALL)
     fox, dog = (sd_embeddings(pipe, text)[0].detach() for text in ("fox", "dog"))
     module = next(m for n, m in pipe.unet.named_modules() if n.endswith("attn2.to_k"))
     with torch.no_grad():
@@ -147,6 +176,8 @@ def test_wrong_inputs_are_refused_in_a_sentence():
     )
     with pytest.raises(ValueError, match="fitted on another model"):
         attach(pipe, other)
+    with pytest.raises(ValueError, match="use 'last' here"):
+        UCE.fit(families()["sd3"].build(), "fox", max_sequence_length=12, **CALL)
     peft = pytest.importorskip("peft")
     pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_k"]))
     with pytest.raises(ValueError, match="carries an adapter"):
