@@ -66,6 +66,17 @@ def test_topk_encode_needs_no_wait(dtype, selection):
     assert waits == []
 
 
+def test_half_precision_is_multiplied_as_it_is(monkeypatch):
+    x, W, b, c, _, _, dead = tensors(torch.bfloat16)
+    multiplied, product = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *given, **more: multiplied.append(given) or product(*given, **more))
+    monkeypatch.setattr(torch, "addmm", None)
+    called(ops.topk_encode, x, W, b, c, 4, "raw")
+    called(ops.auxk_encode, x, W, b, c, 4, dead, 6, "relu", None, None)
+    assert len(multiplied) >= 4
+    assert {t.dtype for given in multiplied for t in given} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_auxk_encode_needs_no_wait(dtype):
     x, W, b, c, _, _, dead = tensors(dtype)

@@ -52,9 +52,9 @@ def check_bias(bias: Tensor | None, W_enc: Tensor) -> None:
 @functools.cache
 def _sums_wider(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether torch has a product of this dtype there whose sums it keeps in fp32: on a GPU, from 2.8."""
-    one, out = torch.ones(16, 16, dtype=dtype, device=device), torch.empty(16, 16, device=device)
+    one, out = torch.ones(16, 16, dtype=dtype, device=device), torch.empty(16, 32, device=device)
     try:
-        torch.mm(one, one, out_dtype=torch.float32, out=out)
+        torch.mm(one, one, out_dtype=torch.float32, out=out[:, :16])
     except (TypeError, RuntimeError):
         return False
     return True
