@@ -32,10 +32,9 @@ ROWS = Path("build/training/saes-8-8/rows")
 HOOKPOINTS = (
     "unet.mid_block.attentions.0",
     "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2",
-    "text_encoder.encoder.layers.0",
 )
 STEPS, BATCH = 300, 2048
-RATES = {"adam": (1e-3, 2e-3, 4e-3), "muon": (1e-3, 2e-3, 4e-3)}
+RATES = {"adam": (2e-3, 4e-3, 8e-3), "muon": (2e-3, 4e-3, 8e-3)}
 
 
 class AdamAndMuon(torch.optim.Optimizer):

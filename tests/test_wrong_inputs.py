@@ -142,6 +142,11 @@ AT_ONCE = [
     ("collect --at a --out file", "--out file is a file; name a folder"),
     ("train", "--at is missing; name at least one hookpoint"),
     ("train --preset nope", "--preset 'nope' is not known; choose one of topk"),
+    (
+        "train --at a --preset itda --ema 0.9",
+        "--ema is of training by gradients, and itda is built of the rows in one pass",
+    ),
+    ("train --at a --preset itda --normalizer pca", "--normalizer is of training by gradients"),
     ("train --preset topk --preset topk", "--preset names one twice; give each once"),
     (
         "train --activations nothere",

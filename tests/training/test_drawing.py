@@ -89,6 +89,14 @@ def test_ranks_in_any_number_and_order_write_what_one_writes(pipe, tmp_path):
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
+def test_a_file_that_is_no_image_is_named(pipe, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_text("not a picture")
+    drawing = Drawing(pipe, read_images(tmp_path / "photos"), 1, call={"num_inference_steps": 2})
+    with pytest.raises(OSError, match=r"a\.png cannot be read as an image .*: mend it, or take it away"):
+        collect_activations(drawing, ["unet.mid_block.attentions.0"], tmp_path / "rows")
+
+
 def test_images_are_noised_to_a_step_and_seen_once(pipe, tmp_path):
     for i in range(4):
         noise = np.random.default_rng(i).integers(0, 255, (20, 24, 3), np.uint8)

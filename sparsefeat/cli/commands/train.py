@@ -61,6 +61,20 @@ PRESETS = (
 )
 SETTINGS = "train.json"
 INPUT = re.compile(r":input(?=$|:)")
+BUILT = "itda"
+OF_GRADIENTS = (
+    "lr",
+    "warmup_steps",
+    "decay_steps",
+    "decay",
+    "optimizer",
+    "weight_decay",
+    "ema",
+    "precision",
+    "accumulate",
+    "normalizer",
+    "dead_after",
+)
 TRANSCODERS = ("transcoder", "skip-transcoder")
 
 
@@ -181,16 +195,6 @@ def train(
     else:
         at = check_hookpoints(at)
         inputs = read_inputs(prompts, column, split, images, limit, pipeline)
-    check_free(out, "--out", replace=SETTINGS)
-    check_writable(out, "--out")
-    from sparsefeat.report.training_page import write_training_page
-    from sparsefeat.training import Drawing, PipelineRows, Ranks
-    from sparsefeat.training.run.metrics import board_writer
-    from sparsefeat.training.run.published import batch_size_of
-    from sparsefeat.training.run.runs import fitting_batch_size, summaries, train_presets
-
-    if tensorboard:
-        board_writer()
     changed: dict[str, Any] = {
         "n_latents": latents,
         "k": k,
@@ -212,6 +216,18 @@ def train(
         "objective": {"dead_after": dead_after} if dead_after else None,
     }
     settings = {name: given for name, given in changed.items() if given is not None}
+    if all(name == BUILT for name in presets):
+        check_built({**settings, "normalizer": normalizer, "dead_after": dead_after}, tensorboard)
+    check_free(out, "--out", replace=SETTINGS)
+    check_writable(out, "--out")
+    from sparsefeat.report.training_page import write_training_page
+    from sparsefeat.training import Drawing, PipelineRows, Ranks
+    from sparsefeat.training.run.metrics import board_writer
+    from sparsefeat.training.run.published import batch_size_of
+    from sparsefeat.training.run.runs import fitting_batch_size, summaries, train_presets
+
+    if tensorboard:
+        board_writer()
     ranks = Ranks.of_environment()
     device = ranks.device(device)
     check_usable(device)
@@ -254,6 +270,15 @@ def train(
             for line in summaries(found):
                 typer.echo(line)
             typer.echo(f"the page: {write_training_page(out, {one.folder.name: one.entries for one in found})}")
+
+
+def check_built(given: dict[str, Any], tensorboard: bool) -> None:
+    """Refuse what is of gradients where there are none."""
+    said = [name for name in OF_GRADIENTS if given.get(name) is not None] + ["tensorboard"] * tensorboard
+    if said:
+        raise ValueError(
+            f"--{said[0].replace('_', '-')} is of training by gradients, and {BUILT} is built of the rows in one pass; leave it out"
+        )
 
 
 def check_transcoders(presets: list[str], at: list[str] | None) -> None:

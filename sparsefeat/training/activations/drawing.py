@@ -103,7 +103,7 @@ class Drawing:
             steps = inspect.signature(type(self.pipe).__call__).parameters["num_inference_steps"].default
         order = torch.randperm(steps, generator=torch.Generator().manual_seed(self.seed))
         step = int(order[numbers.start // self.batch_size % steps])
-        images = [Image.open(self.inputs.images[number % len(self.inputs)]).convert("RGB") for number in numbers]
+        images = [_opened(self.inputs.images[number % len(self.inputs)]) for number in numbers]
         width, height = (self.call.get(name) or _own_size(self.pipe) for name in SIZE)
         return {
             "image": [image.resize((width, height), Image.Resampling.LANCZOS) for image in images],
@@ -111,6 +111,13 @@ class Drawing:
             "num_inference_steps": steps,
             "callback_on_step_end": _stop,
         }
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: of a broken PNG
+        raise OSError(f"{path} cannot be read as an image ({error}): mend it, or take it away") from None
 
 
 def _looking(pipe: Any) -> Any:
