@@ -55,6 +55,8 @@ def test_every_command_explains_itself(command):
         (["steer", "a fox", "--add", "3=1", "--window", "early"], "START:STOP"),
         (["erase", "a fox"], "--concept"),
         (["erase", "an emoji of a fox", "--concept", "zebra"], "zebra"),
+        (["erase", "an emoji of a fox", "--concept", "fox", "--method", "guess"], "--method 'guess' is not known"),
+        (["erase", "a fox", "--concept", "fox", "--method", "cad", "--gamma", "-1"], "--gamma is of --method saeuron"),
         (["features", "a fox", "--pipeline", "some/model"], "--sae"),
         (["features", "a fox", "--sae", "no/such/folder-at-all"], "no/such/folder-at-all"),
         (["features", "a fox", "--at", "unet.mid_blok.attentions.0"], "mid_block"),
@@ -193,6 +195,22 @@ def test_steer_changes_the_image_and_a_scale_of_one_does_not(tmp_path):
         assert result.exit_code == 0, result.output
         before, after = (Image.open(out / name).tobytes() for name in ("before.png", "after.png"))
         assert (before != after) == changed
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("method", ["cad", "uce", "sld"])
+def test_erase_without_an_sae_draws_saves_and_uses_the_saved_erasure(method, tmp_path):
+    base = ["erase", "a noto emoji of a fox", "--steps", "2"]
+    kept = str(tmp_path / "kept")
+    first = [*base, "--concept", "fox", "--method", method, "--save", kept, "--out", str(tmp_path / "first")]
+    for arguments in (first, [*base, "--fitted", kept, "--out", str(tmp_path / "second")]):
+        result = runner.invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+    before, after, again = (
+        (tmp_path / name).read_bytes() for name in ("first/before.png", "first/after.png", "second/after.png")
+    )
+    assert before != after
+    assert after == again
 
 
 @pytest.mark.embedded

@@ -15,6 +15,13 @@ from sparsefeat.cli.opening import PipelineChoice, SAEChoice, check_hookpoint
 from sparsefeat.cli.options import At, Device, Guidance, Out, Pipeline, Saes, Seed, Steps, Subfolders, finite, path
 from sparsefeat.whole import whole_folder
 
+METHODS = ("saeuron", "cad", "uce", "sld")
+PROMPTS = 4
+"""Of the concept, that cad and uce look at."""
+CAD_RATIO = 0.03
+"""Of each row of the attention's weights: the published 0.001 takes nothing of rows shorter than 1,000, as the embedded
+pipeline's are."""
+
 
 def erase(
     prompt: str,
@@ -30,6 +37,9 @@ def erase(
         Path | None,
         typer.Option("--save", parser=path, metavar="FOLDER", help="Keep the fitted erasure in this new folder."),
     ] = None,
+    method: Annotated[
+        str, typer.Option(help="saeuron, by an SAE; or without one: cad, uce (weights), sld (guidance).")
+    ] = "saeuron",
     latents: Annotated[int | None, typer.Option(min=1, help="Latents a step, at each SAE. Default: 32.")] = None,
     gamma: Annotated[
         float | None, typer.Option(callback=finite, help="Their activations are multiplied by this. Default: -0.5.")
@@ -44,15 +54,21 @@ def erase(
     device: Device = "cpu",
     out: Out = Path("erased"),
 ) -> None:
-    """Draw PROMPT without and with a concept erased (SAeUron's method)."""
+    """Draw PROMPT without and with a concept erased."""
     if (concept is None) == (fitted is None):
         raise ValueError("name what to erase with --concept, or an erasure fitted before with --fitted; one of the two")
+    if method not in METHODS:
+        raise ValueError(f"--method {method!r} is not known; choose one of {', '.join(METHODS)}")
     choice = PipelineChoice(pipeline, device, steps)
     check_hookpoint(at)
     folders: list[Path] = []
+    of_latents = {"--latents": latents, "--gamma": gamma, "--sae": sae, "--subfolder": subfolder, "--at": at}
+    if method != "saeuron":
+        ignored = [option for option, given in {**of_latents, "--fitted": fitted}.items() if given is not None]
+        if ignored:
+            raise ValueError(f"{ignored[0]} is of --method saeuron, not of {method}; leave one of them out")
     if fitted is not None:
-        of_fitting = {"--concepts": concepts, "--save": save_to, "--latents": latents, "--gamma": gamma, "--sae": sae,
-                      "--subfolder": subfolder, "--at": at}  # fmt: skip
+        of_fitting = {"--concepts": concepts, "--save": save_to, **of_latents}
         ignored = [option for option, given in of_fitting.items() if given is not None]
         if ignored:
             raise ValueError(
@@ -61,8 +77,9 @@ def erase(
         folders = fitted_folders(fitted)
     else:
         assert concept is not None
-        given = concept_prompts(concept, concepts, pipeline)
-        saes = SAEChoice(sae, subfolder, pipeline, "text")
+        needs_others = method == "saeuron" or pipeline is None or concepts is not None
+        given = concept_prompts(concept, concepts, pipeline) if needs_others else {concept: [concept]}
+        saes = SAEChoice(sae, subfolder, pipeline, "text") if method == "saeuron" else None
         if save_to is not None:
             check_apart(save_to, out)
 
@@ -88,15 +105,33 @@ def erase(
                 pipe = choice.open()
                 call = choice.call_options(guidance, seed)
                 del call["generator"]  # every image of the fit has its own
-                instruments = [
-                    Erase.fit(pipe, one, concept, given, magnitude="scale", batch_size=25, at=at, **how, **call)
-                    for one in saes.open(device)
-                ]
+                if saes is None:
+                    instruments = [without_sae(method, pipe, concept, given, call)]
+                else:
+                    instruments = [
+                        Erase.fit(pipe, one, concept, given, magnitude="scale", batch_size=25, at=at, **how, **call)
+                        for one in saes.open(device)
+                    ]
                 if kept is not None:
                     for i, instrument in enumerate(instruments):
                         instrument.save(kept if len(instruments) == 1 else kept / str(i))
         draw_before_and_after(pipe, prompt, lambda: choice.call_options(guidance, seed), instruments, folder)
     typer.echo(f"{out / 'before.png'}\n{out / 'after.png'}")
+
+
+def without_sae(method: str, pipe: Any, concept: str, prompts: dict[str, list[str]], call: dict[str, Any]) -> Any:
+    """The instrument of a method that needs no SAE, by a few of the concept's prompts and of the others'."""
+    from sparsefeat.attribution import cad_erase
+    from sparsefeat.erasure import UCE, safe_latent_diffusion
+
+    if method == "sld":
+        return safe_latent_diffusion(concept, "max")
+    own = prompts.get(concept, [concept])[:PROMPTS]
+    if method == "cad":
+        modules = "attn2" if getattr(pipe, "unet", None) is not None else "attn"
+        return cad_erase(pipe, own, ratio=CAD_RATIO, modules=modules, **call)
+    others = [text for name, texts in prompts.items() if name != concept for text in texts[:1]]
+    return UCE.fit(pipe, own, preserve=others, **{**call, "num_inference_steps": 1})
 
 
 def fitted_folders(fitted: Path) -> list[Path]:
