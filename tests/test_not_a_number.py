@@ -488,6 +488,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
             "steps": (0.0, 0.5),
         },
     ),
+    "df_rise": (
+        sf.df_rise,
+        lambda: {"pipe": Untouched(), "prompt": "a fox", "share": 0.5, "steps": (0.0, 0.5)},
+    ),
     "UCE.fit": (
         sf.UCE.fit,
         lambda: {

@@ -4,6 +4,7 @@ from sparsefeat.attribution.components import WeightScores, attribute_weights, c
 from sparsefeat.attribution.concept_neurons import cones
 from sparsefeat.attribution.latents import LatentScores, attribute_latents
 from sparsefeat.attribution.masks import WeightMask, chosen_weights
+from sparsefeat.attribution.rise import df_rise
 
 __all__ = [
     "LatentScores",
@@ -15,4 +16,5 @@ __all__ = [
     "cad_erase",
     "chosen_weights",
     "cones",
+    "df_rise",
 ]
