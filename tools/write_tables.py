@@ -188,6 +188,18 @@ def retrained(results: dict[str, Any]) -> str:
     return f"{table(head, rows)}\n\n{cost} {where(results, 'python tools/train_saes.py --out build/saes')}"
 
 
+def optimizers(results: dict[str, Any]) -> str:
+    rates = sorted({run["lr"] for run in results["runs"]})
+    found = {(run["hookpoint"], run["optimizer"], run["lr"]): run["fvu"] for run in results["runs"]}
+    rows = [
+        [f"`{place}`", optimizer, *(f"{found[place, optimizer, lr]:.3f}" for lr in rates)]
+        for place in dict.fromkeys(run["hookpoint"] for run in results["runs"])
+        for optimizer in ("adam", "muon")
+    ]
+    size = f"FVU on held-out rows after {results['steps']} steps of {results['batch_size']:,} rows."
+    return f"{table(['hookpoint', 'optimiser', *(f'lr {lr:g}' for lr in rates)], rows)}\n\n{size} {where(results, 'python -m bench.optimizers')}"
+
+
 def speed(devices: dict[str, dict[str, Any]]) -> str:
     """A table a device that was measured; a device that nobody measured has none."""
     parts = []
@@ -213,6 +225,7 @@ TABLES = {
     "itd": (ITD, itd),
     "codecs": (CODECS, codecs),
     "retrained": (RETRAINED, retrained),
+    "optimizers": ("optimizers.json", optimizers),
 }
 
 
