@@ -6,9 +6,10 @@ value and what to give.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,35 @@ def whole(name: str, given: Any, low: int = 1, high: float = math.inf) -> int:
     if value is None or not low <= value <= high:
         raise ValueError(f"{name}={given!r} must be {_wanted('a whole number', low, high)}.")
     return value
+
+
+def wholes(name: str, given: Any, low: int = 0, high: float = math.inf) -> list[int]:
+    """A list of integers from `low` to `high`; a tensor of one dimension is one."""
+    numbers = None
+    if isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping)):
+        with contextlib.suppress(TypeError, ValueError):  # TypeError: of a tensor without dimensions
+            numbers = [whole(name, one, low, high) for one in given]
+    if not numbers:
+        raise ValueError(
+            f"{name}={given!r:.80} must be a list, not empty, {_wanted('each a whole number', low, high)}."
+        )
+    return numbers
+
+
+def sides(name: str, given: Any) -> tuple[int, int]:
+    """(height, width)."""
+    try:
+        height, width = wholes(name, given, 1)
+    except ValueError:
+        raise ValueError(f"{name}={given!r:.80} must be (height, width), two whole numbers of at least 1.") from None
+    return height, width
+
+
+def mapping(name: str, given: Any, what: str) -> Mapping[Any, Any]:
+    """A mapping; `what` it maps: "steps to heights"."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{name}={given!r:.80} must map {what}.")
+    return given
 
 
 def _wanted(what: str, low: float, high: float, above: bool = False) -> str:

@@ -76,6 +76,15 @@ def check_writable(place: str | os.PathLike[str], name: str = "folder") -> None:
         pass
 
 
+def place_to_fill(given: str | os.PathLike[str], name: str = "folder") -> Path:
+    """The path of a folder that is written into bit by bit, and may be there; OSError where that cannot be."""
+    folder = as_path(given, name)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{name} {folder} is a file; name a folder")
+    check_writable(folder / "new" if folder.is_dir() else folder, name)
+    return folder
+
+
 class NotWrittenError(OSError):
     """`place`, which its user calls `name`, could not be written, for the reason `why`."""
 

@@ -98,15 +98,20 @@ def _feature_stats_cpu(
 ) -> None:
     """Scatters along an only dimension go through the entries in their order. Those of value 0 go along: they add 0."""
     groups, n_latents = sum.shape
-    keys = (group[:, None].long() * n_latents + indices).view(-1)
+    keys = torch.add(indices, group.long()[:, None], alpha=n_latents).view(-1)
     v = values.reshape(-1)
     if not (_within(indices, n_latents) and _within(group, groups)):
         inside = _statistic_keys(values, indices, group, groups, n_latents).view(-1) < groups * n_latents
         keys, v = keys[inside], v[inside]
-    active = v != 0
+    if v.numel() and float(v.amin()) >= 0:  # not so with NaN. Two ops of whole vectors in the place of five
+        active = v.view(torch.int32).clamp(0, 1)  # the bits of a positive number are one; -0.0 has negative ones
+        counted = torch.nn.functional.threshold(v, 0.0, -torch.inf)
+    else:
+        active = (v != 0).int()
+        counted = v.masked_fill(v == 0, -torch.inf)
     sum.view(-1).scatter_add_(0, keys, v)
-    count.view(-1).scatter_add_(0, keys, active.int())
-    maximum.view(-1).scatter_reduce_(0, keys, v.masked_fill(~active, -torch.inf), "amax")
+    count.view(-1).scatter_add_(0, keys, active)
+    maximum.view(-1).scatter_reduce_(0, keys, counted, "amax")
 
 
 def _within(index: Tensor, size: int) -> bool:

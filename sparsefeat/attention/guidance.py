@@ -27,7 +27,7 @@ from sparsefeat_kernels import attention_map
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sparsefeat.arguments import number, whole
+from sparsefeat.arguments import mapping, number, sides, whole
 from sparsefeat.attention.cross_attention import text_attentions, text_attentions_of
 from sparsefeat.attention.losses import neglect, retention, segregation, sharpened
 from sparsefeat.attention.moved_latents import MovedLatents, latents_argument, rows_of_arguments
@@ -73,7 +73,7 @@ class MapGuidance(Instrument):
             if not positions or not all(isinstance(one, (str, int)) and not isinstance(one, bool) for one in positions):
                 raise ValueError(f"words={words!r} has {word!r}; name a word, a token position, or several of these.")
         self.words = tuple(words)
-        self.resolution = resolution
+        self.resolution = None if resolution is None else sides("resolution", resolution)
         self.scale = number("scale", scale)
         self._prompts = SeenPrompts()
         self._denoisers: tuple[str, ...] = ()
@@ -291,7 +291,8 @@ class AttendAndExcite(MapGuidance):
     ):
         super().__init__(words, resolution, scale)
         self.steps = whole("steps", steps)
-        self.thresholds = dict({0: 0.05, 10: 0.5, 20: 0.8} if thresholds is None else thresholds)
+        given = {0: 0.05, 10: 0.5, 20: 0.8} if thresholds is None else thresholds
+        self.thresholds = dict(mapping("thresholds", given, "steps to heights of 0 to 1, as {10: 0.5}"))
         for step, height in self.thresholds.items():
             number(f"thresholds[{step}]", height, 0, 1)
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsefeat.arguments import number, whole
+from sparsefeat.arguments import number, sides, whole
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class HeatMap:
 
     def resized(self, size: tuple[int, int]) -> Tensor:
         """The map on `size` = (height, width), bicubic, not below zero."""
-        if tuple(self.values.shape[-2:]) == tuple(size):
+        size = sides("size", size)
+        if tuple(self.values.shape[-2:]) == size:
             return self.values
         return resize(self.values[None], (*self.values.shape[:-2], *size))[0].clamp(min=0)
 
@@ -46,7 +47,7 @@ class HeatMap:
 
     def mask(self, threshold: float = 0.4, size: tuple[int, int] | None = None) -> Tensor:
         """Bool, of the values' shape: where the scaled map exceeds `threshold` (0.4 is DAAM's for its segmentation)."""
-        return self.scaled(size) > number("threshold", threshold)
+        return self.scaled(size) > number("threshold", threshold, 0, 1)
 
     def overlay(self, image: Image.Image, strength: float = 0.5, colors: str = "turbo") -> Image.Image:
         """`image` with the map laid over it in the colours of a matplotlib colour map."""

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsefeat.arguments import number, whole
+from sparsefeat.arguments import mapping, number, whole
 from sparsefeat.attention.concepts import Concepts, Outputs
 from sparsefeat.attention.encoded import EncodedPrompt
 from sparsefeat.attention.reading import DIRECTIONS, KINDS, OF_JOINT, Direction, Kind, Layer, layers_of
@@ -107,7 +107,8 @@ class HeatMaps(Instrument):
         self.concepts = _names("concepts", concepts, "concepts=['fox', 'snow']")
         self.layers = _names("layers", layers, "layers='up_blocks.1'")
         self.window = StepWindow.parse(steps)
-        self.layer_weights = {path: _weights(path, given) for path, given in (layer_weights or {}).items()}
+        given_weights = mapping("layer_weights", layer_weights or {}, "parts of layers' paths to factors")
+        self.layer_weights = {path: _weights(path, given) for path, given in given_weights.items()}
         self.step_weights = step_weights
         if step_weights is not None and not callable(step_weights):
             self.step_weights = tuple(number(f"step_weights[{i}]", w, 0) for i, w in enumerate(step_weights))

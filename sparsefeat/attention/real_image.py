@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -50,6 +51,8 @@ def read_image(
         found = sf.read_image(pipe, sf.HeatMaps(concepts=["fox", "snow"]), Image.open("fox.png"), "a fox")
         found.word("fox").mask(0.5)
     """
+    if not isinstance(maps, HeatMaps):
+        raise TypeError(f"maps is {type(maps).__name__}, not HeatMaps; make some, sparsefeat.HeatMaps().")
     if maps.window.fractions is not None or maps.window.indices is not None:
         raise ValueError("read_image runs one step alone, so steps= of its HeatMaps means nothing; leave it out.")
     run = run_noised(pipe, [maps], image, prompt, noise=noise, samples=samples, seed=seed, **arguments)
@@ -71,6 +74,8 @@ def run_noised(
     session has a call for every sample.
     """
     noise, samples = number("noise", noise, 0, 1, above=True), whole("samples", samples)
+    if image is None or isinstance(image, (str, bytes, os.PathLike)):
+        raise TypeError(f"image is {type(image).__name__}, not an image; open one, PIL.Image.open(path).")
     try:
         twin, name = image_to_image(pipe)
     except ValueError as error:

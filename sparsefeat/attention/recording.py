@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -137,7 +138,11 @@ class HeatMapRecording:
         head: int | None = None,
     ) -> HeatMap:
         """The mean of the maps of tokens named by their positions among the text's."""
-        if not isinstance(tokens, Sequence):
+        if (
+            not isinstance(tokens, Sequence)
+            or isinstance(tokens, str)
+            or not all(isinstance(t, Integral) for t in tokens)
+        ):
             raise ValueError(f"tokens={tokens!r} must be a list of token positions, as in .map([2, 3]).")
         wrong = [t for t in tokens if not 0 <= t < self.n_tokens]
         if wrong or not tokens:

@@ -27,7 +27,7 @@ from sparsefeat_kernels import attention_map_
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsefeat.arguments import whole
+from sparsefeat.arguments import finite, sides, whole
 from sparsefeat.attention.clusters import merged, partition
 from sparsefeat.pipeline import AttentionCall, Call, Context, Instrument
 from sparsefeat.pipeline.attention_seam import bypass
@@ -65,7 +65,7 @@ class SelfAttention(Instrument):
         if condition not in ("cond", "uncond"):
             raise ValueError(f"condition={condition!r} is not known; use 'cond' or 'uncond'.")
         self.layers = None if layers is None else (layers,) if isinstance(layers, str) else tuple(layers)
-        self.grid = None if grid is None else (whole("grid[0]", grid[0]), whole("grid[1]", grid[1]))
+        self.grid = None if grid is None else sides("grid", grid)
         self.condition = condition
         self.begin_call(Call())
 
@@ -176,6 +176,12 @@ def _linear(query: Tensor, key: Tensor, grid: tuple[int, int], common: tuple[int
     return few.T @ _resized(many.T.unflatten(1, grid), common, "bilinear").flatten(1)
 
 
+def _check_maps(name: str, given: Any) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} is {type(given).__name__}, not a tensor: pass torch.as_tensor({name}).")
+    finite(name, given)
+
+
 def _resized(maps: Tensor, grid: tuple[int, int], larger: str) -> Tensor:
     """Maps [n, h, w] on another grid: averaged to a coarser one."""
     if tuple(maps.shape[-2:]) == grid:
@@ -207,6 +213,7 @@ class SelfAttentionRecording:
         A word's map is refined by it (AttenCraft); a seed, a map that is 1 at a point, spreads to what belongs to it.
         """
         whole("times", times)
+        _check_maps("maps", maps)
         if maps.ndim not in (2, 3) or not maps.numel():
             raise ValueError(f"maps has shape {list(maps.shape)}; give [height, width] or [n, height, width].")
         several = maps if maps.ndim == 3 else maps[None]
@@ -242,6 +249,7 @@ class SelfAttentionRecording:
         labels, limit = partition(rows, whole("fewest", fewest))
         groups = labels == torch.arange(int(labels.max()) + 1, device=labels.device)[:, None]  # [groups, positions]
         if foreground is not None:
+            _check_maps("foreground", foreground)
             if foreground.ndim != 2:
                 raise ValueError(f"foreground has shape {list(foreground.shape)}; give one map [height, width].")
             shown = _resized(foreground[None].to(rows), self.grid, "bilinear").flatten()

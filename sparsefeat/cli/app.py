@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from sparsefeat import __version__
 from sparsefeat.cli.commands.bench import bench
@@ -33,6 +34,18 @@ COMMANDS = (demo, features, steer, erase, heatmap, hookpoints, collect, train, b
 EVALUATE_COMMANDS = (attribution, emoji, overhead, saes, scenes)
 SAE_COMMANDS = (info, list_saes, check, verify, names, convert)
 
+
+class Once(TyperCommand):
+    """A command that refuses an option which is given twice, of which the last would be taken without a word."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = self.make_parser(ctx).parse_args(args=list(args))[2]
+        for one in given:
+            if not getattr(one, "multiple", True) and not getattr(one, "is_flag", False) and given.count(one) > 1:
+                raise typer.BadParameter("it is given more than once; give it once", ctx=ctx, param=one)
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -45,7 +58,7 @@ evaluate_app = typer.Typer(help="Measure SAEs, erasure and what attaching costs.
 app.add_typer(evaluate_app, name="evaluate")
 for group, commands in ((app, COMMANDS), (sae_app, SAE_COMMANDS), (evaluate_app, EVALUATE_COMMANDS)):
     for command in commands:
-        group.command()(plain_errors(command))
+        group.command(cls=Once)(plain_errors(command))
 
 
 def print_version(asked: bool) -> None:

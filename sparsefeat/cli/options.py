@@ -20,6 +20,13 @@ def finite(number: float | None) -> float | None:
     return number
 
 
+def eighths(pixels: int | None) -> int | None:
+    """Typer callback: a side of an image that a VAE can make, which makes eight pixels of each of a latent's."""
+    if pixels is not None and pixels % 8:
+        raise typer.BadParameter(f"{pixels} is no multiple of 8")
+    return pixels
+
+
 def path(given: str | Path) -> Path:
     """Typer parser: an empty string names nothing, though pathlib takes it for the folder one is in."""
     if not str(given).strip():

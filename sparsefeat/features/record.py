@@ -22,6 +22,7 @@ from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrumen
 from sparsefeat.pipeline.context import CONDITIONS
 from sparsefeat.sae import SAE
 from sparsefeat.store import Field, ShardReader, ShardWriter
+from sparsefeat.whole import as_path
 
 # What a Record may hold before it spills or stops: 50 steps of 100 images at 256 positions and k = 32 take 328 MB.
 MAX_BYTES = 512 << 20
@@ -126,6 +127,11 @@ class Record(Instrument):
         )
         if condition not in CONDITIONS:
             raise ValueError(f"condition={condition!r} is not known; use one of {', '.join(map(repr, CONDITIONS))}.")
+        if not isinstance(positions, bool):
+            raise ValueError(f"positions={positions!r:.80} must be True or False.")
+        whole("max_bytes", max_bytes, 0)
+        if store is not None:
+            as_path(store, "store")
         self.at = hookpoint_of(sae, at)
         self._recording: Recording | None = None
         self._writer: ShardWriter | None = None

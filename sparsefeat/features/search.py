@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsefeat.arguments import whole
+from sparsefeat.arguments import whole, wholes
 from sparsefeat.features.attached import hookpoint_of
 from sparsefeat.features.chance import LATENTS_AT_ONCE, Naming, best_of_latents, name_of
 from sparsefeat.features.record import Record, Recording
@@ -66,7 +66,7 @@ class Examples:
         self.allowed = torch.ones(n_latents, dtype=torch.bool)
         if latents is not None:
             self.allowed[:] = False
-            self.allowed[torch.as_tensor(list(latents))] = True
+            self.allowed[wholes("latents", latents, 0, n_latents - 1)] = True
         self.prompts: list[str | None] = []
         self.concepts: list[tuple[str, ...]] = []
         self._score = torch.full((n_latents, top), -torch.inf, dtype=torch.float64)
@@ -187,9 +187,12 @@ class CollectExamples(Instrument):
         concepts: Mapping[str, Concepts | None] | None = None,
         at: str | Hookpoint | None = None,
     ):
+        at = hookpoint_of(sae, at)
+        if not isinstance(examples, Examples):
+            raise TypeError(f"examples is {type(examples).__name__}, not Examples; make some, Examples(sae.n_latents).")
         if examples.n_latents != sae.n_latents:
             raise ValueError(f"examples are of {examples.n_latents} latents, the SAE has {sae.n_latents}.")
-        self.sae, self.examples, self.concepts, self.at = sae, examples, concepts, hookpoint_of(sae, at)
+        self.sae, self.examples, self.concepts, self.at = sae, examples, concepts, at
         self._record = Record(sae, self.at)
 
     def conditions(self) -> tuple[str, ...] | None:

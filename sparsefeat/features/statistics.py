@@ -280,6 +280,8 @@ class CollectStatistics(Instrument):
     ):
         self.at = hookpoint_of(sae, at)
         check_statistics(statistics)
+        if statistics.n_latents != sae.n_latents:
+            raise ValueError(f"statistics are of {statistics.n_latents} latents, the SAE has {sae.n_latents}.")
         if not isinstance(concepts, (Mapping, Sequence)) or isinstance(concepts, str):
             raise ValueError(
                 f"concepts={concepts!r:.80} must be a list, one for each prompt, or map prompts to concepts."

@@ -39,6 +39,8 @@ class Hookpoint:
     rows: tuple[int, int | None] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not self.path.strip():
+            raise ValueError(f"path={self.path!r} is no module's path; name one, as in 'unet.mid_block.attentions.0'")
         if self.rows is not None:
             start, stop = self.rows
             if start < 0 or (stop is not None and stop <= start):

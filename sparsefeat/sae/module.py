@@ -23,6 +23,7 @@ from sparsefeat.sae.config import FACTORS, FITTED, PURSUITS, SAEConfig
 from sparsefeat.sae.formats import native
 from sparsefeat.sae.names import Names
 from sparsefeat.sae.normalizers import PCA, ROW_SCALED, denormalize, modulation, normalize, row_scale
+from sparsefeat.whole import as_path
 
 # What the `timestep` normaliser has of its own.
 TIME = tuple(f"{layer}_{part}" for layer in ("time_in", "time_out", "modulation") for part in ("weight", "bias"))
@@ -67,6 +68,10 @@ class SAE(nn.Module):
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
+        if not isinstance(config, SAEConfig):
+            raise TypeError(
+                f"config is {type(config).__name__}, not an SAEConfig; make one, SAEConfig(d_model, n_latents)."
+            )
         self.config = config
         shapes = config.tensor_shapes()
         for name in ("W_enc", "b_enc", "W_dec", "b_pre", "b_out", "W_skip", *TIME):
@@ -259,7 +264,7 @@ class SAE(nn.Module):
 
     def save(self, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
         """Write `config.json` and `sae.safetensors` into `folder`; see `sparsefeat.sae.formats.native.write`."""
-        written = native.write(Path(folder), self.config, self.state_dict(), dtype=dtype, overwrite=overwrite)
+        written = native.write(as_path(folder), self.config, self.state_dict(), dtype=dtype, overwrite=overwrite)
         if self.names:
             self.names.write(written / NAMES)
         return written

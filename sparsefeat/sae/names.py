@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsefeat.arguments import mapping, whole
 from sparsefeat.sae.files import must_be_file, shown
 
 LARGEST = 2**28  # bytes of a file of names, unpacked; 130,000 labels of a sentence each take 15 MB
@@ -30,7 +31,11 @@ class Names(Mapping[int, str]):
     """
 
     def __init__(self, names: Mapping[int, str] | None = None) -> None:
-        self._names = {int(latent): str(name) for latent, name in (names or {}).items()}
+        given = mapping("names", {} if names is None else names, "latents to names, as {3: 'foxes'}")
+        self._names = {whole("latent", latent, 0): name for latent, name in given.items()}
+        for latent, name in self._names.items():
+            if not isinstance(name, str):
+                raise ValueError(f"names[{latent}]={name!r:.80} must be a text.")
 
     def __getitem__(self, latent: int) -> str:
         return self._names[latent]

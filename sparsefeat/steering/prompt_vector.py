@@ -56,6 +56,8 @@ class PromptVector(Instrument):
         self.concept, self.strength = concept, number("strength", strength)
         places: Sequence[str | Hookpoint | None] = (at,) if at is None or isinstance(at, (str, Hookpoint)) else at
         self.at = tuple(hookpoint_of(sae, place) for place in places)
+        if not self.at or len(set(self.at)) < len(self.at):
+            raise ValueError(f"at={at!r:.80} must be one hookpoint or a list of different ones.")
         self.condition = check_condition(condition)
         # Not `self.sae`: `attach` compares that one's width with each hookpoint's, and here it is the sum of them.
         self.codec = sae

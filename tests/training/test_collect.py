@@ -162,7 +162,7 @@ def test_collected_rows_train_an_sae_from_memory_and_store(pipe, tmp_path):
 def test_what_users_get_wrong_is_said(pipe, tmp_path):
     with pytest.raises(ValueError, match="hookpoints is empty"):
         CollectActivations()
-    with pytest.raises(ValueError, match="rows_per_image is 0"):
+    with pytest.raises(ValueError, match="rows_per_image=0 must be a whole number of at least 1"):
         CollectActivations(BLOCK, rows_per_image=0)
     with pytest.raises(ValueError, match=r"dtype is torch\.int32"):
         CollectActivations(BLOCK, dtype=torch.int32)

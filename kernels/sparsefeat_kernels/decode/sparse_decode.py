@@ -75,6 +75,11 @@ def _in_range(indices: Tensor, n_latents: int) -> bool:
     return 0 <= int(smallest) <= int(largest) < n_latents
 
 
+def _no_zero(values: Tensor) -> bool:
+    """The smallest value tells of most codes, in a quarter of the time that `all` takes."""
+    return float(values.amin()) > 0 or bool(values.all())
+
+
 def check_indices(indices: Tensor, n_latents: int) -> None:
     if indices.numel() and not _in_range(indices, n_latents):
         raise IndexError(
@@ -131,9 +136,12 @@ def sparse_decode_cpu(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Ten
     if values.numel() == 0 or W_dec.numel() == 0:
         return b_out.repeat(values.shape[0], 1)
     bags = W_dec.dtype == dtype and W_dec.device.type == "cpu"  # on a GPU the host would wait to learn what is padding
-    if bags and values.dtype == dtype and bool(values.all()) and _in_range(indices, n_latents):
+    if bags and values.dtype == dtype and _no_zero(values) and _in_range(indices, n_latents):
         # One op, one parallel region: in pieces it takes twice as long (7.5 ms against 3.6 at 1,024 rows, d = 1,280, k = 32).
-        return torch.nn.functional.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum").add_(b_out)
+        # Without F.embedding_bag's own checks, which take as long as all the others here.
+        first = torch.arange(0, values.numel(), values.shape[1], dtype=indices.dtype)
+        bag = torch.embedding_bag(W_dec, indices.reshape(-1), first, per_sample_weights=values.reshape(-1))
+        return bag[0].add_(b_out)
     return _decode_padded(values, indices, W_dec, b_out, bags)
 
 

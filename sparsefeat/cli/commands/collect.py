@@ -11,7 +11,7 @@ import typer
 from sparsefeat.assets import emojicanvas
 from sparsefeat.cli.failures import keeping
 from sparsefeat.cli.opening import PipelineChoice, check_hookpoint
-from sparsefeat.cli.options import Device, Guidance, Pipeline, Seed, Steps, path
+from sparsefeat.cli.options import Device, Guidance, Pipeline, Seed, Steps, eighths, path
 from sparsefeat.inputs import Inputs, read_images, read_prompts
 from sparsefeat.whole import check_writable
 
@@ -55,8 +55,10 @@ StepsPerImage = Annotated[
 Condition = Annotated[
     Rows, typer.Option(help="Whose rows under guidance; `all` also keeps those of which it is unknown.")
 ]
-Height = Annotated[int | None, typer.Option(min=8, help="Of the images. Default: the pipeline's own.")]
-Width = Annotated[int | None, typer.Option(min=8, help="Of the images. Default: the pipeline's own.")]
+Height = Annotated[
+    int | None, typer.Option(min=8, callback=eighths, help="Of the images. Default: the pipeline's own.")
+]
+Width = Annotated[int | None, typer.Option(min=8, callback=eighths, help="Of the images. Default: the pipeline's own.")]
 
 
 def collect(
@@ -87,6 +89,7 @@ def collect(
     `torchrun` the ranks share the images."""
     at = check_hookpoints(at)
     choice = PipelineChoice(pipeline, device, steps)
+    check_steps_per_image(steps_per_image, choice)
     inputs = read_inputs(prompts, column, split, images, limit, pipeline)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
@@ -127,6 +130,13 @@ def check_hookpoints(at: list[str] | None) -> list[str]:
     return at
 
 
+def check_steps_per_image(kept: int | None, choice: PipelineChoice) -> None:
+    if kept is not None and kept > choice.n_steps:
+        raise ValueError(
+            f"--steps-per-image {kept} is more than the {choice.n_steps} steps there are; leave it out for all"
+        )
+
+
 def read_inputs(
     prompts: str | None,
     column: str | None,
@@ -135,6 +145,9 @@ def read_inputs(
     limit: int | None,
     pipeline: str | None,
 ) -> Inputs:
+    for name, given in (("--column", column), ("--split", split)):
+        if given is not None and prompts is None:
+            raise ValueError(f"{name} {given!r} is of --prompts, which is not given; leave it out")
     if images is not None:
         if prompts is not None:
             raise ValueError("--images and --prompts are both given; their captions stand with the images, give one")

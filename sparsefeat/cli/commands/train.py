@@ -23,6 +23,7 @@ from sparsefeat.cli.commands.collect import (
     StepsPerImage,
     Width,
     check_hookpoints,
+    check_steps_per_image,
     read_inputs,
 )
 from sparsefeat.cli.failures import keeping
@@ -59,6 +60,11 @@ PRESETS = (
     "ra-sae",
     "itda",
 )
+# What --activations leave nothing to say of.
+OF_DRAWING = (
+    "prompts", "column", "split", "images", "limit", "pipeline", "steps", "guidance", "height", "width", "batch",
+    "rows_per_image", "steps_per_image", "condition", "window",
+)  # fmt: skip
 SETTINGS = "train.json"
 INPUT = re.compile(r":input(?=$|:)")
 BUILT = "itda"
@@ -104,6 +110,7 @@ class Normalizer(str, Enum):
 
 
 def train(
+    context: typer.Context,
     activations: Annotated[
         str | None,
         typer.Option(
@@ -182,11 +189,14 @@ def train(
     if transcoding:
         check_transcoders(presets, at)
     choice = PipelineChoice(pipeline, device, steps)
-    drawn = {"--prompts": prompts, "--images": images, "--pipeline": pipeline, "--steps": steps, "--guidance": guidance}
+    check_settings(
+        latents, k, train_steps, batch_size, lr, warmup_steps, decay_steps, optimizer, weight_decay, ema, accumulate
+    )
     if activations is not None:
-        said = next((name for name, given in drawn.items() if given is not None), None)
+        said = next((name for name in OF_DRAWING if was_given(context, name)), None)
         if said is not None:
-            raise ValueError(f"{said} is of drawing, and --activations were drawn before; give one of them")
+            option = f"--{said.replace('_', '-')}"
+            raise ValueError(f"{option} is of drawing, and --activations were drawn before; give one of them")
         if not activations.strip() or not Path(activations).expanduser().is_dir():
             raise ValueError(
                 f"--activations {activations!r} is no folder; name the one that `sparsefeat collect` wrote"
@@ -194,6 +204,7 @@ def train(
         inputs = None
     else:
         at = check_hookpoints(at)
+        check_steps_per_image(steps_per_image, choice)
         inputs = read_inputs(prompts, column, split, images, limit, pipeline)
     changed: dict[str, Any] = {
         "n_latents": latents,
@@ -279,6 +290,41 @@ def check_built(given: dict[str, Any], tensorboard: bool) -> None:
         raise ValueError(
             f"--{said[0].replace('_', '-')} is of training by gradients, and {BUILT} is built of the rows in one pass; leave it out"
         )
+
+
+def was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def check_settings(
+    latents: int | None,
+    k: int | None,
+    train_steps: int | None,
+    batch_size: int | None,
+    lr: float | None,
+    warmup_steps: int | None,
+    decay_steps: int | None,
+    optimizer: Optimizer | None,
+    weight_decay: float | None,
+    ema: float | None,
+    accumulate: int | None,
+) -> None:
+    """What can be told of them without a preset, whose own they are beside otherwise."""
+    for name, given, most_name, most in (
+        ("--k", k, "--latents", latents),
+        ("--warmup-steps", warmup_steps, "--train-steps", train_steps),
+        ("--decay-steps", decay_steps, "--train-steps", train_steps),
+        ("--accumulate", accumulate, "--batch-size", batch_size),
+    ):
+        if given is not None and most is not None and given > most:
+            raise ValueError(f"{name} {given} is more than {most_name} {most}; take fewer")
+    if lr == 0:
+        raise ValueError("--lr 0 trains nothing; give a number above 0")
+    if ema is not None and not 0 < ema < 1:
+        raise ValueError(f"--ema {ema} must be between 0 and 1, such as 0.995")
+    if weight_decay and optimizer is not Optimizer.adamw:
+        raise ValueError(f"--weight-decay {weight_decay} is of adamw; add --optimizer adamw, or leave it out")
 
 
 def check_transcoders(presets: list[str], at: list[str] | None) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsefeat.arguments import whole
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument
 from sparsefeat.pipeline.context import CONDITIONS
 from sparsefeat.store import Field, ShardReader, ShardWriter, check_metadata
+from sparsefeat.whole import place_to_fill
 
 WANTED = {"cond": ("cond",), "uncond": ("uncond",), "both": ("cond", "uncond")}
 """What `condition` may say, and the conditions of the rows that are kept."""
@@ -125,16 +127,24 @@ class CollectActivations(Instrument):
         if not hookpoints:
             raise ValueError("hookpoints is empty: name at least one, such as 'unet.mid_block.attentions.0'")
         for name, given in (("rows_per_image", rows_per_image), ("steps_per_image", steps_per_image)):
-            if given is not None and given < 1:
-                raise ValueError(f"{name} is {given}: pass at least 1, or None to keep every one")
+            if given is not None:
+                whole(name, given)
+        for name, given, low in (
+            ("seed", seed, 0), ("worker", worker, 0), ("first_image", first_image, 0),
+            ("shard_rows", shard_rows, 1), ("max_bytes", max_bytes, 1),
+        ):  # fmt: skip
+            whole(name, given, low)
         if condition not in (*WANTED, None):
             raise ValueError(f"condition is {condition!r}: choose one of {', '.join(WANTED)}, or None for all rows")
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype is {dtype}: choose a floating dtype, such as torch.float16")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype!r}: choose a floating dtype, such as torch.float16")
         self._hookpoints = tuple(h if isinstance(h, Hookpoint) else Hookpoint.parse(h) for h in hookpoints)
+        twice = [str(h) for h in self._hookpoints if self._hookpoints.count(h) > 1]
+        if twice:
+            raise ValueError(f"hookpoints has {twice[0]!r} twice: name each once")
         self.rows_per_image, self.steps_per_image = rows_per_image, steps_per_image
         self.condition, self.seed, self.dtype = condition, seed, dtype
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else place_to_fill(folder)
         self.worker, self.shard_rows, self.max_bytes = worker, shard_rows, max_bytes
         self.metadata = dict(metadata or {})
         self._writers: dict[Hookpoint, ShardWriter] = {}

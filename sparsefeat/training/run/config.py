@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -64,9 +64,15 @@ class TrainConfig:
         whole("warmup_steps", self.warmup_steps, 0, self.steps)
         if self.decay_steps is not None:
             whole("decay_steps", self.decay_steps, 0, self.steps)
-        if len(self.betas) != 2 or not all(0 <= number("betas", beta, 0, 1) < 1 for beta in self.betas):
+        if (
+            not isinstance(self.betas, Sequence)
+            or len(self.betas) != 2
+            or not all(0 <= number("betas", beta, 0, 1) < 1 for beta in self.betas)
+        ):
             raise ValueError(f"betas is {self.betas!r}: pass two numbers, from 0 to below 1")
         number("weight_decay", self.weight_decay, 0)
+        if not isinstance(self.objective, Objective):
+            raise TypeError(f"objective is {type(self.objective).__name__}, not an Objective; make one, Objective().")
         for name, choices in (("optimizer", OPTIMIZERS), ("decay", DECAYS), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r:.100} must be one of {', '.join(choices)}.")

@@ -30,6 +30,7 @@ from sparsefeat.training.run.checkpoint import newest_checkpoint, read_descripti
 from sparsefeat.training.run.config import TrainConfig
 from sparsefeat.training.run.early import EarlyWarnings, misfit
 from sparsefeat.training.run.metrics import Metrics
+from sparsefeat.whole import place_to_fill
 
 SAMPLE_ROWS = 32_768  # rows the start values are taken from, as sdxl-unbox does
 # Ranks agree on whether one of them was interrupted at these steps: asking waits for the device.
@@ -61,10 +62,16 @@ class SAETrainer:
         ranks: Ranks = ALONE,
         tensorboard: bool = False,
     ) -> None:
+        if not isinstance(sae, SAE):
+            raise TypeError(f"sae is {type(sae).__name__}, not an SAE; make one, sparsefeat.SAE(config).")
+        if not isinstance(config, TrainConfig):
+            raise TypeError(
+                f"config is {type(config).__name__}, not a TrainConfig; make one, TrainConfig(steps=10_000)."
+            )
         self.source, self.place, self.ranks = as_source(rows), place, ranks
         self.source.check(config.batch_size)
         self.sae, self.config = sae, config
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else place_to_fill(folder)
         self.step, self._saved = 0, -1
         self.learner = Learner(sae, config.objective, ranks)
         if config.precision != "float32" and config.objective.decoder != "unit":
@@ -265,6 +272,10 @@ def as_source(rows: Tensor | ShardReader | RowSource | Source) -> Source:
         return SideBySide(TensorRows(rows))
     if isinstance(rows, ShardReader):
         return SideBySide(StoreRows(rows))
+    if not hasattr(rows, "batches") and not hasattr(rows, "check"):
+        raise TypeError(
+            f"rows is {type(rows).__name__}, no activations: pass a tensor [rows, d_model], or what collect.reader() gives."
+        )
     return SideBySide(cast(RowSource, rows)) if hasattr(rows, "batches") else cast(Source, rows)
 
 

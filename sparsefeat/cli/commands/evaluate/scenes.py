@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsefeat.cli.opening import quiet_libraries
+from sparsefeat.cli.opening import PipelineChoice, quiet_libraries
 from sparsefeat.cli.options import Results, results_file
 
 
@@ -20,6 +20,7 @@ def scenes(
 ) -> None:
     """Heat maps, refined ones and SAE latents as segmenters, against masks that are known (minutes)."""
     results_file(out)
+    PipelineChoice(pipeline)
     quiet_libraries()
     from sparsefeat.assets import embedded, load_pipeline
     from sparsefeat.evaluation.emoji import write_json
