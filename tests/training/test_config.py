@@ -209,7 +209,10 @@ def test_what_users_get_wrong_is_said(change, said):
 
 
 def test_a_folder_without_permission_is_said(tmp_path: Path):
-    made = SAETrainer(small(), small_rows(), CONFIG, Path("/proc/no/run"))
+    with pytest.raises(OSError, match=r"folder /proc/no/run cannot be made .*choose another place"):
+        SAETrainer(small(), small_rows(), CONFIG, Path("/proc/no/run"))
+    made = SAETrainer(small(), small_rows(), CONFIG, tmp_path / "run")
+    made.folder = Path("/proc/no/run")  # as where a disk was taken away since
     with pytest.raises(OSError, match=r"cannot write a checkpoint into /proc/no/run .*choose another folder"):
         made.checkpoint()
 
