@@ -39,7 +39,7 @@ class Once(TyperCommand):
     """A command that refuses an option which is given twice, of which the last would be taken without a word."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given = self.make_parser(ctx).parse_args(args=list(args))[2]
+        given: list[Any] = [*self.make_parser(ctx).parse_args(args=list(args))[2]]
         for one in given:
             if not getattr(one, "multiple", True) and not getattr(one, "is_flag", False) and given.count(one) > 1:
                 raise typer.BadParameter("it is given more than once; give it once", ctx=ctx, param=one)

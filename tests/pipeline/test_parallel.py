@@ -56,9 +56,9 @@ def test_a_model_that_shares_its_sequence_out_is_refused_in_every_process(tmp_pa
     processes = [spawn.Process(target=_share, args=(rank, str(tmp_path), said)) for rank in range(WORLD)]
     for process in processes:
         process.start()
-    answers = sorted(said.get(timeout=100) for _ in processes)
+    answers = sorted(said.get(timeout=600) for _ in processes)
     for process in processes:
-        process.join(timeout=60)
+        process.join(timeout=300)
     assert [process.exitcode for process in processes] == [0] * WORLD
     for rank, (whose, seen, reasons, untouched) in enumerate(answers):
         assert (whose, seen, untouched) == (rank, 2, True)
