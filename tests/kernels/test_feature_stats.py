@@ -39,6 +39,16 @@ def test_two_batches_add_up(path: str, shape: tuple[int, int, int, int]):
         assert_is_reference(arguments, before)
 
 
+@pytest.mark.parametrize("smallest", [0.0, -0.0, 1e-40, -1e-40, 0.5, -0.5, torch.nan])
+def test_both_sides_of_the_smallest_value_from_which_zeros_are_told_by_their_bits(smallest: float):
+    arguments = problem(30, 4, 9, 2, "cpu")
+    arguments[3] = arguments[3].abs()
+    arguments[3][::3, 1] = smallest
+    before = [t.clone() for t in arguments]
+    feature_stats_(*arguments)
+    assert_is_reference(arguments, before)
+
+
 def test_runs_longer_than_a_block_are_joined_in_order():
     # 40 rows of latents 0, 1 and 2 of 3, in blocks of 8 entries: runs of up to 40 cross several blocks.
     arguments = problem(40, 3, 3, 2, DEVICE)

@@ -45,6 +45,27 @@ def test_padding_never_reads_the_latent_it_points_at(path: str):
     assert torch.equal(sparse_decode(values, indices, W, b), clean)
 
 
+@pytest.mark.parametrize("smallest", [0.0, -0.0, 1e-30, -1.0, torch.nan])
+def test_both_sides_of_what_is_decoded_whole(smallest: float):
+    """Codes without a zero are one sum over bags; the others skip what their zeros point at, which holds NaN here."""
+    g = torch.Generator().manual_seed(2)
+    values, W_dec = torch.rand(6, 3, generator=g) + 0.5, torch.randn(20, 5, generator=g)
+    indices = torch.randint(19, (6, 3), generator=g).int()
+    values[4, 1] = smallest
+    if smallest == 0:
+        indices[4, 1], W_dec[19] = 19, torch.nan
+    b_out = torch.randn(5, generator=g)
+    wanted = torch.stack(
+        [
+            sum(v.double() * W_dec[i].double() for v, i in zip(*row, strict=True) if v != 0)
+            for row in zip(values, indices, strict=True)
+        ]
+    )
+    for some in (indices, indices.long()):
+        found = sparse_decode(values, some, W_dec, b_out)
+        torch.testing.assert_close(found.double(), wanted + b_out, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
 def test_indices_out_of_range_are_skipped_or_refused(path: str):
     values, indices, W, b = problem(3, 4, 9, 6, torch.float32, path)
     without = sparse_decode(values.index_fill(1, torch.tensor([1, 2], device=path), 0.0), indices, W, b)
