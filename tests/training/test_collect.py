@@ -138,7 +138,7 @@ def test_a_killed_collection_goes_on_without_loss_or_repeat(pipe, tmp_path):
         for call in calls[:3]:
             pixels(pipe, **call)
     for writer in first._writers.values():
-        writer._lock.close()  # gone, without a flush: the third image is lost
+        writer._lock.release()  # gone, without a flush: the third image is lost
     # And of one hookpoint even the shard before it.
     next(Path(tmp_path / "killed").glob("unet.mid*/w*.safetensors")).unlink()
     again = CollectActivations(BLOCK, MIDDLE, **options)
