@@ -18,6 +18,7 @@ from sparsefeat.pipeline import HookpointNotReachedError, Instrument, attach
 from sparsefeat.pipeline.step_window import StepWindow
 from tests.families import families
 from tests.pipeline.state import everything
+from tests.pipeline.test_interrupts import Interrupted
 from tests.tiny import pixels, tiny_sd
 
 LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2"
@@ -129,19 +130,6 @@ def test_an_exception_in_the_call_or_in_attach_leaves_nothing(pipe):
 def test_after_an_interrupt_anywhere_the_bits_come_back(pipe):
     before, state = bits(pipe), everything(pipe)
 
-    class Interrupt:
-        def __init__(self, at):
-            self.at, self.lines = at, 0
-
-        def __call__(self, frame, event, argument):
-            if "/sparsefeat/pipeline/" not in frame.f_code.co_filename:
-                return None
-            if event == "line":
-                self.lines += 1
-                if self.lines == self.at:
-                    raise KeyboardInterrupt
-            return self
-
     def run(trace):
         session = None
         sys.settrace(trace)
@@ -156,11 +144,11 @@ def test_after_an_interrupt_anywhere_the_bits_come_back(pipe):
             if session is not None:
                 session.close()
 
-    count = Interrupt(None)
+    count = Interrupted()
     run(count)
     assert same(pipe, before)
     for at in random.Random(5).sample(range(1, count.lines), 25):
-        run(Interrupt(at))
+        run(Interrupted(at))
         assert same(pipe, before), at
     assert everything(pipe) == state
 
