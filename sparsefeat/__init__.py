@@ -72,6 +72,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.steering import AddVector as AddVector
     from sparsefeat.steering import Compose as Compose
     from sparsefeat.steering import ConceptAlgebra as ConceptAlgebra
+    from sparsefeat.steering import ConceptTokens as ConceptTokens
     from sparsefeat.steering import Hamiltonian as Hamiltonian
     from sparsefeat.steering import Inversion as Inversion
     from sparsefeat.steering import Langevin as Langevin
@@ -84,6 +85,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.steering import Steer as Steer
     from sparsefeat.steering import TokenDirection as TokenDirection
     from sparsefeat.steering import Views as Views
+    from sparsefeat.steering import decompose as decompose
     from sparsefeat.steering import discover_direction as discover_direction
     from sparsefeat.steering import load_instrument as load_instrument
     from sparsefeat.training import CollectActivations as CollectActivations
@@ -103,6 +105,7 @@ _HOME = {
     "Compose": "sparsefeat.steering",
     "ConceptAlgebra": "sparsefeat.steering",
     "ConceptLancet": "sparsefeat.erasure",
+    "ConceptTokens": "sparsefeat.steering",
     "Context": "sparsefeat.pipeline",
     "CorrectionBySimilarities": "sparsefeat.attention",
     "CrossTokenNMS": "sparsefeat.attention",
@@ -150,6 +153,7 @@ _HOME = {
     "check": "sparsefeat.evaluation.check",
     "clamp_latents": "sparsefeat.erasure",
     "cones": "sparsefeat.attribution",
+    "decompose": "sparsefeat.steering",
     "df_rise": "sparsefeat.attribution",
     "discover_direction": "sparsefeat.steering",
     "example_vectors": "sparsefeat.features",

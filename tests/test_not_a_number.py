@@ -34,7 +34,7 @@ from sparsefeat.erasure.esd import LowRank
 from sparsefeat.erasure.uce import TextMap
 from sparsefeat.features import area_under_curve, normalized_mean_difference, search
 from sparsefeat.report import overlay, save_animation
-from sparsefeat.steering import CodeRule, FeatureTransport, NeuronMaps, Overwrite, PromptVector
+from sparsefeat.steering import CodeRule, Decomposition, FeatureTransport, NeuronMaps, Overwrite, PromptVector
 from sparsefeat.steering.scores import SafeGuidance
 from sparsefeat.training import Objective, TensorRows, build_itda, geometric_median, initialise, training_loss
 from tests.tiny import tiny_sd
@@ -196,6 +196,18 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
             "encode_images": lambda images: ones(len(images), 3),
             "crop": 0.5,
         },
+    ),
+    "Decomposition": (
+        Decomposition,
+        lambda: {"words": ("a", "b"), "weights": ones(2), "embeddings": torch.eye(2), "norm": 1.0},
+    ),
+    "Decomposition.scaled": (
+        Decomposition(("a", "b"), ones(2), torch.eye(2), 1.0).scaled,
+        lambda: {"factors": {"a": 0.5}},
+    ),
+    "decompose": (
+        sf.decompose,
+        lambda: {"pipe": Untouched(), "concept": "fox", "sparsity": 0.001, "lr": 1e-3},
     ),
     "Compose": (sf.Compose, lambda: {"weights": {"snow": 1.0, "a tree": -0.5}}),
     "Slider": (sf.Slider, lambda: {"positive": "old", "negative": "young", "scale": 2.0}),

@@ -1,6 +1,7 @@
 """Edits of a pipeline's activations: by the latents of an SAE, by transport, along directions, by arithmetic of scores."""
 
 from sparsefeat.steering.code_rule import CodeRule, code_edit
+from sparsefeat.steering.conceptor import ConceptTokens, Decomposition, decompose
 from sparsefeat.steering.discover import discover_direction
 from sparsefeat.steering.linear_act import LinearAcT, NeuronMaps
 from sparsefeat.steering.overwrite import Overwrite
@@ -28,6 +29,8 @@ __all__ = [
     "CodeRule",
     "Compose",
     "ConceptAlgebra",
+    "ConceptTokens",
+    "Decomposition",
     "FeatureTransport",
     "Hamiltonian",
     "Inversion",
@@ -44,6 +47,7 @@ __all__ = [
     "TokenDirection",
     "Views",
     "code_edit",
+    "decompose",
     "discover_direction",
     "load_instrument",
 ]

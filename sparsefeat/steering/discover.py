@@ -11,19 +11,17 @@ with the model's own target (noise, v, or the velocity of flow matching), by Ada
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sparsefeat.arguments import number, whole
-from sparsefeat.attention.moved_latents import latents_argument, rows_of_arguments
 from sparsefeat.features.progress import progress_bar
-from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument, attach
+from sparsefeat.pipeline import Activations, Context, Hookpoint, attach
 from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.steering.first_visits import check_places, check_prompts
-from sparsefeat.steering.scores.levels import NoiseLevel, noise_level
+from sparsefeat.steering.learning import Given, denoising_loss, drawn, without_guidance
 from sparsefeat.steering.vectors import AddVector
 
 
@@ -59,21 +57,13 @@ def discover_direction(
     (without,) = check_prompts("without", [without], least=1)
     epochs, batch, seed = whole("epochs", epochs), whole("batch", batch), whole("seed", seed, 0)
     lr = number("lr", lr, 0, above=True)
-    drawn = [
-        pipe(prompt, generator=torch.Generator().manual_seed(seed + i), output_type="latent", **call).images
-        for i, prompt in enumerate(with_it)
-    ]
-    clean = torch.cat(drawn)
-    seen = _Given(place)
-    # A distilled guidance is an input of the model, and stays; classifier-free guidance has no part in the loss.
-    off = (
-        {}
-        if getattr(getattr(pipe, "transformer", None), "config", {}).get("guidance_embeds")
-        else {"guidance_scale": 1.0}
-    )
+    clean = drawn(pipe, with_it, seed, call)
+    seen = Shaped(place)
     with attach(pipe, seen):
-        pipe(without, generator=torch.Generator().manual_seed(seed), output_type="latent", **{**call, **off})
-    levels = [noise_level(pipe.scheduler, time, "discover_direction") for time in seen.times]
+        pipe(
+            without, generator=torch.Generator().manual_seed(seed), output_type="latent", **without_guidance(pipe, call)
+        )
+    levels = seen.levels(pipe, "discover_direction")
     shape = (seen.width, *seen.grid) if spatial else (seen.width,)
     vector = torch.zeros(shape, device=clean.device, requires_grad=True)
     add = AddVector(place, vector, condition="both")
@@ -87,52 +77,22 @@ def discover_direction(
                 step = int(torch.randint(len(levels), (), generator=generator))
                 noise = torch.randn(clean[images].shape, generator=generator).to(clean)
                 with session.call([without] * len(images)):
-                    loss = _loss(root, seen.given[step], levels[step], clean[images], noise)
+                    loss = denoising_loss(root, seen.given[step], levels[step], clean[images], noise)
                 (vector.grad,) = torch.autograd.grad(loss, vector)
                 optimiser.step()
             bar.update()
     return AddVector(place, vector.detach().cpu())
 
 
-def _loss(root: Any, arguments: Mapping[str, Any], level: NoiseLevel, clean: Tensor, noise: Tensor) -> Tensor:
-    name = latents_argument(arguments)
-    given = rows_of_arguments(arguments, [0] * len(clean), len(arguments[name]))
-    output = root(**{**given, name: level.noised(clean, noise).to(arguments[name])})
-    said = output if isinstance(output, Tensor) else output[0]
-    said = said[:, : clean.shape[1]] if said.ndim > 3 else said  # beside it, a variance that some were trained to say
-    return (said.float() - level.target(clean, noise).float()).square().mean()
-
-
-class _Given(Instrument):
-    """Keeps what the denoiser is given at every step, and the shape of the activations."""
-
-    condition = "cond"
+class Shaped(Given):
+    """Keeps the shape of a hookpoint's activations besides."""
 
     def __init__(self, at: Hookpoint):
-        self.at, self.name = at, at.path.partition(".")[0]
-        self.given: list[dict[str, Any]] = []
-        self.times: list[float] = []
-        self.width, self.grid = 0, (0, 0)
+        super().__init__(at.path.partition(".")[0])
+        self.at, self.width, self.grid = at, 0, (0, 0)
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (self.at,)
-
-    def components(self, pipe: Any) -> tuple[str, ...]:
-        return (self.name,)
-
-    def begin_call(self, call: Call) -> None:
-        self._call = call
-
-    def at_component(self, name: str, arguments: Mapping[str, Any], context: Context) -> None:
-        scheduled = self._call.timesteps
-        if scheduled is None or context.evaluation is None:
-            raise ValueError(
-                f"{self.at} is not in a denoiser that runs in steps; name a block of the unet or transformer."
-            )
-        if "uncond" in context.condition:
-            return
-        self.given.append(dict(arguments))
-        self.times.append(scheduled[context.evaluation])
 
     def at_hookpoint(self, activations: Activations, context: Context) -> None:
         if context.grid is None or len(context.grid) != 2:
