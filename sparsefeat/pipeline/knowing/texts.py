@@ -103,7 +103,8 @@ class TextRows:
         for name in ("prompt", "prompt_2", "prompt_3", "prompt_4"):
             positive = listed(arguments.get(name)) or (self.call.prompts or [] if name == "prompt" else [])
             said |= {("cond", i, text): None for i, text in enumerate(positive) if isinstance(text, str)}
-            negative = listed(arguments.get(f"negative_{name}")) or ([""] if name == "prompt" else [])
+            # Without a prompt (Marigold) an empty text is nobody's negative one.
+            negative = listed(arguments.get(f"negative_{name}")) or ([""] if name == "prompt" and positive else [])
             n_prompts = self.call.n_prompts or 1
             spread = negative * n_prompts if len(negative) == 1 else negative
             said |= {("uncond", i, text): None for i, text in enumerate(spread)}

@@ -140,3 +140,16 @@ def test_a_loop_around_a_t5_encoder_is_told_in_the_same_way():
     with attach(pipe, watch):
         pipe("a fox", "red cat")
     assert [context.condition for context in watch.contexts] == [("uncond",), ("cond",)] * 2
+
+
+def test_where_there_is_no_prompt_an_empty_text_is_no_negative_one():
+    """As Marigold's, that makes depths of images under an empty text."""
+
+    class Depths(Bare):
+        @torch.no_grad()
+        def __call__(self, image, layers):
+            rows = self.texts([""]).expand(len(image), -1, -1)
+            self.unet(image, 1, encoder_hidden_states=rows)
+
+    Depths.__module__ = "diffusers.pipelines.depths"  # a loop of diffusers' own
+    assert said(build(Depths), image=torch.zeros(2, 4, 16, 16), layers=1) == [[("cond", 0), ("cond", 1)]]
