@@ -94,7 +94,7 @@ $(CARD)/.installed: constraints-card.txt
 	$(PYTHON) -m venv $(CARD)
 	$(CARD)/bin/python -m pip install --quiet -c constraints-card.txt torch triton numpy
 	$(CARD)/bin/python -m pip install --quiet -c constraints-card.txt \
-		hypothesis pytest pytest-benchmark safetensors huggingface_hub
+		hypothesis huggingface_hub matplotlib pillow pytest pytest-benchmark pyyaml safetensors
 	$(CARD)/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 

@@ -1,7 +1,8 @@
 """`python -m bench.gpu smoke --out FOLDER`, then `python -m bench.gpu full --out FOLDER`: see smoke.py and full.py. At home,
 `python -m bench.gpu prove --out FOLDER`: see prove.py.
 
-Needs torch, triton, pytest, pytest-benchmark, numpy, safetensors and huggingface_hub; the package need not be installed.
+Needs torch, triton, numpy, matplotlib, pillow, pyyaml, safetensors and huggingface_hub, and hypothesis, pytest and
+pytest-benchmark for the tests; the package need not be installed.
 Other libraries are measured where they can be imported: PYTHONPATH may name a folder of them.
 """
 
