@@ -47,10 +47,9 @@ HOOKPOINTS = (
     "text_encoder.encoder.layers.0",
 )
 
-# Of cross-attention, whose rows are of the few prompts there are, half of the latents have to do by themselves too (Matryoshka,
-# arXiv 2503.17547): what many prompts share comes first, and rows of prompts that were not trained on are explained better.
-# Longer or shorter training, or no auxiliary loss, does not: the rows of the prompts are learned by heart.
-NESTED = (0.5, 1.0)
+# Rows of cross-attention are of the few prompts there are, and are learned by heart: small batches, whose noise keeps from that,
+# explain rows of other prompts better than large ones, longer or shorter training, or none of the auxiliary loss.
+SMALL_BATCH = 512
 
 # Longer fits the few thousand tokens better and splits the latents that many prompts share: erasing a style then took
 # more of the object along (docs/erasure.md).
@@ -77,7 +76,7 @@ def main() -> None:
     parser.add_argument("--hookpoints", nargs="+", default=list(HOOKPOINTS))
     parser.add_argument("--expansion", type=int, default=8, help="latents, as a multiple of the width")
     parser.add_argument("--active", type=int, default=8, help="k is the width divided by this")
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--work", type=Path, help="rows and checkpoints; default: build/training/saes-EXPANSION-ACTIVE")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "retrained.json")
     arguments = parser.parse_args()
@@ -92,23 +91,22 @@ def main() -> None:
     for name, tasks, rows_per_image in (("seen", seen, 40), ("unseen", unseen, 64)):
         caches = {h: folder / "rows" / f"{h}-{name}.pt" for h in arguments.hookpoints}
         missing = [h for h, cache in caches.items() if not cache.is_file()]
-        of_text = [h for h in missing if h.startswith("text_encoder")]
-        drawn = [h for h in missing if h not in of_text]
+        texts = [h for h in missing if h.startswith("text_encoder")]
+        drawn = [h for h in missing if h not in texts]
         rows = dict(zip(drawn, activation_rows(pipe, drawn, tasks, rows_per_image), strict=True)) if drawn else {}
-        if of_text:
+        if texts:
             prompts = list(dict.fromkeys(t.prompt for t in tasks))
-            rows |= zip(of_text, text_rows(pipe, of_text, prompts + (PARTIAL if name == "seen" else [])), strict=True)
+            rows |= zip(texts, text_rows(pipe, texts, prompts + (PARTIAL if name == "seen" else [])), strict=True)
         for hookpoint, found in rows.items():
             save_atomically(caches[hookpoint], found)
         collected[name] = [torch.load(cache, weights_only=True) for cache in caches.values()]
     for hookpoint, rows, held in zip(arguments.hookpoints, collected["seen"], collected["unseen"], strict=True):
         name, width = hookpoint.removeprefix("unet."), rows.shape[1]
-        steps = min(arguments.steps, TEXT_STEPS) if hookpoint.startswith("text_encoder") else arguments.steps
-        n_latents = width * arguments.expansion
-        prefixes = tuple(round(share * n_latents) for share in NESTED) if name.endswith("attn2") else ()
+        of_text = hookpoint.startswith("text_encoder")
+        steps = min(arguments.steps, TEXT_STEPS) if of_text else arguments.steps
         config = SAEConfig(
             d_model=width,
-            n_latents=n_latents,
+            n_latents=width * arguments.expansion,
             k=width // arguments.active,
             hookpoint=f"{hookpoint}:output",
             base_model=EMBEDDED_NAME,
@@ -116,10 +114,10 @@ def main() -> None:
         )
         training = TrainConfig(
             steps=steps,
-            batch_size=2048,
-            lr=2e-3,
+            batch_size=SMALL_BATCH if name.endswith("attn2") else 2048,
+            lr=2e-3 if of_text else 4e-3,
             warmup_steps=50,
-            objective=Objective(dead_after=200_000, prefixes=prefixes),
+            objective=Objective(dead_after=200_000),
             checkpoint_every=200,
         )
         sae = SAETrainer(SAE(config), rows, training, folder / name).fit()
