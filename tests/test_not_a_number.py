@@ -93,6 +93,14 @@ def on_the_pipeline(**call: Any) -> None:
         pipe("a fox", num_inference_steps=1, output_type="latent", **call)
 
 
+def examples() -> sf.Examples:
+    """Of one image."""
+    pipe, sae, seen = tiny_sd(), make_sae(), sf.Examples(N, top=1)
+    with sf.attach(pipe, sf.CollectExamples(sae, seen)):
+        pipe("a fox", num_inference_steps=1, output_type="latent")
+    return seen
+
+
 CONCEPTS = {"fox": ["a fox"], "owl": ["an owl"]}
 SOME_ROWS = torch.randn(24, D, generator=torch.Generator().manual_seed(4))
 
@@ -190,9 +198,9 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "example_vectors": (
         sf.example_vectors,
         lambda: {
-            "examples": sf.Examples(N),
-            "images": [],
-            "latents": [],
+            "examples": (seen := examples()),
+            "images": [Image.new("RGB", (8, 8))],
+            "latents": [next(i for i in range(N) if seen.of(i))],
             "encode_images": lambda images: ones(len(images), 3),
             "crop": 0.5,
         },

@@ -87,6 +87,8 @@ def example_vectors(
         raise ValueError(
             f"images has {len(images)} entries and examples are of {len(examples)}; give all, in their order."
         )
+    if not len(latents):
+        raise ValueError("latents is empty; give the latents that are to be named.")
     found = []
     for latent in latents:
         top = examples.of(latent)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsefeat.arguments import finite, whole
+from sparsefeat.features.attached import check_weights
 from sparsefeat.sae import SAE, SAEConfig
 from sparsefeat.sae.activations import nonnegative_codes
 
@@ -129,6 +130,7 @@ def sobol_importance(
             f"rows has shape {list(getattr(rows, 'shape', []))}; give [samples, positions, {sae.d_model}]."
         )
     finite("rows", rows)
+    check_weights(sae)
     whole("designs", designs, 2)
     n = sae.n_latents
     points = (
