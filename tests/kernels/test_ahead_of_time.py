@@ -114,9 +114,11 @@ class Compiled:
             limits = TUNED_SHARED_LIMIT if row.get("tuned") or row.get("large") else SHARED_LIMIT
             assert row["shared"] <= limits[self.architecture], row
 
-    def test_encoders_spill_no_register(self, rows: list[dict[str, Any]]):
-        for row in rows:
-            assert row["kernel"] not in ENCODERS or row["spills"] == 0, row
+    def test_threshold_encode_spills_no_register(self, rows: list[dict[str, Any]]):
+        found = [row for row in rows if row["kernel"].startswith("_threshold_encode")]
+        assert len(found) > 1
+        for row in found:
+            assert row["spills"] == 0, row
 
     def test_encoders_read_their_tiles_by_the_copy_engine_where_there_is_one(self, rows: list[dict[str, Any]]):
         products = [row for row in rows if row["kernel"] in PRODUCTS]
