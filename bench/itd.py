@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--n-latents", type=int, default=N_LATENTS)
     parser.add_argument("--out", type=Path, default=RESULTS / "itd.json")
     arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     measured = {way: in_fresh_process(way, arguments.n_latents) for way in WAYS}
     if measured[WAYS[0]]["latents"] != measured[WAYS[1]]["latents"]:
         raise SystemExit("the two ways do not select the same latents: nothing is reported")

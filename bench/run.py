@@ -132,6 +132,7 @@ def main() -> None:
     arguments = parser.parse_args()
     began = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{file_name(device_name())}.json"
     results = Results(path, start_over=arguments.again)
     results.not_installed = peers.load()[1]

@@ -288,6 +288,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(LIBRARIES), choices=list(LIBRARIES))
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"training-{file_name(device_name())}.json"
     content: dict[str, Any] = {"device": device_name(), "date": time.strftime("%Y-%m-%d"), "steps": []}
     content["collecting"] = measure_collecting(9)

@@ -19,6 +19,11 @@ from sparsefeat.measure.sae_case import SAECase, sae_case
 REPEATS = 20
 SMALL = {"rows": 33, "d_model": 80, "n_latents": 300, "k": 5}
 SMALL_ATTENTION = {"batch": 2, "heads": 3, "n": 70, "t": 19, "d": 40}
+SMALL_MAPS = {
+    **dict.fromkeys(("attention_map", "attention_map_gradient", "concept_attention", "concept_map"), SMALL_ATTENTION),
+    "attention_tap": {**SMALL_ATTENTION, "selected": 7},
+    "resize_add": {"maps": 3, "t": 5, "side": 7, "to": 20},
+}
 
 
 def encoded_unproved(case: SAECase) -> tuple[Tensor, Tensor]:
@@ -33,9 +38,7 @@ OTHER_PATHS: dict[str, tuple[Callable[[SAECase], tuple[Tensor, Tensor]], tuple[s
 
 
 def shape_of(op: str, sae: dict[str, int]) -> dict[str, int]:
-    if "attention" not in op:
-        return dict(sae)
-    return {**SMALL_ATTENTION, "selected": 7} if op == "attention_tap" else dict(SMALL_ATTENTION)
+    return dict(SMALL_MAPS.get(op, sae))
 
 
 def same_answers(answer: Callable[[], list[Tensor]]) -> bool:

@@ -275,7 +275,8 @@ class RunningCall:
         """A text encoder, or a component between these and the denoiser, has run."""
         if target.family.stream == "text":
             arguments = _named(getattr(target.module, "_orig_mod", target.module), args, kwargs) or {}
-            self.references.ran(lambda: self.texts.references(self.pipe, target.root_name, arguments, output))
+            texts, pipe = self.texts, self.pipe  # not self: what waits to be compared would keep the call alive
+            self.references.ran(lambda: texts.references(pipe, target.root_name, arguments, output))
         elif not self.references.encodings:  # what a method that encodes returns is told by the method
             self.conditions.passed_through((*args, *kwargs.values()), output)
 

@@ -349,9 +349,10 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_is_whole(tmp_path
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path):
     (tmp_path / "file").write_text("x")
-    trainer = SAETrainer(small(), small_rows(), CONFIG, tmp_path / "file" / "run")
-    with pytest.raises(OSError, match=r"cannot write .*choose another folder"):
-        trainer.checkpoint()
+    with pytest.raises(
+        NotADirectoryError, match=r"folder .*run cannot be made, .*file is a file; choose another place"
+    ):
+        SAETrainer(small(), small_rows(), CONFIG, tmp_path / "file" / "run")
 
 
 def test_memory_for_gradients_is_given_back_when_training_is_over(monkeypatch):
