@@ -75,6 +75,8 @@ PLACES = {
     "ovis": Place(DOUBLE + SINGLE, text_first, after(28)),
 }
 CROSS = ("pixart", "sana", "sd", "sdxl", "wan")
+# Two encoders, one of them for what stands in quotes.
+QUOTING = ("hunyuan_image", "hunyuan_video15")
 WORD = "fox"
 
 
@@ -182,7 +184,7 @@ def test_cross_maps_are_those_of_a_plain_softmax_at_one_resolution(name):
     torch.testing.assert_close(recording.word(WORD).values, run[words].word(WORD).values, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["hunyuan_video15", "hunyuan_image"])
+@pytest.mark.parametrize("name", QUOTING)
 def test_what_stands_in_quotes_comes_before_the_prompt_and_padding_behind_it(name):
     """A prompt's own tokens follow those that ByT5 made of its quotation, as many as each prompt has."""
     tiny, pipe = built(name)

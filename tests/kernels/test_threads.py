@@ -203,9 +203,9 @@ def test_an_attention_is_handed_out_once_and_the_caller_runs_few_ops(op: str, mo
     from sparsefeat_kernels.attention import map as maps_of
 
     g = torch.Generator().manual_seed(3)
-    q = torch.randn(2, 8, 1100, 24, generator=g)
+    q = torch.randn(2, 8, 3100, 24, generator=g)
     k, v, own = (torch.randn(2, 8, 9, 24, generator=g) for _ in range(3))
-    maps = torch.zeros(2, 1100, 9)
+    maps = torch.zeros(2, 3100, 9)
     module, call = {
         "attention_map": (maps_of, lambda: attention_with_map_(maps, q, k, v)),
         "concept_attention": (concept, lambda: concept_attention(own, k, v, q, q)),

@@ -304,8 +304,8 @@ def test_a_value_that_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize("more", [-2, 0], ids=["below", "from it on"])
-@pytest.mark.parametrize("kept", [2 * map_module.FEWEST_POSITIONS, 2 * map_module.ALONE_POSITIONS])
-def test_both_sides_of_the_sizes_from_which_positions_are_handed_out_and_heads_multiplied_alone(
+@pytest.mark.parametrize("kept", [map_module.CONDUCTED_POSITIONS, 2 * map_module.FEWEST_POSITIONS])
+def test_both_sides_of_the_sizes_from_which_a_call_is_conducted_and_its_positions_are_handed_out(
     kept: int, more: int, monkeypatch: pytest.MonkeyPatch
 ):
     batch, heads, tokens = 2, 4, 16
@@ -313,7 +313,9 @@ def test_both_sides_of_the_sizes_from_which_positions_are_handed_out_and_heads_m
     tensors = problem((batch, heads, heads, positions, tokens, 4, 4), torch.float32, "cpu")
     handed_out = []
     inner = map_module.together
-    monkeypatch.setattr(map_module, "together", lambda tasks: handed_out.append(len(tasks)) or inner(tasks))
+    monkeypatch.setattr(
+        map_module, "together", lambda tasks: handed_out.append((map_module.threads(), len(tasks))) or inner(tasks)
+    )
     alone = []
     one_matrix = scores.product
     monkeypatch.setattr(scores, "product", lambda *a: alone.append(len(a[0])) or one_matrix(*a))
@@ -324,8 +326,9 @@ def test_both_sides_of_the_sizes_from_which_positions_are_handed_out_and_heads_m
     finally:
         torch.set_num_threads(before)
     assert len(handed_out) == 2
-    assert set(handed_out) == ({2} if positions >= 2 * map_module.FEWEST_POSITIONS else {1})
-    assert bool(alone) == (positions >= 2 * map_module.ALONE_POSITIONS)
+    conducted, pieces = positions >= map_module.CONDUCTED_POSITIONS, positions // map_module.FEWEST_POSITIONS
+    assert set(handed_out) == {(2 if conducted else 1, max(1, pieces))}
+    assert bool(alone) == (positions >= map_module.ALONE_POSITIONS)
     maps_expected, out_expected = expected(*tensors)
     torch.testing.assert_close(maps.double(), maps_expected, rtol=3e-6, atol=3e-6)
     torch.testing.assert_close(out.double(), out_expected, rtol=3e-6, atol=3e-6)
