@@ -91,11 +91,17 @@ def _entries_of_rounded(
         alive &= proved[:, None]
         found: dict[int, tuple[Tensor, Tensor]] = {}  # by first row
 
-        def search(some: slice, p: Tensor = p, part: RoundedRows = part, alive: Tensor = alive) -> None:
+        def search(
+            some: slice,
+            p: Tensor = p,
+            part: RoundedRows = part,
+            alive: Tensor = alive,
+            found: dict[int, tuple[Tensor, Tensor]] = found,
+        ) -> None:
             row, latent = entries_that_reach(
                 zeros, p[some], alive[some], part.size[some], part.lost[some], entry_bounds, signed=False
             )
-            found[some.start] = row + some.start, latent  # noqa: B023
+            found[some.start] = row + some.start, latent
 
         done = 0
         for first in range(0, len(blocks), threads()):
