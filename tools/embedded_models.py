@@ -86,6 +86,13 @@ class Denoiser(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
+def spread(n: int, device: torch.device) -> Tensor:
+    """`n` numbers of [0, 1), one from each n-th part of it, in random order: which takes noise out of the gradient
+    and gives every place in the batch, whatever stands there, all of [0, 1)."""
+    order = torch.randperm(n, device=device)
+    return ((order + torch.rand(n, device=device)) / n).clamp(max=1 - 2**-24)
+
+
 class UNetDenoiser(nn.Module):
     """CLIP text model of 2 layers and a UNet of channels (64, 128) with cross-attention at both levels.
 
@@ -125,9 +132,7 @@ class UNetDenoiser(nn.Module):
 
     def loss(self, clean: Tensor, tokens: Tensor) -> Tensor:
         """Mean squared error of v at uniform timesteps. `clean` [n, 4, 16, 16], `tokens` int64 [n, MAX_TOKENS]."""
-        # Stratified: every batch has timesteps from all over the schedule, which takes noise out of the gradient.
-        n = len(clean)
-        timesteps = ((torch.arange(n, device=clean.device) + torch.rand(n, device=clean.device)) * (1000 / n)).long()
+        timesteps = (spread(len(clean), clean.device) * 1000).long()
         alphas: Tensor = self.alphas  # type: ignore[assignment]
         signal = alphas[timesteps].sqrt().view(-1, 1, 1, 1)
         sigma = (1 - alphas[timesteps]).sqrt().view(-1, 1, 1, 1)
@@ -220,8 +225,7 @@ class JointDenoiser(nn.Module):
     def loss(self, clean: Tensor, tokens: Tensor) -> Tensor:
         """Mean squared error of the velocity `noise - clean`. Shapes as for the UNet."""
         n = len(clean)
-        uniform = (torch.arange(n, device=clean.device) + torch.rand(n, device=clean.device)) / n
-        normal = torch.erfinv((2 * uniform - 1).clamp(-0.9999, 0.9999)) * math.sqrt(2)
+        normal = torch.erfinv((2 * spread(n, clean.device) - 1).clamp(-0.9999, 0.9999)) * math.sqrt(2)
         sigma = torch.sigmoid(normal + 0.5).view(-1, 1, 1, 1)  # shifted towards noise, where the text decides
         noise = torch.randn_like(clean)
         noisy = torch.lerp(clean, noise, sigma)

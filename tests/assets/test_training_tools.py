@@ -103,3 +103,26 @@ def test_training_stops_goes_on_and_leaves_a_pipeline_that_draws(family, tmp_pat
     image = pipe("a noto emoji of a fox and an owl", num_inference_steps=2, output_type="pt").images
     assert image.shape == (1, 3, 64, 64)
     assert image.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["unet", "joint"])
+def test_every_place_in_a_batch_learns_all_noise_levels(family, tokenizer, monkeypatch):
+    """Single drawings stand first in each batch: levels in the batch's order would leave them half of the schedule."""
+    from embedded_models import FAMILIES
+
+    torch.manual_seed(0)
+    denoiser = FAMILIES[family](tokenizer)
+    seen: list[torch.Tensor] = []
+
+    def no_denoising(noisy, *arguments, **_):
+        seen.append(arguments[0] if family == "unet" else arguments[2])
+        return (torch.zeros_like(noisy),)
+
+    monkeypatch.setattr(denoiser.unet if family == "unet" else denoiser.transformer, "forward", no_denoising)
+    with torch.no_grad():
+        for _ in range(30):
+            denoiser.loss(torch.zeros(8, 4, 16, 16), tokens_of(tokenizer, ["", *["a noto emoji of a fox"] * 7]))
+    levels = torch.stack(seen).float()  # [batch, place]
+    assert (levels.amin(0) < 250).all(), levels.amin(0)
+    assert (levels.amax(0) > 850).all(), levels.amax(0)
+    assert (levels.sort(1).values.diff(dim=1) > 0).all(), "levels of one batch are spread out"
