@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.attribution import cad_amplify as cad_amplify
     from sparsefeat.attribution import cad_erase as cad_erase
     from sparsefeat.attribution import cones as cones
+    from sparsefeat.attribution import df_cam as df_cam
     from sparsefeat.attribution import df_rise as df_rise
     from sparsefeat.erasure import ESD as ESD
     from sparsefeat.erasure import UCE as UCE
@@ -154,6 +155,7 @@ _HOME = {
     "clamp_latents": "sparsefeat.erasure",
     "cones": "sparsefeat.attribution",
     "decompose": "sparsefeat.steering",
+    "df_cam": "sparsefeat.attribution",
     "df_rise": "sparsefeat.attribution",
     "discover_direction": "sparsefeat.steering",
     "example_vectors": "sparsefeat.features",

@@ -1,5 +1,6 @@
 """Which weights and latents made a concept, and masks of them."""
 
+from sparsefeat.attribution.cam import df_cam
 from sparsefeat.attribution.components import WeightScores, attribute_weights, cad_amplify, cad_erase
 from sparsefeat.attribution.concept_neurons import cones
 from sparsefeat.attribution.latents import LatentScores, attribute_latents
@@ -16,5 +17,6 @@ __all__ = [
     "cad_erase",
     "chosen_weights",
     "cones",
+    "df_cam",
     "df_rise",
 ]
