@@ -25,6 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 WRITTEN_BY_SPARSIFY = ROOT / "tests" / "sae" / "formats" / "fixtures" / "sparsify" / "readme"
 PAGES = (
     "README.md",
+    "docs/start.md",
+    "docs/steer.md",
+    "docs/erase.md",
+    "docs/own_pipeline.md",
+    "docs/own_sae.md",
     "docs/attention.md",
     "docs/attribution.md",
     "docs/embedded.md",
@@ -45,7 +50,7 @@ def python_blocks(page: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    if page == "README.md":
+    if page in ("docs/own_pipeline.md", "docs/own_sae.md"):
         tiny_sd().save_pretrained("my-pipeline")
         shutil.copytree(WRITTEN_BY_SPARSIFY, "my-run/unet.up_blocks.1.attentions.1")
     if page == "docs/interop.md":
@@ -64,8 +69,10 @@ def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch, capsys):
         assert names["overlay"].size == names["image"].size
         image, steered = (np.asarray(names[name], dtype=float) for name in ("image", "steered"))
         assert np.abs(steered - image).mean() > 5  # of 255: it can be seen
-        objects = judge_images(load_judge(), [names["image"], names["erased"]]).objects
+    if page == "docs/erase.md":
+        objects = judge_images(load_judge(), [names["before"], names["after"]]).objects
         assert [emojicanvas.OBJECTS[i] == "fox" for i in objects] == [True, False]
+    if page == "docs/own_sae.md":
         printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("TopLatent(latent=")]
         assert len(printed) == 10
     if page == "docs/interop.md":
@@ -98,7 +105,7 @@ def run_shell_lines(page: str) -> None:
 
 SHELL_LINES = [
     (page, line)
-    for page in (*PAGES, "docs/command_line.md")
+    for page in (*PAGES, "docs/benchmarks.md", "docs/command_line.md")
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
     for line in block.splitlines()
     if not language and line.startswith("sparsefeat ")
@@ -121,8 +128,8 @@ def test_the_shell_lines_of_a_page_are_understood(page, line):
     assert understood
 
 
-def test_there_are_shell_lines_on_both_pages():
-    assert {page for page, _ in SHELL_LINES} >= {"README.md", "docs/command_line.md"}
+def test_there_are_shell_lines_on_the_pages_that_tell_of_the_shell():
+    assert {page for page, _ in SHELL_LINES} >= {"docs/start.md", "docs/steer.md", "docs/command_line.md"}
 
 
 def test_every_command_is_in_the_guide():
@@ -133,12 +140,13 @@ def test_every_command_is_in_the_guide():
 
 
 def test_opening_anybodys_sae_takes_fewer_than_ten_lines():
-    block = next(block for block in python_blocks("README.md") if "my-run/" in block)
+    block = next(block for block in python_blocks("docs/own_sae.md") if "my-run/" in block)
     assert len([line for line in block.splitlines() if line]) < 10
 
 
-def test_the_readmes_first_example_has_twelve_lines():
-    assert len(python_blocks("README.md")[0].strip().splitlines()) <= 13  # one of them empty
+def test_the_readme_is_two_screens_and_its_example_thirteen_lines():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 95
+    assert len(python_blocks("README.md")[0].strip().splitlines()) <= 13
 
 
 def test_every_relative_link_and_picture_of_the_readme_exists():

@@ -1,4 +1,4 @@
-"""The README says what was measured, and the measured file holds what its readers rely on."""
+"""The pages say what was measured, and the measured file holds what its readers rely on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_readmes_tables_are_what_the_results_file_says():
+def test_the_tables_of_the_pages_are_what_the_results_file_says():
     run = subprocess.run([sys.executable, "tools/write_tables.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 

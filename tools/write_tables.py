@@ -1,5 +1,5 @@
-"""Write the tables of the README and of docs/training.md from the measured results, and the copy of the results that the
-package carries.
+"""Write the tables of the README and of the docs from the measured results, and the copy of the results that the package
+carries.
 
     python tools/write_tables.py            # after `sparsefeat evaluate emoji` or `overhead`, `make bench`, `bench.itd`, ...
     python tools/write_tables.py --check    # exit code 1 if a page is not what the results say
@@ -16,12 +16,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsefeat.measure.speed_table import A_TABLES_ROWS_AN_OP, load_results, speed_markdown
+from sparsefeat.measure.speed_table import (
+    A_TABLES_ROWS_AN_OP,
+    factor,
+    load_results,
+    milliseconds,
+    shape_text,
+    speed_markdown,
+    summary,
+)
 from sparsefeat.training import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-PAGES = (README, ROOT / "docs" / "training.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "training.md")
 MEASURED = ROOT / "bench" / "results"
 CARRIED = ROOT / "sparsefeat" / "assets" / "results"
 EMOJI, OVERHEAD, ITD = "emoji.json", "overhead.json", "itd.json"
@@ -209,6 +216,40 @@ def speed(devices: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(parts) or "No device was measured yet: `make bench`."
 
 
+# The README's few: op, and what it is for. Where another program is faster, that is among them.
+FAST = {
+    "topk_encode": "encode with a top-k SAE",
+    "threshold_encode": "encode with a threshold",
+    "training_step": "a training step",
+    "attention_tap": "heat maps of joint attention",
+    "attention_map": "heat maps of cross-attention",
+}
+
+
+def fast(devices: dict[str, dict[str, Any]]) -> str:
+    """The first figure of each op of `FAST`, on the first device that was measured."""
+    if not devices:
+        return "No device was measured yet: `make bench`."
+    results = next(iter(devices.values()))
+    first: dict[str, Any] = {}
+    for row in summary(results["records"]):
+        if row.other is not None:
+            first.setdefault(row.ours["op"], row)
+    rows = [
+        [
+            what,
+            shape_text(first[op].ours["shape"]),
+            milliseconds(first[op].ours["median_ms"]),
+            f"{first[op].other['provider']}, {milliseconds(first[op].other['median_ms'])}",
+            factor(first[op].times_faster),
+        ]
+        for op, what in FAST.items()
+        if op in first
+    ]
+    head = ["what", "size", "sparsefeat", "fastest other", "times faster"]
+    return f"{table(head, rows)}\n\n{where(results, results.get('command', 'make bench'))}"
+
+
 def throughput() -> str:
     """What `python -m bench.training` wrote, a device after the other."""
     return (
@@ -234,7 +275,7 @@ def filled(text: str, devices: dict[str, dict[str, Any]]) -> str:
         name: make(json.loads((MEASURED / file).read_text())) if (MEASURED / file).is_file() else "Not measured yet."
         for name, (file, make) in TABLES.items()
     }
-    contents |= {"speed": speed(devices), "recipes": recipes(), "throughput": throughput()}
+    contents |= {"speed": speed(devices), "fast": fast(devices), "recipes": recipes(), "throughput": throughput()}
     for name, content in contents.items():
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
         text = pattern.sub(lambda m, content=content: m.group(1) + content + m.group(2), text)

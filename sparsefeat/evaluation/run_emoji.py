@@ -1,6 +1,6 @@
 """`sparsefeat evaluate emoji`: everything measured on the embedded pipeline, into one JSON file.
 
-Generation, SAEs, erasure; in this order, each part kept as it is finished. The README's tables are made from
+Generation, SAEs, erasure; in this order, each part kept as it is finished. The tables of docs/benchmarks.md are made from
 the file this writes.
 """
 

@@ -1,4 +1,4 @@
-"""Tables of measured speed: what `bench.run`, `sparsefeat bench` and the README say of the records in a results file.
+"""Tables of measured speed: what `bench.run`, `sparsefeat bench` and the docs say of the records in a results file.
 
 Knows nothing of torch, so that a table can be written where nothing can be measured.
 """
@@ -23,7 +23,7 @@ HEADER = [
     "op", "shape", "sparsefeat", "fastest other", "times faster", "time / the bare part", "memory", "other's memory",
     "of the ceiling",
 ]  # fmt: skip
-A_TABLES_ROWS_AN_OP = 3  # of the README; the file beside the results has them all
+A_TABLES_ROWS_AN_OP = 3  # of docs/benchmarks.md; the file beside the results has them all
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is said of the results: the table, the README's section, `sparsefeat bench`."""
+"""What is said of the results: the table, the section of the docs, `sparsefeat bench`."""
 
 from __future__ import annotations
 
