@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -139,11 +139,17 @@ class Examples:
                 peaks[n] = values[place]
         return peaks
 
+    @property
+    def active(self) -> Tensor:
+        """The latents that are active in some image, ascending."""
+        return torch.cat([torch.zeros(0, dtype=torch.int32), *(latents for latents, _ in self._peaks)]).unique().long()
+
     def peaks_of_all(self) -> Iterator[Tensor]:
-        """`peaks` of every latent that is active in some image, fp32 [latents, images] a part at a time."""
-        latents = torch.cat([of_image for of_image, _ in self._peaks])
+        """`peaks` of the `active` latents, fp32 [latents, images] a part at a time."""
+        if not self._peaks:
+            return
+        latents, values = (torch.cat(parts) for parts in zip(*self._peaks, strict=True))
         images = torch.arange(len(self._peaks)).repeat_interleave(torch.tensor([len(p) for p, _ in self._peaks]))
-        values = torch.cat([of_image for _, of_image in self._peaks])
         active, place = latents.unique(return_inverse=True)
         for start in range(0, len(active), LATENTS_AT_ONCE):
             inside = (place >= start) & (place < start + LATENTS_AT_ONCE)
@@ -169,6 +175,34 @@ class Examples:
         """The word (default: of all concepts) that fits a latent best, and whether it is more than chance: `name_of`."""
         known = tuple(dict.fromkeys(c for names in self.concepts for c in names)) if words is None else tuple(words)
         return name_of(self.peaks(latent), self.concepts, known, choosing)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All that is held: what JSON holds of it, and the tensors by name. `Examples.from_state` makes it again."""
+        known = {"n_latents": self.n_latents, "top": self.top, "prompts": self.prompts, "concepts": self.concepts}
+        latents, values = zip(*self._peaks, strict=True) if self._peaks else ((), ())
+        return known, {
+            "allowed": self.allowed,
+            "score": self._score,
+            "image": self._image,
+            "map_of": torch.tensor(list(self._maps), dtype=torch.int32).reshape(-1, 2),
+            "maps": torch.stack(list(self._maps.values())) if self._maps else torch.zeros(0),
+            "peak_latents": torch.cat([torch.zeros(0, dtype=torch.int32), *latents]),
+            "peak_values": torch.cat([torch.zeros(0), *values]),
+            "peak_lengths": torch.tensor([len(of_image) for of_image in latents], dtype=torch.int64),
+        }
+
+    @classmethod
+    def from_state(cls, known: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Examples:
+        examples = cls(int(known["n_latents"]), int(known["top"]))
+        examples.prompts = list(known["prompts"])
+        examples.concepts = [tuple(names) for names in known["concepts"]]
+        examples.allowed, examples._score, examples._image = (tensors[n] for n in ("allowed", "score", "image"))
+        of = [(latent, image) for latent, image in tensors["map_of"].tolist()]
+        examples._maps = dict(zip(of, tensors["maps"].unbind(), strict=True))
+        lengths = tensors["peak_lengths"].tolist()
+        peaks = (tensors[name].split(lengths) for name in ("peak_latents", "peak_values"))
+        examples._peaks = list(zip(*peaks, strict=True))
+        return examples
 
 
 class CollectExamples(Instrument):

@@ -214,6 +214,11 @@ def share(value: float) -> str:
     return f"{value * 100:.1f} %".replace(".0 %", " %").replace("-", "−")
 
 
+def share_precisely(value: float) -> str:
+    """A share that may be small as percent with three digits: 0.000213 is 0.0213 %."""
+    return f"{significant(float(value) * 100)} %"
+
+
 def signed(value: float) -> str:
     """A strength with its sign: +8, −2.5, 0."""
     return f"{value:+.4g}".replace("-", "−") if value else "0"
@@ -276,6 +281,7 @@ _FILTERS = {
     "number": _or_dash(significant),
     "identifier": _or_dash(identifier),
     "share": _or_dash(share),
+    "share_precisely": _or_dash(share_precisely),
     "signed": _or_dash(signed),
     "seconds": _or_dash(seconds),
     "chance": _or_dash(chance),

@@ -43,7 +43,7 @@ def small() -> tuple[dict[str, Any], dict[str, Image.Image]]:
 class Page(HTMLParser):
     """The numbers (`<data>`: value and text), the other visible text, the ids and every start tag of a page."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = "index.html") -> None:
         super().__init__()
         self.numbers: list[tuple[Any, str]] = []
         self.texts: list[str] = []
@@ -51,7 +51,7 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self._open: list[str] = []
         self._value: Any = None
-        self.source = (folder / "index.html").read_text()
+        self.source = (folder / name).read_text()
         self.feed(self.source)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
