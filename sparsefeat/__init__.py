@@ -29,11 +29,13 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.attention import HeatMaps as HeatMaps
     from sparsefeat.attention import SelfAttention as SelfAttention
     from sparsefeat.attention import read_image as read_image
+    from sparsefeat.attribution import Circuit as Circuit
     from sparsefeat.attribution import WeightMask as WeightMask
     from sparsefeat.attribution import attribute_latents as attribute_latents
     from sparsefeat.attribution import attribute_weights as attribute_weights
     from sparsefeat.attribution import cad_amplify as cad_amplify
     from sparsefeat.attribution import cad_erase as cad_erase
+    from sparsefeat.attribution import circuit as circuit
     from sparsefeat.attribution import cones as cones
     from sparsefeat.attribution import df_cam as df_cam
     from sparsefeat.attribution import df_rise as df_rise
@@ -100,6 +102,7 @@ _HOME = {
     "AddVector": "sparsefeat.steering",
     "AttendAndExcite": "sparsefeat.attention",
     "Blindspots": "sparsefeat.features",
+    "Circuit": "sparsefeat.attribution",
     "CollectActivations": "sparsefeat.training",
     "CollectExamples": "sparsefeat.features",
     "CollectStatistics": "sparsefeat.features",
@@ -153,6 +156,7 @@ _HOME = {
     "cad_erase": "sparsefeat.attribution",
     "check": "sparsefeat.evaluation.check",
     "clamp_latents": "sparsefeat.erasure",
+    "circuit": "sparsefeat.attribution",
     "cones": "sparsefeat.attribution",
     "decompose": "sparsefeat.steering",
     "df_cam": "sparsefeat.attribution",

@@ -29,6 +29,7 @@ runner = CliRunner()
         ["steer"],
         ["erase"],
         ["heatmap"],
+        ["circuit"],
         ["hookpoints"],
         ["collect"],
         ["train"],
@@ -58,6 +59,8 @@ def test_every_command_explains_itself(command):
         (["erase", "an emoji of a fox", "--concept", "fox", "--method", "guess"], "--method 'guess' is not known"),
         (["erase", "a fox", "--concept", "fox", "--method", "cad", "--gamma", "-1"], "--gamma is of --method saeuron"),
         (["features", "a fox", "--pipeline", "some/model"], "--sae"),
+        (["circuit", "a fox", "--sae", str(block_sae_folder())], "name two"),
+        (["circuit", "a fox", "--steps", "2", "--step", "2"], "none of the 2 steps"),
         (["features", "a fox", "--sae", "no/such/folder-at-all"], "no/such/folder-at-all"),
         (["features", "a fox", "--at", "unet.mid_blok.attentions.0"], "mid_block"),
         (["features"], "PROMPT is missing"),
@@ -185,6 +188,18 @@ def test_an_sae_whose_file_does_not_say_k_can_be_told_it():
 
 
 @pytest.mark.embedded
+def test_circuit_draws_the_strongest_edges(tmp_path):
+    out = tmp_path / "circuit"
+    line = ["circuit", "a noto emoji of a fox", "--steps", "2", "--step", "1", "--latents", "2", "--edges", "3"]
+    result = runner.invoke(app, [*line, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    edges = json.loads((out / "circuit.json").read_text())["edges"]
+    assert 1 <= len(edges) <= 3
+    printed = result.stdout.splitlines()[1 : 1 + len(edges)]
+    assert [row.split()[:2] for row in printed] == [[str(e["upstream"]), str(e["downstream"])] for e in edges]
+    assert (out / "circuit.svg").read_text().count("<path") == len(edges)
+
+
 def test_features_prints_top_latents_and_writes_their_maps(tmp_path):
     out = tmp_path / "features"
     result = runner.invoke(app, ["features", "a noto emoji of a fox", "--steps", "2", "--top", "3", "--out", str(out)])

@@ -9,6 +9,7 @@ from typer.core import TyperCommand
 
 from sparsefeat import __version__
 from sparsefeat.cli.commands.bench import bench
+from sparsefeat.cli.commands.circuit import circuit
 from sparsefeat.cli.commands.collect import collect
 from sparsefeat.cli.commands.demo import demo
 from sparsefeat.cli.commands.erase import erase
@@ -30,7 +31,7 @@ from sparsefeat.cli.commands.steer import steer
 from sparsefeat.cli.commands.train import train
 from sparsefeat.cli.failures import plain_errors
 
-COMMANDS = (demo, features, steer, erase, heatmap, hookpoints, collect, train, bench)
+COMMANDS = (demo, features, steer, erase, heatmap, circuit, hookpoints, collect, train, bench)
 EVALUATE_COMMANDS = (attribution, emoji, overhead, saes, scenes)
 SAE_COMMANDS = (info, list_saes, check, verify, names, convert)
 
