@@ -1,5 +1,6 @@
 # make demo    install, run the main job on the embedded pipeline, print where its page is
 # make test    install, lint, type-check, import contracts, tests
+# make docs    the guides and the API reference as a site that needs no network: build/site/index.html
 # make bench   the ops against dense PyTorch and other libraries on this machine, ten minutes: bench/results/
 # make peers   the other libraries, in an environment of their own, which make bench then uses
 # make interop  other programs' SAE files made again by those programs, and compared: docs/interop.md
@@ -22,7 +23,7 @@ ORBAX ?= .venv-orbax
 # What measures: the environment with the other libraries where there is one.
 MEASURE = $(if $(wildcard $(PEERS)/.installed),$(PEERS)/bin,$(BIN))/python
 
-.PHONY: demo test lint types contracts pytest matrix floor card bench peers interop evaluate tables browser clean
+.PHONY: demo test lint types contracts pytest docs matrix floor card bench peers interop evaluate tables browser clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +57,14 @@ contracts: $(VENV)/.tests-installed
 # Two processes of one thread each: the tests' models are so small that a second thread only waits.
 pytest: $(VENV)/.tests-installed
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --durations=10
+
+docs: $(VENV)/.docs-installed
+	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/python tools/check_site.py build/site
+
+$(VENV)/.docs-installed: $(VENV)/.tests-installed
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[docs]'
+	touch $@
 
 # The results are taken whether or not every promise was kept: the page says which were not.
 matrix: $(VENV)/.tests-installed build/quantised/.installed
@@ -142,4 +151,4 @@ browser:
 	{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(FLOOR) $(CARD) $(ORBAX) build/lib dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) $(FLOOR) $(CARD) $(ORBAX) build/lib build/site dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -9,11 +9,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import check_site
 import numpy as np
 import pytest
+import site_pages
+import sparsefeat_kernels
 import typer
 from typer.testing import CliRunner
 
+import sparsefeat
 from sparsefeat.assets import emojicanvas
 from sparsefeat.cli import app
 from sparsefeat.evaluation.judge import judge_images, load_judge
@@ -147,6 +151,90 @@ def test_opening_anybodys_sae_takes_fewer_than_ten_lines():
 def test_the_readme_is_two_screens_and_its_example_thirteen_lines():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 95
     assert len(python_blocks("README.md")[0].strip().splitlines()) <= 13
+
+
+# The site and the notebooks ------------------------------------------------------------------------------------------
+
+
+def test_every_public_name_is_in_the_reference_and_every_system_has_a_page():
+    written = "\n".join(text for _, text in site_pages.api_pages())
+    for module in (sparsefeat, sparsefeat_kernels):
+        for name in {*module.__all__} - {"__version__", "presets", "flops"}:
+            value = getattr(module, name)
+            assert re.search(rf"^::: sparsefeat\S*\.{re.escape(name)}$", written, re.MULTILINE), (name, value)
+    pages = dict(site_pages.system_pages())
+    text = (ROOT / "docs" / "presets.md").read_text()
+    systems = re.findall(r"^\| (.+?) \(.*?\|.*`(?:sf|presets)\.", text, re.MULTILINE)
+    titles = {page.splitlines()[0] for page in pages.values()}
+    assert len(systems) >= 25
+    assert {f"# {system}" for system in systems} <= titles
+    for name in sparsefeat.presets.__all__:
+        assert sum(f"::: sparsefeat.presets.{name}\n" in page for page in pages.values()) == 1, name
+
+
+def test_every_page_is_in_the_navigation():
+    shown = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    for path in (ROOT / "docs").glob("*.md"):
+        assert f"- {path.name}\n" in shown, path.name
+
+
+def test_a_link_that_leads_nowhere_and_a_script_from_elsewhere_are_found(tmp_path):
+    (tmp_path / "a.html").write_text(
+        '<a href="b.html#here">b</a> <a href="https://example.org">there</a> <img src="p.svg">'
+    )
+    (tmp_path / "b.html").write_text('<p id="here"></p><script src="s.js"></script>')
+    for name in ("p.svg", "s.js"):
+        (tmp_path / name).touch()
+    assert check_site.faults(tmp_path) == []
+    (tmp_path / "a.html").write_text(
+        '<a href="c.html">c</a> <a href="b.html#nowhere">b</a> <img src="https://example.org/p">'
+    )
+    (tmp_path / "b.html").write_text('<script src="//example.org/s.js"></script><p name="b"></p>')
+    (tmp_path / "s.css").write_text("@import 'https://example.org/f.css'; p { background: url(https://example.org/p) }")
+    said = check_site.faults(tmp_path)
+    assert [line.partition(": ")[2].split()[0] for line in said if "is not there" in line or "no such place" in line] == [
+        "c.html", "b.html#nowhere",
+    ]  # fmt: skip
+    assert sum("fetches" in line for line in said) == 4
+
+
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.py"))
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = path.read_text()
+    assert re.findall(r"^# %%", code, re.MULTILINE)[:1]
+    quick, n = re.subn(r"^STEPS = 20$", "STEPS = 2", code, flags=re.MULTILINE)
+    assert n == 1
+    names: dict = {"__name__": "notebook"}
+    exec(compile(quick, path.name, "exec"), names)
+    written = {file.name for file in tmp_path.rglob("*")}
+    said = capsys.readouterr().out
+    if path.stem == "find":
+        assert len(re.findall(r"^a \w+ emoji of ", said, re.MULTILINE)) == 20
+        assert said.count("auc") == 3
+    if path.stem == "paint":
+        assert "instrument.json" in written
+        before, after = (np.asarray(image, dtype=float) for image in (names["target"], names["again"]))
+        changed = np.abs(after - before).mean(axis=(0, 2))
+        assert changed[40:].mean() > 2 * changed[:24].mean()  # the right half was painted
+    if path.stem == "unlearn":
+        assert "foxes seen: " in said
+        assert sum(1 for file in tmp_path.rglob("instrument.json")) == 3
+    if path.stem == "words":
+        assert {"words.png", "0-fox.png", "3-key.png"} <= written
+
+
+def test_jupytext_reads_the_notebooks_as_cells_of_text_and_code():
+    jupytext = pytest.importorskip("jupytext")
+    for path in NOTEBOOKS:
+        cells = jupytext.read(path).cells
+        assert cells[0].cell_type == "markdown"
+        assert cells[0].source.startswith("# ")
+        assert sum(cell.cell_type == "code" for cell in cells) >= 3
 
 
 def test_every_relative_link_and_picture_of_the_readme_exists():

@@ -111,7 +111,8 @@ def signals_raise() -> Iterator[None]:
     """SIGTERM and SIGHUP raise `Ended` while this is open, where nobody else handles them."""
     ours = []
     if threading.current_thread() is threading.main_thread():
-        ours = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+        known = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]  # Windows has no second
+        ours = [n for n in known if n is not None and signal.getsignal(n) is signal.SIG_DFL]
 
     def end(number: int, frame: Any) -> None:
         raise Ended(number)
