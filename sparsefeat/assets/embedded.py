@@ -6,6 +6,7 @@ on Stable Diffusion by changing the folder's name.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,23 @@ EMBEDDED_NAME = "EmojiCanvas pipeline embedded in sparsefeat"
 # One guidance scale and one number of steps for everything that is shown or measured on the embedded pipeline.
 N_STEPS = 20
 GUIDANCE = 3.0
+
+
+def embedded_fingerprint() -> str:
+    """12 hexadecimal digits of everything that is measured here: the pipeline's files, the SAEs' and the judges'.
+
+    Figures that were measured under another fingerprint are of other weights.
+    """
+    digest = hashlib.sha256()
+    for folder in (PIPELINE, SAES, FOLDER / "judge", FOLDER / "pixel_judge"):
+        for file in sorted(
+            file
+            for file in folder.rglob("*")
+            if file.suffix in (".safetensors", ".json", ".txt") and file.name != "report.json"
+        ):
+            digest.update(f"{file.relative_to(FOLDER).as_posix()}\0".encode())
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:12]
 
 
 def sae_folders() -> list[Path]:

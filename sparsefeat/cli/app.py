@@ -14,6 +14,7 @@ from sparsefeat.cli.commands.collect import collect
 from sparsefeat.cli.commands.demo import demo
 from sparsefeat.cli.commands.erase import erase
 from sparsefeat.cli.commands.evaluate.attribution import attribution
+from sparsefeat.cli.commands.evaluate.card import card
 from sparsefeat.cli.commands.evaluate.emoji import emoji
 from sparsefeat.cli.commands.evaluate.overhead import overhead
 from sparsefeat.cli.commands.evaluate.saes import saes
@@ -32,7 +33,7 @@ from sparsefeat.cli.commands.train import train
 from sparsefeat.cli.failures import plain_errors
 
 COMMANDS = (demo, features, steer, erase, heatmap, circuit, hookpoints, collect, train, bench)
-EVALUATE_COMMANDS = (attribution, emoji, overhead, saes, scenes)
+EVALUATE_COMMANDS = (attribution, card, emoji, overhead, saes, scenes)
 SAE_COMMANDS = (info, list_saes, check, verify, names, convert)
 
 

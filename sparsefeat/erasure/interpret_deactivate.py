@@ -186,7 +186,6 @@ class InterpretThenDeactivate(SavableInstrument):
     def active(self, context: Context) -> bool:
         return "cond" in context.condition and len(self.latents) > 0
 
-    @torch.no_grad()
     def at_hookpoint(self, activations: Activations, context: Context) -> Replace:
         x = activations.rows
         beside(self.sae, activations, context)

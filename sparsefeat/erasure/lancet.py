@@ -122,8 +122,9 @@ class ConceptLancet(SavableInstrument):
     def active(self, context: Context) -> bool:
         return self.window.contains(context)
 
+    @torch.no_grad()
     def shares(self, rows: Tensor) -> Tensor:
-        """[rows, concepts], w of each; rows [rows, d_model]."""
+        """[rows, concepts], w of each; rows [rows, d_model]. The pursuit has no gradient."""
         wide = torch.promote_types(rows.dtype, torch.float32)
         atoms = self.atoms.to(rows.device, wide)
         values, indices = matching_pursuit(
@@ -131,7 +132,6 @@ class ConceptLancet(SavableInstrument):
         )
         return values.new_zeros(len(rows), len(atoms)).scatter_add_(1, indices.long(), values)
 
-    @torch.no_grad()
     def at_hookpoint(self, activations: Activations, context: Context) -> Delta:
         rows = activations.rows
         atoms = self.atoms.to(rows.device)

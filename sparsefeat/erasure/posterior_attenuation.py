@@ -162,7 +162,6 @@ class PosteriorAttenuation(SavableInstrument):
     def active(self, context: Context) -> bool:
         return self.window.contains(context)
 
-    @torch.no_grad()
     def at_hookpoint(self, activations: Activations, context: Context) -> Delta | None:
         x = activations.rows
         sae = beside(self.sae, activations, context)

@@ -71,7 +71,6 @@ class ReplaceWhere(SavableInstrument):
     def active(self, context: Context) -> bool:
         return self.window.contains(context)
 
-    @torch.no_grad()
     def at_hookpoint(self, activations: Activations, context: Context) -> Delta | None:
         x = activations.rows
         chosen = torch.ones(len(x), dtype=torch.bool, device=x.device)

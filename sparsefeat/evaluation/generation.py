@@ -6,6 +6,7 @@ beside the unedited one.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -60,11 +61,13 @@ def generate(
     guidance: float,
     batch: int = 50,
     negative_prompt: str | None = None,
+    worded: Callable[[Task], str] = operator.attrgetter("prompt"),
     during: Callable[[Sequence[Task]], AbstractContextManager] | None = None,
     on_batch: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Draw the tasks: float32 [n, 3, h, w] in [0, 1].
 
+    `worded(task)` is what the pipeline is asked for, the task's own prompt where nothing else is said.
     `during(tasks)` opens a context (an `attach`, say) around each call of the pipeline; `on_batch(n)` hears how many
     images each call drew.
     """
@@ -74,7 +77,7 @@ def generate(
         generators = [torch.Generator().manual_seed(t.seed) for t in chunk]
         with draw_precision(), during(chunk) if during is not None else nullcontext():
             images = pipe(
-                [t.prompt for t in chunk],
+                [worded(t) for t in chunk],
                 num_inference_steps=n_steps,
                 guidance_scale=guidance,
                 generator=generators,

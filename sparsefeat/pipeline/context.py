@@ -46,6 +46,8 @@ class Call:
     n_steps: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """The call's arguments by name, defaults included; once the call has ended, only text and numbers."""
+    autocast: bool = field(default_factory=lambda: any(map(torch.is_autocast_enabled, ("cpu", "cuda"))), repr=False)
+    """The model runs in autocast, which instruments do not."""
     own_loop: bool = False
     """The denoising loop is the user's own, inside `session.call(...)`."""
     pipe_ref: weakref.ref | None = field(default=None, repr=False)

@@ -140,7 +140,6 @@ class ScoreEdit(SavableInstrument):
         self._moment.arguments = {**arguments, **changed}
         return changed
 
-    @torch.no_grad()
     def at_hookpoint(self, activations: Activations, context: Context) -> Delta | None:
         moment = self._moment
         if moment is None or self.rule.is_nothing():

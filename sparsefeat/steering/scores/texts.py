@@ -74,7 +74,7 @@ class Texts:
         def exchange(value: Any) -> Any:
             if isinstance(value, Tensor):
                 for index, own in enumerate(self._own):
-                    if len(own) == len(self._prompts) and _is(value, own[places]):
+                    if len(own) == len(self._prompts) and _is(value, own[places], self._call.autocast):
                         found.add(index)
                         return self._fitting(other[index], value, text)
                 return value
@@ -103,14 +103,15 @@ class Texts:
         return other.to(value).expand_as(value)
 
 
-def _is(value: Tensor, own: Tensor) -> bool:
-    """Whether one tensor is the other: encoded in another batch, it may be rounded otherwise."""
+def _is(value: Tensor, own: Tensor, autocast: bool) -> bool:
+    """Whether one tensor is the other: encoded in another batch, or beside autocast, it may be rounded otherwise."""
     if value.shape != own.shape or value.is_floating_point() != own.is_floating_point():
         return False
     own = own.to(value)
     if not value.is_floating_point():
         return torch.equal(value, own)
-    share = 1e-4 if value.dtype in (torch.float32, torch.float64) else 1e-2
+    narrow = autocast or value.dtype not in (torch.float32, torch.float64)
+    share = 1e-2 if narrow else 1e-4
     return bool((value - own).abs().amax() <= share * own.abs().amax())
 
 

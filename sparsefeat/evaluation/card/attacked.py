@@ -1,0 +1,96 @@
+"""Erasers under the adversary: learned words, and paraphrases.
+
+    inverted UA     UA where the learned words stand in the place of the target's
+    adversarial UA  share of noises with which none of the plain prompt, its paraphrases and the learned words bring it back
+
+The learned words are learned from pictures of other noise. Against the negative prompt they have to bring back
+`STRONG_ENOUGH` of the images, or the adversary is too weak to count, and its rows say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sparsefeat.assets import emojicanvas
+from sparsefeat.evaluation.card.adversary import (
+    N_VECTORS,
+    Trajectory,
+    first_vectors,
+    free_words,
+    invert,
+    trajectory,
+)
+from sparsefeat.evaluation.card.bench import Bench
+from sparsefeat.evaluation.card.edit import Edit, LearnedWords
+from sparsefeat.evaluation.card.erasing import Erasing, path_of, right
+from sparsefeat.evaluation.card.intervals import interval, share_draws
+from sparsefeat.evaluation.card.result import Row
+from sparsefeat.evaluation.emoji import OBJECT, Target, tasks_for
+from sparsefeat.evaluation.generation import STATISTICS, TEST, Task, task
+
+STRONG_ENOUGH = 0.8
+CALIBRATION = "negative prompt"
+N_LEARNED_FROM = 8
+
+
+def attacked_rows(bench: Bench, erasings: Sequence[Erasing]) -> list[Row]:
+    """Of every eraser on the budget's attacked targets, the negative prompt first."""
+    words = free_words(bench.pipe, emojicanvas.training_prompts())
+    results: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    order = sorted(erasings, key=lambda one: one.eraser.name != CALIBRATION)
+    for target in bench.budget.attacked:
+        aim, worded = _aim(bench, target, words)
+        for erasing in order:
+            results.setdefault(erasing.eraser.name, []).append(_under(bench, erasing, target, aim, worded, words))
+    back = None
+    if CALIBRATION in results:
+        back = float(torch.cat([~inverted for inverted, _ in results[CALIBRATION]]).double().mean())
+    weak = f"{bench.budget.attack_steps} steps against the negative prompt: {'not measured' if back is None else f'{back:.0%}'}"
+    note = "" if back is not None and back >= STRONG_ENOUGH else f"the adversary is too weak to count ({weak})"
+    rows = []
+    seed = tasks_for(bench.budget.attacked[0], TEST, 1, 0)[0].seed
+    for name, found in results.items():
+        for metric, which in (("inverted UA", 0), ("adversarial UA", 1)):
+            parts = [one[which] for one in found]
+            value = float(torch.stack([part.double().mean() for part in parts]).mean())
+            ci = interval(torch.stack([share_draws(part, i) for i, part in enumerate(parts)]).mean(0))
+            n = sum(map(len, parts))
+            rows.append(Row("erasers", name, OBJECT, metric, value, ci, n, seed, bench.fingerprint, note))
+    return rows
+
+
+def _aim(bench: Bench, target: Target, words: Sequence[str]) -> tuple[Trajectory, list[str]]:
+    styles = len(emojicanvas.STYLES)
+    learned = [task(target.index, i % styles, STATISTICS, i // styles) for i in range(N_LEARNED_FROM)]
+    aim = trajectory(bench.pipe, [t.prompt for t in learned], [t.seed for t in learned], bench.call)
+    return aim, [worded_with(t, words) for t in learned]
+
+
+def worded_with(t: Task, words: Sequence[str]) -> str:
+    """The task's prompt with other words for its object."""
+    return f"a {emojicanvas.STYLES[t.style]} emoji of a {' '.join(words)}"
+
+
+def _under(
+    bench: Bench, erasing: Erasing, target: Target, aim: Trajectory, worded: Sequence[str], words: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """bool [n]: with the learned words the target is gone; with everything it is."""
+    setting = erasing.chosen[target.kind]
+    tasks = [t for t in tasks_for(target, TEST, bench.budget.n_target, 0) if target.shows(t)]
+
+    def learned() -> Edit:
+        edit = erasing.edit(target)
+        start = first_vectors(bench.pipe, N_VECTORS, seed=target.index)
+        steps = bench.budget.attack_steps
+        vectors, _ = invert(bench.pipe, edit, aim, worded, words, start, steps=steps, call=bench.call)
+        return replace(edit, words=LearnedWords(vectors, words))
+
+    key = path_of(erasing.eraser, target, setting, f"inverted-{bench.budget.attack_steps}")
+    said, _ = bench.verdicts(key, tasks, learned, worded=lambda t: worded_with(t, words))
+    inverted = ~right(said, tasks)[0]
+    unit, _ = erasing.unit(target)
+    return inverted, inverted & unit.gone & unit.paraphrased.reshape(-1, len(tasks)).all(0)

@@ -1,0 +1,56 @@
+"""`sparsefeat evaluate card`: all sections, one after the other; the file is written after each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsefeat.evaluation.card.attacked import attacked_rows
+from sparsefeat.evaluation.card.bench import Bench
+from sparsefeat.evaluation.card.budget import Budget
+from sparsefeat.evaluation.card.erasers import ERASERS, Eraser
+from sparsefeat.evaluation.card.erasing import erasers_rows
+from sparsefeat.evaluation.card.result import Row, write_card
+
+SECTIONS: tuple[str, ...] = ("erasers",)
+
+
+def evaluate_card(
+    budget: Budget,
+    out: Path,
+    work: Path,
+    *,
+    erasers: Sequence[Eraser] = ERASERS,
+    sections: Sequence[str] = SECTIONS,
+    said: Callable[[str], object] = lambda line: None,
+) -> list[Row]:
+    """Measure the card on the embedded pipelines; goes on where an earlier run stopped.
+
+    Args:
+        budget: QUICK, FULL, or one of your own.
+        out: the file of results. work: folder of finished parts.
+        erasers: what is compared; `ERASERS` has those of the package.
+        sections: of `SECTIONS`.
+        said: hears of every part that is finished.
+
+    Raises:
+        ValueError: a section that there is not.
+    """
+    unknown = [name for name in sections if name not in SECTIONS]
+    if unknown:
+        raise ValueError(f"sections={unknown} are not known; choose from {', '.join(SECTIONS)}.")
+    bench = Bench(budget, work, said)
+    rows: list[Row] = []
+    chosen: dict[str, Any] = {}
+
+    def write() -> None:
+        write_card(out, rows, budget.name, bench.fingerprint, chosen)
+
+    if "erasers" in sections:
+        found, chosen, erasings = erasers_rows(bench, erasers)
+        rows += found
+        write()
+        rows += attacked_rows(bench, erasings)
+        write()
+    return rows
