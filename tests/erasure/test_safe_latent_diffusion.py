@@ -65,6 +65,13 @@ def test_it_is_the_published_loop(pipe, setting):
     assert (wanted - plain).abs().max() >= 1e-2 * plain.abs().max()
 
 
+def test_it_runs_in_autocast_where_the_prompts_own_encoding_is_rounded(pipe):
+    edit = safe_latent_diffusion("cat b", "max")
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, found = draw(pipe), draw(pipe, edit)
+    assert (found - plain).abs().max() >= 1e-2 * plain.abs().max()
+
+
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
 def test_where_all_elements_are_moved_it_is_negation(name):
     family = families()[name]

