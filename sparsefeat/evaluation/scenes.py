@@ -285,6 +285,7 @@ def row(
     chosen, chosen_oracle, _, _ = scored(pipe, method, fit, judge)
     own, oracle, seconds, unseen = scored(pipe, method, test, judge)
     scores, best = own.scores(chosen.best()), oracle.scores(chosen_oracle.best())
+    within = own.intervals(chosen.best())
 
     def once() -> None:
         chunk = test[: method.batch]
@@ -303,6 +304,7 @@ def row(
         "accuracy": round(scores.accuracy, 4),
         "map": round(scores.map, 4),
         "pointing": round(scores.pointing, 4),
+        **{f"{name}_ci": [round(end, 4) for end in ends] for name, ends in within.items()},
         "threshold": scores.threshold,
         "n_maps": scores.n,
         "not_seen": unseen,

@@ -25,6 +25,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsefeat.evaluation.intervals import interval, resampled, share_draws
+
 Threshold: TypeAlias = "float | Literal['mean']"
 
 # Pixels within which the pointing game forgives a miss, in images of the photographs' size (Zhang et al., section 4.1).
@@ -69,8 +71,8 @@ class Segmentation:
             raise ValueError('thresholds is empty; give at least one, as in ("mean",)')
         self.thresholds = tuple(thresholds)
         self.both_classes, self.tolerance = both_classes, tolerance
-        # By threshold: both foreground, foreground of either, both background, background of either.
-        self._counts = torch.zeros(len(self.thresholds), 4, dtype=torch.float64)
+        # Of each map [thresholds, 4]: both foreground, foreground of either, both background, background of either.
+        self._counts: list[Tensor] = []
         self._pixels = 0
         self._precision: list[float] = []
         self._hits: list[float] = []
@@ -94,11 +96,13 @@ class Segmentation:
         scaled = _scaled(values.double().cpu())
         mask, counted = mask.cpu(), counted.cpu()
         of_truth = mask[counted]
-        for row, threshold in enumerate(self.thresholds):
+        of_map = []
+        for threshold in self.thresholds:
             found = foreground(scaled, threshold)[counted]
-            self._counts[row] += torch.stack(
-                [found & of_truth, found | of_truth, ~found & ~of_truth, ~found | ~of_truth]
-            ).sum(1)
+            of_map.append(
+                torch.stack([found & of_truth, found | of_truth, ~found & ~of_truth, ~found | ~of_truth]).sum(1)
+            )
+        self._counts.append(torch.stack(of_map).double())
         self._pixels += int(counted.sum())
         scores = scaled[counted]
         if self.both_classes:
@@ -118,16 +122,30 @@ class Segmentation:
             raise ValueError(f"threshold={threshold!r} was not counted; these were: {list(self.thresholds)}")
         if not self._precision:
             raise ValueError("no map was counted; add one first")
-        both, either, neither, background = self._counts[self.thresholds.index(threshold)].tolist()
-        ious = [both / either, neither / background if background else 1.0]
+        counts = torch.stack(self._counts)[:, self.thresholds.index(threshold)]
+        both, _, neither, _ = counts.sum(0).tolist()
         return SegmentationScores(
             accuracy=(both + neither) / self._pixels,
-            miou=sum(ious) / 2,
+            miou=_miou(counts),
             map=sum(self._precision) / len(self._precision),
             pointing=sum(self._hits) / len(self._hits),
             threshold=threshold,
             n=len(self._precision),
         )
+
+    def intervals(self, threshold: Threshold) -> dict[str, tuple[float, float]]:
+        """95 % intervals of "miou", maps drawn again with replacement, and "pointing"."""
+        counts = torch.stack(self._counts)[:, self.thresholds.index(threshold)]
+        return {
+            "miou": interval(resampled(counts, _miou)),
+            "pointing": interval(share_draws(torch.tensor(self._hits), seed=0)),
+        }
+
+
+def _miou(counts: Tensor) -> float:
+    """Of both classes; counts [maps, 4]."""
+    both, either, neither, background = counts.sum(0).tolist()
+    return (both / either + (neither / background if background else 1.0)) / 2
 
 
 def _scaled(values: Tensor) -> Tensor:

@@ -30,9 +30,9 @@ from sparsefeat.evaluation.card.bench import adjacent_tasks
 from sparsefeat.evaluation.card.edit import LearnedWords
 from sparsefeat.evaluation.card.erasers import ERASERS, bare, prompts_with, prompts_without
 from sparsefeat.evaluation.card.erasing import Unit, erb, measured
-from sparsefeat.evaluation.card.intervals import around, interval, mean_interval, resampled, share_draws
 from sparsefeat.evaluation.emoji import OBJECT, STYLE, Target, tasks_for
 from sparsefeat.evaluation.generation import STATISTICS, TEST, VALIDATION, task
+from sparsefeat.evaluation.intervals import around, interval, mean_interval, resampled, share_draws
 
 TINY = dataclasses.replace(
     QUICK,

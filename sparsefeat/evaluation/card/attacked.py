@@ -27,10 +27,10 @@ from sparsefeat.evaluation.card.adversary import (
 from sparsefeat.evaluation.card.bench import Bench
 from sparsefeat.evaluation.card.edit import Edit, LearnedWords
 from sparsefeat.evaluation.card.erasing import Erasing, path_of, right
-from sparsefeat.evaluation.card.intervals import interval, share_draws
 from sparsefeat.evaluation.card.result import Row
 from sparsefeat.evaluation.emoji import OBJECT, Target, tasks_for
 from sparsefeat.evaluation.generation import STATISTICS, TEST, Task, task
+from sparsefeat.evaluation.intervals import interval, share_draws
 
 STRONG_ENOUGH = 0.8
 CALIBRATION = "negative prompt"
@@ -38,10 +38,12 @@ N_LEARNED_FROM = 8
 
 
 def attacked_rows(bench: Bench, erasings: Sequence[Erasing]) -> list[Row]:
-    """Of every eraser on the budget's attacked targets, the negative prompt first."""
+    """Of every eraser on the budget's attacked targets, the negative prompt first; the unedited pipeline erases nothing."""
     words = free_words(bench.pipe, emojicanvas.training_prompts())
     results: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    order = sorted(erasings, key=lambda one: one.eraser.name != CALIBRATION)
+    order = sorted(
+        (one for one in erasings if one.eraser.name != "unedited"), key=lambda one: one.eraser.name != CALIBRATION
+    )
     for target in bench.budget.attacked:
         aim, worded = _aim(bench, target, words)
         for erasing in order:

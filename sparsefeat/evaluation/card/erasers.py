@@ -203,7 +203,7 @@ ERASERS: tuple[Eraser, ...] = (
     Eraser(
         "ESD",
         _esd,
-        ({"lr": 3e-3, "iterations": 100}, {"lr": 1e-3, "iterations": 200}, {"lr": 3e-3, "iterations": 200}),
+        ({"lr": 3e-3, "iterations": 100}, {"lr": 1e-3, "iterations": 100}, {"lr": 1e-3, "iterations": 400}),
         baseline=True,
     ),
     Eraser(

@@ -26,11 +26,11 @@ from sparsefeat.assets import emojicanvas
 from sparsefeat.evaluation.card.bench import Bench, unit_tasks
 from sparsefeat.evaluation.card.edit import Edit
 from sparsefeat.evaluation.card.erasers import Eraser
-from sparsefeat.evaluation.card.intervals import RESAMPLES, around, interval, resampled, share_draws
 from sparsefeat.evaluation.card.result import Row
 from sparsefeat.evaluation.emoji import OBJECT, STYLE, Target, scores, tasks_for
 from sparsefeat.evaluation.frechet import frechet_distance
 from sparsefeat.evaluation.generation import VALIDATION, Task
+from sparsefeat.evaluation.intervals import RESAMPLES, around, interval, resampled, share_draws
 from sparsefeat.evaluation.judge import Verdicts
 
 Setting = Mapping[str, Any]

@@ -9,11 +9,21 @@ from typing import Any
 from sparsefeat.evaluation.card.attacked import attacked_rows
 from sparsefeat.evaluation.card.bench import Bench
 from sparsefeat.evaluation.card.budget import Budget
+from sparsefeat.evaluation.card.dictionaries import dictionaries_rows
 from sparsefeat.evaluation.card.erasers import ERASERS, Eraser
 from sparsefeat.evaluation.card.erasing import erasers_rows
+from sparsefeat.evaluation.card.explaining import explained_rows
+from sparsefeat.evaluation.card.mapping import maps_rows
 from sparsefeat.evaluation.card.result import Row, write_card
+from sparsefeat.evaluation.card.steering import steerers_rows
 
-SECTIONS: tuple[str, ...] = ("erasers",)
+OTHERS: dict[str, Callable[[Bench], list[Row]]] = {
+    "steerers": steerers_rows,
+    "maps": maps_rows,
+    "dictionaries": dictionaries_rows,
+    "attribution": explained_rows,
+}
+SECTIONS = ("erasers", *OTHERS)
 
 
 def evaluate_card(
@@ -43,14 +53,14 @@ def evaluate_card(
     bench = Bench(budget, work, said)
     rows: list[Row] = []
     chosen: dict[str, Any] = {}
-
-    def write() -> None:
-        write_card(out, rows, budget.name, bench.fingerprint, chosen)
-
     if "erasers" in sections:
         found, chosen, erasings = erasers_rows(bench, erasers)
         rows += found
-        write()
+        write_card(out, rows, budget.name, bench.fingerprint, chosen)
         rows += attacked_rows(bench, erasings)
-        write()
+        write_card(out, rows, budget.name, bench.fingerprint, chosen)
+    for name, measure in OTHERS.items():
+        if name in sections:
+            rows += measure(bench)
+            write_card(out, rows, budget.name, bench.fingerprint, chosen)
     return rows

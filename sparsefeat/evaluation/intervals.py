@@ -17,8 +17,8 @@ RESAMPLES = 100
 
 
 def share_draws(right: Tensor, seed: int) -> Tensor:
-    """fp64 [DRAWS], the posterior of the share of True in `right` [n]."""
-    k, n = int(right.sum()), len(right)
+    """fp64 [DRAWS], the posterior of the share of True in `right` [n]; parts of one (a tie) count as such."""
+    k, n = float(right.sum()), len(right)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return torch.distributions.Beta(torch.tensor(k + 0.5, dtype=torch.float64), n - k + 0.5).sample((DRAWS,))
