@@ -169,11 +169,11 @@ def steerers_rows(bench: Bench, steerers: Sequence[Steerer] = STEERERS) -> list[
         name = steerer.name.replace(" ", "-").replace(",", "")
         found = [bench.kept(f"steerers/{name}/{dose}", partial(said, partial(at, dose))) for dose in DOSES]
         p, q = (torch.tensor([plain[of], *(one[of] for one in found)]).double() for of in ("style", "object"))
-        rows += _rows(bench, steerer.name, p, q, drawn[0].seed)
+        rows += figures(bench, steerer.name, p, q, drawn[0].seed)
     return rows
 
 
-def _rows(bench: Bench, name: str, p: Tensor, q: Tensor, seed: int) -> list[Row]:
+def figures(bench: Bench, name: str, p: Tensor, q: Tensor, seed: int) -> list[Row]:
     """p, q: [1 + doses, images], the first without a dose."""
     n = p.shape[1]
     ranks = torch.tensor([_rank(p[:, i]) for i in range(n)])
