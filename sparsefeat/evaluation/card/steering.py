@@ -30,11 +30,12 @@ from sparsefeat.evaluation.generation import TEST, Task, task
 from sparsefeat.evaluation.intervals import interval, mean_interval, resampled
 from sparsefeat.evaluation.judge import as_tensor
 from sparsefeat.features.scores import normalized_mean_difference
-from sparsefeat.pipeline import attach
+from sparsefeat.pipeline import Hookpoint, attach
 from sparsefeat.steering import (
     AddVector,
     Compose,
     LinearAcT,
+    NeuronMaps,
     PromptVector,
     ScoreEdit,
     Slider,
@@ -103,7 +104,7 @@ def _act(bench: Bench) -> Callable[[float], Edit]:
     source, target = _pairs()
     places = [LAYER, "text_encoder.encoder.layers.1"]
     fitted = LinearAcT.fit(bench.pipe, places, source, target, num_inference_steps=1, output_type="latent")
-    maps = {str(at): one for at, one in fitted.maps.items()}
+    maps: dict[str | Hookpoint, NeuronMaps] = dict(fitted.maps)
     return lambda dose: Edit((LinearAcT(maps, strength=dose / 2),))  # its strength ends at 1
 
 
