@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from scipy import stats
@@ -30,12 +31,11 @@ from sparsefeat.evaluation.generation import TEST, Task, task
 from sparsefeat.evaluation.intervals import interval, mean_interval, resampled
 from sparsefeat.evaluation.judge import as_tensor
 from sparsefeat.features.scores import normalized_mean_difference
-from sparsefeat.pipeline import Hookpoint, attach
+from sparsefeat.pipeline import attach
 from sparsefeat.steering import (
     AddVector,
     Compose,
     LinearAcT,
-    NeuronMaps,
     PromptVector,
     ScoreEdit,
     Slider,
@@ -104,7 +104,7 @@ def _act(bench: Bench) -> Callable[[float], Edit]:
     source, target = _pairs()
     places = [LAYER, "text_encoder.encoder.layers.1"]
     fitted = LinearAcT.fit(bench.pipe, places, source, target, num_inference_steps=1, output_type="latent")
-    maps: dict[str | Hookpoint, NeuronMaps] = dict(fitted.maps)
+    maps: Any = fitted.maps
     return lambda dose: Edit((LinearAcT(maps, strength=dose / 2),))  # its strength ends at 1
 
 
