@@ -13,9 +13,11 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sparsefeat.evaluation.card.tables import COLUMNS, card_header, card_markdown
 from sparsefeat.measure.speed_table import (
     A_TABLES_ROWS_AN_OP,
     factor,
@@ -28,11 +30,12 @@ from sparsefeat.measure.speed_table import (
 from sparsefeat.training import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "training.md")
+PAGES = tuple(ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/card.md", "docs/training.md"))
 MEASURED = ROOT / "bench" / "results"
 CARRIED = ROOT / "sparsefeat" / "assets" / "results"
 EMOJI, OVERHEAD, ITD = "emoji.json", "overhead.json", "itd.json"
 CODECS, RETRAINED = "codecs.json", "retrained.json"
+CARD = "card.json"
 
 
 def percent(share: float) -> str:
@@ -267,6 +270,8 @@ TABLES = {
     "codecs": (CODECS, codecs),
     "retrained": (RETRAINED, retrained),
     "optimizers": ("optimizers.json", optimizers),
+    "card": (CARD, card_header),
+    **{f"card-{section}": (CARD, partial(card_markdown, section=section)) for section in COLUMNS},
 }
 
 

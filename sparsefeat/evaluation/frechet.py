@@ -16,19 +16,41 @@ def _root(symmetric: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """||mu_a - mu_b||^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2) of features `[n, d]`, computed in fp64.
+class Reference:
+    """A set of features `[n, d]` that others are compared with, again and again."""
 
-    Symmetric, 0 for equal sets. Raises ValueError when a set has fewer than two rows or the widths differ.
-    """
+    def __init__(self, features: Tensor) -> None:
+        features = _checked("reference", features)
+        covariance = torch.cov(features.T)
+        self.mean, self.trace, self.root = features.mean(0), covariance.trace(), _root(covariance)
+
+    def distance(self, features: Tensor) -> float:
+        """||mu_a - mu_b||^2 + tr(S_a + S_b - 2 (S_b^1/2 S_a S_b^1/2)^1/2) of features a `[n, d]` and these, in fp64.
+
+        With X the centred features over sqrt(n - 1), S_a = X^T X, and the last trace is the sum of X S_b^1/2's singular values:
+        for few images a small matrix's.
+        """
+        features = _checked("features", features)
+        if features.shape[1] != len(self.mean):
+            raise ValueError(f"features must be {len(self.mean)} wide as the reference, got {features.shape[1]}")
+        mean = features.mean(0)
+        centred = (features - mean) / (len(features) - 1) ** 0.5
+        shared = torch.linalg.svdvals(centred @ self.root).sum()
+        apart = (mean - self.mean).square().sum()
+        return max(0.0, (apart + centred.square().sum() + self.trace - 2 * shared).item())
+
+
+def _checked(name: str, features: Tensor) -> Tensor:
+    if features.dim() != 2 or len(features) < 2:
+        raise ValueError(f"{name} must be [n >= 2, d] features, got shape {tuple(features.shape)}")
+    return features.double()
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Of features `[n, d]`. Symmetric, 0 for equal sets. Raises ValueError when a set has fewer than two rows or the widths
+    differ."""
     for name, features in (("a", a), ("b", b)):
-        if features.dim() != 2 or len(features) < 2:
-            raise ValueError(f"{name} must be [n >= 2, d] features, got shape {tuple(features.shape)}")
+        _checked(name, features)
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"a and b must have the same width, got {a.shape[1]} and {b.shape[1]}")
-    a, b = a.double(), b.double()
-    mean = (a.mean(0) - b.mean(0)).square().sum()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    root_a = _root(cov_a)
-    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp_min(0).sqrt().sum()
-    return max(0.0, (mean + cov_a.trace() + cov_b.trace() - 2 * cross).item())
+    return Reference(b).distance(a)

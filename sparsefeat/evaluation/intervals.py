@@ -13,7 +13,7 @@ from torch import Tensor
 
 DRAWS = 2000
 RESAMPLES = 100
-"""Of a Fréchet distance, each 5 ms of processor time."""
+"""Of a Fréchet distance, each some milliseconds of processor time."""
 
 
 def share_draws(right: Tensor, seed: int) -> Tensor:

@@ -25,6 +25,7 @@ from sparsefeat.evaluation.card.adversary import (
     trajectory,
 )
 from sparsefeat.evaluation.card.bench import Bench
+from sparsefeat.evaluation.card.budget import ATTACK_STEPS
 from sparsefeat.evaluation.card.edit import Edit, LearnedWords
 from sparsefeat.evaluation.card.erasing import Erasing, path_of, right
 from sparsefeat.evaluation.card.result import Row
@@ -48,11 +49,7 @@ def attacked_rows(bench: Bench, erasings: Sequence[Erasing]) -> list[Row]:
         aim, worded = _aim(bench, target, words)
         for erasing in order:
             results.setdefault(erasing.eraser.name, []).append(_under(bench, erasing, target, aim, worded, words))
-    back = None
-    if CALIBRATION in results:
-        back = float(torch.cat([~inverted for inverted, _ in results[CALIBRATION]]).double().mean())
-    weak = f"{bench.budget.attack_steps} steps against the negative prompt: {'not measured' if back is None else f'{back:.0%}'}"
-    note = "" if back is not None and back >= STRONG_ENOUGH else f"the adversary is too weak to count ({weak})"
+    note = _reservation(bench, results.get(CALIBRATION, []))
     rows = []
     seed = tasks_for(bench.budget.attacked[0], TEST, 1, 0)[0].seed
     for name, found in results.items():
@@ -63,6 +60,18 @@ def attacked_rows(bench: Bench, erasings: Sequence[Erasing]) -> list[Row]:
             n = sum(map(len, parts))
             rows.append(Row("erasers", name, OBJECT, metric, value, ci, n, seed, bench.fingerprint, note))
     return rows
+
+
+def _reservation(bench: Bench, calibrated: Sequence[tuple[Tensor, Tensor]]) -> str:
+    """Why the adversary does not count; empty where it does."""
+    if bench.budget.attack_steps < ATTACK_STEPS:
+        return f"the adversary had {bench.budget.attack_steps} steps in the place of {ATTACK_STEPS}"
+    if not calibrated:
+        return f"the adversary was not tried against the {CALIBRATION}"
+    back = float(torch.cat([~inverted for inverted, _ in calibrated]).double().mean())
+    if back < STRONG_ENOUGH:
+        return f"the adversary is too weak to count: it brings back {back:.0%} against the {CALIBRATION}"
+    return ""
 
 
 def _aim(bench: Bench, target: Target, words: Sequence[str]) -> tuple[Trajectory, list[str]]:

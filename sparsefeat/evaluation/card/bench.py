@@ -28,6 +28,7 @@ from sparsefeat.assets import (
 from sparsefeat.evaluation.card.budget import Budget
 from sparsefeat.evaluation.card.edit import Edit
 from sparsefeat.evaluation.emoji import OBJECT, Ledger, Target, real_features, tasks_for, write_json
+from sparsefeat.evaluation.frechet import Reference
 from sparsefeat.evaluation.generation import TEST, Task, generate, task
 from sparsefeat.evaluation.judge import Verdicts, judge_images, load_judge
 from sparsefeat.evaluation.run_emoji import collect_grid_statistics
@@ -93,6 +94,11 @@ class Bench:
     def real(self) -> Tensor:
         """The judge's features of the real drawings."""
         return real_features(self.judge)
+
+    @cached_property
+    def real_drawings(self) -> Reference:
+        """What Fréchet distances are from."""
+        return Reference(self.real)
 
     def nearest(self, target: Target) -> list[int]:
         """Indices of the concepts of the target's kind whose drawings the judge's features hold nearest to its own, by the

@@ -28,7 +28,6 @@ from sparsefeat.evaluation.card.edit import Edit
 from sparsefeat.evaluation.card.erasers import Eraser
 from sparsefeat.evaluation.card.result import Row
 from sparsefeat.evaluation.emoji import OBJECT, STYLE, Target, scores, tasks_for
-from sparsefeat.evaluation.frechet import frechet_distance
 from sparsefeat.evaluation.generation import VALIDATION, Task
 from sparsefeat.evaluation.intervals import RESAMPLES, around, interval, resampled, share_draws
 from sparsefeat.evaluation.judge import Verdicts
@@ -168,8 +167,8 @@ def measured(bench: Bench, eraser: Eraser, kind: str, units: Sequence[Unit]) -> 
         many = n + sum(len(u.adjacent) for u in units) if metric == "ERB" else n
         add(metric, float(combined(exact).mean()), interval(combined(draws).mean(0)), many)
     features = torch.cat([u.features for u in units])
-    value = frechet_distance(features, bench.real)
-    again = resampled(features, lambda some: frechet_distance(some, bench.real), times=RESAMPLES)
+    value = bench.real_drawings.distance(features)
+    again = resampled(features, bench.real_drawings.distance, times=RESAMPLES)
     add("Fréchet", value, around(value, again), len(features))
     return rows
 

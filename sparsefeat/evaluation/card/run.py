@@ -13,6 +13,7 @@ from sparsefeat.evaluation.card.dictionaries import dictionaries_rows
 from sparsefeat.evaluation.card.erasers import ERASERS, Eraser
 from sparsefeat.evaluation.card.erasing import erasers_rows
 from sparsefeat.evaluation.card.explaining import explained_rows
+from sparsefeat.evaluation.card.judging import judges_rows
 from sparsefeat.evaluation.card.mapping import maps_rows
 from sparsefeat.evaluation.card.result import Row, write_card
 from sparsefeat.evaluation.card.steering import steerers_rows
@@ -22,6 +23,7 @@ OTHERS: dict[str, Callable[[Bench], list[Row]]] = {
     "maps": maps_rows,
     "dictionaries": dictionaries_rows,
     "attribution": explained_rows,
+    "judges": judges_rows,
 }
 SECTIONS = ("erasers", *OTHERS)
 

@@ -1,0 +1,54 @@
+"""The card's tables and sentences, from rows that are given."""
+
+from __future__ import annotations
+
+from sparsefeat.assets import embedded_fingerprint
+from sparsefeat.evaluation.card.tables import card_header, card_markdown
+
+
+def row(method, metric, value, ci=None, section="erasers", of="object", note=""):
+    own = {"section": section, "method": method, "of": of, "metric": metric, "value": value, "ci": ci}
+    return {**own, "n": 10, "seed": 0, "fingerprint": embedded_fingerprint(), "note": note}
+
+
+def results(rows, **more):
+    own = {"date": "2026-11-26", "device": "a CPU", "precision": "float32", "budget": "full"}
+    return {**own, "fingerprint": embedded_fingerprint(), "rows": rows, **more}
+
+
+ROWS = [
+    row("unedited", "of possible", 0.66, [0.6, 0.7]),
+    row("UCE", "of possible", 0.91, [0.88, 0.94]),
+    row("SAeUron", "of possible", 0.98, [0.95, 0.99]),
+    row("ItD", "of possible", 0.7, [0.6, 0.8]),
+    row("UCE", "adversarial UA", 0.2, [0.1, 0.3]),
+    row("SAeUron", "adversarial UA", 0.5, [0.29, 0.7]),
+]
+
+
+def test_a_table_names_best_and_worst_and_is_not_ahead_inside_the_intervals():
+    text = card_markdown(results(ROWS), "erasers")
+    assert "| SAeUron | 98 [95, 99] | 50 [29, 70] |" in text
+    assert "| ItD | 70 [60, 80] | – |" in text
+    assert "Best for objects: SAeUron, 98.0% of what is possible, which reaches the 97%" in text
+    assert "Worst: ItD, 70.0%" in text  # the unedited pipeline is no eraser
+    assert "the best baseline, UCE, 20.0%: not ahead outside the intervals" in text
+    ahead = [*ROWS[:-1], row("SAeUron", "adversarial UA", 0.5, [0.31, 0.7])]
+    assert "20.0%: ahead outside" in card_markdown(results(ahead), "erasers")
+
+
+def test_what_was_not_measured_and_what_has_reservations_is_said():
+    assert card_markdown(results(ROWS), "maps") == "Not measured yet."
+    given = [row("Slider", "else per unit", None, section="steerers", of="style mono", note="it rises too little")]
+    text = card_markdown(results(given), "steerers")
+    assert "| Slider | – |" in text
+    assert "it rises too little" in text
+
+
+def test_the_header_says_quick_and_stale():
+    fresh = card_header(results(ROWS))
+    assert "Stale" not in fresh
+    assert "`sparsefeat evaluate card`" in fresh
+    old = [{**ROWS[0], "fingerprint": "0" * 12}]
+    assert "Stale" in card_header(results(old, budget="quick"))
+    assert "`sparsefeat evaluate card --quick`" in card_header(results(old, budget="quick"))
