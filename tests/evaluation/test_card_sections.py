@@ -21,13 +21,14 @@ def test_the_area_under_a_straight_line_is_its_middle():
 
 
 def test_a_steerer_is_measured_by_its_order_its_reach_and_what_else_falls():
-    p = torch.tensor([[0.1, 0.0], [0.2, 0.1], [0.4, 0.3], [0.7, 0.2], [0.9, 0.6]]).double()
-    q = torch.tensor([[1.0, 0.8], [1.0, 0.8], [0.9, 0.8], [0.8, 0.8], [0.7, 0.4]]).double()
+    p = torch.tensor([[0.1, 0.0], [0.15, 0.05], [0.2, 0.1], [0.4, 0.3], [0.7, 0.2], [0.9, 0.6]]).double()
+    q = torch.tensor([[1.0, 0.8], [1.0, 0.8], [1.0, 0.8], [0.9, 0.8], [0.8, 0.6], [0.7, 0.4]]).double()
     rows = {row.metric: row for row in figures(BENCH, "mine", p, q, 5)}
-    # In the first picture p follows the dose; in the second two neighbours are exchanged: 1 - 6 * 2 / (5 * 24).
-    assert rows["dose"].value == pytest.approx((1 + 0.9) / 2)
+    # In the first picture p follows the dose; in the second two neighbours are exchanged: 1 - 6 * 2 / (6 * 35).
+    assert rows["dose"].value == pytest.approx((1 + 1 - 12 / 210) / 2)
     assert rows["reached"].value == pytest.approx((0.8 + 0.6) / 2)
-    assert rows["else per unit"].value == pytest.approx(((0.3 + 0.4) / 2) / 0.7)
+    # Half of 0.7 is reached first at the fourth dose: rises of 0.6 and 0.2, falls of 0.2 and 0.2.
+    assert rows["else per unit"].value == pytest.approx(0.2 / 0.4)
     assert rows["reached"].n == 2
 
 

@@ -1,6 +1,6 @@
 """What methods of the card are given to work with, and where finished parts are kept.
 
-Parts lie in a folder that is named for what is measured (the fingerprint), the budget, and the part: a run that was stopped
+Parts lie in a folder that is named for the package's version, what is measured (the fingerprint), the budget, and the part: a run that was stopped
 goes on, and nothing that was measured on other weights is taken for this.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsefeat import __version__
 from sparsefeat.assets import (
     GUIDANCE,
     block_sae_folder,
@@ -51,7 +52,9 @@ class Bench:
     def __init__(self, budget: Budget, work: Path, said: Callable[[str], object] = lambda line: None) -> None:
         self.budget, self.said = budget, said
         self.fingerprint = embedded_fingerprint()
-        self.folder = Path(work) / f"{self.fingerprint}-{budget.name}"
+        named = f"{__version__}-{self.fingerprint}"
+        self.folder = Path(work) / f"{named}-{budget.name}"
+        self._statistics = Path(work) / f"{named}-statistics"
         self.ledger = Ledger(self.folder)
         self.n_steps, self.guidance = budget.n_steps, GUIDANCE
         self.pipe: Any = load_pipeline()
@@ -80,7 +83,7 @@ class Bench:
     @cached_property
     def _collected(self) -> dict[tuple[int, str], Statistics]:
         saes = [self.text_sae, *self.cross_saes]
-        return collect_grid_statistics(self.pipe, saes, self.folder.parent / f"{self.fingerprint}-statistics")
+        return collect_grid_statistics(self.pipe, saes, self._statistics)
 
     def text_statistics(self, kind: str) -> Statistics:
         """Of the text encoder's SAE, by object or by style, over the whole grid of prompts."""

@@ -240,7 +240,7 @@ ERASERS: tuple[Eraser, ...] = (
     Eraser(
         "Concept Steerers",
         _concept_steerers,
-        ({"strength": -0.5}, {"strength": -1.0}, {"strength": -0.25}, {"strength": -2.0}),
+        ({"strength": -0.25}, {"strength": -0.125}, {"strength": -0.5}, {"strength": -0.06}),
     ),
     Eraser("APP", _app, ({"n_latents": 32}, {"n_latents": 128}, {"n_latents": 8})),
     Eraser(

@@ -14,7 +14,13 @@ def maps_rows(bench: Bench) -> list[Row]:
     found = bench.kept(
         "maps/scenes",
         lambda: evaluate_scenes(
-            bench.pipe, "embedded", load_pixel_judge(), saes, bench.budget.n_pictures, draws_scenes=False
+            bench.pipe,
+            "embedded",
+            load_pixel_judge(),
+            saes,
+            bench.budget.n_pictures,
+            draws_scenes=False,
+            said=bench.said,
         ),
     )
     rows = []

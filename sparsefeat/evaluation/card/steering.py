@@ -1,13 +1,14 @@
 """Steerers × {dose, specificity}: how a picture's style follows the strength, and what else changes.
 
-Pictures of other styles are steered towards the style "mono", at doses of 1/4, 1/2, 1 and 2 times a strength of each method's own.
+Pictures of other styles are steered towards the style "mono", at doses from 1/4 to 1.4 times a strength of each method's own.
 With p the judge's probability of the style and q that of the prompt's object:
 
     dose          Spearman's rank correlation of the dose with p, within each picture, the mean over pictures
     reached       the largest rise of p over the undosed picture, the mean over pictures, among the doses
-    else per unit how much q falls at that dose, for each unit that p rises; 0 is a specific steerer
+    else per unit how much q falls, for each unit that p rises, at the least dose of at least half the largest rise; 0 is a specific
+                  steerer
 
-The rise has to be at least `LEAST` for a quotient to mean anything; below it there is none.
+The largest rise has to be at least `LEAST` for a quotient to mean anything; below it there is none.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from sparsefeat.steering import (
 from sparsefeat.training import CollectActivations
 
 TOWARDS = Target(STYLE, emojicanvas.STYLES.index("mono"))
-DOSES = (0.25, 0.5, 1.0, 2.0)
+DOSES = (0.25, 0.5, 0.7, 1.0, 1.4)
 LEAST = 0.1
 LAYER = "text_encoder.encoder.layers.0"
 
@@ -79,7 +80,7 @@ def _sae_latents(bench: Bench) -> Callable[[float], Edit]:
 
 def _prompt_vector(bench: Bench) -> Callable[[float], Edit]:
     concept = emojicanvas.prompt(None, TOWARDS.name)
-    return lambda dose: Edit((PromptVector(bench.text_sae, concept, dose),))
+    return lambda dose: Edit((PromptVector(bench.text_sae, concept, dose / 2),))
 
 
 def _mean_rows(bench: Bench, prompts: Sequence[str]) -> Tensor:
@@ -103,24 +104,26 @@ def _random(bench: Bench) -> Callable[[float], Edit]:
 def _act(bench: Bench) -> Callable[[float], Edit]:
     source, target = _pairs()
     places = [LAYER, "text_encoder.encoder.layers.1"]
-    fitted = LinearAcT.fit(bench.pipe, places, source, target, num_inference_steps=1, output_type="latent")
+    short = {"num_inference_steps": 1, "output_type": "latent"}  # the text encoder runs before the steps
+    fitted = LinearAcT.fit(bench.pipe, places, source, target, condition="cond", **short)
     maps: Any = fitted.maps
-    return lambda dose: Edit((LinearAcT(maps, strength=dose / 2),))  # its strength ends at 1
+    strongest = max(DOSES)  # its strength ends at 1
+    return lambda dose: Edit((LinearAcT(maps, strength=dose / strongest, condition="cond"),))
 
 
 def _discovered(bench: Bench) -> Callable[[float], Edit]:
     _, target = _pairs()
     found = discover_direction(bench.pipe, "unet.mid_block", target, "an emoji", epochs=4, **bench.call)
-    return lambda dose: Edit((AddVector("unet.mid_block", found.vectors, strength=dose),))
+    return lambda dose: Edit((AddVector("unet.mid_block", found.vectors, strength=4 * dose),))
 
 
 def _slider(bench: Bench) -> Callable[[float], Edit]:
     ends = emojicanvas.prompt(None, TOWARDS.name), "an emoji"
-    return lambda dose: Edit((ScoreEdit(Slider(*ends, scale=2 * dose), steps=(0.2, 1.0)),))
+    return lambda dose: Edit((ScoreEdit(Slider(*ends, scale=4 * dose), steps=(0.2, 1.0)),))
 
 
 def _compose(bench: Bench) -> Callable[[float], Edit]:
-    return lambda dose: Edit((ScoreEdit(Compose({emojicanvas.prompt(None, TOWARDS.name): dose})),))
+    return lambda dose: Edit((ScoreEdit(Compose({emojicanvas.prompt(None, TOWARDS.name): 1.4 * dose})),))
 
 
 STEERERS: tuple[Steerer, ...] = (
@@ -180,11 +183,12 @@ def figures(bench: Bench, name: str, p: Tensor, q: Tensor, seed: int) -> list[Ro
     ranks = torch.tensor([_rank(p[:, i]) for i in range(n)])
     rise, fall = p[1:] - p[0], q[0] - q[1:]
     best = int(rise.mean(1).argmax())
-    both = torch.stack([rise[best], fall[best]], 1)
     reached = float(rise[best].mean())
+    enough = int((rise.mean(1) >= reached / 2).int().argmax())
+    both = torch.stack([rise[enough], fall[enough]], 1)
     specific, ci = None, None
     if reached >= LEAST:
-        specific = float(fall[best].mean() / reached)
+        specific = float(both[:, 1].mean() / both[:, 0].mean())
         ci = interval(resampled(both, lambda some: float(some[:, 1].mean() / some[:, 0].mean().clamp_min(1e-3))))
     values = (
         ("dose", float(ranks.mean()), mean_interval(ranks)),
