@@ -104,7 +104,10 @@ def _random(bench: Bench) -> Callable[[float], Edit]:
 def _act(bench: Bench) -> Callable[[float], Edit]:
     source, target = _pairs()
     places = [LAYER, "text_encoder.encoder.layers.1"]
-    short = {"num_inference_steps": 1, "output_type": "latent"}  # the text encoder runs before the steps
+    short: dict[str, Any] = {
+        "num_inference_steps": 1,
+        "output_type": "latent",
+    }  # the text encoder runs before the steps
     fitted = LinearAcT.fit(bench.pipe, places, source, target, condition="cond", **short)
     maps: Any = fitted.maps
     strongest = max(DOSES)  # its strength ends at 1
