@@ -44,8 +44,8 @@ from sparsefeat.evaluation.sae_metrics import measure_sae, random_control
 from sparsefeat.evaluation.stability import stability
 from sparsefeat.evaluation.units import Units, components, latents, neurons
 from sparsefeat.measure.machine import device_name
-from sparsefeat.sae import SAE, SAEConfig
-from sparsefeat.training import CollectedRows, SAETrainer, TensorRows, build_itda, recipe
+from sparsefeat.sae import SAE
+from sparsefeat.training import CollectedRows, SAETrainer, TensorRows, build_itda, factorise, recipe
 
 T = TypeVar("T")
 
@@ -145,19 +145,8 @@ def itda(rows: Tensor, seed: int) -> SAE:
 
 
 def pca(rows: Tensor, seed: int) -> SAE:
-    """The K directions of most variance as an SAE, all of whose latents are always active."""
-    wide = rows.double()
-    sae = SAE(SAEConfig(rows.shape[1], K, "raw_topk", k=K, hookpoint=HOOKPOINT)).eval()
-    with torch.no_grad():
-        directions = torch.linalg.eigh(torch.cov(wide.T)).eigenvectors[:, -K:].T
-        for name, tensor in (
-            ("W_enc", directions),
-            ("W_dec", directions),
-            ("b_pre", wide.mean(0)),
-            ("b_out", wide.mean(0)),
-        ):
-            sae.get_parameter(name).copy_(tensor)
-    return sae
+    """The K directions of most variance, all of which are always active; the same from any seed."""
+    return factorise(rows, K, "pca", hookpoint=HOOKPOINT)
 
 
 class NMF:

@@ -90,6 +90,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.steering import Views as Views
     from sparsefeat.steering import decompose as decompose
     from sparsefeat.steering import discover_direction as discover_direction
+    from sparsefeat.steering import learn_concepts as learn_concepts
     from sparsefeat.steering import load_instrument as load_instrument
     from sparsefeat.training import CollectActivations as CollectActivations
     from sparsefeat.training import SAETrainer as SAETrainer
@@ -166,6 +167,7 @@ _HOME = {
     "export_neuronpedia": "sparsefeat.features",
     "factorise": "sparsefeat.training",
     "hookpoints": "sparsefeat.pipeline",
+    "learn_concepts": "sparsefeat.steering",
     "load_instrument": "sparsefeat.steering",
     "load_sae": "sparsefeat.sae",
     "name_by_encoder": "sparsefeat.features",

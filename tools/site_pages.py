@@ -103,12 +103,12 @@ def api_pages() -> Iterator[tuple[str, str]]:
 
 
 def rows_of(text: str, header: str) -> Iterator[list[str]]:
-    """The cells of each row of the table of docs/presets.md that begins with `header`."""
-    lines = text[text.index(header) :].splitlines()[2:]
-    for line in lines:
-        if not line.startswith("|"):
-            return
-        yield [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
+    """The cells of each row of the tables of docs/presets.md whose head begins with `header`."""
+    for table in re.split(rf"^{re.escape(header)}.*\n\|-.*\n", text, flags=re.MULTILINE)[1:]:
+        for line in table.splitlines():
+            if not line.startswith("|"):
+                break
+            yield [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
 
 
 def slug(text: str) -> str:
@@ -133,7 +133,7 @@ def system_pages() -> Iterator[tuple[str, str]]:
     headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
     modules = {name: source(f"sparsefeat.presets.{name}") for name in read("sparsefeat.presets").names}
     seen: set[str] = set()
-    for system, does, here in rows_of(text, "| system | what it does | here |"):
+    for system, does, here, *more in rows_of(text, "| system | what it does | here |"):
         name, _, paper = system.partition(" (")
         paper = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", paper.removesuffix(")"))
         parts = [f"# {name}\n", f"{does[0].upper()}{does[1:]}.{f' Published as {paper}.' if paper else ''}\n"]
@@ -141,9 +141,12 @@ def system_pages() -> Iterator[tuple[str, str]]:
         example = next((h for h in headings if re.search(rf"\b{re.escape(name.split()[0])}\b", h)), None)
         if example:
             parts.append(f"An example that runs: [{example}](../presets.md#{slug(example)}).\n")
-        parts.append("Tested against a derivation from the paper's equations, not with the published weights: "
-                     "[how](../presets.md).\n")  # fmt: skip
-        own = [row for row in differences if row[0] == name or row[0] == name.split(":")[0]]
+        if more[:-1]:
+            parts.append(f"**Published constants:** {more[0]}.\n")
+        parts.append(
+            f"Tested against a derivation from the paper's equations, not with the published weights: {more[-1]}.\n"
+        )
+        own = [row for row in differences if row[0] in (name, *re.split(", | and |:", name))]
         if own:
             parts.append("## Where the released code differs\n\n| the released code | here |\n|---|---|")
             parts += [f"| {released} | {ours} |" for _, released, ours in own]

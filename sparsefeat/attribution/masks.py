@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from sparsefeat.arguments import finite, number
 from sparsefeat.pipeline import Context, resolve
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.pipeline.weights import plain_weight
-from sparsefeat.steering.saved import SavableInstrument, register, save_instrument
+from sparsefeat.steering.saved import SavableInstrument, register
 
 
 @register("sparsefeat.attribution:WeightMask")
@@ -93,14 +92,10 @@ class WeightMask(SavableInstrument):
     def active(self, context: Context) -> bool:
         return self.window.contains(context)
 
-    def save(self, folder: str | os.PathLike[str], include_sae: bool = True, *, overwrite: bool = False) -> None:
-        """Write the masks for `load_instrument(folder)`; `overwrite` replaces an earlier instrument. There is no SAE."""
-        config = {
-            "concept": self.concept,
-            "shapes": {path: list(shape) for path, shape in self.shapes.items()},
-            "steps": self.window.to_json(),
-        }
-        save_instrument(self, folder, config, dict(self.zeroed), include_sae, overwrite)
+    def to_saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"concept": self.concept, "shapes": {path: list(shape) for path, shape in self.shapes.items()}}, dict(
+            self.zeroed
+        )
 
     @classmethod
     def from_saved(cls, sae: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> WeightMask:
@@ -109,9 +104,7 @@ class WeightMask(SavableInstrument):
             mask = torch.zeros(tuple(shape), dtype=torch.bool)
             mask.view(-1)[tensors[path]] = True
             masks[path] = mask
-        loaded = cls(masks, config["concept"])
-        loaded.window = StepWindow.from_json(config["steps"])
-        return loaded
+        return cls(masks, config["concept"])
 
     def __repr__(self) -> str:
         return f"WeightMask({self.concept}: {self.n_zeroed:,} weights of {len(self.shapes)} modules)"

@@ -11,7 +11,6 @@ reference for comparison, as small as can be: the paper trains the weights thems
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.pipeline.hookpoints import components
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.pipeline.weights import plain_weight
-from sparsefeat.steering.saved import SavableInstrument, register, save_instrument
+from sparsefeat.steering.saved import SavableInstrument, register
 
 
 @dataclass(frozen=True)
@@ -142,20 +141,16 @@ class ESD(SavableInstrument):
     def active(self, context: Context) -> bool:
         return self.window.contains(context)
 
-    def save(self, folder: str | os.PathLike[str], include_sae: bool = True, *, overwrite: bool = False) -> None:
-        """Write the changes for `load_instrument(folder)`; `overwrite` replaces an earlier instrument. There is no SAE."""
-        config = {"concept": self.concept, "paths": list(self.changes), "steps": self.window.to_json()}
+    def to_saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = {
             f"{path}.{side}": getattr(change, side) for path, change in self.changes.items() for side in ("up", "down")
         }
-        save_instrument(self, folder, config, tensors, include_sae, overwrite)
+        return {"concept": self.concept, "paths": list(self.changes)}, tensors
 
     @classmethod
     def from_saved(cls, sae: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> ESD:
         changes = {path: LowRank(tensors[f"{path}.up"], tensors[f"{path}.down"]) for path in config["paths"]}
-        loaded = cls(changes, config["concept"])
-        loaded.window = StepWindow.from_json(config["steps"])
-        return loaded
+        return cls(changes, config["concept"])
 
     def __repr__(self) -> str:
         return f"ESD({self.concept}: {len(self.changes)} weights)"

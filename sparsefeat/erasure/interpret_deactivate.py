@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -35,7 +34,7 @@ from sparsefeat.features.prompts import OwnTokens, layer_outputs_and_tokens, own
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Replace
 from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.sae import SAE
-from sparsefeat.steering.saved import SavableInstrument, register, save_instrument
+from sparsefeat.steering.saved import SavableInstrument, register
 
 GateReduce = Literal["mean", "max_token"]
 
@@ -58,6 +57,8 @@ class InterpretThenDeactivate(SavableInstrument):
             artistic styles; with celebrities the largest token for tau and the mean for the gate, which do not compare.
         at: hookpoint; default the SAE's.
     """
+
+    kept = ("latents", "strength", "tau", "gate_reduce")
 
     def __init__(
         self,
@@ -220,22 +221,6 @@ class InterpretThenDeactivate(SavableInstrument):
         error = (self.deactivated(rows, is_before).float() - rows.float()).square().mean(-1)
         each = error.split([t.stop - t.begin for t in texts])
         return torch.stack([e.mean() if self.gate_reduce == "mean" else e.amax() for e in each])
-
-    def save(self, folder: str | os.PathLike[str], include_sae: bool = True, *, overwrite: bool = False) -> None:
-        """Write the selection and the gate, and by default the SAE, for `load_instrument(folder)`; `overwrite` replaces an earlier one."""
-        settings = {
-            "strength": self.strength,
-            "tau": self.tau,
-            "gate_reduce": self.gate_reduce,
-            "at": [str(self.at), self.at.stream],
-        }
-        save_instrument(self, folder, settings, {"latents": self.latents}, include_sae, overwrite)
-
-    @classmethod
-    def from_saved(cls, sae: SAE, config: dict[str, Any], tensors: dict[str, Tensor]) -> InterpretThenDeactivate:
-        at = Hookpoint.parse(*config["at"])
-        settings = {name: config[name] for name in ("strength", "tau", "gate_reduce")}
-        return cls(sae, tensors["latents"], at=at, **settings)
 
     def __repr__(self) -> str:
         gate = "no gate" if self.tau is None else f"tau {self.tau:.4g} ({self.gate_reduce})"

@@ -10,7 +10,6 @@ directions, in every row by itself.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from sparsefeat.features.prompts import layer_outputs_and_tokens
 from sparsefeat.features.statistics import check_prompts
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint
 from sparsefeat.pipeline.step_window import Steps, StepWindow
-from sparsefeat.steering.saved import SavableInstrument, register, save_instrument
+from sparsefeat.steering.saved import SavableInstrument, register
 from sparsefeat.steering.steer import row_weights
 from sparsefeat.steering.where import check_condition
 
@@ -142,26 +141,13 @@ class ConceptLancet(SavableInstrument):
         weights = row_weights(self.condition, None, context, len(rows), 0).to(share)
         return Delta((self.strength * share * weights)[:, None] * towards.to(share))
 
-    def save(self, folder: str | os.PathLike[str], include_sae: bool = True, *, overwrite: bool = False) -> None:
-        """Write the directions for `load_instrument(folder)`; `overwrite` replaces an earlier instrument. There is no SAE."""
-        config = {
-            "names": list(self.names),
-            "remove": self.remove,
-            "add": self.add,
-            "at": [str(self.at), self.at.stream],
-            "k": self.k,
-            "strength": self.strength,
-            "condition": self.condition,
-            "steps": self.window.to_json(),
-        }
-        save_instrument(self, folder, config, {"atoms": self.atoms, "center": self.center}, include_sae, overwrite)
+    def to_saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        config = {name: getattr(self, name) for name in ("names", "remove", "add", "k", "strength")}
+        return config, {"atoms": self.atoms, "center": self.center}
 
     @classmethod
     def from_saved(cls, sae: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> ConceptLancet:
-        directions = dict(zip(config["names"], tensors["atoms"], strict=True))
-        how = {name: config[name] for name in ("k", "strength", "condition")}
-        at = Hookpoint.parse(*config["at"])
-        loaded = cls(directions, config["remove"], config["add"], at=at, center=tensors["center"], **how)
+        directions = dict(zip(config.pop("names"), tensors["atoms"], strict=True))
+        loaded = cls(directions, center=tensors["center"], **config)
         loaded.atoms = tensors["atoms"]  # already of unit length: dividing again would change bits
-        loaded.window = StepWindow.from_json(config["steps"])
         return loaded

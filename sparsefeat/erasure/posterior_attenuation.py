@@ -11,7 +11,6 @@ paper leaves the estimator open; assumed are bins of equal ratio, and that an ac
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint
 from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.sae import SAE
-from sparsefeat.steering.saved import SavableInstrument, register, save_instrument
+from sparsefeat.steering.saved import SavableInstrument, register
 from sparsefeat.steering.steer import row_weights
 from sparsefeat.steering.where import check_condition
 
@@ -81,6 +80,8 @@ class PosteriorAttenuation(SavableInstrument):
         concept: a name, for the record.
         condition, steps, at: as in `Steer`; condition "cond+uncond-" has no meaning here.
     """
+
+    kept = ("latents", "posterior", "concept")
 
     def __init__(
         self,
@@ -175,25 +176,6 @@ class PosteriorAttenuation(SavableInstrument):
         scale = sae.row_scale(x)
         change = change if scale is None else change * scale.float()
         return Delta(change * row_weights(self.condition, None, context, len(x), 0).to(x.device)[:, None])
-
-    def save(self, folder: str | os.PathLike[str], include_sae: bool = True, *, overwrite: bool = False) -> None:
-        """Write latents and posterior, and by default the SAE, for `load_instrument(folder)`."""
-        config = {
-            "concept": self.concept,
-            "condition": self.condition,
-            "steps": self.window.to_json(),
-            "at": [str(self.at), self.at.stream],
-        }
-        tensors = {"latents": self.latents, "posterior": self.posterior}
-        save_instrument(self, folder, config, tensors, include_sae, overwrite)
-
-    @classmethod
-    def from_saved(cls, sae: SAE, config: dict[str, Any], tensors: dict[str, Tensor]) -> PosteriorAttenuation:
-        at = Hookpoint.parse(*config["at"])
-        how = {"condition": config["condition"], "at": at}
-        loaded = cls(sae, tensors["latents"], tensors["posterior"], config["concept"], **how)
-        loaded.window = StepWindow.from_json(config["steps"])
-        return loaded
 
     def __repr__(self) -> str:
         return f"PosteriorAttenuation({self.concept}: {len(self.latents)} latents at {self.at})"

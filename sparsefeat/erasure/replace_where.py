@@ -5,7 +5,6 @@ The latent is a detector alone: what its direction is does not matter, nor wheth
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.sae import SAE
-from sparsefeat.steering.saved import SavableInstrument, register, save_instrument
+from sparsefeat.steering.saved import SavableInstrument, register
 
 SOURCES = ("patch", "uncond")
 
@@ -120,24 +119,12 @@ class ReplaceWhere(SavableInstrument):
                 taken[mine] = first + free[_first_smallest(apart)]
         return taken
 
-    def save(self, folder: str | os.PathLike[str], include_sae: bool = True, *, overwrite: bool = False) -> None:
-        """Write the settings, and by default the SAE, for `load_instrument(folder)`."""
-        config = {
-            "latents": [[i, threshold] for i, threshold in self.latents.items()],
-            "source": self.source,
-            "condition": self.condition,
-            "steps": self.window.to_json(),
-            "at": [str(self.at), self.at.stream],
-        }
-        save_instrument(self, folder, config, {}, include_sae, overwrite)
+    def to_saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"latents": [[i, threshold] for i, threshold in self.latents.items()], "source": self.source}, {}
 
     @classmethod
     def from_saved(cls, sae: SAE, config: dict[str, Any], tensors: dict[str, Tensor]) -> ReplaceWhere:
-        latents: dict[int | str, float] = {int(i): float(threshold) for i, threshold in config["latents"]}
-        at = Hookpoint.parse(*config["at"])
-        loaded = cls(sae, latents, source=config["source"], condition=config["condition"], at=at)
-        loaded.window = StepWindow.from_json(config["steps"])
-        return loaded
+        return cls(sae, {int(i): float(threshold) for i, threshold in config.pop("latents")}, **config)
 
 
 def _first_smallest(apart: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ gamma is negative; the paper's edit multiplies by mu as well, so it is quadratic
 from __future__ import annotations
 
 import inspect
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.sae import SAE
 from sparsefeat.steering.code_rule import CodeRule, code_edit
-from sparsefeat.steering.saved import SavableInstrument, register, save_instrument
+from sparsefeat.steering.saved import SavableInstrument, register
 from sparsefeat.steering.steer import row_weights
 from sparsefeat.steering.where import check_condition
 
@@ -344,35 +343,23 @@ class Erase(SavableInstrument):
         other.window = self.window
         return other
 
-    def save(self, folder: str | os.PathLike[str], include_sae: bool = True, *, overwrite: bool = False) -> None:
-        """Write the selection, and by default the SAE, for `load_instrument(folder)`; `overwrite` replaces an earlier one."""
+    def to_saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         chosen = list(self.selections.values())
-        lengths = torch.tensor([len(selection) for selection in chosen])
-        tensors = {"lengths": lengths} | {
+        tensors = {"lengths": torch.tensor([len(selection) for selection in chosen])} | {
             name: torch.cat([getattr(selection, name) for selection in chosen])
             for name in ("latents", "factor", "threshold")
         }
-        config = {
-            "concepts": list(self.concepts),
-            "timesteps": list(self.selections),
-            "error": self.error,
-            "condition": self.condition,
-            "steps": self.window.to_json(),
-            "at": [str(self.at), self.at.stream],
-        }
-        save_instrument(self, folder, config, tensors, include_sae, overwrite)
+        return {"concepts": list(self.concepts), "timesteps": list(self.selections), "error": self.error}, tensors
 
     @classmethod
     def from_saved(cls, sae: SAE, config: dict[str, Any], tensors: dict[str, Tensor]) -> Erase:
         lengths = tensors["lengths"].tolist()
         columns = (tensors[name].split(lengths) for name in ("latents", "factor", "threshold"))
         selections = {
-            float(timestep): Selection(*parts) for timestep, *parts in zip(config["timesteps"], *columns, strict=True)
+            float(timestep): Selection(*parts)
+            for timestep, *parts in zip(config.pop("timesteps"), *columns, strict=True)
         }
-        at = Hookpoint.parse(*config["at"])
-        erase = cls(sae, selections, config["concepts"], error=config["error"], condition=config["condition"], at=at)
-        erase.window = StepWindow.from_json(config["steps"])
-        return erase
+        return cls(sae, selections, **config)
 
     def __repr__(self) -> str:
         counts = sorted({len(selection) for selection in self.selections.values()})

@@ -15,7 +15,6 @@ so the same two thin factors serve every weight that is given the same text, wha
 from __future__ import annotations
 
 import inspect
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from sparsefeat.pipeline.families.registry import family_of
 from sparsefeat.pipeline.hookpoints import components
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.pipeline.weights import plain_weight
-from sparsefeat.steering.saved import SavableInstrument, register, save_instrument
+from sparsefeat.steering.saved import SavableInstrument, register
 
 # Which Linear modules are given the text, by the denoiser's argument: the published ones, of UNets and of FLUX and SD3.
 _READERS = {
@@ -191,15 +190,9 @@ class UCE(SavableInstrument):
     def active(self, context: Context) -> bool:
         return self.window.contains(context)
 
-    def save(self, folder: str | os.PathLike[str], include_sae: bool = True, *, overwrite: bool = False) -> None:
-        """Write the factors for `load_instrument(folder)`; `overwrite` replaces an earlier instrument. There is no SAE."""
-        config = {
-            "concepts": list(self.concepts),
-            "paths": [list(one.paths) for one in self.maps],
-            "steps": self.window.to_json(),
-        }
+    def to_saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = {f"{side}.{i}": getattr(one, side) for i, one in enumerate(self.maps) for side in ("left", "right")}
-        save_instrument(self, folder, config, tensors, include_sae, overwrite)
+        return {"concepts": list(self.concepts), "paths": [list(one.paths) for one in self.maps]}, tensors
 
     @classmethod
     def from_saved(cls, sae: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> UCE:
@@ -207,9 +200,7 @@ class UCE(SavableInstrument):
             TextMap(tuple(paths), tensors[f"left.{i}"], tensors[f"right.{i}"])
             for i, paths in enumerate(config["paths"])
         ]
-        loaded = cls(maps, config["concepts"])
-        loaded.window = StepWindow.from_json(config["steps"])
-        return loaded
+        return cls(maps, config["concepts"])
 
     def __repr__(self) -> str:
         return f"UCE({', '.join(self.concepts)}: {sum(len(one.paths) for one in self.maps)} weights)"

@@ -49,13 +49,14 @@ class StepWindow:
             raise ValueError(
                 f"a steps= window means nothing at {context.hookpoint}, which runs before the schedule; leave it out."
             )
-        if self.indices is not None:
-            return context.step in self.indices
-        assert self.fractions is not None
-        start, stop = self.fractions
         fraction = context.fraction
-        if fraction is None:
-            fraction = context.step / (context.n_steps or 1)
+        return self.has(context.step, context.step / (context.n_steps or 1) if fraction is None else fraction)
+
+    def has(self, step: int, fraction: float) -> bool:
+        """Whether the step that begins at this fraction of the schedule is in it."""
+        if self.indices is not None:
+            return step in self.indices
+        start, stop = self.fractions or (0.0, 1.0)
         # The fraction a step began at, with room for its rounding: step 3 of 10 lies in (0.3, 0.5) and not in (0, 0.3).
         return start - 1e-6 <= fraction and (fraction < stop - 1e-6 or stop == 1)
 

@@ -1,5 +1,7 @@
 """Edits of a pipeline's activations: by the latents of an SAE, by transport, along directions, by arithmetic of scores."""
 
+from sparsefeat.steering.bottleneck import ConceptModel, PushConcepts, SetConcepts
+from sparsefeat.steering.bottleneck_training import learn_concepts
 from sparsefeat.steering.code_rule import CodeRule, code_edit
 from sparsefeat.steering.conceptor import ConceptTokens, Decomposition, decompose
 from sparsefeat.steering.discover import discover_direction
@@ -29,6 +31,7 @@ __all__ = [
     "CodeRule",
     "Compose",
     "ConceptAlgebra",
+    "ConceptModel",
     "ConceptTokens",
     "Decomposition",
     "FeatureTransport",
@@ -40,8 +43,10 @@ __all__ = [
     "Overwrite",
     "PrincipalDirections",
     "PromptVector",
+    "PushConcepts",
     "ScaleConcept",
     "ScoreEdit",
+    "SetConcepts",
     "Slider",
     "Steer",
     "TokenDirection",
@@ -49,5 +54,6 @@ __all__ = [
     "code_edit",
     "decompose",
     "discover_direction",
+    "learn_concepts",
     "load_instrument",
 ]

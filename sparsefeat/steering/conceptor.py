@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Replace, 
 from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.steering.first_visits import check_prompts
 from sparsefeat.steering.learning import Given, denoising_loss, drawn, without_guidance
-from sparsefeat.steering.saved import SavableInstrument, register, save_instrument
+from sparsefeat.steering.saved import SavableInstrument, register
 
 VALIDATE_EVERY, VALIDATIONS = 50, 8
 TOO_ALIKE = 0.9
@@ -235,17 +234,10 @@ class ConceptTokens(SavableInstrument):
         star = self.decomposition.vector.to(activations.rows)
         return Replace(torch.where(chosen[:, None], star, activations.rows)) if chosen.any() else None
 
-    def save(self, folder: str | os.PathLike[str], include_sae: bool = False, *, overwrite: bool = False) -> None:
-        """Write the decomposition for `load_instrument(folder)`; there is no SAE to include.
-
-        Raises:
-            FileExistsError: something is in `folder`; an earlier instrument is replaced with `overwrite`.
-        """
+    def to_saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         of = self.decomposition
         config = {"word": self.word, "words": list(of.words), "norm": of.norm}
-        save_instrument(
-            self, folder, config, {"weights": of.weights, "embeddings": of.embeddings}, include_sae, overwrite
-        )
+        return config, {"weights": of.weights, "embeddings": of.embeddings}
 
     @classmethod
     def from_saved(cls, sae: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> ConceptTokens:

@@ -57,6 +57,17 @@ class Given(Instrument):
         return [noise_level(pipe.scheduler, time, who) for time in self.times]
 
 
+def said_of(root: Any, arguments: Mapping[str, Any], rows: Sequence[int], x: Tensor, **changed: Tensor) -> Tensor:
+    """What the denoiser says of the latents x, in float32, with the other arguments of these rows of a run."""
+    name = latents_argument(arguments)
+    given = rows_of_arguments(arguments, list(rows), len(arguments[name]))
+    output = root(**{**given, **changed, name: x.to(arguments[name])})
+    said = output if isinstance(output, Tensor) else output[0]
+    return (
+        said[:, : x.shape[1]] if said.ndim > 3 else said
+    ).float()  # beside it, a variance that some were trained to say
+
+
 def denoising_loss(
     root: Any, arguments: Mapping[str, Any], level: NoiseLevel, clean: Tensor, noise: Tensor, **changed: Tensor
 ) -> Tensor:
@@ -64,9 +75,5 @@ def denoising_loss(
 
     arguments: of a run for one image. changed: arguments in the place of these, for as many images as `clean`.
     """
-    name = latents_argument(arguments)
-    given = rows_of_arguments(arguments, [0] * len(clean), len(arguments[name]))
-    output = root(**{**given, **changed, name: level.noised(clean, noise).to(arguments[name])})
-    said = output if isinstance(output, Tensor) else output[0]
-    said = said[:, : clean.shape[1]] if said.ndim > 3 else said  # beside it, a variance that some were trained to say
-    return (said.float() - level.target(clean, noise).float()).square().mean()
+    said = said_of(root, arguments, [0] * len(clean), level.noised(clean, noise), **changed)
+    return (said - level.target(clean, noise).float()).square().mean()

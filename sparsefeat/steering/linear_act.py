@@ -19,7 +19,6 @@ Estimated in sequence: a module's source activations are those that the maps of 
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,7 +31,7 @@ from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint
 from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.steering.first_visits import check_places, check_prompts, first_means
-from sparsefeat.steering.saved import SavableInstrument, register, save_instrument
+from sparsefeat.steering.saved import SavableInstrument, register
 from sparsefeat.steering.where import check_condition, condition_signs
 
 Method = Literal["linear", "gaussian", "mean"]
@@ -197,31 +196,23 @@ class LinearAcT(SavableInstrument):
         change = self.strength * signs[:, None, None] * change
         return Delta(change.expand_as(x).flatten(0, 1))
 
-    def save(self, folder: str | os.PathLike[str], include_sae: bool = False, *, overwrite: bool = False) -> None:
-        """Write the maps for `load_instrument(folder)`; there is no SAE to include.
-
-        Raises:
-            FileExistsError: something is in `folder`; an earlier instrument is replaced with `overwrite`.
-        """
+    def to_saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config = {
             "at": [[str(place), place.stream] for place in self.maps],
             "method": self.method,
             "strength": self.strength,
-            "steps": self.window.to_json(),
-            "condition": self.condition,
         }
-        tensors = {f"{i}.{name}": getattr(maps, name) for i, maps in enumerate(self.maps.values()) for name in _FIELDS}
-        save_instrument(self, folder, config, tensors, include_sae, overwrite)
+        return config, {
+            f"{i}.{name}": getattr(maps, name) for i, maps in enumerate(self.maps.values()) for name in _FIELDS
+        }
 
     @classmethod
     def from_saved(cls, sae: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> LinearAcT:
         maps: dict[str | Hookpoint, NeuronMaps] = {
             Hookpoint.parse(*place): NeuronMaps(*(tensors[f"{i}.{name}"] for name in _FIELDS))
-            for i, place in enumerate(config["at"])
+            for i, place in enumerate(config.pop("at"))
         }
-        made = cls(maps, method=config["method"], strength=config["strength"], condition=config["condition"])
-        made.window = StepWindow.from_json(config["steps"])
-        return made
+        return cls(maps, **config)
 
 
 def _support(support: Any) -> tuple[float, float] | tuple[None, None]:

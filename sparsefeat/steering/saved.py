@@ -13,33 +13,74 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from sparsefeat.features.folders import read_folder, write_folder
-from sparsefeat.pipeline import Instrument
+from sparsefeat.pipeline import Hookpoint, Instrument
+from sparsefeat.pipeline.step_window import StepWindow
 from sparsefeat.sae import SAE, load_sae
 from sparsefeat.whole import as_path, whole_folder
 
 
 class SavableInstrument(Instrument):
-    """An instrument, of one SAE or of none, that can be written to a folder and read back by `load_instrument`."""
+    """An instrument, of one SAE or of none, that can be written to a folder and read back by `load_instrument`.
+
+    A subclass names in `kept` those of its constructor's arguments that are attributes of the same name, tensors or what
+    JSON holds; where that does not say it, it has `to_saved` and `from_saved` of its own. Its `window` of steps, and its own
+    `condition` and `at`, are written and put back besides.
+    """
+
+    kept: ClassVar[tuple[str, ...]] = ()
 
     def save(self, folder: str | os.PathLike[str], include_sae: bool = True, *, overwrite: bool = False) -> None:
-        """Write the settings, by `save_instrument`, and by default the SAE.
+        """Write it, and by default its SAE where it has one, for `load_instrument(folder)`: whole or not at all.
 
         Raises:
             FileExistsError: something is in `folder`; an earlier instrument is replaced with `overwrite`.
             OSError: it cannot be written; then nothing was.
         """
-        raise NotImplementedError
+        config, tensors = _whole(self)
+        kind = next(kind for kind, cls in _KINDS.items() if cls is type(self))
+        folder = as_path(folder)
+        if (folder / "instrument.json").is_file() and not overwrite:
+            raise FileExistsError(
+                f"folder={str(folder)!r} holds an instrument already; save to another folder, or replace it by overwrite=True."
+            )
+        sae = getattr(self, "sae", None)
+        description = {"kind": kind, "format": 1, "sae": None if sae is None else fingerprint(sae), "settings": config}
+        with whole_folder(folder, replace="instrument.json" if overwrite else None) as unfinished:
+            if include_sae and sae is not None:
+                sae.save(unfinished / "sae")
+            write_folder(unfinished, "instrument", description, tensors)
+
+    def to_saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Settings, which are JSON, and tensors."""
+        kept = {name: getattr(self, name) for name in self.kept}
+        tensors = {name: value.detach() for name, value in kept.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in kept.items() if name not in tensors}, tensors
 
     @classmethod
     def from_saved(cls, sae: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> SavableInstrument:
-        """The instrument from its SAE (None where it has none) and the settings and tensors that `save` wrote."""
-        raise NotImplementedError
+        """The instrument from its SAE (None where it has none) and what `to_saved` gave; `at` is a hookpoint, and the window
+        of steps is put in afterwards.
+        """
+        return cls(*(() if sae is None else (sae,)), **config, **tensors)
+
+
+def _whole(made: SavableInstrument) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """All that is written of an instrument."""
+    config, tensors = made.to_saved()
+    own = vars(made)
+    if isinstance(own.get("window"), StepWindow):
+        config["steps"] = own["window"].to_json()
+    if isinstance(own.get("condition"), str):
+        config["condition"] = own["condition"]
+    if isinstance(own.get("at"), Hookpoint):
+        config["at"] = [str(own["at"]), own["at"].stream]
+    return config, tensors
 
 
 _KINDS: dict[str, type[SavableInstrument]] = {}
@@ -57,29 +98,6 @@ def register(kind: str) -> Callable[[_Class], _Class]:
         return cls
 
     return add
-
-
-def save_instrument(
-    instrument: SavableInstrument,
-    folder: str | os.PathLike[str],
-    config: dict[str, Any],
-    tensors: dict[str, Tensor],
-    include_sae: bool,
-    overwrite: bool,
-) -> None:
-    """Write an instrument of a registered kind, whole or not at all; called by its `save`."""
-    kind = next(kind for kind, cls in _KINDS.items() if cls is type(instrument))
-    folder = as_path(folder)
-    if (folder / "instrument.json").is_file() and not overwrite:
-        raise FileExistsError(
-            f"folder={str(folder)!r} holds an instrument already; save to another folder, or replace it by overwrite=True."
-        )
-    sae = getattr(instrument, "sae", None)
-    description = {"kind": kind, "format": 1, "sae": None if sae is None else fingerprint(sae), "settings": config}
-    with whole_folder(folder, replace="instrument.json" if overwrite else None) as unfinished:
-        if include_sae and sae is not None:
-            sae.save(unfinished / "sae")
-        write_folder(unfinished, "instrument", description, tensors)
 
 
 def load_instrument(folder: str | os.PathLike[str], sae: SAE | None = None) -> SavableInstrument:
@@ -114,7 +132,18 @@ def load_instrument(folder: str | os.PathLike[str], sae: SAE | None = None) -> S
             "latents would mean other things. Pass the same SAE."
         )
     try:
-        return _KINDS[kind].from_saved(sae, description["settings"], tensors)
+        settings = dict(description["settings"])
+        told = set(settings)
+        window = StepWindow.from_json(settings.pop("steps", None))
+        if isinstance(settings.get("at"), list) and all(isinstance(part, str) for part in settings["at"]):
+            settings["at"] = Hookpoint.parse(*settings["at"])
+        made = _KINDS[kind].from_saved(sae, settings, tensors)
+        if "window" in vars(made):
+            made.window = window  # type: ignore[attr-defined]
+        lost = set(_whole(made)[0]) - told
+        if lost:
+            raise KeyError(min(lost))
+        return made
     except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"{folder} holds a damaged instrument ({type(error).__name__}: {error}); save it again, or give another folder."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,7 @@ from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.sae import SAE
 from sparsefeat.steering.code_rule import CodeRule, code_edit
-from sparsefeat.steering.saved import SavableInstrument, register, save_instrument
+from sparsefeat.steering.saved import SavableInstrument, register
 from sparsefeat.steering.where import (
     Mask,
     check_condition,
@@ -146,26 +145,14 @@ class Steer(SavableInstrument):
     def _directions(self, latents: list[int], device: torch.device) -> Tensor:
         return self.sae.directions(latents).detach().to(device, torch.float32)
 
-    def save(self, folder: str | os.PathLike[str], include_sae: bool = True, *, overwrite: bool = False) -> None:
-        """Write the edit, and by default its SAE, for `load_instrument(folder)`.
-
-        Raises:
-            ValueError: the mask is a callable.
-            FileExistsError: something is in `folder`; an earlier instrument is replaced with `overwrite`.
-        """
+    def to_saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if callable(self.mask) and not isinstance(self.mask, Tensor):
             raise ValueError("a Steer whose mask is a callable cannot be saved; give the mask as a tensor.")
         tensors = {f"add_map.{i}": given for i, given in self.add_map.items()}
         if isinstance(self.mask, Tensor):
             tensors["mask"] = self.mask
         tensors |= {f"rule.{name}": getattr(self.rule, name) for name in _RULE_FIELDS}
-        config = {
-            "add": [[i, amount] for i, amount in self.add.items()],
-            "steps": self.window.to_json(),
-            "condition": self.condition,
-            "at": [str(self.at), self.at.stream],
-        }
-        save_instrument(self, folder, config, tensors, include_sae, overwrite)
+        return {"add": [[i, amount] for i, amount in self.add.items()]}, tensors
 
     @classmethod
     def from_saved(cls, sae: SAE, config: dict[str, Any], tensors: dict[str, Tensor]) -> Steer:
@@ -176,10 +163,10 @@ class Steer(SavableInstrument):
         steer.rule = CodeRule(**{name: tensors[f"rule.{name}"] for name in _RULE_FIELDS})
         for name, latents in (("add", steer.add), ("add_map", steer.add_map), ("rule", steer.rule.latents.tolist())):
             _check_latents(name, dict.fromkeys(latents), sae.n_latents)
-        steer.window = StepWindow.from_json(config["steps"])
+        steer.window = StepWindow.parse(None)
         steer.mask = tensors.get("mask")
         steer.condition = check_condition(config["condition"])
-        steer.at = Hookpoint.parse(*config["at"])
+        steer.at = config["at"]
         steer.writes = _written(sae, steer.at, len(steer.rule) > 0)
         steer._n_images = 0
         steer._change = None

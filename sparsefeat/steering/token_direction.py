@@ -16,7 +16,6 @@ public says neither how v is scaled nor the cap: both are ours.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +29,7 @@ from sparsefeat.features.prompts import layer_outputs_and_tokens
 from sparsefeat.pipeline import Context
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.sae import SAE
-from sparsefeat.steering.saved import SavableInstrument, register, save_instrument
+from sparsefeat.steering.saved import SavableInstrument, register
 
 
 @register("sparsefeat.steering:TokenDirection")
@@ -44,6 +43,8 @@ class TokenDirection(WordEmbeddings, SavableInstrument):
         growth: how fast it grows (the published factor), above 0; None: the same at every step.
         steps: as in `Steer`.
     """
+
+    kept = ("words", "direction", "strength", "growth")
 
     def __init__(
         self,
@@ -129,26 +130,6 @@ class TokenDirection(WordEmbeddings, SavableInstrument):
         moved = self.factor(context.step or 0, context.n_steps or 1) * self.direction.to(embeddings.device, wide)
         after = after.index_add(0, torch.tensor(tokens, device=after.device), moved.expand(len(tokens), -1))
         return after.to(embeddings.dtype)
-
-    def save(self, folder: str | os.PathLike[str], include_sae: bool = False, *, overwrite: bool = False) -> None:
-        """Write the direction for `load_instrument(folder)`; there is no SAE to include.
-
-        Raises:
-            FileExistsError: something is in `folder`; an earlier instrument is replaced with `overwrite`.
-        """
-        config = {
-            "words": list(self.words),
-            "strength": self.strength,
-            "growth": self.growth,
-            "steps": self.window.to_json(),
-        }
-        save_instrument(self, folder, config, {"direction": self.direction}, include_sae, overwrite)
-
-    @classmethod
-    def from_saved(cls, sae: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> TokenDirection:
-        made = cls(config["words"], tensors["direction"], config["strength"], growth=config["growth"])
-        made.window = StepWindow.from_json(config["steps"])
-        return made
 
 
 def _is_pair(pair: Any) -> bool:

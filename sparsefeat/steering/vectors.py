@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from sparsefeat.arguments import finite, image_map, number
 from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.steering.first_visits import check_places
-from sparsefeat.steering.saved import SavableInstrument, register, save_instrument
+from sparsefeat.steering.saved import SavableInstrument, register
 from sparsefeat.steering.where import Mask, check_condition, condition_signs, mask_of_rows
 
 
@@ -85,37 +84,15 @@ class AddVector(SavableInstrument):
         rows = weights.expand(-1, context.positions)[..., None] * vector * self.strength
         return Delta(rows.flatten(0, 1))
 
-    def save(self, folder: str | os.PathLike[str], include_sae: bool = False, *, overwrite: bool = False) -> None:
-        """Write the vector for `load_instrument(folder)`; there is no SAE to include.
-
-        Raises:
-            ValueError: the mask is a callable.
-            FileExistsError: something is in `folder`; an earlier instrument is replaced with `overwrite`.
-        """
+    def to_saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if callable(self.mask) and not isinstance(self.mask, Tensor):
             raise ValueError("an AddVector whose mask is a callable cannot be saved; give the mask as a tensor.")
         tensors = {"vectors": self.vectors.detach()}
-        if isinstance(self.mask, Tensor):
-            tensors["mask"] = self.mask
-        config = {
-            "at": [str(self.at), self.at.stream],
-            "strength": self.strength,
-            "steps": self.window.to_json(),
-            "condition": self.condition,
-        }
-        save_instrument(self, folder, config, tensors, include_sae, overwrite)
+        return {"strength": self.strength}, tensors if self.mask is None else {**tensors, "mask": self.mask}
 
     @classmethod
     def from_saved(cls, sae: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> AddVector:
-        made = cls(
-            Hookpoint.parse(*config["at"]),
-            tensors["vectors"],
-            config["strength"],
-            mask=tensors.get("mask"),
-            condition=config["condition"],
-        )
-        made.window = StepWindow.from_json(config["steps"])
-        return made
+        return cls(vector=tensors["vectors"], mask=tensors.get("mask"), **config)
 
 
 def bin_of(context: Context, bins: int) -> int:

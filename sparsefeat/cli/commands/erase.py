@@ -18,9 +18,6 @@ from sparsefeat.whole import whole_folder
 METHODS = ("saeuron", "cad", "uce", "sld")
 PROMPTS = 4
 """Of the concept, that cad and uce look at."""
-CAD_RATIO = 0.03
-"""Of each row of the attention's weights: the published 0.001 takes nothing of rows shorter than 1,000, as the embedded
-pipeline's are."""
 
 
 def erase(
@@ -128,8 +125,7 @@ def without_sae(method: str, pipe: Any, concept: str, prompts: dict[str, list[st
         return safe_latent_diffusion(concept, "max")
     own = prompts.get(concept, [concept])[:PROMPTS]
     if method == "cad":
-        modules = "attn2" if getattr(pipe, "unet", None) is not None else "attn"
-        return cad_erase(pipe, own, ratio=CAD_RATIO, modules=modules, **call)
+        return cad_erase(pipe, own, **call)
     others = [text for name, texts in prompts.items() if name != concept for text in texts[:1]]
     return UCE.fit(pipe, own, preserve=others, **{**call, "num_inference_steps": 1})
 

@@ -37,6 +37,10 @@ class NoiseLevel:
             return (x - self.alpha * predicted) / self.sigma
         return x + self.alpha * predicted
 
+    def clean(self, x: Tensor, predicted: Tensor) -> Tensor:
+        """The latents without noise, of the latents and the prediction at them."""
+        return predicted if self.predicts == "sample" else (x - self.sigma * self.noise(x, predicted)) / self.alpha
+
     def noised(self, clean: Tensor, noise: Tensor) -> Tensor:
         """What a model would be given of these."""
         return self.alpha * clean + self.sigma * noise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint
 from sparsefeat.pipeline.context import UNKNOWN
 from sparsefeat.pipeline.instrument import rows_of
 from sparsefeat.pipeline.step_window import Steps, StepWindow
-from sparsefeat.steering.saved import SavableInstrument, register, save_instrument
+from sparsefeat.steering.saved import SavableInstrument, register
 from sparsefeat.steering.scores.corrections import Hamiltonian, Langevin
 from sparsefeat.steering.scores.inversion import Inversion
 from sparsefeat.steering.scores.levels import NoiseLevel, noise_level
@@ -251,13 +250,7 @@ class ScoreEdit(SavableInstrument):
             raise ValueError("the schedule of this call is not known, which the noise level is told from.")
         return noise_level(self._pipe.scheduler, scheduled[at], type(self.rule).__name__)
 
-    def save(self, folder: str | os.PathLike[str], include_sae: bool = False, *, overwrite: bool = False) -> None:
-        """Write the rule for `load_instrument(folder)`; there is no SAE to include.
-
-        Raises:
-            ValueError: the mask is a callable.
-            FileExistsError: something is in `folder`; an earlier instrument is replaced with `overwrite`.
-        """
+    def to_saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if callable(self.mask) and not isinstance(self.mask, Tensor):
             raise ValueError("a ScoreEdit whose mask is a callable cannot be saved; give the mask as a tensor.")
         fields = {field.name: getattr(self.rule, field.name) for field in dataclasses.fields(self.rule) if field.init}  # type: ignore[arg-type]
@@ -266,12 +259,10 @@ class ScoreEdit(SavableInstrument):
         if isinstance(self.mask, Tensor):
             tensors["mask"] = self.mask
         chain = self.corrections
-        config = {
+        return {
             "rule": [type(self.rule).__name__, fields],
             "corrections": None if chain is None else [type(chain).__name__, dataclasses.asdict(chain)],
-            "steps": self.window.to_json(),
-        }
-        save_instrument(self, folder, config, tensors, include_sae, overwrite)
+        }, tensors
 
     @classmethod
     def from_saved(cls, sae: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> ScoreEdit:
@@ -281,6 +272,4 @@ class ScoreEdit(SavableInstrument):
         rule: Rule = _RULES[kind](**fields)
         saved = config["corrections"]
         chain: Any = None if saved is None else _CHAINS[saved[0]](**saved[1])
-        made = cls(rule, corrections=chain, mask=tensors.get("mask"))
-        made.window = StepWindow.from_json(config["steps"])
-        return made
+        return cls(rule, corrections=chain, mask=tensors.get("mask"))
