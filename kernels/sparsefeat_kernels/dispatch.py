@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -44,13 +45,16 @@ __all__ = [
     "next_power_of_2",
     "ops",
     "register",
+    "registered",
     "row_chunks",
     "sum_dtype",
     "tl",
 ]
 
 NAMESPACE = "sparsefeat"  # every op is NAMESPACE::its name
-ops = getattr(torch.ops, NAMESPACE)
+registered = getattr(torch.ops, NAMESPACE)
+# The same ops for those who call them; see `_direct`.
+ops: Any = SimpleNamespace()
 
 TRITON_AVAILABLE = triton is not None
 TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2])) if TRITON_AVAILABLE else (0, 0)
@@ -122,6 +126,51 @@ def register(
     op.register_fake(fake)
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
+    packet = getattr(registered, name)
+    places = [i for i, argument in enumerate(packet.default._schema.arguments) if argument.name in mutates]
+    setattr(ops, name, _direct(packet, without_autocast, places))
+
+
+_PLAIN = (type(None), bool, int, float, str)
+
+
+def _direct(packet: Any, run: Callable[..., Any], mutated: list[int]) -> Callable[..., Any]:
+    """The op, without torch's dispatcher where nobody would see it run there: the way through it takes the host as long
+    as half of a launch, and a call of few rows is nothing but its launches."""
+
+    def call(*args: Any) -> Any:
+        if not _unwatched(args):
+            return packet(*args)
+        found = run(*args)
+        for place in mutated:
+            if not args[place].is_inference():
+                torch.autograd.graph.increment_version(args[place])
+        return found
+
+    return call
+
+
+def _unwatched(args: tuple[Any, ...]) -> bool:
+    """Whether nothing compiles, traces, transforms, profiles or differentiates, and arguments are what `run` takes: plain
+    tensors with data, and numbers."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    graded = torch.is_grad_enabled()
+    for argument in args:
+        kind = type(argument)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            if argument.is_meta or (graded and argument.requires_grad):
+                return False
+        elif kind not in _PLAIN:
+            return False
+    return True
 
 
 def backend() -> Literal["cuda", "hip"]:

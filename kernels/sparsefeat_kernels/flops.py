@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 # Imported for their registrations: a formula is given to an op that exists.
 from .decode import auxk_decode, sparse_decode, sparse_edit  # noqa: F401
-from .dispatch import ops
+from .dispatch import registered
 from .encode import auxk, pursuit, threshold, topk  # noqa: F401
 from .gradient import weight_gradient  # noqa: F401
 
@@ -117,21 +117,21 @@ def matching_pursuit_flops(x: torch.Size, D: torch.Size, k: int, method: str, *_
 
 for formula, counted in {
     encode_flops: (
-        ops.topk_encode,
-        ops.topk_encode_prefiltered,
-        ops.auxk_encode,
-        ops.threshold_encode,
-        ops.threshold_encode_csr,
+        registered.topk_encode,
+        registered.topk_encode_prefiltered,
+        registered.auxk_encode,
+        registered.threshold_encode,
+        registered.threshold_encode_csr,
     ),
-    decode_flops: (ops.sparse_decode,),
-    decode_grad_values_flops: (ops.sparse_decode_grad_values, ops.auxk_decode_grad_values),
-    auxk_decode_flops: (ops.auxk_decode,),
-    auxk_weight_gradient_flops: (ops.auxk_weight_gradient,),
-    weight_gradient_flops: (ops.weight_gradient,),
-    edit_delta_flops: (ops.sparse_edit_delta,),
-    edit_flops: (ops.sparse_edit, ops.sparse_edit_grad_values, ops.sparse_edit_grad_directions),
-    csr_grad_x_flops: (ops.threshold_encode_csr_grad_x,),
-    csr_grad_weights_flops: (ops.threshold_encode_csr_grad_weights,),
-    matching_pursuit_flops: (ops.matching_pursuit,),
+    decode_flops: (registered.sparse_decode,),
+    decode_grad_values_flops: (registered.sparse_decode_grad_values, registered.auxk_decode_grad_values),
+    auxk_decode_flops: (registered.auxk_decode,),
+    auxk_weight_gradient_flops: (registered.auxk_weight_gradient,),
+    weight_gradient_flops: (registered.weight_gradient,),
+    edit_delta_flops: (registered.sparse_edit_delta,),
+    edit_flops: (registered.sparse_edit, registered.sparse_edit_grad_values, registered.sparse_edit_grad_directions),
+    csr_grad_x_flops: (registered.threshold_encode_csr_grad_x,),
+    csr_grad_weights_flops: (registered.threshold_encode_csr_grad_weights,),
+    matching_pursuit_flops: (registered.matching_pursuit,),
 }.items():
     register_flop_formula(list(counted))(formula)

@@ -15,7 +15,7 @@ from sparsefeat.pipeline.families.registry import family_of
 from sparsefeat.pipeline.knowing.references import listed
 from sparsefeat.pipeline.knowing.texts import tokenizer_of
 
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 
 
 class SeenPrompts:

@@ -64,7 +64,7 @@ def eager(pipe: Any, paths: tuple[str, ...], run: Callable[[], Any]) -> Ran:
         module = getattr(pipe, root).get_submodule(inner)
         handles.append(module.register_forward_pre_hook(lambda *_, path=path: stack.append(path)))
         handles.append(module.register_forward_hook(lambda *_: stack.pop() and None))
-    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"):
         encoder = getattr(pipe, name, None)
         if encoder is not None:
 

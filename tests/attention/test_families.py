@@ -21,13 +21,15 @@ from tests.families import families
 @dataclass(frozen=True)
 class Place:
     """Where image and text stand in a joint attention, (start, stop) each by the sequence's length and the image's, and at
-    which of the text's keys a token is that its encoder was given at a place: by (place, attention mask).
+    which of the text's keys a token is that its encoder was given at a place: by (place, attention mask). `again`: at how
+    many keys after that the same token stands once more.
     """
 
     layers: tuple[str, ...]
     streams: Callable[[int, int], tuple[tuple[int, int], tuple[int, int]]]
     key: Callable[[int, list[int] | None], int]
     encoder: str = "text_encoder"
+    again: tuple[int, ...] = ()
 
 
 def text_first(length: int, image: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -73,8 +75,19 @@ PLACES = {
     "cogview3": Place(tuple(f"transformer.transformer_blocks.{i}.attn1" for i in (0, 1)), text_first, same),
     "cogview4": Place(tuple(f"transformer.transformer_blocks.{i}.attn1" for i in (0, 1)), text_first, same),
     "ovis": Place(DOUBLE + SINGLE, text_first, after(28)),
+    "bria": Place(DOUBLE + SINGLE, text_first, same),
+    "krea2": Place(DOUBLE, text_first, after(34)),
+    # 64 places for an image that is not square; T5's 8 tokens, Llama's 8 of the last layer, and of one more
+    "hidream": Place(
+        tuple(f"transformer.double_stream_blocks.{i}.block.attn1" for i in (0, 1)),
+        lambda length, image: ((0, image), (64, length)),
+        after(-8),
+        "text_encoder_4",
+        again=(8,),
+    ),
+    "motif_video": Place((DOUBLE[0], *SINGLE), image_first, same),
 }
-CROSS = ("pixart", "sana", "sd", "sdxl", "wan")
+CROSS = ("kandinsky5", "pixart", "sana", "sd", "sdxl", "wan")
 # Two encoders, one of them for what stands in quotes.
 QUOTING = ("hunyuan_image", "hunyuan_video15")
 WORD = "fox"
@@ -155,6 +168,9 @@ def test_joint_maps_are_those_of_a_plain_softmax(name):
     keys = [place.key(at, mask) for at, one in enumerate(ids) if one == token]
     assert len(keys) == 1
     joint = run[kinds["joint"]]
+    keys += [keys[0] + more for more in place.again]
+    if name == "hidream":  # T5 has the word too
+        keys.insert(0, ran.texts["text_encoder_3"][0][0].index(pipe.tokenizer_3.convert_tokens_to_ids(WORD)))
     if name == "sd3":  # CLIP has the word too
         keys.insert(0, ran.texts["text_encoder"][0][0].index(pipe.tokenizer.convert_tokens_to_ids("fox</w>")))
     torch.testing.assert_close(joint.word(WORD).values, joint.map(keys).values)
@@ -167,6 +183,7 @@ def test_cross_maps_are_those_of_a_plain_softmax_at_one_resolution(name):
     tiny, pipe = built(name)
     path = {"sd": "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2"}.get(name)
     path = path or {"sdxl": "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2"}.get(name)
+    path = path or {"kandinsky5": "transformer.visual_transformer_blocks.1.cross_attention"}.get(name)
     path = path or f"transformer.{'blocks' if name == 'wan' else 'transformer_blocks'}.1.attn2"
     guidance = tiny.guidance == "cfg"
 
@@ -182,6 +199,8 @@ def test_cross_maps_are_those_of_a_plain_softmax_at_one_resolution(name):
     expected = sum(call.scores().softmax(-1)[row].mean(0) for call, row in calls)
     torch.testing.assert_close(recording.tensor().flatten(1).T.double(), expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(recording.word(WORD).values, run[words].word(WORD).values, rtol=1e-5, atol=1e-7)
+    if name == "kandinsky5":  # "the photo of" is its template's: "red fox" are the first two keys
+        assert run[words].columns == (1,)
 
 
 @pytest.mark.parametrize("name", QUOTING)

@@ -46,13 +46,13 @@ def build(seed: int = 0) -> Any:
         """The processor's call: it is given images and videos too, here always None."""
 
         def __init__(self) -> None:
-            self.words = tiny_words(padding_side="right")
+            self.tokenizer = tiny_words(padding_side="right")
 
         def __call__(self, text: list[str], images: None, videos: None, **options: Any) -> Any:
-            return self.words(text, **options)
+            return self.tokenizer(text, **options)
 
         def decode(self, tokens: Any) -> str:
-            return self.words.decode(tokens)
+            return self.tokenizer.decode(tokens)
 
     pipe = Kandinsky5T2VPipeline(
         transformer=transformer,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import implementation, jit, next_power_of_2, ops, register, tl
+from ..dispatch import implementation, jit, next_power_of_2, ops, register, registered, tl
 from .scores import (
     add_to_group,
     additive,
@@ -261,7 +261,7 @@ register(
 )
 
 
-@register_flop_formula(ops.attention_column_sums_)
+@register_flop_formula(registered.attention_column_sums_)
 def _attention_column_sums_flops(sums: Any, query: Any, key: Any, *_: Any, **__: Any) -> int:
     batch, heads, n, d = query
     return 2 * batch * heads * n * key[2] * d

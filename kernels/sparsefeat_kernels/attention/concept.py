@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import block_bytes, implementation, jit, next_power_of_2, ops, register, row_chunks, sum_dtype, tl
+from ..dispatch import (
+    block_bytes,
+    implementation,
+    jit,
+    next_power_of_2,
+    ops,
+    register,
+    registered,
+    row_chunks,
+    sum_dtype,
+    tl,
+)
 from ..threads import conducted, each, shares, threads, together
 from .scores import (
     BLOCK_BYTES,
@@ -457,13 +468,13 @@ register(
 )
 
 
-@register_flop_formula(ops.concept_attention)
+@register_flop_formula(registered.concept_attention)
 def _concept_attention_flops(query: Any, key: Any, value: Any, image_key: Any, *_: Any, **__: Any) -> int:
     batch, heads, c, d = query
     return 2 * batch * heads * c * (c + image_key[2]) * (d + value[3])
 
 
-@register_flop_formula(ops.concept_map_)
+@register_flop_formula(registered.concept_map_)
 def _concept_map_flops(maps: Any, output: Any, concepts: Any, *_: Any, **__: Any) -> int:
     """Of all batch rows: what is counted is only known on the device."""
     batch, heads, n, e = output

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import backend, implementation, jit, next_power_of_2, ops, register, tl
+from ..dispatch import backend, implementation, jit, next_power_of_2, ops, register, registered, tl
 from ..products import product
 from ..threads import PIECES_A_THREAD, conducted, each, shares, threads, together
 from .flash import flash
@@ -485,14 +485,14 @@ register(
 )
 
 
-@register_flop_formula(ops.attention_map_)
+@register_flop_formula(registered.attention_map_)
 def _attention_map_flops(maps: Any, query: Any, key: Any, *_: Any, **__: Any) -> int:
     """Of all batch rows: what is counted is only known on the device."""
     batch, heads, n, d = query
     return 2 * batch * heads * n * key[2] * d
 
 
-@register_flop_formula(ops.attention_with_map_)
+@register_flop_formula(registered.attention_with_map_)
 def _attention_with_map_flops(maps: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     batch, heads, n, d = query
     return 2 * batch * heads * n * key[2] * (d + value[3])

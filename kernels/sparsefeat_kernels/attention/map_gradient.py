@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import implementation, jit, next_power_of_2, ops, register, sum_dtype, tl
+from ..dispatch import implementation, jit, next_power_of_2, ops, register, registered, sum_dtype, tl
 from ..threads import conducted, each, together
 from .scores import additive, arguments, check_query_and_key, dense_probabilities, head_weights, score_blocks
 from .tiles import (
@@ -442,13 +442,13 @@ register(
 )
 
 
-@register_flop_formula(ops.attention_map)
+@register_flop_formula(registered.attention_map)
 def _attention_map_flops(query: Any, key: Any, *_: Any, **__: Any) -> int:
     batch, heads, n, d = query
     return 2 * batch * heads * n * key[2] * d
 
 
-@register_flop_formula(ops.attention_map_gradient)
+@register_flop_formula(registered.attention_map_gradient)
 def _attention_map_gradient_flops(grad: Any, query: Any, key: Any, *_: Any, **__: Any) -> int:
     """Three products of the attention's size: the scores, and both gradients."""
     batch, heads, n, d = query

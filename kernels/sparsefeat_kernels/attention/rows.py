@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import implementation, jit, next_power_of_2, ops, register, sum_dtype, tl
+from ..dispatch import implementation, jit, next_power_of_2, ops, register, registered, sum_dtype, tl
 from .scores import additive, arguments, check_device, check_query_and_key, dense_probabilities, score_blocks
 from .tiles import LOG2_E, aligned, load_tile, mask_argument, softmax_start, softmax_step, tile_scores
 
@@ -219,7 +219,7 @@ register(
 )
 
 
-@register_flop_formula(ops.attention_rows)
+@register_flop_formula(registered.attention_rows)
 def _attention_rows_flops(query: Any, key: Any, *_: Any, **__: Any) -> int:
     batch, heads, n, d = query
     return 2 * batch * heads * n * key[2] * d

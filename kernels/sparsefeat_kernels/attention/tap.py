@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import block_bytes, implementation, jit, next_power_of_2, ops, register, row_chunks, tl
+from ..dispatch import block_bytes, implementation, jit, next_power_of_2, ops, register, registered, row_chunks, tl
 from .scores import (
     BLOCK_BYTES,
     add_to_group,
@@ -317,7 +317,7 @@ register(
 )
 
 
-@register_flop_formula(ops.attention_tap_)
+@register_flop_formula(registered.attention_tap_)
 def _attention_tap_flops(maps: Any, query: Any, key: Any, *_: Any, **__: Any) -> int:
     """Of all batch rows: what is counted is only known on the device."""
     batch, heads, n, d = query

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparsefeat.pipeline.families.family import Run
+from sparsefeat.pipeline.families.family import Run, TextLayout
 from sparsefeat.pipeline.families.joint import JointTransformer
 from sparsefeat.pipeline.families.transformer import Side, configured
 
@@ -56,6 +56,10 @@ class HiDream(JointTransformer):
     def default_grid(self, pipe: Any, root: nn.Module, path: str) -> tuple[int, ...] | None:
         size, patch = getattr(pipe, "default_sample_size", None), configured(root, "patch_size")
         return (size // patch, size // patch) if isinstance(size, int) and patch else None
+
+    def text_layout(self, pipe: Any, root: nn.Module, call: Mapping[str, Any]) -> TextLayout:
+        """Llama's tokens twice: of its last layer, and of the layer that is the block's own."""
+        return TextLayout((("text_encoder_3",), ("text_encoder_4",), ("text_encoder_4",)))
 
     def text_tokens(self, run: Run) -> int | None:
         t5, llama = (run.arguments.get(f"encoder_hidden_states_{name}") for name in ("t5", "llama3"))

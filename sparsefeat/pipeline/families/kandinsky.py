@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsefeat.pipeline.families.family import Run
+from sparsefeat.pipeline.families.family import Run, TextLayout
 from sparsefeat.pipeline.families.transformer import Side, Transformer
 from sparsefeat.pipeline.families.video import default_video_grid, in_patches
 
@@ -38,6 +38,10 @@ class Kandinsky5(Transformer):
     def side(self, run: Run) -> Side | None:
         grid = _grid(run.root, run.arguments)
         return None if grid is None else Side(0, math.prod(grid))
+
+    def text_layout(self, pipe: Any, root: nn.Module, call: Mapping[str, Any]) -> TextLayout | None:
+        template = getattr(pipe, "prompt_template_encode_start_idx", None)
+        return TextLayout(dropped=template) if isinstance(template, int) else None
 
     def width(self, module: nn.Module, io: str) -> int | None:
         for name, attribute in (("to_query", "in_features"), ("in_layer", "in_features")):

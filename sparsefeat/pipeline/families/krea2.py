@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsefeat.pipeline.families.family import Run
+from sparsefeat.pipeline.families.family import Run, TextLayout
 from sparsefeat.pipeline.families.flux import Flux
 
 _BLOCK = r"transformer_blocks\.\d+"
@@ -33,6 +33,10 @@ class Krea2(Flux):
 
     def text_tokens(self, run: Run) -> int | None:
         return run.arguments["encoder_hidden_states"].shape[1]  # [B, tokens, layers, width]
+
+    def text_layout(self, pipe: Any, root: nn.Module, call: Mapping[str, Any]) -> TextLayout | None:
+        template = getattr(pipe, "prompt_template_encode_start_idx", None)
+        return TextLayout(dropped=template) if isinstance(template, int) else None
 
     def width(self, module: nn.Module, io: str) -> int | None:
         if hasattr(module, "gate") and hasattr(module, "down"):  # feed-forward

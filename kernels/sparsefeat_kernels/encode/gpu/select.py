@@ -16,6 +16,7 @@ Where latents go in chunks, a row's k largest so far are its state, and a chunk'
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,16 @@ from ...dispatch import jit, jit_over_rows, next_power_of_2, tl
 from ..keys import entry_key, index_of, largest_keys, ordered, store_broken, store_code
 from .groups import GROUP, floor_of, group_of, larger, latent_of
 
-__all__ = ["LARGEST_K", "MOST_GROUPS", "SelectSizes", "Selected", "entries_of", "launch_repair", "launch_select"]
+__all__ = [
+    "LARGEST_K",
+    "MOST_GROUPS",
+    "SelectSizes",
+    "Selected",
+    "entries_of",
+    "launch_repair",
+    "launch_select",
+    "sizes_of",
+]
 
 LARGEST_K = 128
 COUNTED = 256  # maxima that are bisected
@@ -43,11 +53,11 @@ class SelectSizes:
     n_groups: int
     k: int
 
-    @property
+    @functools.cached_property
     def block_k(self) -> int:
         return next_power_of_2(max(self.k, 2))
 
-    @property
+    @functools.cached_property
     def blocks(self) -> dict[str, int]:
         block_groups = next_power_of_2(max(self.n_groups, 2))
         return {
@@ -61,7 +71,7 @@ class SelectSizes:
             "num_warps": max(1, min(4, block_groups // 2048)),
         }
 
-    @property
+    @functools.cached_property
     def repair_blocks(self) -> dict[str, int]:
         """Of as many latents at a time as a list of keys has, and 4,096 products."""
         repaired = max(2, self.block_k // GROUP)
@@ -71,8 +81,14 @@ class SelectSizes:
             "LOG_K": self.block_k.bit_length() - 1,
             "HALVINGS": (repaired * GROUP // self.block_k).bit_length() - 1,
             "BLOCK_D": 256 // repaired,
-            "num_warps": 4 if repaired == 2 else 2,  # those of which the compiler makes the fewest instructions
+            "num_warps": 8,  # of k = 32 the compiler makes 1,560 instructions for 2,480 of 4, which spill on sm_100
         }
+
+
+@functools.cache
+def sizes_of(n_groups: int, k: int) -> SelectSizes:
+    """One object for every pair, which works its blocks out once: a call's host time is made of such things."""
+    return SelectSizes(n_groups, k)
 
 
 def entries_of(k: int) -> int:

@@ -10,6 +10,7 @@ bound of an IEEE sum (2^-24 of each) has room for. SPARSEFEAT_IEEE=1 asks for fu
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -79,6 +80,7 @@ def programs_of(rows: int, n_latents: int, tile: Mapping[str, int], device: torc
     return min(tiles, multiprocessors(device) * (1 if tile["BLOCK_LATENTS"] > 128 else 2))
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
@@ -94,23 +96,36 @@ def chunks_of(
 ) -> list[tuple[slice, list[slice]]]:
     """Chunks of at most `most_latents` latents, and of the rows of each, whose scratch is within SCRATCH_BYTES: as many
     latents as leave room for `least_rows` rows."""
-    block, width = tile["BLOCK_ROWS"], tile["BLOCK_LATENTS"]
-    least = min(-(-x.shape[0] // block) * block, least_rows)
-    most_latents = min(most_latents, int((SCRATCH_BYTES / least - bytes_a_row) / bytes_an_entry))
-    most_rows = -(-x.shape[0] // block)
-    latents = _chunks(W.shape[0], width, most_latents, max(1, min(most_rows, least_rows // block)), W.device)
+    blocks, sizes = (tile["BLOCK_ROWS"], tile["BLOCK_LATENTS"]), (x.shape[0], W.shape[0])
+    room = SCRATCH_BYTES, bytes_an_entry, bytes_a_row
+    return _chunked(sizes, blocks, room, most_latents, least_rows, multiprocessors(x.device))
+
+
+@functools.lru_cache(maxsize=1024)
+def _chunked(
+    sizes: tuple[int, int],
+    blocks: tuple[int, int],
+    room: tuple[int, float, int],
+    most_latents: int,
+    least_rows: int,
+    at_once: int,
+) -> list[tuple[slice, list[slice]]]:
+    (rows, n_latents), (block, width), (scratch, bytes_an_entry, bytes_a_row) = sizes, blocks, room
+    most_rows = -(-rows // block)
+    least = min(most_rows * block, least_rows)
+    most_latents = min(most_latents, int((scratch / least - bytes_a_row) / bytes_an_entry))
+    latents = _chunks(n_latents, width, most_latents, max(1, min(most_rows, least_rows // block)), at_once)
     widest = -(-(latents[0].stop - latents[0].start) // width)
-    most = int(SCRATCH_BYTES / (widest * width * bytes_an_entry + bytes_a_row))
+    most = int(scratch / (widest * width * bytes_an_entry + bytes_a_row))
     # Where one block is too many, fewer rows: a tile is then not full.
-    of_rows = _chunks(x.shape[0], block, most, widest, x.device) if most >= block else row_chunks(x.shape[0], 1, most)
+    of_rows = _chunks(rows, block, most, widest, at_once) if most >= block else row_chunks(rows, 1, most)
     return [(part, of_rows) for part in latents]
 
 
-def _chunks(n: int, block: int, most: int, others: int, device: torch.device) -> list[slice]:
+def _chunks(n: int, block: int, most: int, others: int, at_once: int) -> list[slice]:
     """n in chunks of whole blocks, at most `most` (but one block): all at once, or those that leave the fewest
     multiprocessors without a tile in the end, where each block has `others` tiles."""
     blocks, most = -(-n // block), max(1, most // block)
-    at_once = multiprocessors(device)
     if blocks > most:
         sizes = range(most, most // 2, -1)
         blocks = min(sizes, key=lambda size: -(-size * others // at_once) / (size * others))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...dispatch import row_chunks
 from ..product import encoder_bias
 from .groups import GROUP, PLANES, kept_bytes, launch_product, n_groups_of
-from .select import LARGEST_K, MOST_GROUPS, Selected, SelectSizes, entries_of, launch_repair, launch_select
+from .select import LARGEST_K, MOST_GROUPS, Selected, entries_of, launch_repair, launch_select, sizes_of
 from .tiles import chunks_of, default_tile
 
 __all__ = ["selects", "topk_encode_triton"]
@@ -50,8 +50,14 @@ def topk_encode_triton(
     with torch.cuda.device_of(x):
         bias = encoder_bias(W_enc, b_enc, b_pre) if bias is None and rows else bias
         for some in row_chunks(rows, 1, MOST_ROWS):
-            _encode_some(x[some], W_enc, b_pre, bias, k, selection, tile, (values[some], indices[some]))
+            code = _part(some, values), _part(some, indices)
+            _encode_some(_part(some, x), W_enc, b_pre, bias, k, selection, tile, code)
     return values, indices
+
+
+def _part(some: slice, tensor: Tensor) -> Tensor:
+    """tensor[some], itself where that is all of it: a view takes the host as long as an allocation."""
+    return tensor if some.stop - some.start == tensor.shape[0] else tensor[some]
 
 
 def _encode_some(
@@ -65,7 +71,7 @@ def _encode_some(
     code: tuple[Tensor, Tensor],
 ) -> None:
     n_latents, signed = W_enc.shape[0], selection == "signed"
-    to = Selected.of(code, SelectSizes(1, k).block_k)
+    to = Selected.of(code, sizes_of(1, k).block_k)
     bytes_a_row = 4 * 2 * entries_of(k)
     chunks = chunks_of(x, W_enc, tile, kept_bytes(signed), bytes_a_row, MOST_GROUPS * GROUP)
     most_rows = chunks[0][1][0].stop
@@ -73,13 +79,13 @@ def _encode_some(
     kept = x.new_empty(most_rows, PLANES + signed, most_groups, dtype=torch.int32)
     ids = x.new_empty(most_rows, 2 * entries_of(k), dtype=torch.int32)
     for part, of_rows in chunks:
-        W, part_bias, first = W_enc[part], bias[part], part.start
-        sizes = SelectSizes(n_groups_of(W.shape[0], tile["BLOCK_LATENTS"]), k)
+        W, part_bias, first = _part(part, W_enc), _part(part, bias), part.start
+        sizes = sizes_of(n_groups_of(W.shape[0], tile["BLOCK_LATENTS"]), k)
         constants = {
             "RELU": selection == "relu", "SIGNED": signed, "LAST": part.stop == n_latents,
             "STRETCHES": tile["BLOCK_LATENTS"] // 64,
         }  # fmt: skip
         for some in of_rows:
-            launch_product(x[some], W, b_pre, part_bias, kept, to.count, some.start, signed, tile)
+            launch_product(_part(some, x), W, b_pre, part_bias, kept, to.count, some.start, signed, tile)
             launch_select(kept, ids, to, some, W.shape[0], first, sizes, constants)
         launch_repair((x, W, b_pre, part_bias), to, first, sizes, constants)
