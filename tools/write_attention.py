@@ -20,6 +20,7 @@ BEGIN, END = "<!-- the table: tools/write_attention.py -->", "<!-- end of the ta
 TESTS = {
     "test_joint_maps_are_those_of_a_plain_softmax": "joint",
     "test_what_stands_in_quotes_comes_before_the_prompt_and_padding_behind_it": "joint",
+    "test_query_query_maps_are_those_of_queries_before_the_rotary_embedding": "query_query",
     "test_cross_maps_are_those_of_a_plain_softmax_at_one_resolution": "cross",
     "test_maps_are_those_of_the_definition": "concept",
 }
@@ -48,7 +49,8 @@ def table(results: dict[str, Any]) -> str:
     concept = {re.sub(r",.*", "", name).replace("sd3.5", "sd3") for name in by_kind["concept"]}
     lines = ["| models | `kind=` | text→image too | per frame |", "|---|---|---|---|"]
     for name in sorted({*by_kind["cross"], *by_kind["joint"]}, key=lambda name: known[name].title.casefold()):
-        kinds = ["cross"] if name in by_kind["cross"] else ["joint", "text_renormalised", "query_query"]
+        kinds = ["cross"] if name in by_kind["cross"] else ["joint", "text_renormalised"]
+        kinds += ["query_query"] if name in by_kind["query_query"] else []
         kinds += ["concept"] if name in concept else []
         video = any(block.square is not None and len(block.square) == 3 for block in known[name].blocks)
         said = ", ".join(f"`{kind}`" for kind in kinds)

@@ -28,7 +28,16 @@ from torch import Tensor
 from sparsefeat.arguments import mapping, number, whole
 from sparsefeat.attention.concepts import Concepts, Outputs
 from sparsefeat.attention.encoded import EncodedPrompt
-from sparsefeat.attention.reading import DIRECTIONS, KINDS, OF_JOINT, Direction, Kind, Layer, layers_of
+from sparsefeat.attention.reading import (
+    DIRECTIONS,
+    KINDS,
+    OF_JOINT,
+    Direction,
+    Kind,
+    Layer,
+    layers_of,
+    refuse_unknown_words,
+)
 from sparsefeat.attention.recording import HeatMapRecording
 from sparsefeat.attention.seen_prompts import SeenPrompts
 from sparsefeat.attention.sums import Attended, Grid, MapSum, Part, add_up, positions
@@ -52,8 +61,8 @@ class HeatMaps(Instrument):
             "cross": softmax over the text, of a cross-attention (DAAM's): UNets, PixArt, Sana, Wan.
             "joint": softmax over text and image, of a joint attention: SD3, FLUX, Qwen-Image and others.
             "text_renormalised": the same attention's softmax over its text alone.
-            "query_query": softmax over the text's tokens of the products of image queries with *text queries*, rotary
-            embeddings included.
+            "query_query": softmax over the text's tokens of the products of image queries with *text queries*, both before
+            the rotary embedding: the baseline that ConceptAttention was published with.
             "concept": ConceptAttention's: how well the attention's output at a position fits that of each of `concepts`,
             softmax over the concepts. FLUX, SD3, CogVideoX.
             Default: "cross" where text is attended to apart, else "joint"; "concept" where concepts are given.
@@ -103,6 +112,7 @@ class HeatMaps(Instrument):
         if condition not in ("cond", "uncond"):
             raise ValueError(f"condition={condition!r} is not known; use 'cond' or, for the negative prompt, 'uncond'.")
         self.kind, self.direction, self.condition = kind, direction, condition
+        self.reads_unturned = kind == "query_query"
         self.words = _words(words)
         self.concepts = _names("concepts", concepts, "concepts=['fox', 'snow']")
         self.layers = _names("layers", layers, "layers='up_blocks.1'")
@@ -168,6 +178,10 @@ class HeatMaps(Instrument):
             self._kind, layers = "concept", self._beside.read
         else:
             self._kind, layers = layers_of(pipe, self.kind, self.layers)
+            if self._kind in OF_JOINT:
+                refuse_unknown_words(
+                    pipe, [(layer.family, layer.root) for layer in layers], self.words or (), "HeatMaps"
+                )
         if self.direction == "text_to_image" and self._kind not in OF_JOINT:
             raise ValueError(
                 f"direction='text_to_image' asks where text attends in the image, and in {type(pipe).__name__} only the "

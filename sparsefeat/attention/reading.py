@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
-from sparsefeat.pipeline.attention_seam import bypass
+from sparsefeat.pipeline.attention_seam import bypass, normalises_queries
 from sparsefeat.pipeline.families.family import Family
 from sparsefeat.pipeline.families.registry import family_of
 from sparsefeat.pipeline.hookpoints import components
@@ -51,7 +52,28 @@ def layers_of(pipe: Any, kind: Kind | None, wanted: Sequence[str] | None) -> tup
         blocks = tuple(layer for layer in found if ".down_blocks." in layer.path or ".up_blocks." in layer.path)
         chosen = blocks or found
     refuse_bypassed(chosen)
+    for layer in chosen if meant == "query_query" else ():
+        if layer.family.turns_queries and not normalises_queries(layer.module):
+            raise ValueError(
+                f"the queries of {layer.path} cannot be seen before their rotary embedding, as nothing normalises them "
+                "there: take kind='text_renormalised', or leave this module out of HeatMaps(layers=...)."
+            )
     return meant, chosen
+
+
+def refuse_unknown_words(
+    pipe: Any, families: Sequence[tuple[Family, nn.Module]], words: Sequence[Any], who: str
+) -> None:
+    """Raise where words are named, and at which keys of a joint attention the prompt's tokens stand is not known."""
+    named = [word for word in words if isinstance(word, str)]
+    defaults = inspect.signature(type(pipe).__call__).parameters if named else {}
+    call = {name: one.default for name, one in defaults.items() if one.default is not one.empty}
+    for family, root in families if named else ():
+        if family.text_layout(pipe, root, call) is None:
+            raise ValueError(
+                f"at which text keys of {type(root).__name__} the words of a prompt stand is not known in "
+                f"{type(pipe).__name__}: name token positions, {who}(words=[2, 3]), in the place of {named[0]!r}."
+            )
 
 
 def chosen_of(found: Sequence[Layer], wanted: Sequence[str], what: str) -> tuple[Layer, ...]:

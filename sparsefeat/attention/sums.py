@@ -121,6 +121,7 @@ class Attended:
         call = self.call
         query, key, mask, lse = call.query.detach(), call.key.detach(), of_four(call.mask), call.lse
         if self.kind == "query_query":
+            query = self._unturned()
             key, mask = query, None
         if self.kind in ("cross", "joint") and lse is None:
             lse = attention_rows(query, key, call.scale, mask)[0]
@@ -145,6 +146,20 @@ class Attended:
         else:
             tokens = tokens if self.direction == "image_to_text" else None
             attention_map_(maps, query, key, call.scale, mask, weight, group, tokens)
+
+    def _unturned(self) -> Tensor:
+        """The queries before the rotary embedding, those of both streams in the order of the sequence."""
+        held = self.call.unturned
+        if not held:
+            return self.call.query.detach()  # of a model that has none, and no norm
+        streams = sorted(held, key=lambda stream: self.call.streams[stream]) if "all" not in held else ["all"]
+        query = torch.cat([held[stream] for stream in streams], 2) if len(streams) > 1 else held[streams[0]]
+        if query.shape != self.call.query.shape:
+            raise ValueError(
+                f"{self.call.path} has queries of shape {list(self.call.query.shape)}, and before the rotary embedding "
+                f"{list(query.shape)} were seen: take another kind= than 'query_query'"
+            )
+        return query.detach()
 
 
 def of_four(mask: Tensor | None) -> Tensor | None:

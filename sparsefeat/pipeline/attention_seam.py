@@ -46,6 +46,7 @@ class AttentionTap:
         self.target = target
         self._before = vars(target.module).get("forward", _ABSENT)
         self._forward = target.module.forward
+        self.unturned = False  # whether queries are wanted before the rotary embedding too
         functools.update_wrapper(self, self._forward, updated=())  # not what another tap knows
 
     @torch.compiler.disable  # under torch.compile the module runs eagerly: what instruments do is not for a graph
@@ -56,8 +57,12 @@ class AttentionTap:
         text = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
         is_cross = getattr(self.target.module, "is_cross_attention", text is not None)
         linear = type(getattr(self.target.module, "processor", None)).__name__ == _LINEAR
-        seam = _LinearSeam if linear else _Seam
-        with seam(self.target.path, is_cross, functools.partial(wiring.attended, self.target)):
+        seen = functools.partial(wiring.attended, self.target)
+        if linear:
+            with _LinearSeam(self.target.path, is_cross, seen):
+                return self._forward(*args, **kwargs)
+        norms = _QueryNorms(self.target.module if self.unturned else None)
+        with norms, _Seam(self.target.path, is_cross, seen, norms):
             return self._forward(*args, **kwargs)
 
     def __reduce__(self) -> Any:
@@ -90,10 +95,60 @@ def _bound(forward: Any, module: Any) -> Any:
     return types.MethodType(forward, module)
 
 
+# What a module calls the norm of its queries, of the image or of one sequence of both; and of the text's.
+_NORMS = ("norm_q", "q_rms_norm", "query_norm")
+_TEXT_NORMS = ("norm_added_q", "q_rms_norm_t")
+
+
+def normalises_queries(module: nn.Module) -> bool:
+    return any(isinstance(getattr(module, name, None), nn.Module) for name in _NORMS)
+
+
+class _QueryNorms:
+    """Within this, what the norms of a module's queries gave: the last thing before the rotary embedding."""
+
+    def __init__(self, module: nn.Module | None):
+        self._module = module
+        self._given: dict[str, torch.Tensor] = {}
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        for stream, names in (("image", _NORMS), ("text", _TEXT_NORMS)) if self._module is not None else ():
+            for name in names:
+                norm = getattr(self._module, name, None)
+                if isinstance(norm, nn.Module):
+                    self._hooks.append(norm.register_forward_hook(functools.partial(self._take, stream)))
+
+    def __exit__(self, *_: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._given = {}
+
+    def _take(self, stream: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        self._given[stream] = output.detach().clone()  # CogView 4 and CogVideoX turn them where they are
+
+    def of(self, query: torch.Tensor, path: str) -> dict[str, torch.Tensor]:
+        """Of the attention with this query, [batch, heads, rows, d] each in its dtype."""
+        held, self._given = self._given, {}
+        if not held:
+            return {}
+        batch, heads, rows, d = query.shape
+        whole = {stream: t.unflatten(-1, (-1, d)) if t.dim() == 3 else t for stream, t in held.items()}
+        heads_last = all(t.dim() == 4 and t.shape[2] == heads for t in whole.values())
+        heads_first = all(t.dim() == 4 and t.shape[1] == heads for t in whole.values())
+        found = {s: (t.transpose(1, 2) if heads_last else t).to(query.dtype) for s, t in whole.items()}
+        if heads_last == heads_first or any(t.shape[:2] != (batch, heads) or t.shape[3] != d for t in found.values()):
+            raise ValueError(
+                f"the queries of {path} before its rotary embedding cannot be told from what its norms gave, of the shapes "
+                f"{[list(t.shape) for t in held.values()]} for {list(query.shape)}: take another kind= than 'query_query'"
+            )
+        return {"all": found["image"]} if found["image"].shape[2] == rows else found
+
+
 class _Seam(TorchFunctionMode):
-    def __init__(self, path: str, is_cross: bool, seen: Callable[[AttentionCall], None]):
+    def __init__(self, path: str, is_cross: bool, seen: Callable[[AttentionCall], None], norms: _QueryNorms):
         super().__init__()
-        self._path, self._is_cross, self._seen = path, is_cross, seen
+        self._path, self._is_cross, self._seen, self._norms = path, is_cross, seen, norms
         self._calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -103,7 +158,8 @@ class _Seam(TorchFunctionMode):
         with _LogSumExp() as rows:
             output = func(*args, **kwargs)
         call = self._call(*args, **kwargs)
-        self._seen(replace(call, output=output, lse=rows.of(call.query)))
+        unturned = self._norms.of(call.query, self._path)
+        self._seen(replace(call, output=output, lse=rows.of(call.query), unturned=unturned))
         self._calls += 1
         return output
 

@@ -98,6 +98,10 @@ class AttentionCall:
     [batch, heads, queries] the natural logarithm of the sum over all keys of exp(scale * query . key + mask), where the
     kernel that torch chose gives it; None elsewhere.
 
+    `unturned` are the queries before the rotary embedding, by the stream they are of or "all" for one sequence of both, each
+    [batch, heads, queries, head_dim]; only where an instrument asks for them (`reads_unturned`) and the module normalises
+    its queries, after which they can be seen.
+
     A `linear` attention has no softmax: `query` and `key` are its features, none of them negative, and query i gives key j
     the share query[i] . key[j] / sum over all keys of query[i] . key. It has neither output nor lse.
     """
@@ -117,6 +121,7 @@ class AttentionCall:
     output: torch.Tensor | None = None
     lse: torch.Tensor | None = None
     linear: bool = False
+    unturned: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def entry(self, row: int) -> AttentionCall:
         """The call of one batch entry alone."""
@@ -132,6 +137,7 @@ class AttentionCall:
             mask=mask,
             output=None if self.output is None else self.output[own],
             lse=None if self.lse is None else self.lse[own],
+            unturned={stream: held[own] for stream, held in self.unturned.items()},
         )
 
 
@@ -144,6 +150,9 @@ class Instrument:
     ended without an exception. A call that was interrupted has no `end_call`: put no clean-up there, and start afresh
     in `begin_call`. Modules of the pipeline that an instrument runs inside its own methods are not hooked.
     """
+
+    reads_unturned = False
+    """Whether `at_attention` needs `AttentionCall.unturned`, which takes the memory of the queries once more."""
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         """Where `at_hookpoint` is wanted; asked once, after `prepare`."""

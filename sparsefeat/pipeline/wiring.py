@@ -83,6 +83,7 @@ class Wiring:
         """Make what is in the pipeline what the sessions need. Doing it twice, or after half of it, is harmless."""
         wanted: dict[HookKey, Target] = {}
         tapped: dict[int, Target] = {}
+        unturned: set[int] = set()
         for session in self.sessions:
             parts: list[Place | Tap | WeightPlace] = [
                 *session.places,
@@ -99,6 +100,8 @@ class Wiring:
                 wanted.setdefault((id(target.module), "between"), target)
             for tap in session.taps:
                 tapped.setdefault(id(tap.target.module), tap.target)
+                if tap.instrument.reads_unturned:
+                    unturned.add(id(tap.target.module))
         changes = [change for session in self.sessions for change in session.weights]
         gone = [change for change in self._weights if change not in changes]
         take_off(gone)
@@ -114,6 +117,7 @@ class Wiring:
             if module not in self._taps:
                 self._taps[module] = AttentionTap(self, target)
                 self._taps[module].put_on()
+            self._taps[module].unturned = module in unturned
         for key, target in wanted.items():
             if key not in self._hooks:
                 self._hooks[key] = Hook(self, key[1], target)

@@ -117,8 +117,6 @@ def one_map(call, row: int, place: Place, made: int, what: str):
         return call.scores().softmax(-1)[row, :, a:b, c:d]
     if what == "text_renormalised":
         return call.scores()[row, :, a:b, c:d].softmax(-1)
-    if what == "query_query":
-        return call.scores(call.query)[row, :, a:b, c:d].softmax(-1)
     assert what == "text_to_image"
     return call.scores().softmax(-1)[row, :, c:d, a:b].transpose(1, 2)
 
@@ -146,7 +144,6 @@ def test_joint_maps_are_those_of_a_plain_softmax(name):
     kinds = {
         "joint": sf.HeatMaps("joint"),
         "text_renormalised": sf.HeatMaps("text_renormalised"),
-        "query_query": sf.HeatMaps("query_query"),
         "text_to_image": sf.HeatMaps("joint", direction="text_to_image"),
     }
     words = sf.HeatMaps(words=[WORD])
@@ -176,6 +173,86 @@ def test_joint_maps_are_those_of_a_plain_softmax(name):
     torch.testing.assert_close(joint.word(WORD).values, joint.map(keys).values)
     assert run[words].columns == tuple(keys)
     torch.testing.assert_close(run[words].word(WORD).values, joint.word(WORD).values, rtol=1e-5, atol=1e-7)
+
+
+# What their queries are made of is not turned.
+UNTURNED = ("sd3", "aura_flow", "cogview3")
+
+
+def still(value):
+    """A rotary embedding that turns nothing, of the shape of this one; None of what is no such thing."""
+    if isinstance(value, (tuple, list)) and value and all(isinstance(one, torch.Tensor) for one in value):
+        if all(one.is_complex() for one in value):
+            return tuple(torch.ones_like(one) for one in value)
+        cos, sin = value
+        return torch.ones_like(cos), torch.zeros_like(sin)
+    if isinstance(value, torch.Tensor) and value.is_complex():
+        return torch.ones_like(value)
+    if isinstance(value, torch.Tensor) and value.shape[-2:] == (2, 2):  # matrices
+        return torch.eye(2).to(value).expand_as(value)
+    return None
+
+
+@pytest.mark.parametrize("name", [*PLACES, *QUOTING])
+def test_query_query_maps_are_those_of_queries_before_the_rotary_embedding(name):
+    """Of the first layer in the first step, whose queries an embedding that turns nothing leaves as they were before it."""
+    tiny, pipe = built(name)
+    path = PLACES[name].layers[0] if name in PLACES else DOUBLE[0]
+    guidance = tiny.guidance == "cfg"
+    if name in QUOTING:
+        pipe.tokenizer_2_max_length = 24
+
+    def call():
+        return tiny.call(pipe, ["red fox"], guidance=guidance, size="wide")
+
+    with sf.attach(pipe, maps := sf.HeatMaps("query_query", layers=path, steps=[0])) as run:
+        call()
+    module = pipe.transformer.get_submodule(path.partition(".")[2])
+    turned = []
+
+    def stop(module, args, kwargs):
+        found = {key: still(value) for key, value in kwargs.items()}
+        found = {key: value for key, value in found.items() if value is not None}
+        places = {i: still(value) for i, value in enumerate(args)}
+        places = {i: value for i, value in places.items() if value is not None}
+        turned.append(len(found) + len(places))
+        return tuple(places.get(i, value) for i, value in enumerate(args)), kwargs | found
+
+    usual = eager(pipe, (path,), call)
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    ran = eager(pipe, (path,), call)
+    handle.remove()
+    made = math.prod(run[maps].grid)
+    one, row = next(iter(rows_of(tiny, ran.of(path), guidance, "cond", 0, 1)))
+    before, _ = next(iter(rows_of(tiny, usual.of(path), guidance, "cond", 0, 1)))
+    assert set(turned) == {0 if name in UNTURNED else 1}
+    assert torch.equal(one.query, before.query) == (name in UNTURNED)
+    if name in PLACES:
+        (a, b), (c, d) = PLACES[name].streams(one.query.shape[2], made)
+    else:  # the tokens of the encoder of what is quoted, with its end, and the prompt's own behind them
+        (_, mask), c = ran.texts["text_encoder"][0], made + 17
+        a, b, d = 0, made, c + sum(mask) - pipe.prompt_template_encode_start_idx
+    expected = one.scores(one.query)[row, :, a:b, c:d].softmax(-1).mean(0)
+    torch.testing.assert_close(run[maps].tensor().flatten(1).T.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_queries_that_nothing_normalises_are_refused_before_the_rotary_embedding():
+    _, pipe = built("flux")
+    pipe.transformer.transformer_blocks[1].attn.norm_q = None
+    with pytest.raises(ValueError, match=r"transformer_blocks\.1\.attn cannot be seen before their rotary embedding"):
+        sf.attach(pipe, sf.HeatMaps("query_query"))
+    with sf.attach(pipe, sf.HeatMaps("query_query", layers="transformer_blocks.0.attn")):
+        pass
+    assert not pipe.transformer.transformer_blocks[0].attn.norm_q._forward_hooks
+
+
+def test_words_that_cannot_be_found_are_refused_when_they_are_attached():
+    _, pipe = built("flux")
+    pipe.text_encoder_2 = pipe.tokenizer_2 = None
+    with pytest.raises(ValueError, match=r"name token positions, HeatMaps\(words=\[2, 3\]\), in the place of 'fox'"):
+        sf.attach(pipe, sf.HeatMaps(words=["fox"]))
+    with sf.attach(pipe, sf.HeatMaps(words=[2, 3])):
+        pass
 
 
 @pytest.mark.parametrize("name", CROSS)
@@ -214,7 +291,7 @@ def test_what_stands_in_quotes_comes_before_the_prompt_and_padding_behind_it(nam
         return tiny.call(pipe, ["red fox", "dog"], guidance=True)
 
     ran = eager(pipe, (layer,), call)
-    kinds = {what: sf.HeatMaps(what, layers=layer) for what in ("joint", "text_renormalised", "query_query")}
+    kinds = {what: sf.HeatMaps(what, layers=layer) for what in ("joint", "text_renormalised")}
     kinds["text_to_image"] = sf.HeatMaps(layers=layer, direction="text_to_image")
     negative, words = sf.HeatMaps(layers=layer, condition="uncond"), sf.HeatMaps(layers=layer, words=["fox", "dog"])
     with sf.attach(pipe, *kinds.values(), negative, words) as run:

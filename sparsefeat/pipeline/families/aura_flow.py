@@ -16,6 +16,7 @@ _JOINT, _SINGLE = r"joint_transformer_blocks\.\d+", r"single_transformer_blocks\
 
 
 class AuraFlow(JointTransformer):
+    turns_queries = False
     classes = ("AuraFlowTransformer2DModel",)
     kinds = (
         ("joint_block", _JOINT),

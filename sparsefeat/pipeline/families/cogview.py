@@ -20,6 +20,7 @@ _BLOCK = r"transformer_blocks\.\d+"
 
 
 class CogView3(JointTransformer):
+    turns_queries = False
     classes: tuple[str, ...] = ("CogView3PlusTransformer2DModel",)
     kinds = (
         ("joint_block", _BLOCK),
@@ -36,6 +37,7 @@ class CogView3(JointTransformer):
 
 
 class CogView4(CogView3):
+    turns_queries = True
     classes = ("CogView4Transformer2DModel",)
     in_turn = rf"{_BLOCK}\.(ff|norm2|norm2_context)(\..*)?"
     """Modules that are run on the image and then on the text."""

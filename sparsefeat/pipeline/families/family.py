@@ -94,6 +94,9 @@ class Family:
     runs_in_steps = False
     """Whether the scheduler drives this model. A text encoder and a VAE run outside the steps."""
 
+    turns_queries = False
+    """Whether the queries of its joint attentions pass through a rotary embedding."""
+
     makes_embeddings = False
     """Whether the denoiser may be given what it makes of the prompts: a text encoder, or what lies behind one."""
 

@@ -22,6 +22,7 @@ from sparsefeat.pipeline.families.transformer import Side, Transformer
 class JointTransformer(Transformer):
     """What is said here holds for FLUX; a family says what is otherwise in it."""
 
+    turns_queries = True
     block_order: tuple[str, ...] = ("text", "image")
     """What the elements of a block's output tuple are."""
     attention_order: tuple[str, ...] = ("image", "text")

@@ -18,6 +18,7 @@ _BLOCK = r"transformer_blocks\.\d+"
 
 
 class SD3(JointTransformer):
+    turns_queries = False
     classes = ("SD3Transformer2DModel", "SD3ControlNetModel")
     kinds = (
         ("joint_block", _BLOCK),

@@ -28,6 +28,7 @@ class SingleStream(Transformer):
         ("joint_attention", _LAYER + r"\.(attn|attention)"),
         ("feed_forward", _LAYER + r"\.feed_forward"),
     )
+    turns_queries = True
     text_modules = r"(context_refiner|time_caption_embed\.caption_embedder|cap_embedder)(\..*)?"
 
     def starts(self, run: Run) -> int | tuple[int, ...]:
