@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sparsefeat.arguments import mapping, number, sides, whole
-from sparsefeat.attention.cross_attention import text_attentions, text_attentions_of
+from sparsefeat.attention.cross_attention import cross_attentions_of, text_attentions, text_attentions_of
 from sparsefeat.attention.losses import neglect, retention, segregation, sharpened
 from sparsefeat.attention.moved_latents import MovedLatents, latents_argument, rows_of_arguments
+from sparsefeat.attention.reading import refuse_unknown_words
 from sparsefeat.attention.seen_prompts import SeenPrompts
 from sparsefeat.attention.sums import cut, of_four
 from sparsefeat.pipeline import Call, Context, Instrument, UnknownConditionError
@@ -40,6 +41,10 @@ from sparsefeat.pipeline.families.registry import family_of
 
 # The step size of both methods at the first step, and how it falls: 20 sqrt(1 .. 1/2) (Attend-and-Excite's code).
 SCALE = 20.0
+# Where text and image attend to each other: the way that a move takes, of the latent's length. There a map is a mean over all
+# layers, with little of a gradient: 20 moves the embedded UNet's latent by 0.005 to 0.009 of its length in each of ten steps,
+# that of a small SD3 trained on the same drawings by 0.0001 to 0.0002.
+FAR = 0.01
 # A loss of half precision is made larger before its gradient is taken, and the gradient smaller: fp16 ends at 6e-8.
 HALF_SCALE = 2.0**10
 
@@ -60,12 +65,13 @@ class MapGuidance(Instrument):
             the prompt is not known.
         resolution: (height, width) of the maps; default the level whose side is nearest to a quarter of the latent's
             (16 x 16 of Stable Diffusion's 64 x 64).
-        scale: of the step size.
+        scale: of the step size, a factor of the loss's gradient. Default: 20, the papers' for Stable Diffusion; where text and
+            image attend to each other (SD3, FLUX), whatever moves the latent by a hundredth of its length (L2).
     """
 
     condition = "cond"
 
-    def __init__(self, words: Sequence[Any], resolution: tuple[int, int] | None = None, scale: float = SCALE):
+    def __init__(self, words: Sequence[Any], resolution: tuple[int, int] | None = None, scale: float | None = None):
         if isinstance(words, str) or not isinstance(words, Sequence) or not words:
             raise ValueError(f"words={words!r} must be a list of words of the prompt, as in ['fox', 'rocket'].")
         for word in words:
@@ -74,7 +80,7 @@ class MapGuidance(Instrument):
                 raise ValueError(f"words={words!r} has {word!r}; name a word, a token position, or several of these.")
         self.words = tuple(words)
         self.resolution = None if resolution is None else sides("resolution", resolution)
-        self.scale = number("scale", scale)
+        self.scale = None if scale is None else number("scale", scale)
         self._prompts = SeenPrompts()
         self._denoisers: tuple[str, ...] = ()
         self.begin_call(Call())
@@ -82,6 +88,8 @@ class MapGuidance(Instrument):
     def components(self, pipe: Any) -> tuple[str, ...]:
         modules = text_attentions(pipe, type(self).__name__)
         self._denoisers = tuple(dict.fromkeys(path.partition(".")[0] for path in modules))
+        joint = [root for name in self._denoisers if not cross_attentions_of(root := getattr(pipe, name))]
+        refuse_unknown_words(pipe, [(family_of(root), root) for root in joint], self.words, type(self).__name__)
         return (*self._denoisers, *self._prompts.components(pipe))
 
     def prepare(self, pipe: Any) -> None:
@@ -110,7 +118,7 @@ class MapGuidance(Instrument):
 
     def size(self, step: int, n_steps: int) -> float:
         """scale sqrt(1 - i / (2 (n - 1))), of step i of n."""
-        return self.scale * math.sqrt(1 - 0.5 * step / max(n_steps - 1, 1))
+        return (SCALE if self.scale is None else self.scale) * math.sqrt(1 - 0.5 * step / max(n_steps - 1, 1))
 
     # When
 
@@ -155,7 +163,8 @@ class MapGuidance(Instrument):
             if condition == "cond" and image not in moved:
                 own = rows_of_arguments(arguments, [row], len(sample))
                 root = getattr(self._call.pipe, name)
-                guided = Guided(root, own, argument, self._chosen(image, root), self.resolution)
+                far = FAR / SCALE if self.scale is None and not cross_attentions_of(root) else None
+                guided = Guided(root, own, argument, self._chosen(image, root), self.resolution, far)
                 latent = sample[row : row + 1].detach()
                 moved.move(image, latent[0], self.moved(latent, guided, image, step, n_steps)[0])
                 self._recording.losses[image, step] = guided.losses[0], guided.losses[-1]
@@ -196,9 +205,10 @@ class Guided:
         argument: str,
         chosen: Chosen,
         resolution: tuple[int, int] | None,
+        far: float | None,
     ):
         self.root, self.arguments, self.argument, self.chosen = root, arguments, argument, chosen
-        self.resolution = resolution
+        self.resolution, self.far = resolution, far
         self.losses: list[float] = []
         self.moves = 0
 
@@ -254,14 +264,21 @@ class Guided:
         return loss, latent
 
     def descended(self, loss: Tensor, latent: Tensor, size: float) -> Tensor:
-        """The latent moved by -size times the loss's gradient."""
+        """The latent moved by -size times the loss's gradient, or against it by size times `far` of the latent's length."""
         if not loss.requires_grad or float(loss) == 0:
             return latent.detach()
         larger = HALF_SCALE if latent.dtype == torch.float16 else 1.0
         (gradient,) = torch.autograd.grad(loss, latent, torch.full_like(loss, larger))
         self.moves += 1
         wide = torch.promote_types(latent.dtype, torch.float32)
-        step = gradient.to(wide) * (size / larger)
+        step = gradient.to(wide) / larger
+        if self.far is None:
+            step = step * size
+        else:
+            length = torch.linalg.vector_norm(step)
+            step = step * torch.where(
+                length > 0, size * self.far * torch.linalg.vector_norm(latent.to(wide)) / length, 0
+            )
         return (latent.detach().to(wide) - step).to(latent.dtype)
 
 
@@ -287,7 +304,7 @@ class AttendAndExcite(MapGuidance):
         steps: int = 25,
         thresholds: Mapping[int, float] | None = None,
         resolution: tuple[int, int] | None = None,
-        scale: float = SCALE,
+        scale: float | None = None,
     ):
         super().__init__(words, resolution, scale)
         self.steps = whole("steps", steps)

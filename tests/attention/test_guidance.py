@@ -300,16 +300,29 @@ def test_a_joint_attention_is_guided_by_the_texts_share_of_it(name, first):
     weights = torch.tensor([[math.exp(-(y**2 + x**2)) for x in (-1, 0, 1)] for y in (-1, 0, 1)])
     padded = torch.nn.functional.pad(share[None], (1, 1, 1, 1), mode="reflect")[0]
     height = padded.unfold(0, 3, 1).unfold(1, 3, 1).mul(weights / weights.sum()).sum((-2, -1)).max()
-    moved = start - 20 * torch.autograd.grad(1 - height, at)[0]
-    wanted = call(moved.detach())
-    guide = AttendAndExcite(["fox"], steps=1, thresholds={})
-    with attach(pipe, guide) as run:
-        found = call(start)
-    assert run[guide].losses[0, 0][0] == pytest.approx(1 - float(height.detach()), abs=1e-5)
-    assert (wanted - plain).abs().max() > 1e-6
-    torch.testing.assert_close(
-        found - plain, wanted - plain, rtol=2e-2, atol=2e-2 * float((wanted - plain).abs().max())
-    )
+    gradient = torch.autograd.grad(1 - height, at)[0]
+    for scale, factor in ((20, 20), (None, 0.01 * start.norm() / gradient.norm())):
+        wanted = call((start - factor * gradient).detach())
+        guide = AttendAndExcite(["fox"], steps=1, thresholds={}, scale=scale)
+        with attach(pipe, guide) as run:
+            found = call(start)
+        assert run[guide].losses[0, 0][0] == pytest.approx(1 - float(height.detach()), abs=1e-5)
+        assert (wanted - plain).abs().max() > 1e-6
+        torch.testing.assert_close(
+            found - plain, wanted - plain, rtol=2e-2, atol=2e-2 * float((wanted - plain).abs().max())
+        )
+
+
+def test_the_default_step_does_something_on_a_joint_model():
+    tiny = families()["sd3"]
+
+    def last(scale):
+        pipe, guide = tiny.build(), AttendAndExcite(["fox"], thresholds={}, scale=scale)
+        with attach(pipe, guide) as run:
+            tiny.call(pipe, ["red fox"], guidance=True, steps=4)
+        return run[guide].losses[0, 3][0]
+
+    assert last(0.0) - last(None) > 0.005
 
 
 def test_what_cannot_be_guided_is_refused_before_it_is_drawn():
