@@ -30,14 +30,16 @@ from sparsefeat.erasure import Erase
 from sparsefeat.evaluation.before_after import before_after
 from sparsefeat.evaluation.emoji import OBJECT, STYLE, Target
 from sparsefeat.evaluation.generation import STATISTICS, Task, generate, task
-from sparsefeat.evaluation.judge import Judge, judge_images, judge_report, load_judge
+from sparsefeat.evaluation.judge import Judge, Verdicts, judge_images, judge_report, load_judge, shares
 from sparsefeat.evaluation.overhead import measure_overhead
 from sparsefeat.evaluation.run_emoji import CROSS_ATTENTIONS, RECIPES, place_of
-from sparsefeat.features import CollectExamples, CollectStatistics, Examples, Record, Statistics, search
+from sparsefeat.features import CollectExamples, CollectStatistics, Examples, Found, Record, Statistics, search
+from sparsefeat.features.chance import LEVEL
 from sparsefeat.features.progress import Progress
 from sparsefeat.measure.machine import device_name, versions
 from sparsefeat.pipeline import attach
 from sparsefeat.report import check_folder, contact_sheet, overlay, write_page
+from sparsefeat.report.page import convincing
 from sparsefeat.sae import SAE, load_sae
 from sparsefeat.steering import Steer
 
@@ -49,8 +51,11 @@ SHOWN = ("fox", "octopus", "rocket", "pizza", "rose", "castle", "owl", "key")
 ERASED = (Target(OBJECT, emojicanvas.OBJECTS.index("fox")), Target(STYLE, emojicanvas.STYLES.index("mono")))
 TIMES = (-6.0, -3.0, -1.5, 0.0, 1.5, 3.0, 6.0)  # of the latent's mean activation where it is active
 N_FEATURES = 6
-# Drawn in all, for the bar: prompts, the grid, features, two strips, two erasures before and after, heat maps, overhead.
-N_IMAGES = 8 + 200 + 1 + 14 + 56 + 3 + 1
+# What a latent is turned up towards: every style and every shown object, each in a drawing of another object in another style.
+TRIED = [(STYLE, name) for name in emojicanvas.STYLES] + [(OBJECT, name) for name in SHOWN]
+N_STEERED = 2 * len(TRIED) + 2 * (len(TIMES) - 2)  # unedited and turned up, and of the two shown all other strengths
+# Drawn in all, for the bar: prompts, the grid, features, steering, two erasures before and after, heat maps, overhead.
+N_IMAGES = 8 + 200 + 1 + N_STEERED + 56 + 3 + 1
 
 
 @dataclass
@@ -78,6 +83,13 @@ class Demo:
         self.progress.bar.set_description(name)
         yield
         self.results.setdefault("timings", []).append({"name": name, "seconds": time.perf_counter() - started})
+
+    def sure_of(self, kind: str, concept: str, verdicts: Verdicts) -> Tensor:
+        """[n]: how sure the judge is that it sees an object or a style, a share of 1."""
+        objects, styles = shares(self.judge, verdicts)
+        if kind == OBJECT:
+            return objects[:, emojicanvas.OBJECTS.index(concept)]
+        return styles[:, emojicanvas.STYLES.index(concept)]
 
     def draw(self, tasks: list[Task], **options: Any) -> Tensor:
         return generate(self.pipe, tasks, n_steps=N_STEPS, guidance=GUIDANCE, **options)
@@ -213,46 +225,107 @@ def _call(t: Task) -> str:
     )
 
 
-def show_steering(demo: Demo, surveyed: Survey) -> None:
-    """Two strips: the last cross-attention's latent most specific to a style and to an object, added elsewhere."""
-    demo.results["steering"] = []
-    shown = ((STYLE, "mono", at("rose", "fluent")), (OBJECT, "red-heart", at("star", "twemoji")))
-    last = steering_sae(demo)
-    for kind, concept, subject in shown:
+@dataclass
+class Tried:
+    """A concept that a latent was turned up towards, in a drawing of something else."""
+
+    kind: str
+    concept: str
+    found: Found
+    usual: float
+    subject: Task
+    unedited: Tensor
+    turned_up: Tensor
+    shares: tuple[float, float]
+    """How sure the judge is of the concept, in the unedited image and in the other."""
+
+
+def try_steering(demo: Demo, surveyed: Survey) -> list[Tried]:
+    """For every concept of `TRIED` its most specific latent, turned up as far as any is."""
+    last, tried = steering_sae(demo), []
+    styles = emojicanvas.STYLES
+    subjects = [
+        at(SHOWN[(i + 3) % len(SHOWN)], styles[(i + 1) % len(styles)])  # another object, another style
+        for i in range(len(TRIED))
+    ]
+    unedited = demo.draw(subjects)
+    for (kind, concept), subject, before in zip(TRIED, subjects, unedited, strict=True):
         statistics = surveyed.statistics[last, kind]
         found = search(statistics, concept, 1, examples=surveyed.examples[last])[0]
         usual = float(statistics.mean_active(concept)[found.latent])
-        strip = []
+        with attach(demo.pipe, Steer(demo.saes[last], add={found.latent: TIMES[-1] * usual})):
+            after = demo.draw([subject])[0]
+        sure = demo.sure_of(kind, concept, judge_images(demo.judge, torch.stack([before, after])))
+        tried.append(Tried(kind, concept, found, usual, subject, before, after, (float(sure[0]), float(sure[1]))))
+    return tried
+
+
+def show_steering(demo: Demo, surveyed: Survey) -> None:
+    """Two strips, of a style and of an object: of those tried, what the judge came to see most that it had not seen. A latent
+    that chance explains is shown only if chance explains all."""
+    demo.results["steering"] = []
+    last, tried = steering_sae(demo), try_steering(demo, surveyed)
+    for kind in (STYLE, OBJECT):
+        of_kind = [one for one in tried if one.kind == kind]
+        best = max(
+            of_kind, key=lambda one: (one.found.p is not None and one.found.p <= LEVEL, one.shares[1] - one.shares[0])
+        )
+        concept, latent, usual = best.concept, best.found.latent, best.usual
+        drawn = {0.0: best.unedited, TIMES[-1]: best.turned_up}
         for times in TIMES:
-            steer = Steer(demo.saes[last], add={found.latent: times * usual})
-            with attach(demo.pipe, steer):
-                pixels = demo.draw([subject])[0]
-            key = demo.picture(f"steer-{concept}-{times:+g}", pixels)
-            strip.append({"times": times, "image": key})
+            if times not in drawn:
+                with attach(demo.pipe, Steer(demo.saes[last], add={latent: times * usual})):
+                    drawn[times] = demo.draw([best.subject])[0]
+        verdicts = judge_images(demo.judge, torch.stack([drawn[times] for times in TIMES]))
+        strip = [
+            {
+                "times": times,
+                "image": demo.picture(f"steer-{concept}-{times:+g}", drawn[times]),
+                "judge_share": float(sure),
+                "verdict": said(verdicts, i),
+            }
+            for i, (times, sure) in enumerate(zip(TIMES, demo.sure_of(kind, concept, verdicts), strict=True))
+        ]
         demo.results["steering"].append(
             {
                 "hookpoint": demo.saes[last].config.hookpoint,
-                "latent": found.latent,
+                "latent": latent,
                 "kind": kind,
                 "concept": emojicanvas.words(concept),
-                "auc": found.auc,
-                "p": found.p,
+                "auc": best.found.auc,
+                "p": best.found.p,
                 "n_latents": demo.saes[last].n_latents,
                 "usual": usual,
-                "prompt": subject.prompt,
+                "prompt": best.subject.prompt,
                 "strip": strip,
-                "curves": {"peaks": surveyed.examples[last].peaks(found.latent).tolist()},
+                "tried": [
+                    {
+                        "concept": emojicanvas.words(one.concept),
+                        "prompt": one.subject.prompt,
+                        "share_before": one.shares[0],
+                        "share_after": one.shares[1],
+                        "p": one.found.p,
+                    }
+                    for one in of_kind
+                ],
+                "curves": {"peaks": surveyed.examples[last].peaks(latent).tolist()},
                 "code": f"""\
 import sparsefeat as sf
 import torch
 from sparsefeat.assets import cross_attention_sae_folders, load_pipeline
 
 pipe, sae = load_pipeline(), sf.load_sae(cross_attention_sae_folders()[-1])
-with sf.attach(pipe, sf.Steer(sae, add={{{found.latent}: {TIMES[-1] * usual:.4g}}})):
-    image = {_call(subject)}.images[0]
+with sf.attach(pipe, sf.Steer(sae, add={{{latent}: {TIMES[-1] * usual:.4g}}})):
+    image = {_call(best.subject)}.images[0]
 image.save("steered.png")""",
             }
         )
+
+
+def said(verdicts: Verdicts, i: int) -> str:
+    """What the judge takes image i for."""
+    name = emojicanvas.words(emojicanvas.OBJECTS[int(verdicts.objects[i])])
+    return f"{name}, {emojicanvas.STYLES[int(verdicts.styles[i])]}"
 
 
 def recipes_for(target: Target) -> dict[str, Any]:
@@ -295,18 +368,19 @@ def show_erasure(demo: Demo, surveyed: Survey) -> None:
         verdicts = [judge_images(demo.judge, pixels) for pixels in (before, after)]
         pairs = []
         for n, t in enumerate(tasks):
-            said = [
-                f"{emojicanvas.words(emojicanvas.OBJECTS[int(v.objects[n])])}, {emojicanvas.STYLES[int(v.styles[n])]}"
-                for v in verdicts
-            ]
+            own = emojicanvas.OBJECTS[t.object] if target.kind == OBJECT else emojicanvas.STYLES[t.style]
+            sure = [float(demo.sure_of(target.kind, own, v)[n]) for v in verdicts]
             pairs.append(
                 {
                     "prompt": t.prompt,
                     "before": demo.picture(f"erase-{target.name}-{n}-before", before[n]),
                     "after": demo.picture(f"erase-{target.name}-{n}-after", after[n]),
                     "is_target": target.shows(t),
-                    "judge_before": said[0],
-                    "judge_after": said[1],
+                    "judge_before": said(verdicts[0], n),
+                    "judge_after": said(verdicts[1], n),
+                    "word": emojicanvas.words(own),
+                    "share_before": sure[0],
+                    "share_after": sure[1],
                 }
             )
         axis = "objects" if target.kind == OBJECT else "styles"
@@ -417,7 +491,7 @@ def show_everything(demo: Demo) -> None:
         surveyed = survey(demo)
     with demo.timed("features of one image"):
         show_features(demo, surveyed)
-    with demo.timed("14 steered images"):
+    with demo.timed(f"{N_STEERED} steered images"):
         show_steering(demo, surveyed)
     with demo.timed("erasing an object and a style, 56 images"):
         show_erasure(demo, surveyed)
@@ -446,24 +520,27 @@ def findings(results: dict[str, Any]) -> list[str]:
 
 
 def summary(demo: Demo) -> Image.Image:
-    """One picture of it all: prompts, one image's features, a steering strip, an erasure."""
+    """One picture of it all: an erasure, a steering strip, one image's features, prompts."""
     width = 7
     shown, features = demo.results["prompts"][:width], demo.results["features"]
-    strip, erased = demo.results["steering"][0], demo.results["erasure"][0]
+    best = convincing(demo.results["erasure"], demo.results["steering"])
+    assert best["erased"] is not None
+    assert best["steered"] is not None
+    strip, erased = best["steered"][0], best["erased"][0]
     pairs = [p for p in erased["pairs"] if p["is_target"]][:4] + [p for p in erased["pairs"] if not p["is_target"]][:3]
     rows = [
-        ("drawn by the embedded pipeline", [(p["image"], p["prompt"]) for p in shown]),
+        ("before", [(p["before"], p["judge_before"]) for p in pairs]),
+        (f"without “{erased['target']}”, as judged", [(p["after"], p["judge_after"]) for p in pairs]),
+        (
+            f"steering latent {strip['latent']}, “{strip['concept']}”",
+            [(s["image"], f"{s['times']:+g} ×" if s["times"] else "unedited") for s in strip["strip"]],
+        ),
         (
             "an image and its top features",
             [(features["image"], features["prompt"])]
             + [(f["overlay"], f["name"] or f"latent {f['latent']}") for f in features["top"][: width - 1]],
         ),
-        (
-            f"steering latent {strip['latent']}",
-            [(s["image"], f"{s['times']:+g} ×" if s["times"] else "unedited") for s in strip["strip"]],
-        ),
-        ("before", [(p["before"], p["judge_before"]) for p in pairs]),
-        (f"without “{erased['target']}”, as judged", [(p["after"], p["judge_after"]) for p in pairs]),
+        ("drawn by the embedded pipeline", [(p["image"], p["prompt"]) for p in shown]),
     ]
     return contact_sheet(
         [[demo.images[key] for key, _ in row] for _, row in rows],

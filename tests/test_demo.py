@@ -13,11 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
+from PIL import Image
 
 import sparsefeat.demo as demo
+from sparsefeat.assets.emojicanvas import OBJECTS, STYLES
+from sparsefeat.evaluation.judge import judge_images, load_judge, shares
 from sparsefeat.features.progress import Progress
+from sparsefeat.report.page import picture
 
-STEPS = 4
+STEPS = 3
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +122,47 @@ def test_the_latents_that_steer_tell_their_concept_as_well_as_the_page_says(resu
         peaks = np.array(entry["curves"]["peaks"])
         pairs = list(itertools.product(peaks[has], peaks[~has]))
         assert entry["auc"] == pytest.approx(sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs))
+
+
+@pytest.mark.embedded
+def test_what_is_at_the_top_changed_the_judges_mind_most(page, results):
+    """By reading the images on disk again."""
+    judge = load_judge()
+
+    def sure(kind, word, *files):
+        verdicts = judge_images(judge, [Image.open(page / file) for file in files])
+        names, of = (OBJECTS, 0) if kind == "object" else (STYLES, 1)
+        return shares(judge, verdicts)[of][:, names.index(word.replace(" ", "-"))].tolist()
+
+    falls, rises = {}, {}
+    for entry in results["erasure"]:
+        for pair in entry["pairs"]:
+            again = sure(entry["kind"], pair["word"], pair["before"], pair["after"])
+            assert [pair["share_before"], pair["share_after"]] == pytest.approx(again, abs=0.02)
+            if pair["is_target"]:
+                assert pair["word"] == entry["target"]
+                falls[pair["before"], pair["after"]] = pair["share_before"] - pair["share_after"]
+    for entry in results["steering"]:
+        again = sure(entry["kind"], entry["concept"], *(step["image"] for step in entry["strip"]))
+        assert [step["judge_share"] for step in entry["strip"]] == pytest.approx(again, abs=0.02)
+        own = next(one for one in entry["tried"] if one["concept"] == entry["concept"])
+        assert own["share_after"] == pytest.approx(again[-1], abs=0.02)
+        rivals = [one for one in entry["tried"] if (one["p"] <= 0.05) == (own["p"] <= 0.05)]
+        assert own["p"] <= 0.05 or all(one["p"] > 0.05 for one in entry["tried"])
+        assert own["share_after"] - own["share_before"] == max(r["share_after"] - r["share_before"] for r in rivals)
+        assert own["concept"] not in own["prompt"]
+        before = next(step for step in entry["strip"] if step["times"] == 0)
+        for step in entry["strip"]:
+            if step["times"] > 0:
+                rises[before["image"], step["image"]] = step["judge_share"] - before["judge_share"]
+    source = (page / "index.html").read_text()
+    top = source[source.index('<div class="best">') : source.index('<section id="steering">')]
+    shown = re.findall(r'<img src="([^"]*)"', top)
+    for pair, files in zip((falls, rises), (shown[:2], shown[2:]), strict=True):
+        uris = [picture(Image.open(page / file)).uri for file in max(pair, key=pair.get)]
+        assert files == uris
+    for number in re.findall(r'<data value="([^"]*)"', top):
+        assert number in json.dumps(results)
 
 
 @pytest.mark.embedded

@@ -91,6 +91,12 @@ def judge_images(judge: Judge, images: list[Image.Image] | np.ndarray | Tensor, 
 
 
 @torch.no_grad()
+def shares(judge: Judge, verdicts: Verdicts) -> tuple[Tensor, Tensor]:
+    """How sure the judge is of each object and of each style: [n, objects] and [n, styles], each row adds up to 1."""
+    return judge.object_head(verdicts.features).softmax(1), judge.style_head(verdicts.features).softmax(1)
+
+
+@torch.no_grad()
 def objects_present(judge: Judge, images: list[Image.Image] | np.ndarray | Tensor, batch: int = 256) -> Tensor:
     """bool [n, object]: which objects each image shows, as many as there are; for scenes."""
     return torch.cat([judge(chunk)[0] > 0 for chunk in as_tensor(images).split(batch)])

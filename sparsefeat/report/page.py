@@ -19,7 +19,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
@@ -83,7 +83,7 @@ def write_page(
     html = (
         environment()
         .get_template(TEMPLATE)
-        .render(results=plain, pictures=pictures, project=project_facts(), by_chance=by_chance)
+        .render(results=plain, pictures=pictures, project=project_facts(), by_chance=by_chance, convincing=convincing)
     )
     files = {
         "index.html": html.encode(),
@@ -152,7 +152,7 @@ def _resolve(value: Any, place: str, images: Mapping[str, Image.Image], pictures
                     raise ValueError(f"{place}.{name} names the image {entry!r}, which is not among the images given")
                 value[name] = _path(entry)
                 if value[name] not in pictures:
-                    pictures[value[name]] = _picture(images[entry])
+                    pictures[value[name]] = picture(images[entry])
             else:
                 _resolve(entry, f"{place}.{name}", images, pictures)
 
@@ -163,7 +163,7 @@ def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _picture(image: Image.Image) -> Picture:
+def picture(image: Image.Image) -> Picture:
     """The image as the page shows it: on white, small ones enlarged, large ones scaled down."""
     shown = enlarge(on_white(image))
     shown.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
@@ -257,6 +257,35 @@ def bars(values: list[float], marked: list[bool] | None = None) -> Markup:
 def by_chance(entry: Mapping[str, Any]) -> bool:
     """Whether the best of all latents on shuffled images does as well more often than one time in twenty."""
     return _is_number(entry.get("p")) and entry["p"] > 0.05
+
+
+def convincing(
+    erasure: Sequence[Mapping[str, Any]], steering: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[Any, ...] | None]:
+    """What the top of the page shows, by the judge's shares: `erased`, the erasure and its pair in which the erased word fell
+    most; `steered`, the strip and its two images, unedited and turned up, between which the word rose most. Where the judge
+    was not asked, the first pair that should lose the word, and the highest strength."""
+
+    def difference(low: Any, high: Any) -> float:
+        return high - low if _is_number(low) and _is_number(high) else -math.inf
+
+    targets = [(entry, pair) for entry in erasure for pair in entry["pairs"] if pair.get("is_target", True)]
+    turned_up = [
+        (entry, before, after)
+        for entry in steering
+        for before in entry["strip"]
+        if before.get("times") == 0
+        for after in reversed(entry["strip"])
+        if (after.get("times") or 0) > 0
+    ]
+    return {
+        "erased": max(
+            targets, key=lambda t: difference(t[1].get("share_after"), t[1].get("share_before")), default=None
+        ),
+        "steered": max(
+            turned_up, key=lambda t: difference(t[1].get("judge_share"), t[2].get("judge_share")), default=None
+        ),
+    }
 
 
 def ranked(peaks: list[float], concepts: list[list[str]], word: str | None) -> Markup:

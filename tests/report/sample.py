@@ -80,7 +80,15 @@ def sample(n_features: int = 6, n_examples: int = 6, seed: int = 3) -> tuple[dic
 
     def strip(name: str, times: tuple[float, ...]) -> list[dict[str, Any]]:
         span = times[-1] - times[0]
-        return [{"times": t, "image": faded(name, (t - times[0]) / span)} for t in times]
+        return [
+            {
+                "times": t,
+                "image": faded(name, (t - times[0]) / span),
+                "judge_share": 0.0117 + 0.0731 * i,
+                "verdict": f"{name}, noto",
+            }
+            for i, t in enumerate(times)
+        ]
 
     def pair(name: str, style: int, after: str, style_after: int, is_target: bool) -> dict[str, Any]:
         return {
@@ -88,6 +96,9 @@ def sample(n_features: int = 6, n_examples: int = 6, seed: int = 3) -> tuple[dic
             "before": drawing(name, style),
             "after": drawing(after, style_after),
             "is_target": is_target,
+            "word": emojicanvas.words(name),
+            "share_before": 0.9731 - 0.01 * style,
+            "share_after": (0.0213 if is_target else 0.8817) + 0.01 * style,
             "judge_before": f"{emojicanvas.words(name)}, {canvas.styles[style]}",
             "judge_after": f"{emojicanvas.words(after)}, {canvas.styles[style_after]}",
         }
@@ -134,6 +145,16 @@ def sample(n_features: int = 6, n_examples: int = 6, seed: int = 3) -> tuple[dic
                 "usual": 1.4619,
                 "curves": {"peaks": (9 * rng.random(12)).tolist()},
                 "prompt": prompt("fox"),
+                "tried": [
+                    {
+                        "concept": name,
+                        "prompt": prompt("fox"),
+                        "share_before": 0.0132,
+                        "share_after": after,
+                        "p": 0.0312,
+                    }
+                    for name, after in (("frog", 0.9317), ("owl", 0.1371))
+                ],
                 "strip": strip("fox", (-12.5, -8.0, -4.0, 0.0, 4.0, 8.0, 12.5)),
             },
             {

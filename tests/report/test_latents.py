@@ -162,6 +162,9 @@ def test_what_cannot_be_is_refused_before_anything_is_drawn(tmp_path) -> None:
         with pytest.raises((ValueError, TypeError), match=said):
             write_feature_pages(tmp_path / "pages", tiny_sd(), sae(), given.pop("prompts"), **given)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="attentions"):  # only known when it is attached
+        write_feature_pages(tmp_path / "pages", tiny_sd(), sae(), PROMPTS, at="unet.up_blocks.1.atentions.1", **CALL)
+    assert not list(tmp_path.iterdir())
 
 
 def test_strips_come_to_the_latents_asked_for(pages, lines, tmp_path) -> None:
@@ -189,6 +192,19 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_with_the_same_pages
         assert (tmp_path / "pages" / name).read_bytes() == (pages / name).read_bytes(), name
     assert [path.name for path in tmp_path.iterdir()] == ["pages"]
     assert {p.name for p in (tmp_path / "pages" / "latents").iterdir()} == {f"{i:05d}.html" for i in range(N)}
+
+
+def test_latents_of_a_text_encoder_have_pages_without_maps(tmp_path) -> None:
+    pipe = tiny_sd()
+    width = pipe.text_encoder.config.hidden_size
+    torch.manual_seed(2)
+    of_text = SAE(SAEConfig(d_model=width, n_latents=16, k=2, hookpoint="text_encoder.encoder.layers.0")).eval()
+    write_feature_pages(tmp_path / "pages", pipe, of_text.requires_grad_(False), PROMPTS, batch_size=4, **CALL)
+    lines = [json.loads(line) for line in (tmp_path / "pages" / "latents.jsonl").read_text().splitlines()]
+    latent = max(lines, key=lambda line: line["density_share"])["latent"]
+    shown = page_of(tmp_path / "pages", latent)
+    assert "activation by position in the text" in shown.source
+    assert 'class="over"' not in shown.source
 
 
 def test_images_that_are_drawn_are_not_drawn_again(tmp_path, monkeypatch) -> None:
@@ -248,6 +264,7 @@ def test_the_index_is_searched_by_typing_and_sorted_by_its_heads(browser, pages,
 
     densest = sorted(lines, key=lambda line: (-line["density_share"], line["latent"]))
     assert rows() == [line["latent"] for line in densest]
+    assert browser.see("new Set([...document.querySelectorAll('#latents tr')].map(row => row.cells.length)).size") == 1
     browser.press("Tab", 9)  # the link that skips
     browser.press("Tab", 9)
     assert browser.see("document.activeElement.id") == "search"

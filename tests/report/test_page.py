@@ -160,7 +160,7 @@ def test_a_latent_that_chance_explains_is_not_said_to_stand_for_its_concept(page
     assert "The latent most specific to the style “noto”, no more than chance gives" in source
     no_name = [feature["latent"] for feature in sample()[0]["features"]["top"] if feature["name"] is None]
     for latent in no_name:
-        assert re.search(rf"Latent {latent}\s+No name\.", re.sub(r"\s*\n\s*", " ", source))
+        assert re.search(rf"Latent {latent}\s+No name\b", re.sub(r"\s*\n\s*", " ", source))
 
 
 def test_columns_of_counts_are_there_where_the_benchmark_has_counts(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_section_without_data_is_left_out(tmp_path: Path) -> None:
         "heat_maps": "heat-maps",
     }
     whole, images = small()
-    everything = {*sections.values(), "erasure", "words", "timings"}
+    everything = {*sections.values(), "main", "erasure", "words", "timings"}
     for (name, section), empty in zip(sections.items(), [None, [], {}, "missing", ()], strict=True):
         results = {key: value for key, value in whole.items() if key != name}
         if empty != "missing":
@@ -228,8 +228,8 @@ def test_a_section_without_data_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("empty", [None, [], {}])
 def test_a_report_of_nothing_is_still_a_page(tmp_path: Path, empty: Any) -> None:
     whole, _ = small()
-    assert Page(write_page(tmp_path / "nulls", dict.fromkeys(whole, empty), {}).parent).ids == set()
-    assert Page(write_page(tmp_path / "nothing", {}, {}).parent).ids == set()
+    assert Page(write_page(tmp_path / "nulls", dict.fromkeys(whole, empty), {}).parent).ids == {"main"}
+    assert Page(write_page(tmp_path / "nothing", {}, {}).parent).ids == {"main"}
 
 
 def test_a_section_with_holes_still_renders(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_a_section_with_holes_still_renders(tmp_path: Path) -> None:
         "heat_maps": [{"prompt": "p", "words": [{"word": "w", "overlay": None}]}],
     }
     shown = Page(write_page(tmp_path / "page", results, {"a": image}).parent)
-    assert {"words", "prompts", "features", "steering", "erasure", "benchmark", "heat-maps"} == shown.ids
+    assert {"main", "words", "prompts", "features", "steering", "erasure", "benchmark", "heat-maps"} == shown.ids
     assert {value for value, _ in shown.numbers} == {0, 4, 5, 6}
 
 

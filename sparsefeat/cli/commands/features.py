@@ -133,8 +133,13 @@ def write_pages(
     else:
         concepts = words_of(given)
     place = unfinished_place(out)
-    kept = f"what is finished is kept in {place}, and the same command goes on from it"
-    with keeping(lambda: kept if place.is_dir() else "nothing was written"):
+
+    def kept() -> str:
+        if place.is_dir():
+            return f"what is finished is kept in {place}, and the same command goes on from it"
+        return f"the pages are in {out}, and the same command goes on" if out.is_dir() else "nothing was written"
+
+    with keeping(kept):
         sae = saes.open(choice.device)[0]
         during = draw_precision if choice.name is None else nullcontext
         index = write_feature_pages(

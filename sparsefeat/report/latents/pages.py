@@ -21,6 +21,7 @@ import base64
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -38,7 +39,7 @@ from sparsefeat.features.progress import progress_bar
 from sparsefeat.features.survey import Survey, nearest_by_decoder
 from sparsefeat.pipeline import Hookpoint
 from sparsefeat.report.latents.strips import steering_of, write_steering
-from sparsefeat.report.latents.surveying import Drawn, picture_of
+from sparsefeat.report.latents.surveying import DATA, Drawn, picture_of
 from sparsefeat.report.page import environment
 from sparsefeat.sae import SAE
 from sparsefeat.whole import as_path, check_free, check_writable, written_plainly
@@ -93,14 +94,19 @@ def write_feature_pages(
         with written_plainly(target, unfinished=place):
             _check_settings(place, settings, "what is left there of an earlier run")
             _write_whole(place / SETTINGS, json.dumps(settings, indent=1))
-            _write_pages(place, drawn, settings)
+            try:
+                _write_pages(place, drawn, settings)
+            except BaseException:
+                if not (place / DATA / "survey.json").is_file():  # nothing is finished that could be gone on from
+                    shutil.rmtree(place)
+                raise
             check_free(target)  # again: minutes may have passed
             place.rename(target)
     _check_settings(target, settings, "the pages there")
     with written_plainly(target):
         for latent in write_steering(target, drawn, asked):
             line = next(line for line in read_lines(target) if line["latent"] == latent)
-            _write_page(target, line, Survey.load(target / "data"), settings, labels(target))
+            _write_page(target, line, Survey.load(target / DATA), settings, labels(target))
     return target / INDEX
 
 
