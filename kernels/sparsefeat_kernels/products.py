@@ -20,6 +20,10 @@ def product(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T (+ bias): x [rows, d], W [n, d], bias [n], any strides, one floating dtype. No gradient."""
     here = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and W.numel()
     if here and torch.backends.mkldnn.enabled and _onednn():
+        if not (
+            W.is_contiguous() or W.T.is_contiguous()
+        ):  # with gaps between its rows oneDNN has no program but a loop
+            W = W.contiguous()
         return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
     with torch.autocast(x.device.type, enabled=False):  # it would make this product, unlike the other, one of bf16
         return torch.nn.functional.linear(x, W, bias)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from sparsefeat_kernels.products import product
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -11,10 +12,19 @@ def test_any_strides_give_the_product_at_full_precision(enabled, dtype):
     g = torch.Generator().manual_seed(0)
     rows, n, d = 37, 53, 129
     x, W, bias = (torch.randn(size, generator=g, dtype=dtype) for size in ((rows, d), (n, d), (n,)))
-    wide = torch.cat([x, x], 1)
+    wide, with_gaps = torch.cat([x, x], 1), torch.cat([W, W], 1)[:, :d]
+    of_columns = torch.cat([W, W]).T.contiguous()[:, :n].T
     expected, terms = x.double() @ W.double().T, x.double().abs() @ W.double().abs().T
     with torch.backends.mkldnn.flags(enabled=enabled):
-        for left, right in ((x, W), (x.T.contiguous().T, W), (x, W.T.contiguous().T), (wide[:, :d], W)):
+        pairs = (
+            (x, W),
+            (x.T.contiguous().T, W),
+            (x, W.T.contiguous().T),
+            (wide[:, :d], W),
+            (x, with_gaps),
+            (x, of_columns),
+        )
+        for left, right in pairs:
             for added in (None, bias):
                 found = product(left, right, added).double()
                 exact = expected if added is None else expected + bias.double()
@@ -41,3 +51,24 @@ def test_autocast_does_not_reach_it(enabled):
             found = product(x, W, bias)
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+def test_the_library_is_given_no_matrix_with_gaps(columns: bool):
+    """As keys and values are that lie beside the other heads': a hundred times as long."""
+
+    class Seen(TorchDispatchMode):
+        strides: tuple[int, ...] = ()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "_linear_pointwise" in str(function):
+                self.strides = args[1].stride()
+            return function(*args, **(kwargs or {}))
+
+    whole = torch.randn(40, 3, 16, generator=torch.Generator().manual_seed(0))
+    W = whole[:, 1].T if columns else whole[:, 1]
+    with Seen() as seen:
+        product(torch.ones(5, W.shape[1]), W)
+    if not seen.strides:
+        pytest.skip("this processor takes torch's own product")
+    assert seen.strides == (W.shape[1], 1)

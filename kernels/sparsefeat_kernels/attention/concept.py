@@ -21,6 +21,7 @@ from ..dispatch import (
     sum_dtype,
     tl,
 )
+from ..products import product
 from ..threads import conducted, each, shares, threads, together
 from .scores import (
     BLOCK_BYTES,
@@ -30,7 +31,6 @@ from .scores import (
     check_device,
     check_query_and_key,
     counted_rows,
-    head_weights,
 )
 from .tiles import (
     LOG2_E,
@@ -227,12 +227,13 @@ def _concept_attention_cpu(
 def _concept_map_cpu(
     maps: Tensor, output: Tensor, concepts: Tensor, head_weight: Tensor | None, group: Tensor, softmax: bool
 ) -> None:
-    wide, weight = sum_dtype(output), head_weights(head_weight, output)
+    wide = sum_dtype(output)
     for b, g in counted_rows(group, maps.shape[0]):
         # As one product over heads and width, without a copy where heads lie side by side.
-        rows = output[b].transpose(0, 1).flatten(1).to(wide)  # [n, heads e]
-        weighted = concepts[b].to(wide) * weight[:, None, None]
-        scores = rows @ weighted.transpose(0, 1).flatten(1).T
+        rows, columns = output[b].transpose(0, 1), concepts[b].transpose(0, 1).to(wide)
+        if head_weight is not None:
+            columns = columns * head_weight.to(wide)[:, None]
+        scores = product(rows.flatten(1).to(wide), columns.flatten(1))
         add_to_group(maps, g, torch.softmax(scores, -1) if softmax else scores)
 
 

@@ -20,10 +20,12 @@ from .scores import (
     check_accumulator,
     check_device,
     check_query_and_key,
+    check_tokens,
     counted_rows,
     dense_probabilities,
     head_weights,
     score_blocks,
+    softmax_of,
 )
 from .tap import tap_of_tokens_triton
 from .tiles import (
@@ -173,12 +175,7 @@ def _check(
     tokens: Tensor | None,
 ) -> None:
     check_query_and_key("attention_map", query, key, mask)
-    if tokens is not None:
-        if tokens.dim() != 1:
-            raise ValueError(f"tokens must have one dimension, got shape {tuple(tokens.shape)}")
-        if tokens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"tokens must be int32 or int64, got {tokens.dtype}")
-        check_device("tokens", tokens, query)
+    check_tokens(tokens, query)
     selected = key.shape[2] if tokens is None else tokens.shape[0]
     check_accumulator("maps", maps, (query.shape[2], selected), query, head_weight, group)
 
@@ -200,14 +197,6 @@ def _check_value(value: Tensor, query: Tensor, key: Tensor) -> None:
 # least. Cold caches, 2 x 8 heads of 80, 1,024 positions, 77 tokens on two threads: 5.6 ms on one of them, 7.6 on both.
 CONDUCTED_POSITIONS = 512
 FEWEST_POSITIONS = 1024
-
-
-def _softmax(scores: Tensor, out: Tensor) -> Tensor:
-    """Probabilities in `out`; zeros in rows of -inf."""
-    torch.softmax(scores, -1, out=out)
-    if bool(out[..., 0].isnan().any()):
-        out.masked_fill_((scores == -torch.inf).all(-1, keepdim=True), 0)
-    return out
 
 
 def _times_values(probabilities: Tensor, value: Tensor) -> Tensor:
@@ -249,7 +238,7 @@ def _attention_in_blocks(
                 if buffer is None:  # the first block is the largest
                     buffer = torch.empty_like(scores)
                 at = slice(positions.start + rows.start, positions.start + rows.stop)
-                probabilities = _softmax(scores, buffer.view(-1)[: scores.numel()].view(scores.shape))
+                probabilities = softmax_of(scores, buffer.view(-1)[: scores.numel()].view(scores.shape))
                 if out is not None and value is not None:
                     shared = heads // value.shape[1]
                     v = (

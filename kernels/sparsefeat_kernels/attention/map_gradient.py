@@ -10,7 +10,17 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import implementation, jit, next_power_of_2, ops, register, registered, sum_dtype, tl
 from ..threads import conducted, each, together
-from .scores import additive, arguments, check_query_and_key, dense_probabilities, head_weights, score_blocks
+from .scores import (
+    additive,
+    arguments,
+    check_head_weight,
+    check_query_and_key,
+    check_tokens,
+    dense_probabilities,
+    head_weights,
+    score_blocks,
+    softmax_of,
+)
 from .tiles import (
     Maps,
     aligned,
@@ -46,8 +56,9 @@ def attention_map(
         dquery[b, h, i] = scale sum over t of dS[b, h, i, t] key[b, h, t]
         dkey[b, h, t] = scale sum over i (and the query heads that read key head h) of dS[b, h, i, t] query[b, h, i]
 
-    Attend-and-Excite, A-STAR and other guidance by maps take their gradients from here; the probabilities are made again
-    in the backward pass, and neither pass holds [heads, n, t].
+    Attend-and-Excite, A-STAR and other guidance by maps take their gradients from here. The probabilities are made again
+    in the backward pass, and neither pass holds [heads, n, t]; but on a CPU, where all of them and no mask take up to 4 MiB,
+    plain torch keeps them.
 
     Args:
         query, key, scale, mask, head_weight, tokens: as in `attention_map_`. A token out of range has a map of zeros.
@@ -57,10 +68,11 @@ def attention_map(
 
     Products and sums are fp32 (fp64 for float64). On a GPU half-precision queries have dS rounded to their dtype before
     its two products, as in every flash attention, after a power of two is taken out of G so that it does not underflow.
-    The same bits every run. Gradients have query's and key's dtype; those of a second order are refused by torch.
+    The same bits every run. Gradients have query's and key's dtype; those of a second order are refused by torch where
+    probabilities are made again.
 
     Cost: forward as `attention_map_`; backward 6 batch heads n t d FLOPs as counted (a GPU makes the scores three times,
-    10 in all). Scratch of the backward pass: 8 batch heads n bytes on a GPU, 3 MiB on a CPU.
+    10 in all; a CPU that keeps them 4). Scratch of the backward pass: 8 batch heads n bytes on a GPU, some MiB on a CPU.
 
     Raises: ValueError or TypeError naming the argument, for wrong shapes, dtypes or devices; ValueError where mask or
     head_weight require a gradient, which they do not get.
@@ -78,6 +90,11 @@ def attention_map(
                 f"{name} requires a gradient, and attention_map gives one to query and key only; detach it"
             )
     scale, _ = arguments(query, scale, None)
+    if mask is None and _keeps(query, key):
+        check_query_and_key("attention_map", query, key, None)
+        check_head_weight(head_weight, query)
+        check_tokens(tokens, query)
+        return _keeping(query, key, scale, head_weight, tokens)
     return ops.attention_map(query, key, scale, mask, head_weight, tokens)
 
 
@@ -107,6 +124,32 @@ def _slots(grad: Tensor, tokens: Tensor | None, n_tokens: int) -> tuple[Tensor, 
 # --------------------------------------------------------------------------------------------------------------- CPU
 
 
+# Of probabilities, up to which a graph keeps them: 8 heads of 160, 256 positions, 77 tokens are 0.6 MiB, and to make them
+# again is a third of the time.
+KEPT_BYTES = 4 << 20
+
+
+def _keeps(query: Tensor, key: Tensor) -> bool:
+    """Whether plain torch makes the maps and their gradient."""
+    graph = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    if not graph or query.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    here = implementation("attention_map", query) == "torch" and query.dim() == key.dim() == 4
+    return here and query.shape[:3].numel() * key.shape[2] * sum_dtype(query).itemsize <= KEPT_BYTES
+
+
+def _keeping(query: Tensor, key: Tensor, scale: float, head_weight: Tensor | None, tokens: Tensor | None) -> Tensor:
+    wide, shared = sum_dtype(query), query.shape[1] // key.shape[1]
+    keys = key.to(wide) * scale
+    keys = keys if shared == 1 else keys.repeat_interleave(shared, 1)
+    p = torch.softmax(query.to(wide) @ keys.mT, -1)
+    summed = p.sum(1) if head_weight is None else torch.einsum("bhnt,h->bnt", p, head_weight.to(wide))
+    if tokens is None:
+        return summed
+    owned = (tokens >= 0) & (tokens < key.shape[2])
+    return torch.where(owned, summed[..., torch.where(owned, tokens, 0)], 0)
+
+
 @conducted
 def _gradient_cpu(
     grad: Tensor,
@@ -122,6 +165,7 @@ def _gradient_cpu(
     dtype, shared = sum_dtype(query), heads // key_heads
     grad_query = torch.zeros(query.shape, dtype=dtype, device=query.device)
     grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
+    finite = (lambda tensor: tensor) if mask is None else _finite
 
     def some(which: tuple[int, int]) -> None:
         """A key's head and the query heads that read it: nobody else writes to these."""
@@ -129,17 +173,17 @@ def _gradient_cpu(
         mine = slice(key_head * shared, (key_head + 1) * shared)
         k = key[b, key_head : key_head + 1]
         for block, rows, scores in score_blocks(query[b, mine], k, scale, None if bias is None else bias[b, mine]):
-            p = scores.softmax(-1)
-            # Where every key is masked the softmax is of nothing, and so is what comes of it.
-            p.masked_fill_((scores == -torch.inf).all(-1, keepdim=True), 0)
+            p = softmax_of(scores, torch.empty_like(scores))
             g = grad[b, rows].to(dtype)
             if slots is not None:
                 g = torch.where(slots >= 0, g[:, slots.clamp(min=0)], 0)
             of = slice(mine.start + block.start, mine.start + block.stop)
-            d_scores = p * weight[of, None, None] * (g - (p * g).sum(-1, keepdim=True))  # [heads, rows, t]
-            grad_query[b, of, rows] = torch.matmul(d_scores, _finite(k[0].to(dtype))) * scale
-            q = _finite(query[b, of, rows].to(dtype))
-            grad_key[b, key_head] += torch.matmul(d_scores.transpose(1, 2), q).sum(0) * scale
+            d_scores = torch._softmax_backward_data(
+                g * (weight[of, None, None] * scale), p, -1, dtype
+            )  # [heads, rows, t]
+            grad_query[b, of, rows] = torch.matmul(d_scores, finite(k[0].to(dtype)))
+            q = finite(query[b, of, rows].to(dtype))
+            grad_key[b, key_head] += torch.matmul(d_scores.mT, q).sum(0)
 
     together(each(some, [(b, h) for b in range(batch) for h in range(key_heads)]))
     return grad_query.to(query.dtype), grad_key.to(key.dtype)

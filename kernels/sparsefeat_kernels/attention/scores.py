@@ -73,18 +73,33 @@ def check_accumulator(
     if any(stride == 0 and size > 1 for stride, size in zip(sums.stride(), sums.shape, strict=True)):
         raise ValueError(f"{name} is written in place and must not be expanded, got strides {tuple(sums.stride())}")
     check_device(name, sums, query)
-    batch, heads = query.shape[:2]
+    batch = query.shape[0]
     if group.dim() != 1 or group.shape[0] != batch:
         raise ValueError(f"group must have shape ({batch},), one entry a batch row, got {tuple(group.shape)}")
     if group.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"group must be int32 or int64, got {group.dtype}")
     check_device("group", group, query)
-    if head_weight is not None:
-        if tuple(head_weight.shape) != (heads,):
-            raise ValueError(f"head_weight must have shape ({heads},), got {tuple(head_weight.shape)}")
-        if not head_weight.is_floating_point():
-            raise TypeError(f"head_weight must be floating point, got {head_weight.dtype}")
-        check_device("head_weight", head_weight, query)
+    check_head_weight(head_weight, query)
+
+
+def check_head_weight(head_weight: Tensor | None, query: Tensor) -> None:
+    if head_weight is None:
+        return
+    if tuple(head_weight.shape) != (query.shape[1],):
+        raise ValueError(f"head_weight must have shape ({query.shape[1]},), got {tuple(head_weight.shape)}")
+    if not head_weight.is_floating_point():
+        raise TypeError(f"head_weight must be floating point, got {head_weight.dtype}")
+    check_device("head_weight", head_weight, query)
+
+
+def check_tokens(tokens: Tensor | None, query: Tensor) -> None:
+    if tokens is None:
+        return
+    if tokens.dim() != 1:
+        raise ValueError(f"tokens must have one dimension, got shape {tuple(tokens.shape)}")
+    if tokens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"tokens must be int32 or int64, got {tokens.dtype}")
+    check_device("tokens", tokens, query)
 
 
 def check_lse(lse: Tensor, query: Tensor) -> None:
@@ -166,6 +181,14 @@ def score_blocks(
                 bias = mask[block, rows].to(dtype)
                 scores.add_(bias).masked_fill_(bias < MASKED, -torch.inf)  # whatever the key holds, NaN too
             yield block, rows, scores
+
+
+def softmax_of(scores: Tensor, out: Tensor) -> Tensor:
+    """Probabilities in `out`; zeros in rows of -inf."""
+    torch.softmax(scores, -1, out=out)
+    if bool(out[..., 0].isnan().any()):
+        out.masked_fill_((scores == -torch.inf).all(-1, keepdim=True), 0)
+    return out
 
 
 def head_weights(head_weight: Tensor | None, query: Tensor) -> Tensor:

@@ -1,10 +1,14 @@
 """attention_map and its gradients against autograd through the dense reference in fp64."""
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+
 import pytest
 import torch
-from sparsefeat_kernels import attention_map, attention_map_
-from sparsefeat_kernels.attention import scores
+from sparsefeat_kernels import attention_map, attention_map_, force_triton
+from sparsefeat_kernels.attention import map_gradient, scores
 from sparsefeat_kernels.attention.map_gradient import reference
+from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
 from torch import Tensor
 
 # batch, heads, key heads, n, t, d
@@ -18,6 +22,18 @@ SHAPES = {
 }
 # Half precision: the gradient is rounded to query's dtype, and dS before its product.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 4e-3}
+
+
+@pytest.fixture(params=["kept", "made again", "triton"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The device to put tensors on. On a CPU plain torch keeps the probabilities of attentions as small as these, or the op
+    makes them again; or Triton's launcher runs."""
+    if request.param == "triton" and not TRITON_AVAILABLE:
+        pytest.skip("Triton is not installed")
+    if request.param != "kept":
+        monkeypatch.setattr(map_gradient, "KEPT_BYTES", -1)
+    with force_triton() if request.param == "triton" else nullcontext():
+        yield "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
 
 
 def problem(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,9 +69,24 @@ def compare(query: Tensor, key: Tensor, grad: Tensor, scale=None, mask=None, hea
 def test_gradients_are_those_of_the_dense_softmax(path: str, shape: tuple[int, ...], dtype: torch.dtype):
     query, key, grad = problem(shape, dtype, path)
     maps, _, _ = compare(query, key, grad)
+    if map_gradient.KEPT_BYTES > 0:
+        return
     alone = torch.zeros_like(maps)
     attention_map_(alone, query.detach(), key.detach())
     assert torch.equal(maps, alone)
+
+
+@pytest.mark.parametrize(("positions", "kept_bytes"), [(256, 4 * 4 * 256 * 32), (257, 0)])
+def test_no_more_is_kept_than_is_said(monkeypatch: pytest.MonkeyPatch, positions: int, kept_bytes: int):
+    """Both sides of the border, of 4 x 256 x 32 probabilities."""
+    monkeypatch.setattr(map_gradient, "KEPT_BYTES", 4 * 4 * 256 * 32)
+    query, key, grad = problem((1, 4, 4, positions, 32, 2), torch.float32, "cpu")
+    found: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: found.append(tensor) or tensor, lambda tensor: tensor):
+        attention_map(query, key)
+    large = {tensor.data_ptr(): tensor.nbytes for tensor in found if tensor.numel() > max(query.numel(), key.numel())}
+    assert sum(large.values()) == kept_bytes
+    compare(query, key, grad)
 
 
 def test_finite_differences_agree():
@@ -167,6 +198,7 @@ def test_nothing_to_attend_to_or_from(path: str):
 
 @pytest.mark.parametrize("block_bytes", [1, 300, 5000])
 def test_results_do_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch, block_bytes: int):
+    monkeypatch.setattr(map_gradient, "KEPT_BYTES", -1)
     monkeypatch.setattr(scores, "BLOCK_BYTES", block_bytes)
     compare(*problem((2, 3, 1, 70, 9, 4), torch.float64, "cpu"))
 

@@ -61,13 +61,33 @@ def test_many_tokens_are_taken_in_blocks(monkeypatch):
     torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_nan_stays_where_it_is(path: str):
+@pytest.mark.parametrize("side", [resize.LONGEST_SIDE, resize.LONGEST_SIDE + 1])
+def test_long_maps_go_by_torchs_own_resize(side: int):
+    """Both sides of the border, beside the matrices in fp64."""
+    sums, maps, _ = problem((2, 1, side, 3, 40, 5), torch.float32, "cpu")
+    expected = reference(sums.double(), maps.double(), None, True)
+    resize_add_(sums, maps, None, True)
+    # torch's positions are fp32, off by side / 2^24; neighbours are up to 8 apart, and there are two maps
+    torch.testing.assert_close(sums.double(), expected, rtol=2e-6, atol=side * 2.0**-24 * 8 * 2)
+
+
+def test_threads_and_none_give_the_same(monkeypatch):
+    sums, maps, weight = problem((5, 7, 6, 4, 9, 10), torch.float32, "cpu")
+    alone = sums.clone()
+    resize_add_(alone, maps, weight, True)
+    monkeypatch.setattr(resize, "CONDUCTED_BYTES", 0)
+    resize_add_(sums, maps, weight, True)
+    torch.testing.assert_close(sums, alone, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_nan_stays_where_it_is(path: str, broken: float):
     maps = torch.zeros(1, 1, 8, 8, device=path)
-    maps[0, 0, 0, 0] = torch.nan
+    maps[0, 0, 0, 0] = broken
     sums = torch.zeros(1, 16, 16, device=path)
     resize_add_(sums, maps, None, True)
-    assert sums[0, 0, 0].isnan()
-    assert not sums[0, 8:, 8:].isnan().any()
+    assert not sums[0, 0, 0].isfinite()
+    assert sums[0, 8:, 8:].isfinite().all()
 
 
 def test_nothing_to_add_changes_nothing(path: str):
