@@ -206,9 +206,10 @@ def test_an_attention_is_handed_out_once_and_the_caller_runs_few_ops(op: str, mo
     q = torch.randn(2, 8, 3100, 24, generator=g)
     k, v, own = (torch.randn(2, 8, 9, 24, generator=g) for _ in range(3))
     maps = torch.zeros(2, 3100, 9)
+    half = [t.bfloat16() for t in (own, k, v, q, q)]
     module, call = {
         "attention_map": (maps_of, lambda: attention_with_map_(maps, q, k, v)),
-        "concept_attention": (concept, lambda: concept_attention(own, k, v, q, q)),
+        "concept_attention": (concept, lambda: concept_attention(*half)),
     }[op]
     phases = []
     inner = module.together
@@ -230,6 +231,19 @@ def test_an_attention_is_handed_out_once_and_the_caller_runs_few_ops(op: str, mo
         torch.set_num_threads(before)
     for other in answers[1:]:
         torch.testing.assert_close(answers[0], other, rtol=1e-5, atol=1e-5)
+
+
+def test_concepts_of_full_precision_take_two_of_torchs_attentions_whatever_the_heads():
+    counted = []
+    for heads in (2, 24):
+        g = torch.Generator().manual_seed(3)
+        own, image = (torch.randn(1, heads, length, 24, generator=g) for length in (5, 300))
+        concept_attention(own, own, own, image, image)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            concept_attention(own, own, own, image, image)
+        counted.append({one.key: one.count for one in profile.key_averages() if one.key.startswith("aten::")})
+    assert counted[0] == counted[1]
+    assert counted[0]["aten::_scaled_dot_product_flash_attention_for_cpu"] == 2
 
 
 SCRATCH = """

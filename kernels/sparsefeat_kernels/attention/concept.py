@@ -79,7 +79,8 @@ def concept_attention(
         the image are joined in order. No gradients.
 
     Cost: 2 batch heads c (c + n) (d + e) FLOPs; reads image_key and image_value once for every 64 concepts. Scratch: on
-    a GPU 4 (e + 2) batch heads c bytes for every 512 keys; on a CPU 1 MiB or one head's scores, 4 c (c + n) bytes.
+    a GPU 4 (e + 2) batch heads c bytes for every 512 keys; on a CPU the size of the result, in half precision 1 MiB or
+    one head's scores, 4 c (c + n) bytes.
 
     Raises: ValueError or TypeError naming the argument, for wrong shapes, dtypes or devices.
 
@@ -201,8 +202,24 @@ def _check_map(
 # --------------------------------------------------------------------------------------------------------------- CPU
 
 
-@conducted
 def _concept_attention_cpu(
+    query: Tensor, key: Tensor, value: Tensor, image_key: Tensor, image_value: Tensor, scale: float, out: Tensor
+) -> None:
+    own, image = (query, key, value), (query, image_key, image_value)
+    full = query.dtype == sum_dtype(query) and query.shape[3] == value.shape[3]
+    if query.device.type != "cpu" or not full or not image_key.shape[2]:
+        _in_blocks_of_heads(*own, *image[1:], scale, out)
+        return
+    # Two attentions of torch's, each one op whatever the heads, joined by their log-sum-exps. (It rounds probabilities of
+    # half precision.)
+    (of_own, own_lse), (of_image, image_lse) = (
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*part, scale=scale) for part in (own, image)
+    )
+    torch.lerp(of_image, of_own, torch.sigmoid(own_lse - image_lse)[..., None], out=out)
+
+
+@conducted
+def _in_blocks_of_heads(
     query: Tensor, key: Tensor, value: Tensor, image_key: Tensor, image_value: Tensor, scale: float, out: Tensor
 ) -> None:
     batch, heads, c, _ = query.shape
