@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,15 @@ from sparsefeat_kernels import (
     auxk_encode,
     bf16_products,
     concept_attention,
+    concept_map_,
     prepare_encoder,
+    resize_add_,
     threshold_encode,
     topk_encode,
 )
 from sparsefeat_kernels.threads import conducted, each, shares
 from sparsefeat_kernels.threads import together as together_inside
+from torch import Tensor
 
 together = conducted(together_inside)
 
@@ -196,20 +200,32 @@ def test_a_call_waits_for_its_threads_a_few_times_and_the_caller_runs_few_ops(mo
     assert large < 12
 
 
-@pytest.mark.parametrize("op", ["attention_map", "concept_attention"])
+@pytest.mark.parametrize(
+    "op", ["attention_map", "concept_attention", "concept_attention of bfloat16", "concept_map", "resize_add"]
+)
 def test_an_attention_is_handed_out_once_and_the_caller_runs_few_ops(op: str, monkeypatch: pytest.MonkeyPatch):
     """Whole pieces of it: positions with all their heads, or heads with all their keys."""
-    from sparsefeat_kernels.attention import concept
+    from sparsefeat_kernels.attention import concept, resize
     from sparsefeat_kernels.attention import map as maps_of
 
     g = torch.Generator().manual_seed(3)
     q = torch.randn(2, 8, 3100, 24, generator=g)
     k, v, own = (torch.randn(2, 8, 9, 24, generator=g) for _ in range(3))
     maps = torch.zeros(2, 3100, 9)
-    half = [t.bfloat16() for t in (own, k, v, q, q)]
+    enlarged = torch.rand(20, 6, 16, 16, generator=g)
+    given = own, k, v, q, q
+
+    def added(op: Callable[..., None], into: tuple[int, ...], *given: Tensor | bool | None) -> Tensor:
+        op(sums := torch.zeros(into), *given)
+        return sums
+
+    half = [tensor.bfloat16() for tensor in given]
     module, call = {
         "attention_map": (maps_of, lambda: attention_with_map_(maps, q, k, v)),
-        "concept_attention": (concept, lambda: concept_attention(*half)),
+        "concept_attention": (concept, lambda: concept_attention(*given)),
+        "concept_attention of bfloat16": (concept, lambda: concept_attention(*half)),
+        "concept_map": (concept, lambda: added(concept_map_, (2, 3100, 9), q, k)),
+        "resize_add": (resize, lambda: added(resize_add_, (6, 128, 128), enlarged, None, True)),
     }[op]
     phases = []
     inner = module.together
@@ -231,19 +247,6 @@ def test_an_attention_is_handed_out_once_and_the_caller_runs_few_ops(op: str, mo
         torch.set_num_threads(before)
     for other in answers[1:]:
         torch.testing.assert_close(answers[0], other, rtol=1e-5, atol=1e-5)
-
-
-def test_concepts_of_full_precision_take_two_of_torchs_attentions_whatever_the_heads():
-    counted = []
-    for heads in (2, 24):
-        g = torch.Generator().manual_seed(3)
-        own, image = (torch.randn(1, heads, length, 24, generator=g) for length in (5, 300))
-        concept_attention(own, own, own, image, image)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            concept_attention(own, own, own, image, image)
-        counted.append({one.key: one.count for one in profile.key_averages() if one.key.startswith("aten::")})
-    assert counted[0] == counted[1]
-    assert counted[0]["aten::_scaled_dot_product_flash_attention_for_cpu"] == 2
 
 
 SCRATCH = """

@@ -79,7 +79,7 @@ def concept_attention(
         the image are joined in order. No gradients.
 
     Cost: 2 batch heads c (c + n) (d + e) FLOPs; reads image_key and image_value once for every 64 concepts. Scratch: on
-    a GPU 4 (e + 2) batch heads c bytes for every 512 keys; on a CPU the size of the result, in half precision 1 MiB or
+    a GPU 4 (e + 2) batch heads c bytes for every 512 keys; on a CPU twice the result, in half precision 1 MiB or
     one head's scores, 4 c (c + n) bytes.
 
     Raises: ValueError or TypeError naming the argument, for wrong shapes, dtypes or devices.
@@ -202,30 +202,22 @@ def _check_map(
 # --------------------------------------------------------------------------------------------------------------- CPU
 
 
-def _concept_attention_cpu(
-    query: Tensor, key: Tensor, value: Tensor, image_key: Tensor, image_value: Tensor, scale: float, out: Tensor
-) -> None:
-    own, image = (query, key, value), (query, image_key, image_value)
-    full = query.dtype == sum_dtype(query) and query.shape[3] == value.shape[3]
-    if query.device.type != "cpu" or not full or not image_key.shape[2]:
-        _in_blocks_of_heads(*own, *image[1:], scale, out)
-        return
-    # Two attentions of torch's, each one op whatever the heads, joined by their log-sum-exps. (It rounds probabilities of
-    # half precision.)
-    (of_own, own_lse), (of_image, image_lse) = (
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*part, scale=scale) for part in (own, image)
-    )
-    torch.lerp(of_image, of_own, torch.sigmoid(own_lse - image_lse)[..., None], out=out)
-
-
 @conducted
-def _in_blocks_of_heads(
+def _concept_attention_cpu(
     query: Tensor, key: Tensor, value: Tensor, image_key: Tensor, image_value: Tensor, scale: float, out: Tensor
 ) -> None:
     batch, heads, c, _ = query.shape
     wide, n = sum_dtype(query), image_key.shape[2]
 
-    def some(piece: tuple[int, slice]) -> None:
+    def joined(piece: tuple[int | slice, slice]) -> None:
+        """Two attentions of torch's, joined by their log-sum-exps."""
+        (of_own, own_lse), (of_image, image_lse) = (
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query[piece], k[piece], v[piece], scale=scale)
+            for k, v in ((key, value), (image_key, image_value))
+        )
+        out[piece] = torch.lerp(of_image, of_own, torch.sigmoid(own_lse - image_lse)[..., None])
+
+    def dense(piece: tuple[int, slice]) -> None:
         q = query[piece].to(wide) * scale
         scores = q.new_empty(q.shape[0], c, c + n)
         torch.matmul(q, key[piece].to(wide).mT, out=scores[:, :, :c])
@@ -234,24 +226,42 @@ def _in_blocks_of_heads(
         own = torch.bmm(p[:, :, :c], value[piece].to(wide))
         out[piece] = own.baddbmm_(p[:, :, c:], image_value[piece].to(wide)).to(out.dtype)
 
+    # Torch's rounds the probabilities of half precision, and takes one width for keys and values.
+    if query.device.type == "cpu" and query.dtype == wide and query.shape[3] == value.shape[3] and n:
+        together(each(joined, [(slice(None), of_heads) for of_heads in shares(heads, threads())]))
+        return
     most = block_bytes(query, BLOCK_BYTES) // threads()
     blocks = row_chunks(heads, c * (c + n) * wide.itemsize, most)
     if len(blocks) < threads():
         blocks = shares(heads, threads())
-    together(each(some, itertools.product(range(batch), blocks)))
+    together(each(dense, itertools.product(range(batch), blocks)))
 
 
-def _concept_map_cpu(
+# Numbers of an output, from which on a thread of its own is worth waking.
+CONDUCTED_NUMBERS = 1 << 20
+
+
+def _concept_map_cpu(maps: Tensor, output: Tensor, *others: Any) -> None:
+    run = conducted(_concept_map_in_blocks) if output.numel() >= CONDUCTED_NUMBERS else _concept_map_in_blocks
+    run(maps, output, *others)
+
+
+def _concept_map_in_blocks(
     maps: Tensor, output: Tensor, concepts: Tensor, head_weight: Tensor | None, group: Tensor, softmax: bool
 ) -> None:
-    wide = sum_dtype(output)
-    for b, g in counted_rows(group, maps.shape[0]):
-        # As one product over heads and width, without a copy where heads lie side by side.
-        rows, columns = output[b].transpose(0, 1), concepts[b].transpose(0, 1).to(wide)
-        if head_weight is not None:
-            columns = columns * head_weight.to(wide)[:, None]
-        scores = product(rows.flatten(1).to(wide), columns.flatten(1))
-        add_to_group(maps, g, torch.softmax(scores, -1) if softmax else scores)
+    wide, counted = sum_dtype(output), counted_rows(group, maps.shape[0])
+
+    def some(positions: slice) -> None:
+        """All batch rows, in order."""
+        for b, g in counted:
+            # As one product over heads and width, without a copy where heads lie side by side.
+            rows, columns = output[b, :, positions].transpose(0, 1), concepts[b].transpose(0, 1).to(wide)
+            if head_weight is not None:
+                columns = columns * head_weight.to(wide)[:, None]
+            scores = product(rows.flatten(1).to(wide), columns.flatten(1))
+            add_to_group(maps[:, positions], g, torch.softmax(scores, -1) if softmax else scores)
+
+    together(each(some, shares(output.shape[2], threads())))
 
 
 # ------------------------------------------------------------------------------------------------------------ Triton

@@ -303,12 +303,14 @@ def test_a_value_that_does_not_fit_is_refused():
         attention_with_map_(maps, query, key, value.half())
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("more", [-2, 0], ids=["below", "from it on"])
 @pytest.mark.parametrize("kept", [map_module.CONDUCTED_POSITIONS, 2 * map_module.FEWEST_POSITIONS])
 def test_both_sides_of_the_sizes_from_which_a_call_is_conducted_and_its_positions_are_handed_out(
-    kept: int, more: int, monkeypatch: pytest.MonkeyPatch
+    kept: int, more: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ):
-    batch, heads, tokens = 2, 4, 16
+    """On two threads: each map is one's, and of one map each has a half where that is long enough."""
+    heads, tokens = 4, 16
     positions = kept + more
     tensors = problem((batch, heads, heads, positions, tokens, 4, 4), torch.float32, "cpu")
     handed_out = []
@@ -326,9 +328,12 @@ def test_both_sides_of_the_sizes_from_which_a_call_is_conducted_and_its_position
     finally:
         torch.set_num_threads(before)
     assert len(handed_out) == 2
-    conducted, pieces = positions >= map_module.CONDUCTED_POSITIONS, positions // map_module.FEWEST_POSITIONS
-    assert set(handed_out) == {(2 if conducted else 1, max(1, pieces))}
-    assert bool(alone) == (positions >= map_module.ALONE_POSITIONS)
+    if positions < map_module.CONDUCTED_POSITIONS:
+        assert set(handed_out) == {(1, 1)}
+    else:
+        halves = batch == 1 and positions >= 2 * map_module.FEWEST_POSITIONS
+        assert set(handed_out) == {(2, 2 if halves else batch)}
+    assert bool(alone) == (positions >= scores.ALONE_POSITIONS)
     maps_expected, out_expected = expected(*tensors)
     torch.testing.assert_close(maps.double(), maps_expected, rtol=3e-6, atol=3e-6)
     torch.testing.assert_close(out.double(), out_expected, rtol=3e-6, atol=3e-6)
