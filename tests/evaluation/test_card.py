@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import types
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from sparsefeat.evaluation.card.adversary import (
     only_at,
     trajectory,
 )
-from sparsefeat.evaluation.card.attacked import worded_with
+from sparsefeat.evaluation.card.attacked import attacked_rows, worded_with
 from sparsefeat.evaluation.card.bench import adjacent_tasks
 from sparsefeat.evaluation.card.edit import LearnedWords
 from sparsefeat.evaluation.card.erasers import ERASERS, bare, prompts_with, prompts_without
@@ -206,6 +207,16 @@ def test_learned_words_come_closer_to_the_concept_and_leave_nothing_behind(bench
 def test_a_tokenizer_without_free_letters_is_refused(bench):
     with pytest.raises(ValueError, match="are needed"):
         free_words(bench.pipe, ["z y x w v u t s r q p o n m l k j i h g f e d c b"])
+
+
+def test_an_eraser_that_leaves_most_images_is_given_no_learned_words(bench):
+    found = unit([0, 0, 1, 0], [1], [1], [1])._replace(paraphrased=torch.tensor([1, 1, 1, 1, 0, 0, 1, 1]).bool())
+    shown = dataclasses.replace(TINY, n_target=4)
+    weak = types.SimpleNamespace(eraser=Eraser("weak", None), chosen={OBJECT: {}}, unit=lambda target: (found, {}))
+    on = types.SimpleNamespace(**{**vars(bench), "budget": shown, "call": bench.call, "verdicts": None})
+    (row,) = attacked_rows(on, [weak])
+    assert (row.metric, row.value, row.n) == ("adversarial UA", 0.25, 4)
+    assert "bound from above" in row.note
 
 
 # ------------------------------------------------------------------------------------------------------- the whole run

@@ -98,7 +98,7 @@ class Erasing:
     def _edit(self, target: Target, setting: Setting) -> Edit:
         key = path_of(self.eraser, target, setting, "")
         if key not in self._edits:
-            self._edits = {key: self.eraser.make(self.bench, target, **setting)}  # the last one: statistics are large
+            self._edits[key] = self.eraser.make(self.bench, target, **setting)
         return self._edits[key]
 
     def _choose(self, targets: Sequence[Target]) -> Setting:

@@ -9,8 +9,8 @@ from sparsefeat.evaluation.run_scenes import SCORED, evaluate_scenes
 
 
 def maps_rows(bench: Bench) -> list[Row]:
-    """Every kind of map that the pipeline has, chance, and a latent an object."""
-    saes = [bench.block_sae, *bench.cross_saes]
+    """Every kind of map that the pipeline has, chance, and a latent an object of two SAEs."""
+    saes = [bench.block_sae, bench.cross_saes[-1]]
     found = bench.kept(
         "maps/scenes",
         lambda: evaluate_scenes(
