@@ -30,7 +30,7 @@ def test_a_table_names_best_and_worst_and_is_not_ahead_inside_the_intervals():
     text = card_markdown(results(ROWS), "erasers")
     assert "| SAeUron | 98 [95, 99] | 50 [29, 70] |" in text
     assert "| ItD | 70 [60, 80] | – |" in text
-    assert "Best for objects: SAeUron, 98.0% of what is possible, which reaches the 97%" in text
+    assert "Best for objects: SAeUron, 98.0% of what is possible (interval from 95% on), which reaches the 97%" in text
     assert "Worst: ItD, 70.0%" in text  # the unedited pipeline is no eraser
     assert "the best baseline, UCE, 20.0%: not ahead outside the intervals" in text
     ahead = [*ROWS[:-1], row("SAeUron", "adversarial UA", 0.5, [0.31, 0.7])]

@@ -83,8 +83,8 @@ def _erasers_say(own: dict[tuple[str, str], dict[str, Any]], of: str) -> list[st
         reached = "which reaches" if best["value"] >= GOAL else "short of"
         kinds = {OBJECT: "objects", STYLE: "styles"}
         said.append(
-            f"Best for {kinds.get(of, of)}: {best['method']}, {best['value']:.1%} of what is possible, {reached} the {GOAL:.0%} "
-            f"aimed at. Worst: {worst['method']}, {worst['value']:.1%}."
+            f"Best for {kinds.get(of, of)}: {best['method']}, {best['value']:.1%} of what is possible (interval from "
+            f"{best['ci'][0]:.0%} on), {reached} the {GOAL:.0%} aimed at. Worst: {worst['method']}, {worst['value']:.1%}."
         )
     attacked = of_metric("adversarial UA")
     own_ones = [row for row in attacked if row["method"] not in baselines]
