@@ -121,15 +121,19 @@ class ConceptLancet(SavableInstrument):
     def active(self, context: Context) -> bool:
         return self.window.contains(context)
 
-    @torch.no_grad()
     def shares(self, rows: Tensor) -> Tensor:
-        """[rows, concepts], w of each; rows [rows, d_model]. The pursuit has no gradient."""
+        """[rows, concepts], w of each; rows [rows, d_model]. Where gradients are on, theirs is that of the least squares on the
+        directions that were chosen: choosing has none.
+        """
         wide = torch.promote_types(rows.dtype, torch.float32)
         atoms = self.atoms.to(rows.device, wide)
-        values, indices = matching_pursuit(
-            rows.to(wide) - self.center.to(rows.device, wide), atoms, self.k, nonnegative=True
-        )
-        return values.new_zeros(len(rows), len(atoms)).scatter_add_(1, indices.long(), values)
+        centred = rows.to(wide) - self.center.to(rows.device, wide)
+        with torch.no_grad():
+            values, indices = matching_pursuit(centred, atoms, self.k, nonnegative=True)
+        if centred.requires_grad:
+            free = _least_squares(centred, atoms[indices.long()], values > 0)
+            values = values + free - free.detach()
+        return values.new_zeros(len(rows), len(atoms)).scatter_add(1, indices.long(), values)
 
     def at_hookpoint(self, activations: Activations, context: Context) -> Delta:
         rows = activations.rows
@@ -151,3 +155,10 @@ class ConceptLancet(SavableInstrument):
         loaded = cls(directions, center=tensors["center"], **config)
         loaded.atoms = tensors["atoms"]  # already of unit length: dividing again would change bits
         return loaded
+
+
+def _least_squares(rows: Tensor, chosen: Tensor, used: Tensor) -> Tensor:
+    """[rows, k], the weights of `chosen` [rows, k, d_model] whose sum is nearest to `rows`; 0 where not `used`."""
+    chosen = torch.where(used[..., None], chosen, 0)
+    unused = torch.diag_embed((~used).to(chosen))
+    return torch.linalg.solve(chosen @ chosen.mT + unused, chosen @ rows[..., None])[..., 0]
