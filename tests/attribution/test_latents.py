@@ -37,12 +37,20 @@ def weighted(said, without):
     return (weights * said).sum()
 
 
-@pytest.mark.parametrize("normalizer", ["none", "unit_norm"])
-def test_the_three_are_one_where_the_objective_is_linear(pipe, normalizer):
-    """`conv_out` is the prediction: J of it is linear in the block's activations."""
-    sae = make_sae(4, at="unet.conv_out", normalizer=normalizer)
+@pytest.mark.parametrize(
+    ("at", "d", "options"),
+    [
+        ("unet.conv_out", 4, {"normalizer": "none"}),
+        ("unet.conv_out", 4, {"normalizer": "unit_norm"}),
+        ("unet.conv_out:input", 16, {}),
+        ("unet.conv_act:input", 16, {"transcoder": True}),  # written where conv_out reads
+    ],
+)
+def test_the_three_are_one_where_the_objective_is_linear(pipe, at, d, options):
+    """`conv_out` is the prediction: J of it is linear in what it gives and in what it is given."""
+    sae = make_sae(d, n=16, at=at, **options)
     state = everything(pipe)
-    how = {"objective": weighted, "seed": 3, **CALL}
+    how = {"objective": weighted, "seed": 3, **CALL, "num_inference_steps": 1, "height": 32}
     gradient = attribute_latents(pipe, sae, "a fox", **how)
     integrated = attribute_latents(pipe, sae, "a fox", method="integrated", integration_steps=3, **how)
     every = gradient.latents.tolist()
