@@ -22,6 +22,7 @@ from sparsefeat.assets import emojicanvas
 from sparsefeat.evaluation.card.bench import Bench
 from sparsefeat.evaluation.card.result import Row
 from sparsefeat.evaluation.evaluate_saes import Concepts, Drawing, measure_units, parts
+from sparsefeat.evaluation.generation import TEST, held_out, whole_grid
 from sparsefeat.evaluation.intervals import mean_interval
 from sparsefeat.evaluation.sae_metrics import measure_sae, pca_fvu, random_control
 from sparsefeat.evaluation.scenes import Picture, called, in_batches, real_drawings
@@ -29,11 +30,13 @@ from sparsefeat.evaluation.units import Units, components, latents, neurons
 from sparsefeat.pipeline import Activations, Context, Hookpoint, Instrument, attach
 from sparsefeat.pipeline.image_to_image import image_to_image
 from sparsefeat.sae import SAE
+from sparsefeat.training import Batch
 
 TOP = 0.02
 """Of all places, those where a unit is on. GAN Dissection's is 0.005, of pictures of whole scenes: a drawing of one of fifty objects
 fills a third of its picture, 0.7 % of all places."""
 ROWS_PER_IMAGE = 16
+HELD_OUT_SEED = 50_000
 
 
 class Rows(Instrument):
@@ -110,7 +113,10 @@ def _measured(bench: Bench, sae: SAE) -> dict[str, dict[str, Any]]:
     drawing = Drawing(prompts[: bench.budget.n_drawn], bench.budget.n_drawn, ROWS_PER_IMAGE, bench.call)
     concepts = Concepts.of_prompts(drawing.prompts)
     rows = drawing.rows(bench.pipe, [at])[1][at]
-    held, fitted = parts(rows, concepts.choosing)
+    _, fitted = parts(rows, concepts.choosing)
+    unseen = Drawing([t.prompt for t in whole_grid(TEST) if held_out(t)], HELD_OUT_SEED, ROWS_PER_IMAGE, bench.call)
+    unseen = unseen.first(max(2, bench.budget.n_drawn // 2))
+    held = Batch(unseen.rows(bench.pipe, [at])[1][at].rows)
     quality = measure_sae(sae, held)
     k = min(sae.d_model, max(1, round(quality.l0)))
     control = random_control(sae, fitted)
