@@ -249,6 +249,29 @@ def test_an_attention_is_handed_out_once_and_the_caller_runs_few_ops(op: str, mo
         torch.testing.assert_close(answers[0], other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("short", [0, 1], ids=["from it on", "below"])
+@pytest.mark.parametrize("op", ["concept_map", "resize_add"])
+def test_both_sides_of_the_sizes_from_which_maps_are_handed_out(op: str, short: int, monkeypatch: pytest.MonkeyPatch):
+    from sparsefeat_kernels.attention import concept, resize
+
+    output, maps = torch.rand(1, 2, 10, 4), torch.rand(3, 2, 4, 4)
+    monkeypatch.setattr(concept, "CONDUCTED_NUMBERS", output.numel() + short)
+    monkeypatch.setattr(resize, "CONDUCTED_BYTES", 4 * 3 * 2 * 8 * 8 + short)
+    module, call = {
+        "concept_map": (concept, lambda: concept_map_(torch.zeros(1, 10, 2), output, output[:, :, :2])),
+        "resize_add": (resize, lambda: resize_add_(torch.zeros(2, 8, 8), maps, None, True)),
+    }[op]
+    inner, pieces = module.together, []
+    monkeypatch.setattr(module, "together", lambda tasks: pieces.append(len(tasks)) or inner(tasks))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        call()
+    finally:
+        torch.set_num_threads(before)
+    assert pieces == [1 if short else 2]
+
+
 SCRATCH = """
 import resource, sys, torch
 import sparsefeat_kernels as kernels
