@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -23,6 +22,7 @@ import torch
 from PIL import Image
 
 from sparsefeat.report import write_page
+from tests.browser import find_chromium
 from tests.report.sample import sample
 
 HOSTILE = """"'><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}&lt;"""
@@ -442,12 +442,7 @@ addEventListener("load", () => {
 
 @pytest.fixture(scope="module")
 def chromium() -> str:
-    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
-        if path := shutil.which(name):
-            return path
-    if os.environ.get("CI") == "true":
-        pytest.fail("no chromium on this machine, and CI must look at the page: run `make browser`")
-    pytest.skip("no chromium on this machine: `make browser` installs one")
+    return find_chromium()
 
 
 def visit(chromium: str, profile: Path, address: Path) -> tuple[str, list[str]]:
