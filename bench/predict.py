@@ -1,4 +1,4 @@
-"""What topk_encode and threshold_encode should cost on an H100, from their machine code: `python -m bench.predict`. No GPU is
+"""What topk_encode, threshold_encode and attention_with_map_ should cost on an H100, from their machine code: `python -m bench.predict`. No GPU is
 needed, and none has confirmed it; expect 30 % either way.
 
 The kernels are compiled for sm_90 as their launchers would compile them for 4,096 rows of bfloat16, and each launch costs
@@ -40,6 +40,9 @@ SHAPES = {
 }
 THRESHOLD = 1.4  # at all of them
 OPS = ("topk_encode", "threshold_encode")
+# batch, heads, positions, head dim, keys: SD 1.5 at 64 x 64 and 16 x 16, SDXL at 32 x 32.
+MAPS = ((2, 8, 4096, 40, 77), (2, 8, 256, 160, 77), (2, 20, 1024, 64, 77))
+REGISTERS = 65536  # of a multiprocessor
 RECORDED = Path(__file__).with_name("results") / "design-a-sass.json"
 
 
@@ -95,7 +98,6 @@ class Launched:
 def launches(shape: str, op: str) -> Iterator[Launched]:
     """Of `op` with the large tile and a kept bias, compiled."""
     os.environ.pop("TRITON_INTERPRET", None)
-    import triton
     from sparsefeat_kernels.encode.gpu import threshold, tiles, topk
 
     from tests.kernels import ahead_of_time as ahead
@@ -112,6 +114,14 @@ def launches(shape: str, op: str) -> Iterator[Launched]:
             topk.topk_encode_triton(x, W, b_enc, b_pre, k, "raw", bias, tiles.LARGE_TILE)
         else:
             threshold.threshold_encode_triton(x, W, b_enc, b_pre, b_enc, 4 * k, bias, tiles.LARGE_TILE)
+    yield from compiled_for_sm_90(calls)
+
+
+def compiled_for_sm_90(calls: list[tuple[Any, dict[str, Any]]]) -> Iterator[Launched]:
+    import triton
+
+    from tests.kernels import ahead_of_time as ahead
+
     folder = Path("build") / "predict"
     folder.mkdir(parents=True, exist_ok=True)
     compiled: dict[str, Code] = {}
@@ -196,7 +206,42 @@ def predicted(shape: str, op: str = "topk_encode") -> dict[str, float]:
     return {name: seconds for name, seconds in parts.items() if seconds} | {"ratio": sum(parts.values()) / bare(shape)}
 
 
+def maps(batch: int, heads: int, n: int, d: int, t: int) -> dict[str, float]:
+    """Seconds of attention_with_map_ of all keys: `memory` what it reads and writes once, `program` the waits of one program,
+    head after head, `work` the instructions of the busiest multiprocessor; `total` with its launches."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    from sparsefeat_kernels.attention import map as op
+
+    from tests.kernels import ahead_of_time as ahead
+
+    op.backend = lambda: "cuda"
+    with torch.device("meta"), ahead.recorded() as calls:
+        query = torch.empty(batch, n, heads, d, dtype=torch.bfloat16).transpose(1, 2)
+        key, value = (torch.empty(batch, t, heads, d, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+        group, out = torch.empty(batch, dtype=torch.int32), torch.empty_like(query)
+        op._attention_triton(torch.empty(batch, n, t), query, key, value, d**-0.5, None, None, group, None, out)
+    (one,) = compiled_for_sm_90(calls)
+    a, loop = one.arguments, one.code.innermost("HMMA", "HGMMA")
+    parts = math.ceil(heads / a["heads_each"])
+    programs = math.ceil(n / a["BLOCK_ROWS"]) * batch * parts
+    a_program = a["heads_each"] * (len(loop) * LATENCY + FETCH) / CLOCK
+    work = math.ceil(programs / MULTIPROCESSORS) * a["num_warps"] * clocks(loop) * a["heads_each"] / CLOCK
+    waves_of = math.ceil(programs / (MULTIPROCESSORS * max(1, REGISTERS // (one.code.registers * 32 * a["num_warps"]))))
+    copies = 4 * batch * n * t * (3 * parts if parts > 1 else 0)  # zeros, what is added to them, their sum
+    moved = (4 * batch * heads * (n + t) * d + 8 * batch * n * t + copies) / MEMORY
+    found = {"memory": moved, "program": waves_of * a_program, "work": work}
+    return found | {"total": max(found.values()) + LAUNCH * (1 if parts == 1 else 4), "programs": programs}
+
+
+def said(parts: dict[str, float]) -> str:
+    return ", ".join(f"{name} {seconds * 1e6:.1f} us" for name, seconds in parts.items())
+
+
 def main() -> None:
+    for size in MAPS:
+        found = maps(*size)
+        programs = found.pop("programs")
+        print(f"attention_with_map_ {'/'.join(map(str, size))}: {programs:.0f} programs, {said(found)}", flush=True)
     for op in OPS:
         for shape, most in SHAPES.items():
             found = predicted(shape, op)

@@ -23,6 +23,8 @@ class Code:
         text = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
         line = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)([^;]*);")
         self.lines = [(int(at, 16), op, rest) for at, op, rest in line.findall(text)]
+        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
+        self.registers = int(re.findall(r"REG:(\d+)", usage.stdout + usage.stderr)[-1])
 
     @property
     def ops(self) -> list[str]:
@@ -43,6 +45,12 @@ class Code:
         held = [i for i, name in enumerate(self.ops) if name == op]
         around = [(start, end) for start, end in self.loops() if held and start <= held[0] and held[-1] <= end]
         start, end = max(around, key=lambda loop: loop[1], default=(0, len(self.lines)))
+        return self.ops[start:end]
+
+    def innermost(self, *names: str) -> list[str]:
+        """The ops of the shortest loop that holds one of these."""
+        around = [loop for loop in self.loops() if any(name in names for name in self.ops[loop[0] : loop[1]])]
+        start, end = min(around, key=lambda loop: loop[1] - loop[0])
         return self.ops[start:end]
 
     def bisection(self) -> list[str]:

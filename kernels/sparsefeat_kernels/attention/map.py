@@ -83,7 +83,8 @@ def attention_map_(
 
     Cost: 2 B heads n t d FLOPs and B heads n t exponentials, B the rows that are counted; twice the products above 256
     keys. Reads query and key, reads and writes the maps once. [batch, heads, n, t] is never held: scratch is some MiB for
-    each thread on a CPU; on a GPU 0 up to 256 keys, 4 batch heads n bytes above.
+    each thread on a CPU; on a GPU 4 batch heads n bytes above 256 keys, and up to there, where blocks of rows are fewer
+    than a GPU's programs, some copies of the maps.
 
     Raises: ValueError or TypeError naming the argument, for wrong shapes, dtypes or devices.
 
@@ -287,6 +288,10 @@ def _chains(groups: dict[int, Tensor], batch: int) -> list[list[int]]:
 # whole row's probabilities times values spill them.
 
 ONE_TILE = 256
+# Where blocks of rows are fewer, their heads are shared out: two programs for each of an H100's 132 multiprocessors. A head
+# after the other waits for its loads and its softmax: 64 programs of 20 heads (SDXL at 32 x 32) take 38 us by
+# `python -m bench.predict`'s model, 256 of 5 heads 10, and the sum of what they leave 6.
+PROGRAMS = 264
 
 
 @jit
@@ -302,6 +307,7 @@ def _attention_map_kernel(
     tokens_ptr,
     batch,
     heads,
+    heads_each,
     rows,
     n_tokens,
     n_selected,
@@ -320,7 +326,9 @@ def _attention_map_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A block of rows of one batch row, all heads, all keys; and of the batch rows after it that have its group."""
+    """A block of rows of one batch row, some heads, all keys; and of the batch rows after it that have its group. Heads that
+    are shared out each have a copy of the maps."""
+    first_head = tl.program_id(2) * heads_each
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     first = tl.program_id(1)
     token = tl.arange(0, BLOCK_TOKENS).to(tl.int64)
@@ -333,7 +341,8 @@ def _attention_map_kernel(
             mine = tl.where(g >= 0, leads & same, b == first)
         else:
             mine = (g >= 0) & leads & same
-        for h in range(0, tl.where(mine, heads, 0)):  # another program's batch row: no head
+        last_head = tl.where(mine, tl.minimum(first_head + heads_each, heads), 0)
+        for h in range(first_head, last_head):  # another program's batch row: no head
             head = tl.cast(h, tl.int64)
             key_head = head // heads_per_key
             scores = head_product(
@@ -356,6 +365,7 @@ def _attention_map_kernel(
                     o = tl.dot(p.to(v.dtype), v, input_precision="ieee")  # [BLOCK_ROWS, BLOCK_D]
                     store_tile(out, b, head, row, rows, column, D_VALUE, o)
     if (g >= 0) & leads:
+        g += tl.program_id(2).to(tl.int64) * groups
         if SELECTED:  # column by column: as exact as a copy, and few
             for j in range(0, n_selected):
                 place = tl.cast(j, tl.int64)
@@ -398,16 +408,22 @@ def _attention_triton(
     block_d = min(next_power_of_2(max(widest, 16)), 32 if full else 64)
     # The next head's tiles are fetched ahead where two heads' fit (AMD: the compiler fails on it with the output).
     stages = 1 if full or widest > 64 or backend() == "hip" else 2
+    row_blocks = -(-n // block_rows)
+    heads_each = -(-heads // max(1, PROGRAMS // (row_blocks * batch)))
+    parts = -(-heads // heads_each)
+    to = maps if parts == 1 else maps.new_zeros(parts * maps.shape[0], *maps.shape[1:])
     with torch.cuda.device_of(query):
-        _attention_map_kernel[(-(-n // block_rows), batch)](
-            Maps(maps, *maps.stride()), queries, keys, values, heads_of(query if out is None else out), bias,
+        _attention_map_kernel[(row_blocks, batch, parts)](
+            Maps(to, *to.stride()), queries, keys, values, heads_of(query if out is None else out), bias,
             weight_argument(head_weight, query), group.contiguous(), group if tokens is None else tokens.contiguous(),
-            batch, heads, n, n_tokens, maps.shape[2], maps.shape[0], scale * LOG2_E, heads // key.shape[1],
+            batch, heads, heads_each, n, n_tokens, maps.shape[2], maps.shape[0], scale * LOG2_E, heads // key.shape[1],
             OUTPUT=out is not None, WEIGHTED=head_weight is not None, SELECTED=tokens is not None, MASK=is_masked,
             ALIGN=align, D=d, D_VALUE=v.shape[3],
             BLOCK_BATCH=next_power_of_2(batch), BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, BLOCK_D=block_d,
             num_warps=8 if full or block_tokens > 128 else 4, num_stages=stages,
         )  # fmt: skip
+    if parts > 1:
+        maps += to.view(parts, *maps.shape).sum(0)
 
 
 # ------------------------------------------------------------------------------------------------------- registration

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from sparsefeat_kernels import attention_map_, attention_rows, attention_with_map_
+from sparsefeat_kernels import attention_map_, attention_rows, attention_with_map_, force_triton
 from sparsefeat_kernels.attention import map as map_module
 from sparsefeat_kernels.attention import scores
 from sparsefeat_kernels.attention.map import reference
+from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -337,3 +338,18 @@ def test_both_sides_of_the_sizes_from_which_a_call_is_conducted_and_its_position
     maps_expected, out_expected = expected(*tensors)
     torch.testing.assert_close(maps.double(), maps_expected, rtol=3e-6, atol=3e-6)
     torch.testing.assert_close(out.double(), out_expected, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("programs", [1, 8, 264])
+def test_heads_that_are_shared_out_add_up_to_the_same_maps(programs: int, monkeypatch: pytest.MonkeyPatch):
+    """Of 2 blocks of rows and 2 batch rows: all 5 heads in one program, in two, and each in one of its own."""
+    if not TRITON_AVAILABLE:
+        pytest.skip("Triton is not installed")
+    monkeypatch.setattr(map_module, "PROGRAMS", programs)
+    tensors = problem((2, 5, 5, 19, 7, 4, 4), torch.float16, "cpu")
+    options = {"head_weight": torch.tensor([0.5, 2.0, 1.0, -1.0, 0.25]), "group": torch.tensor([1, 1])}
+    with force_triton():
+        maps, out = both(*tensors, **options)
+    wanted, wanted_out = expected(*tensors, **{**options, "head_weight": options["head_weight"].double()})
+    torch.testing.assert_close(maps.double(), wanted, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(out.double(), wanted_out, rtol=3e-3, atol=3e-3)
