@@ -139,8 +139,21 @@ def test_there_are_shell_lines_on_the_pages_that_tell_of_the_shell():
 def test_every_command_is_in_the_guide():
     text = (ROOT / "docs" / "command_line.md").read_text()
     command = typer.main.get_command(app)
-    for name in (*command.commands, *(f"sae {name}" for name in command.commands["sae"].commands)):
-        assert f"`sparsefeat {name}" in text or f"`{name.removeprefix('sae ')}`" in text, name
+    names = [*command.commands]
+    for group in ("sae", "evaluate"):
+        names += [f"{group} {name}" for name in command.commands[group].commands]
+    for name in names:
+        assert f"`sparsefeat {name}" in text or f"`{name.rpartition(' ')[2]}`" in text, name
+
+
+def test_the_shell_completes_commands_and_options():
+    def completed(words: str) -> list[str]:
+        asked = {"_SPARSEFEAT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        return CliRunner().invoke(app, [], env=asked, prog_name="sparsefeat").output.split()
+
+    assert completed("sparsefeat fea") == ["features"]
+    assert completed("sparsefeat sae con") == ["convert"]
+    assert completed("sparsefeat steer --sc") == ["--scale"]
 
 
 def test_opening_anybodys_sae_takes_fewer_than_ten_lines():

@@ -196,7 +196,10 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for section in config.nav:
         for title, pages in section.items() if isinstance(section, dict) else ():
             if title in SECTIONS:
-                pages += [path for path, _ in SECTIONS[title]()]
+                pages += [
+                    {text.partition("\n")[0].removeprefix("# ").removeprefix("sparsefeat."): path}
+                    for path, text in SECTIONS[title]()
+                ]
     return config
 
 
