@@ -62,19 +62,19 @@ class Block:
             times += 1
             return (edit(own - base) + base).to(own.dtype)
 
-        def taken_in(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Part, Tensor] | None:
+        def taken_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Part, Tensor] | None:
             given = functools.partial(argument, module, args, kwargs)
             part = self.family.input_part(self.target.inner, self.stream, given, run)
             return None if part is None else (part, take_argument(module, part.name, args, kwargs))
 
-        def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             found = taken_in(module, args, kwargs)
             if found is None:
                 return None
             part, whole = found
             return put_argument(module, part.name, args, kwargs, part.into(whole, edited(part.of(whole))))
 
-        def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             part = self.family.output_part(self.target.inner, self.stream, output, run)
             if part is None:
                 return None

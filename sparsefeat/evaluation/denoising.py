@@ -96,7 +96,7 @@ def _given_noised(
     """Within, every call of the denoiser is given noised latents, and its loss is noted."""
     aims: list[Tensor] = []
 
-    def give(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def give(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         name = next((n for n in LATENTS if n in kwargs), LATENTS[0])
         given = args[0] if args else kwargs[name]
         if given.shape != latents.shape:
@@ -115,7 +115,7 @@ def _given_noised(
             return (seen, *args[1:]), kwargs
         return args, {**kwargs, name: seen}
 
-    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         said = output if isinstance(output, Tensor) else output[0]
         aim = aims.pop()
         said = (

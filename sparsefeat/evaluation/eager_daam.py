@@ -43,7 +43,7 @@ class EagerDAAM:
             for name, processor in before.items()
         }
 
-        def sizes(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        def sizes(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             height, width = (args[0] if args else kwargs["sample"]).shape[-2:]
             while height * width > 1:
                 self._grids[height * width] = height, width

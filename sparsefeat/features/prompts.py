@@ -252,7 +252,7 @@ def _watched(target: Target, tokenizer: Any, n_texts: int, tokens_only: bool) ->
     # The class's forward: offloading puts one on the instance that says (*args, **kwargs) in older versions.
     signature = inspect.signature(type(root).forward)
 
-    def given(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def given(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = signature.bind_partial(root, *args, **kwargs).arguments
         ids, mask = arguments["input_ids"], arguments.get("attention_mask")
         masks = [None] * len(ids) if mask is None else list(mask.cpu())
@@ -260,10 +260,10 @@ def _watched(target: Target, tokenizer: Any, n_texts: int, tokens_only: bool) ->
         if tokens_only and len(run.tokens) == n_texts:
             raise _Enough
 
-    def keep(module: Any, args: tuple, output: Any) -> None:
+    def keep(module: Any, args: tuple[Any, ...], output: Any) -> None:
         run.rows += list(output if isinstance(output, Tensor) else output[0])
 
-    def enough(module: Any, args: tuple, output: Any) -> None:
+    def enough(module: Any, args: tuple[Any, ...], output: Any) -> None:
         if len(run.rows) == n_texts:
             raise _Enough
 

@@ -50,7 +50,7 @@ class Call:
     """The model runs in autocast, which instruments do not."""
     own_loop: bool = False
     """The denoising loop is the user's own, inside `session.call(...)`."""
-    pipe_ref: weakref.ref | None = field(default=None, repr=False)
+    pipe_ref: weakref.ref[Any] | None = field(default=None, repr=False)
     scheduled: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

@@ -32,7 +32,7 @@ class Hook:
         self.kind, self.target = kind, target
 
     @torch.compiler.disable  # instruments run between the graphs of a compiled model, not in them
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Any:
         wiring = self._wiring()
         # A graph compiled for another block of the same class may call this with that block's output.
         if wiring is None or module is not self.target.module:

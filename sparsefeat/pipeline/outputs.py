@@ -47,7 +47,7 @@ def put(output: Any, index: int, tensor: torch.Tensor) -> Any:
     return type(output)(elements)
 
 
-def argument(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], name: str | None) -> Any:
+def argument(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str | None) -> Any:
     """The value of a module's argument, given by position or by name; None if it was not given. `name` None: the
     first one.
     """
@@ -55,7 +55,9 @@ def argument(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], na
     return kwargs.get(name) if name in kwargs else (args[position] if position < len(args) else None)
 
 
-def take_argument(module: torch.nn.Module, name: str | None, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
+def take_argument(
+    module: torch.nn.Module, name: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> torch.Tensor:
     """The stream's tensor among a module's arguments. `name` None: the first one."""
     value = argument(module, args, kwargs, name)
     if not isinstance(value, torch.Tensor):
@@ -68,7 +70,7 @@ def take_argument(module: torch.nn.Module, name: str | None, args: tuple, kwargs
 
 
 def put_argument(
-    module: torch.nn.Module, name: str | None, args: tuple, kwargs: dict[str, Any], tensor: torch.Tensor
+    module: torch.nn.Module, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], tensor: torch.Tensor
 ) -> tuple[tuple, dict[str, Any]]:
     """The arguments with the stream's tensor replaced, each still passed the way it was."""
     name, position = _parameter(module, name)

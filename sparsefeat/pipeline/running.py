@@ -205,7 +205,9 @@ class RunningCall:
 
     # Runs of the components
 
-    def begin_root(self, target: Target, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def begin_root(
+        self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         """A component is about to run: the arguments to run it on in the place of these, None for the same."""
         root = getattr(target.module, "_orig_mod", target.module)
         arguments = _named(root, args, kwargs)
@@ -271,7 +273,7 @@ class RunningCall:
     def _is_main(self, loop: Loop) -> bool:
         return loop.index == 0 and loop.scheduler is getattr(self.pipe, "scheduler", None)
 
-    def passed_through(self, target: Target, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def passed_through(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A text encoder, or a component between these and the denoiser, has run."""
         if target.family.stream == "text":
             arguments = _named(getattr(target.module, "_orig_mod", target.module), args, kwargs) or {}
@@ -361,7 +363,7 @@ def _said(value: Any) -> str:
     return f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-def _named(root: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+def _named(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """The arguments of a model's forward by name; None if it does not take these."""
     try:
         # The class's forward: offloading puts one on the instance that says (*args, **kwargs) in older versions.

@@ -86,7 +86,7 @@ class Visits:
         self._replays.clear()
 
     def after(
-        self, running: RunningCall | None, target: Target, args: tuple, kwargs: dict[str, Any], output: Any
+        self, running: RunningCall | None, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """The module gave `output`: what to go on with in its place, None for the same."""
         module = target.module
@@ -112,7 +112,7 @@ class Visits:
         self._remember(key, edits)
         return None if changed is output else changed
 
-    def before(self, running: RunningCall | None, target: Target, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def before(self, running: RunningCall | None, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module is given these arguments: those to go on with in their place, None for the same."""
         module = target.module
         changed = (args, kwargs)
@@ -249,7 +249,7 @@ def _is_its_turn(running: RunningCall, instrument: Instrument, context: Context)
     return active
 
 
-def _handed_on(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> bool:
+def _handed_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
     """Whether something in the place of the module's forward gave back the very tensors that it was given."""
     if "forward" not in vars(module):
         return False
@@ -259,7 +259,9 @@ def _handed_on(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: A
     return bool(tensors) and all(id(tensor) in given for tensor in tensors)
 
 
-def _given(place: Place, module: nn.Module, args: tuple, kwargs: dict[str, Any], run: RootRun) -> torch.Tensor:
+def _given(
+    place: Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], run: RootRun
+) -> torch.Tensor:
     """The place's stream in what the module was given."""
     target = place.target
     given = functools.partial(argument, module, args, kwargs)

@@ -282,7 +282,7 @@ class Wiring:
         another = bool(here) and here[-1] is not self._running  # of a pipeline that shares the module
         return bool(self.sessions) and not self._guard.up and not another and not in_backward()
 
-    def heard(self, kind: str, target: Target, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def heard(self, kind: str, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """A hooked module is about to run, or has run."""
         if self._guard.up or not self.sessions:
             return None

@@ -297,7 +297,7 @@ def _dictionary(
 def _exchanged(pipe: Any, token: int, star: Tensor) -> Iterator[None]:
     """Within, the text encoder is given `star` in the place of one token's embedding."""
 
-    def exchange(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def exchange(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         ids = args[0] if args else kwargs["input"]
         return torch.where((ids == token)[..., None], star.to(output), output)
 

@@ -54,14 +54,14 @@ class Guiders:
             return None
         return _LABELS.get(said) or ("perturbed" if said.startswith("pred_cond_") else None)
 
-    def _inputs(self, guider: Any, args: tuple, kwargs: dict[str, Any], batches: Any) -> None:
+    def _inputs(self, guider: Any, args: tuple[Any, ...], kwargs: dict[str, Any], batches: Any) -> None:
         self._batches, self._prepared, self._running = list(batches), 0, False
 
-    def _models(self, guider: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+    def _models(self, guider: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         self._prepared += 1
         self._running = True
         self._changed()
 
-    def _cleanup(self, guider: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+    def _cleanup(self, guider: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         self._running = False
         self._changed()

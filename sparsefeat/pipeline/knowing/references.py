@@ -69,7 +69,7 @@ class References:
             if _EMBEDDING.search(name) and not name.startswith("ip_adapter"):
                 self.found += self._named(name, value, None)
 
-    def begin(self, method: Any, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def begin(self, method: Any, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A method that encodes was called."""
         signature = inspect.signature(method)
         try:

@@ -229,7 +229,7 @@ class Steps:
     def _is_the_pipelines(self, scheduler: Any) -> bool:
         return any(scheduler is own for own in self._schedulers().values())
 
-    def _set(self, scheduler: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+    def _set(self, scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if not self._is_the_pipelines(scheduler):
             return
         known = id(scheduler) in self._loops
@@ -240,7 +240,9 @@ class Steps:
         """The loop that a scheduler steps in, of the pipeline's or a copy of it made in the call."""
         return self._loop(scheduler) if self._is_the_pipelines(scheduler) else self._latest
 
-    def _about_to_step(self, scheduler: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _about_to_step(
+        self, scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
         loop = self._loop_of(scheduler)
         names = list(inspect.signature(type(scheduler).step).parameters)[1:]
         place = names.index("sample") if "sample" in names else len(args)
@@ -254,7 +256,7 @@ class Steps:
             return args, {**kwargs, "sample": other}
         return (*args[:place], other, *args[place + 1 :]), kwargs
 
-    def _stepped(self, scheduler: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+    def _stepped(self, scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         loop = self._loop_of(scheduler)
         if loop is None:
             return

@@ -101,7 +101,7 @@ def _hearing_of_one(thing: Any, name: str, original: Any) -> Any:
     return method
 
 
-def _heard(thing: Any, name: str, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+def _heard(thing: Any, name: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     here = threading.get_ident()
     mine = next((one for one in reversed(_listeners) if one.thread == here and name in one.methods), None)
     if mine is None or mine.deaf() or name in mine.inside:
