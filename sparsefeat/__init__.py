@@ -86,6 +86,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.steering import ScoreEdit as ScoreEdit
     from sparsefeat.steering import Slider as Slider
     from sparsefeat.steering import Steer as Steer
+    from sparsefeat.steering import Together as Together
     from sparsefeat.steering import TokenDirection as TokenDirection
     from sparsefeat.steering import Views as Views
     from sparsefeat.steering import decompose as decompose
@@ -144,6 +145,7 @@ _HOME = {
     "Splice": "sparsefeat.evaluation.splice",
     "Statistics": "sparsefeat.features",
     "Steer": "sparsefeat.steering",
+    "Together": "sparsefeat.steering",
     "TokenDirection": "sparsefeat.steering",
     "TrainConfig": "sparsefeat.training",
     "UCE": "sparsefeat.erasure",

@@ -41,6 +41,22 @@ def prompt(object_name: str | None, style: str | None = None) -> str:
     return f"{head} of {'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
+def prompts_by_concept(concept: str, name: str = "concept") -> dict[str, list[str]]:
+    """Prompts of a style and of the other styles, or of an object and of the other objects, by how a prompt says each.
+
+    `name`: how the caller's user calls the argument. Raises ValueError for what is neither.
+    """
+    hyphenated = concept.replace(" ", "-")
+    if hyphenated in STYLES:
+        return {style: [prompt(of, style) for of in OBJECTS[::2]] for style in STYLES}
+    if hyphenated in OBJECTS:
+        return {words(of): [prompt(of, style) for style in STYLES] for of in OBJECTS}
+    raise ValueError(
+        f"{name} {concept!r} is none of the embedded pipeline's objects and styles; choose one of "
+        f"{', '.join((*STYLES, *map(words, OBJECTS)))}"
+    )
+
+
 def held_out(object_index: int, style_index: int) -> bool:
     """Whether the SAEs never see this cell of the grid: a fifth of it, every object and every style among them."""
     return (object_index + 2 * style_index) % 5 == 0

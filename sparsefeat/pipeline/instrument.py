@@ -154,6 +154,10 @@ class Instrument:
     reads_unturned = False
     """Whether `at_attention` needs `AttentionCall.unturned`, which takes the memory of the queries once more."""
 
+    def members(self) -> tuple[Instrument, ...]:
+        """What `attach` attaches in its place, in this order; an instrument that is made of others names them."""
+        return (self,)
+
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         """Where `at_hookpoint` is wanted; asked once, after `prepare`."""
         return ()

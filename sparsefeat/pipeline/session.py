@@ -52,10 +52,12 @@ def attach(
                 f"instruments[{position}] is {type(instrument).__name__}, not an Instrument; attach takes the "
                 "pipeline first and instruments after it"
             )
-        if any(instrument is earlier for earlier in instruments[:position]):
-            raise ValueError(f"instruments[{position}] ({type(instrument).__name__}) was given twice; give it once")
     if not instruments:
         raise ValueError("attach(pipe) was given no instrument; give at least one after the pipeline")
+    instruments = tuple(part for instrument in instruments for part in instrument.members())
+    for position, instrument in enumerate(instruments):
+        if any(instrument is earlier for earlier in instruments[:position]):
+            raise ValueError(f"instruments[{position}] ({type(instrument).__name__}) was given twice; give it once")
     stated = _runs(layout)
     wiring = Wiring.of(pipe)
     wiring.check_thread()

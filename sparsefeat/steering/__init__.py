@@ -22,6 +22,7 @@ from sparsefeat.steering.scores import (
     Views,
 )
 from sparsefeat.steering.steer import Steer
+from sparsefeat.steering.together import Together
 from sparsefeat.steering.token_direction import TokenDirection
 from sparsefeat.steering.transport import FeatureTransport
 from sparsefeat.steering.vectors import AddVector
@@ -49,6 +50,7 @@ __all__ = [
     "SetConcepts",
     "Slider",
     "Steer",
+    "Together",
     "TokenDirection",
     "Views",
     "code_edit",

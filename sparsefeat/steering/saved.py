@@ -137,6 +137,8 @@ def load_instrument(folder: str | os.PathLike[str], sae: SAE | None = None) -> S
         window = StepWindow.from_json(settings.pop("steps", None))
         if isinstance(settings.get("at"), list) and all(isinstance(part, str) for part in settings["at"]):
             settings["at"] = Hookpoint.parse(*settings["at"])
+        if "saes_of_parts" in settings:  # several instruments, each in a folder of its own
+            settings = {"parts": _parts(folder, settings["saes_of_parts"])}
         made = _KINDS[kind].from_saved(sae, settings, tensors)
         if "window" in vars(made):
             made.window = window  # type: ignore[attr-defined]
@@ -148,6 +150,12 @@ def load_instrument(folder: str | os.PathLike[str], sae: SAE | None = None) -> S
         raise ValueError(
             f"{folder} holds a damaged instrument ({type(error).__name__}: {error}); save it again, or give another folder."
         ) from error
+
+
+def _parts(folder: Path, saes_of_parts: list[int | None]) -> list[SavableInstrument]:
+    """The instruments in `part-0`, `part-1`, ...; those of one SAE, `sae-0`, share it."""
+    saes = {i: load_sae(folder / f"sae-{i}") for i in sorted({i for i in saes_of_parts if i is not None})}
+    return [load_instrument(folder / f"part-{n}", None if i is None else saes[i]) for n, i in enumerate(saes_of_parts)]
 
 
 def fingerprint(sae: SAE) -> str:

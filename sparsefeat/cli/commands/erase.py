@@ -16,8 +16,6 @@ from sparsefeat.cli.options import At, Device, Guidance, Out, Pipeline, Saes, Se
 from sparsefeat.whole import whole_folder
 
 METHODS = ("saeuron", "cad", "uce", "sld")
-PROMPTS = 4
-"""Of the concept, that cad and uce look at."""
 
 
 def erase(
@@ -98,12 +96,13 @@ def erase(
             }
             with nullcontext() if save_to is None else whole_folder(save_to, "--save") as kept:
                 from sparsefeat.erasure import Erase
+                from sparsefeat.erasure.by_word import erase_by_word
 
                 pipe = choice.open()
                 call = choice.call_options(guidance, seed)
                 del call["generator"]  # every image of the fit has its own
                 if saes is None:
-                    instruments = [without_sae(method, pipe, concept, given, call)]
+                    instruments = [erase_by_word(pipe, concept, method, given, **call)]
                 else:
                     instruments = [
                         Erase.fit(pipe, one, concept, given, magnitude="scale", batch_size=25, at=at, **how, **call)
@@ -114,20 +113,6 @@ def erase(
                         instrument.save(kept if len(instruments) == 1 else kept / str(i))
         draw_before_and_after(pipe, prompt, lambda: choice.call_options(guidance, seed), instruments, folder)
     typer.echo(f"{out / 'before.png'}\n{out / 'after.png'}")
-
-
-def without_sae(method: str, pipe: Any, concept: str, prompts: dict[str, list[str]], call: dict[str, Any]) -> Any:
-    """The instrument of a method that needs no SAE, by a few of the concept's prompts and of the others'."""
-    from sparsefeat.attribution import cad_erase
-    from sparsefeat.erasure import UCE, safe_latent_diffusion
-
-    if method == "sld":
-        return safe_latent_diffusion(concept, "max")
-    own = prompts.get(concept, [concept])[:PROMPTS]
-    if method == "cad":
-        return cad_erase(pipe, own, **call)
-    others = [text for name, texts in prompts.items() if name != concept for text in texts[:1]]
-    return UCE.fit(pipe, own, preserve=others, **{**call, "num_inference_steps": 1})
 
 
 def fitted_folders(fitted: Path) -> list[Path]:
@@ -152,17 +137,9 @@ def concept_prompts(concept: str, concepts: Path | None, pipeline: str | None) -
         return read_concepts(concept, concepts)
     if pipeline is not None:
         raise ValueError("--concepts is needed for this pipeline: a JSON file that maps each concept to its prompts")
-    from sparsefeat.assets import emojicanvas as canvas
+    from sparsefeat.assets.emojicanvas import prompts_by_concept
 
-    name = concept.replace(" ", "-")
-    if name in canvas.STYLES:
-        return {s: [canvas.prompt(o, s) for o in canvas.OBJECTS[::2]] for s in canvas.STYLES}
-    if name in canvas.OBJECTS:
-        return {canvas.words(o): [canvas.prompt(o, s) for s in canvas.STYLES] for o in canvas.OBJECTS}
-    raise ValueError(
-        f"--concept {concept!r} is none of the embedded pipeline's objects and styles; choose one of "
-        f"{', '.join((*canvas.STYLES, *map(canvas.words, canvas.OBJECTS)))}"
-    )
+    return prompts_by_concept(concept, "--concept")
 
 
 def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

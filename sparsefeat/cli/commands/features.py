@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from sparsefeat.assets import emojicanvas as canvas
-from sparsefeat.cli.drawing import draw
 from sparsefeat.cli.failures import keeping
 from sparsefeat.cli.opening import PipelineChoice, SAEChoice, check_hookpoint
 from sparsefeat.cli.options import At, Device, Guidance, Json, Out, Pipeline, Saes, Seed, Steps, Subfolders
@@ -68,6 +67,7 @@ def features(
     with whole_folder(out, "--out") as folder:
         from sparsefeat.features import Record
         from sparsefeat.pipeline import attach
+        from sparsefeat.pipeline.drawing import draw
         from sparsefeat.report import enlarge, overlay
 
         records = [Record(one, at) for one in saes.open(device)]

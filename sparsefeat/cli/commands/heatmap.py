@@ -12,7 +12,6 @@ from typing import Annotated
 
 import typer
 
-from sparsefeat.cli.drawing import draw
 from sparsefeat.cli.failures import in_options
 from sparsefeat.cli.opening import PipelineChoice
 from sparsefeat.cli.options import Device, Guidance, Out, Pipeline, Seed, Steps
@@ -63,6 +62,7 @@ def heatmap(
     with whole_folder(out, "--out") as folder:
         from sparsefeat.attention import HeatMaps, SelfAttention, words_of
         from sparsefeat.pipeline import attach
+        from sparsefeat.pipeline.drawing import draw
         from sparsefeat.report import enlarge, over_steps, overlay, save_animation, sheet_by, words_sheet
 
         pipe = choice.open()
