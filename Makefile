@@ -36,7 +36,7 @@ $(VENV)/.installed: $(VENV)/.made pyproject.toml setup.cfg setup.py $(CONSTRAINT
 	touch $@
 
 $(VENV)/.tests-installed: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[test,bench,data]'
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[test,explore,bench,data]'
 	touch $@
 
 demo: $(VENV)/.installed

@@ -20,6 +20,7 @@ from sparsefeat.cli.commands.evaluate.overhead import overhead
 from sparsefeat.cli.commands.evaluate.saes import saes
 from sparsefeat.cli.commands.evaluate.scenes import scenes
 from sparsefeat.cli.commands.evaluate.weights import weights
+from sparsefeat.cli.commands.explore import explore
 from sparsefeat.cli.commands.features import features
 from sparsefeat.cli.commands.heatmap import heatmap
 from sparsefeat.cli.commands.hookpoints import hookpoints
@@ -33,7 +34,7 @@ from sparsefeat.cli.commands.steer import steer
 from sparsefeat.cli.commands.train import train
 from sparsefeat.cli.failures import plain_errors
 
-COMMANDS = (demo, features, steer, erase, heatmap, circuit, hookpoints, collect, train, bench)
+COMMANDS = (demo, explore, features, steer, erase, heatmap, circuit, hookpoints, collect, train, bench)
 EVALUATE_COMMANDS = (attribution, card, emoji, overhead, saes, scenes, weights)
 SAE_COMMANDS = (info, list_saes, check, verify, names, convert)
 

@@ -14,6 +14,7 @@ from sparsefeat.assets.embedded import (
     GUIDANCE,
     N_STEPS,
     PIPELINE,
+    block_sae_folder,
     cross_attention_sae_folders,
     load_pipeline,
     sae_folders,
@@ -50,13 +51,22 @@ def check_hookpoint(at: str | None, option: str = "--at") -> None:
         )
 
 
+def _dtype(device: str) -> str:
+    """What a pipeline calculates with there."""
+    return "float32" if device == "cpu" else "float16"
+
+
 @dataclass(frozen=True)
 class PipelineChoice:
-    """The pipeline that is asked for, on which device, and how often it steps. Raises ValueError for what cannot be."""
+    """The pipeline that is asked for, on which device, and how often it steps. Raises ValueError for what cannot be.
+
+    option: how the command's user names it, for the sentences.
+    """
 
     name: str | None
     device: str = "cpu"
     steps: int | None = None
+    option: str = "--pipeline"
 
     def __post_init__(self) -> None:
         check_device(self.device)
@@ -64,11 +74,11 @@ class PipelineChoice:
             folder = Path(self.name).expanduser()
             if not self.name.strip() or not (folder.exists() or HUB_ID.fullmatch(self.name)):
                 raise ValueError(
-                    f"--pipeline {self.name!r} does not exist; pass a diffusers folder, or a hub id OWNER/NAME"
+                    f"{self.option} {self.name!r} does not exist; pass a diffusers folder, or a hub id OWNER/NAME"
                 )
             if folder.exists() and not (folder / "model_index.json").is_file():
                 raise ValueError(
-                    f"--pipeline {self.name!r} has no model_index.json; pass the folder of a diffusers pipeline"
+                    f"{self.option} {self.name!r} has no model_index.json; pass the folder of a diffusers pipeline"
                 )
         folder = PIPELINE if self.name is None else Path(self.name).expanduser()
         try:
@@ -97,7 +107,7 @@ class PipelineChoice:
         import torch
         from diffusers import DiffusionPipeline
 
-        dtype = torch.float32 if self.device == "cpu" else torch.float16
+        dtype = getattr(torch, _dtype(self.device))
         local = Path(self.name).expanduser()
         try:
             pipe = DiffusionPipeline.from_pretrained(local if local.exists() else self.name).to(self.device, dtype)
@@ -105,15 +115,25 @@ class PipelineChoice:
             why = str(error).partition("\n")[0].partition(". ")[0].partition(" Please check out")[0].rstrip(".")
             if local.exists():
                 raise ValueError(
-                    f"--pipeline {self.name!r} cannot be opened ({why}); pass a whole diffusers folder"
+                    f"{self.option} {self.name!r} cannot be opened ({why}); pass a whole diffusers folder"
                 ) from error
             raise OSError(
-                f"--pipeline {self.name!r} could not be fetched from the hub ({why}); check its name and your connection"
+                f"{self.option} {self.name!r} could not be fetched from the hub ({why}); check its name and your connection"
             ) from error
         self._check_steps(getattr(getattr(pipe, "scheduler", None), "config", {}))
         if not sys.stderr.isatty():
             pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    def code(self) -> tuple[tuple[str, ...], str]:
+        """What `open` does, as Python: the lines of its imports, and the expression."""
+        if self.name is None:
+            moved = "" if self.device == "cpu" else f".to({self.device!r})"
+            return ("from sparsefeat.assets import load_pipeline",), f"load_pipeline(){moved}"
+        folder = Path(self.name).expanduser()
+        place, dtype = str(folder.absolute()) if folder.exists() else self.name, _dtype(self.device)
+        opened = f"DiffusionPipeline.from_pretrained({place!r}).to({self.device!r}, torch.{dtype})"
+        return ("from diffusers import DiffusionPipeline",), opened
 
     def call_options(self, guidance: float | None, seed: int) -> dict[str, Any]:
         """Arguments of the pipeline's call; noise that is drawn anew from the seed."""
@@ -140,7 +160,8 @@ class PipelineChoice:
 class SAEChoice:
     """The SAEs that are asked for. Raises ValueError for names that cannot be.
 
-    names: without any the embedded ones: "all", that of the last "attention", or of the "text" encoder.
+    names: without any the embedded ones: "all", that of the last "attention", that and the block's to "explore", or the
+        "text" encoder's.
     pipeline: what they will be attached to; the embedded SAEs are of the embedded pipeline alone.
     option: how the command's user names them, for the sentences.
     """
@@ -172,6 +193,7 @@ class SAEChoice:
             return self.names
         embedded = {
             "all": sae_folders(),
+            "explore": [block_sae_folder(), cross_attention_sae_folders()[-1]],
             "attention": [cross_attention_sae_folders()[-1]],
             "text": [text_encoder_sae_folder()],
         }[self.embedded]
@@ -182,12 +204,26 @@ class SAEChoice:
         check_usable(device)
         from sparsefeat.sae import load_sae
 
+        return [load_sae(place, device=device, subfolder=folder, **said) for place, folder in self._within()]
+
+    def _within(self) -> list[tuple[str, str | None]]:
+        """Each place, and the folder or file in it."""
         places = self.places()
         inside: list[str | None] = [*self.subfolders] if self.subfolders else [None] * len(places)
-        return [
-            load_sae(place, device=device, subfolder=folder, **said)
-            for place, folder in zip(places, inside, strict=True)
-        ]
+        return list(zip(places, inside, strict=True))
+
+    def code(self, device: str = "cpu") -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What `open` does, as Python: the lines of its imports, and an expression for each SAE."""
+        more = "" if device == "cpu" else f", device={device!r}"
+        if not self.names:
+            opened = tuple(f"sf.load_sae(SAES / {Path(place).name!r}{more})" for place in self.places())
+            return ("from sparsefeat.assets.embedded import SAES",), opened
+        lines = []
+        for place, inside in self._within():
+            folder = Path(place).expanduser()
+            within = "" if inside is None else f", subfolder={inside!r}"
+            lines.append(f"sf.load_sae({(str(folder.absolute()) if folder.exists() else place)!r}{within}{more})")
+        return (), tuple(lines)
 
 
 def quiet_libraries() -> None:

@@ -12,7 +12,6 @@ from sparsefeat.pipeline import Instrument
 from sparsefeat.steering.saved import SavableInstrument, register
 from sparsefeat.whole import whole_folder
 
-
 KIND = "sparsefeat.steering:Together"
 
 

@@ -1,0 +1,75 @@
+"""`sparsefeat explore`."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from typing import Annotated
+
+import typer
+
+from sparsefeat.assets import emojicanvas as canvas
+from sparsefeat.cli.opening import PipelineChoice, SAEChoice
+from sparsefeat.cli.options import Device, Guidance, Saes, Seed, Steps, Subfolders
+from sparsefeat.inputs import read_prompts
+
+
+def explore(
+    pipeline: Annotated[
+        str | None, typer.Argument(help="A diffusers folder or hub id. Default: the embedded pipeline.")
+    ] = None,
+    sae: Saes = None,
+    subfolder: Subfolders = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="A file of prompts, one a line, that images are drawn of as examples.")
+    ] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Of 127.0.0.1. Default: the first free one from 7860.")
+    ] = None,
+) -> None:
+    """Open a page in your browser: a prompt's features to steer and paint, words to map and erase, edits to save."""
+    choice = PipelineChoice(pipeline, device, steps, option="PIPELINE")
+    saes = SAEChoice(sae, subfolder, pipeline, "explore")
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError("the page needs Gradio, which is not installed; pip install 'sparsefeat[explore]'")
+    others = () if prompts is None else read_prompts(prompts).prompts
+    pipe, opened = choice.open(), saes.open(device)
+    from sparsefeat.explore import Asked, Explorer, Source
+    from sparsefeat.explore.page import Page
+
+    own_imports, pipe_line = choice.code()
+    sae_imports, sae_lines = saes.code(device)
+    if pipeline is None:
+        of_words = SAEChoice(None, None, None, "text")
+        eraser, eraser_line = of_words.open(device)[0], of_words.code(device)[1][0]
+        source = Source((*own_imports, *sae_imports), pipe_line, sae_lines, eraser_line)
+        words = {canvas.prompt(o, s): (canvas.words(o), s) for o in canvas.OBJECTS for s in canvas.STYLES}
+        explorer = Explorer(
+            pipe,
+            opened,
+            source,
+            prompts=others or canvas.training_prompts(),
+            words=words,
+            eraser=eraser,
+            concepts=lambda word: canvas.prompts_by_concept(word, "the word"),
+        )
+    else:
+        explorer = Explorer(pipe, opened, Source((*own_imports, *sae_imports), pipe_line, sae_lines), prompts=others)
+    first = canvas.prompt("fox", "noto") if pipeline is None else "a fox"
+    settings = choice.call_settings(guidance)
+    page = Page(explorer, Asked(first, seed, choice.n_steps, settings.get("guidance_scale")))
+    try:
+        address = page.serve(port)
+    except OSError:
+        raise OSError(f"--port {port or '7860 and the hundred after it'} cannot be had; choose another") from None
+    typer.echo(f"{address}  Open this in a browser; Ctrl-C ends it.")
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        explorer.stop()
+        page.blocks.close(verbose=False)
+        typer.echo("ended; what was saved is kept", err=True)
