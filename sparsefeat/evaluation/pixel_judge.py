@@ -78,6 +78,12 @@ def label_pixels(judge: PixelJudge, images: list[Image.Image] | np.ndarray | Ten
     return torch.cat([judge(chunk).argmax(1) for chunk in as_tensor(images).split(batch)])
 
 
+def objects_drawn(labels: Tensor, least: float = 0.01) -> Tensor:
+    """bool [n, object]: which objects cover at least the share `least` of each image. `labels` from `label_pixels`."""
+    counts = torch.stack([torch.bincount(row.flatten(), minlength=BACKGROUND + 1) for row in labels])
+    return counts[:, :BACKGROUND] >= least * labels[0].numel()
+
+
 def labels_of(masks: np.ndarray | Tensor, objects: tuple[int, ...]) -> Tensor:
     """The true labels of a scene: masks float [n, h, w] of `objects` to int64 [h, w].
 
