@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsefeat.assets import load_pipeline
 from sparsefeat.erasure import safe_latent_diffusion
 from sparsefeat.pipeline import attach
 from sparsefeat.steering import Compose, ScoreEdit, load_instrument
@@ -70,6 +71,15 @@ def test_it_runs_in_autocast_where_the_prompts_own_encoding_is_rounded(pipe):
     with torch.autocast("cpu", torch.bfloat16):
         plain, found = draw(pipe), draw(pipe, edit)
     assert (found - plain).abs().max() >= 1e-2 * plain.abs().max()
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("prompt", ["a noto emoji of a soccer ball", "a fluent emoji of a light bulb"])
+def test_a_prompt_whose_largest_elements_are_rounded_most_is_found_in_autocast(prompt):
+    pipe = load_pipeline()
+    with torch.autocast("cpu", torch.bfloat16), attach(pipe, safe_latent_diffusion("a fish", "max")):
+        images = pipe(prompt, num_inference_steps=2, guidance_scale=3.0, output_type="latent").images
+    assert images.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
