@@ -34,7 +34,17 @@ from sparsefeat.erasure.esd import LowRank
 from sparsefeat.erasure.uce import TextMap
 from sparsefeat.features import area_under_curve, normalized_mean_difference, search
 from sparsefeat.report import overlay, save_animation
-from sparsefeat.steering import CodeRule, Decomposition, FeatureTransport, NeuronMaps, Overwrite, PromptVector
+from sparsefeat.steering import (
+    CodeRule,
+    ConceptModel,
+    Decomposition,
+    FeatureTransport,
+    NeuronMaps,
+    Overwrite,
+    PromptVector,
+    PushConcepts,
+    SetConcepts,
+)
 from sparsefeat.steering.scores import SafeGuidance
 from sparsefeat.training import Objective, TensorRows, build_itda, geometric_median, initialise, training_loss
 from tests.tiny import tiny_sd
@@ -63,6 +73,10 @@ def statistics() -> sf.Statistics:
     for timestep in (801.0, 401.0):
         counted.add(code, torch.arange(40) % 2, timestep)
     return counted
+
+
+def concept_model() -> ConceptModel:
+    return ConceptModel.new(sf.Hookpoint("unet.mid_block"), {"colour": ("red", "blue")}, D, (2, 2), True)
 
 
 class Untouched:
@@ -449,6 +463,35 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         sf.attribute_latents,
         lambda: {"pipe": Untouched(), "sae": make_sae(), "prompts": "a fox", "steps": (0.0, 0.5)},
     ),
+    "circuit": (
+        sf.circuit,
+        lambda: {
+            "pipe": Untouched(),
+            "upstream": make_sae(),
+            "downstream": make_sae(),
+            "prompts": "a fox",
+            "steps": (0.0, 0.5),
+        },
+    ),
+    "learn_concepts": (
+        sf.learn_concepts,
+        lambda: {
+            "pipe": Untouched(),
+            "at": "unet.mid_block",
+            "prompts": {"a red fox": {"colour": "red"}, "a blue fox": {"colour": "blue"}},
+            "confidence": 0.9,
+            "lr": 0.1,
+            "steps": (0.0, 0.5),
+        },
+    ),
+    "SetConcepts": (
+        SetConcepts,
+        lambda: {"model": concept_model(), "wanted": {"colour": "red"}, "strength": 0.5, "steps": (0.0, 0.5)},
+    ),
+    "PushConcepts": (
+        PushConcepts,
+        lambda: {"model": concept_model(), "wanted": {"colour": "red"}, "epsilon": 0.5, "steps": (0.0, 0.5)},
+    ),
     "safe_latent_diffusion": (
         sf.safe_latent_diffusion,
         lambda: {"concept": "fox", "scale": 2.0, "threshold": 0.1, "momentum": 0.1, "beta": 0.1, "steps": (0.0, 0.5)},
@@ -543,9 +586,11 @@ NOT_ASKED = {
     "Batch": "is what a RowSource gives: what TensorRows is made of is looked at",
     "Call": "its arguments are looked at by Call.of: `a call of the pipeline`",
     "Check": ANSWERS,
+    "Circuit": ANSWERS,
     "CollectedRows": ANSWERS,
     "Context": IN_THE_CALL,
     "Delta": IN_THE_CALL,
+    "Edge": ANSWERS,
     "EncoderName": ANSWERS,
     "Example": ANSWERS,
     "FeatureTransport": "made by FeatureTransport.fit",

@@ -38,7 +38,7 @@ OF_PYTHON = re.compile(
 
 # (command, what is said). Found before torch is loaded.
 AT_ONCE = [
-    ("features", "Missing argument 'prompt'"),
+    ("features", "PROMPT is missing; say what to draw, or add --page"),
     ("features a b", "unexpected extra argument"),
     ("features a --nonsense 3", "No such option: --nonsense"),
     ("nothing", "No such command 'nothing'"),

@@ -31,6 +31,7 @@ from sparsefeat.attribution.circuit_drawing import drawing
 from sparsefeat.attribution.components import prompts_of
 from sparsefeat.attribution.gradients import EachStep, predicted
 from sparsefeat.attribution.latents import Objective, attribute_latents, distance_from_nothing
+from sparsefeat.features.attached import hookpoint_of
 from sparsefeat.pipeline import Context, Hookpoint, attach
 from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.pipeline.instrument import like_tensor, rows_of
@@ -187,12 +188,13 @@ def circuit(
     Raises:
         ValueError: the second block does not depend on the first; no edge is left.
     """
-    source, target = CodedBlock(pipe, upstream, at[0]), CodedBlock(pipe, downstream, at[1])
+    window = StepWindow.parse(steps)
+    first, second = hookpoint_of(upstream, at[0], "upstream"), hookpoint_of(downstream, at[1], "downstream")
+    source, target = CodedBlock(pipe, upstream, first), CodedBlock(pipe, downstream, second)
     texts = prompts_of("prompts", prompts)
     whole("n_latents", n_latents)
     whole("n_edges", n_edges)
     whole("seed", seed, 0)
-    window = StepWindow.parse(steps)
     check_arguments(pipe, call, also=inspect.signature(circuit).parameters)
     if source.read.target.root_name != target.read.target.root_name:
         raise ValueError(f"{source.read.at} and {target.read.at} lie in different models; name blocks of one denoiser.")

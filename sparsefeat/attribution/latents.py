@@ -173,6 +173,7 @@ def attribute_latents(
     Example:
         print(sf.attribute_latents(pipe, sae, "a noto emoji of a fox", num_inference_steps=8))
     """
+    window = StepWindow.parse(steps)
     block = CodedBlock(pipe, sae, at)
     texts = prompts_of("prompts", prompts)
     if method not in METHODS:
@@ -181,7 +182,6 @@ def attribute_latents(
     sae.directions(chosen or [])  # names a latent that does not exist
     whole("integration_steps", integration_steps)
     whole("seed", seed, 0)
-    window = StepWindow.parse(steps)
     check_arguments(pipe, call, also=inspect.signature(attribute_latents).parameters)
 
     def scored(how: str, ablated: Sequence[int]) -> LatentScores:

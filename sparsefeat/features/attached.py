@@ -15,20 +15,20 @@ from sparsefeat.sae import SAE
 _FINITE: weakref.WeakKeyDictionary[SAE, list[tuple[int, int]]] = weakref.WeakKeyDictionary()
 
 
-def hookpoint_of(sae: SAE, at: str | Hookpoint | None) -> Hookpoint:
-    """`at`, or where the SAE says that it belongs.
+def hookpoint_of(sae: SAE, at: str | Hookpoint | None, called: str = "sae") -> Hookpoint:
+    """`at`, or where the SAE says that it belongs. `called`: the argument's name, for errors.
 
     Refuses what is no SAE, such as the name of one, an SAE with NaN or infinity in its weights, and one whose codes would depend on what else is in the batch (BatchTopK in training mode).
     """
     if not isinstance(sae, SAE):
         name = os.fspath(sae) if isinstance(sae, (str, os.PathLike)) else None
         what, opened = (type(sae).__name__, "folder or hub id") if name is None else (repr(name), name)
-        raise TypeError(f"sae is {what}, not an SAE; open it first, sparsefeat.load_sae({opened!r}).")
+        raise TypeError(f"{called} is {what}, not an SAE; open it first, sparsefeat.load_sae({opened!r}).")
     if sae.training and sae.config.activation == "batch_topk":
         raise ValueError(
-            "sae is in training mode, where BatchTopK shares its k among all rows of a batch; call sae.eval() first."
+            f"{called} is in training mode, where BatchTopK shares its k among all rows of a batch; call sae.eval() first."
         )
-    check_weights(sae)
+    check_weights(sae, called)
     where = at if at is not None else sae.config.hookpoint
     if where is None:
         raise ValueError(
@@ -66,7 +66,7 @@ def beside(sae: SAE, activations: Activations, context: Context) -> SAE:
     return sae
 
 
-def check_weights(sae: SAE) -> None:
+def check_weights(sae: SAE, called: str = "sae") -> None:
     """Refuse NaN and infinity in the weights: looked at once (two passes over the memory), and again when they changed."""
     weights = dict(sae.named_parameters(recurse=False))
     weights |= {n: b for n, b in sae.named_buffers(recurse=False) if not n.startswith("statistic_")}
@@ -74,7 +74,7 @@ def check_weights(sae: SAE) -> None:
     if _FINITE.get(sae) != seen:
         for name, weight in weights.items():
             finite(
-                f"sae.{name}", weight, unbounded=name == "threshold"
+                f"{called}.{name}", weight, unbounded=name == "threshold"
             )  # infinite where a latent is never to be active
         _FINITE[sae] = seen
 

@@ -104,12 +104,12 @@ def learn_concepts(
         steps: the window of the schedule that is learned.
         seed: of the pictures and of what is drawn while learning. call: arguments of the pipeline.
     """
-    check_arguments(pipe, call, also=inspect.signature(learn_concepts).parameters)
-    (place,) = check_places(at)
     images, epochs, batch = whole("images", images), whole("epochs", epochs), whole("batch", batch, 2)
     lr, seed = number("lr", lr, 0, above=True), whole("seed", seed, 0)
     number("confidence", confidence, 0, 1)
     window = StepWindow.parse(steps)
+    check_arguments(pipe, call, also=inspect.signature(learn_concepts).parameters)
+    (place,) = check_places(at)
     if not isinstance(prompts, Mapping) or not all(isinstance(labels, Mapping) for labels in prompts.values()):
         raise ValueError("prompts must be prompt -> {concept: value}, {'a mono fox': {'style': 'mono'}, ...}.")
     concepts = concepts_of(prompts)

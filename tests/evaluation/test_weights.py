@@ -15,7 +15,7 @@ from sparsefeat.evaluation.weights import effects_of_weights
 def test_untouched_pictures_are_counted_as_the_judge_does_and_edits_change_what_it_sees():
     pipe, judge = load_pipeline(), load_judge()
     pipe.set_progress_bar_config(disable=True)
-    found = list(effects_of_weights(pipe, judge, "fox", images=3, n_steps=2))
+    found = list(effects_of_weights(pipe, judge, "fox", images=3, n_steps=6))
     assert [(one.name, one.guidance) for one in found] == [
         ("untouched", GUIDANCE),
         ("CAD-Erase", GUIDANCE),
@@ -23,7 +23,7 @@ def test_untouched_pictures_are_counted_as_the_judge_does_and_edits_change_what_
         ("CAD-Amplify", 1.0),
     ]
     tasks = tasks_for(Target(OBJECT, emojicanvas.OBJECTS.index("fox")), TEST, 3, 3)
-    seen = judge_images(judge, generate(pipe, tasks, n_steps=2, guidance=GUIDANCE)).objects.tolist()
+    seen = judge_images(judge, generate(pipe, tasks, n_steps=6, guidance=GUIDANCE)).objects.tolist()
     right = [object_seen == task.object for object_seen, task in zip(seen, tasks, strict=True)]
     assert found[0].own == pytest.approx(sum(right[:3]) / 3)
     assert found[0].others == pytest.approx(sum(right[3:]) / 3)
