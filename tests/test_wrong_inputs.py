@@ -42,6 +42,7 @@ AT_ONCE = [
     ("features a b", "unexpected extra argument"),
     ("features a --nonsense 3", "No such option: --nonsense"),
     ("nothing", "No such command 'nothing'"),
+    ("evaluate card --section colours", "'colours' is not one of 'erasers'"),
     ("features a --top 0", "'--top': Input should be greater than or equal to 1"),
     ("features a --steps 0", "'--steps': Input should be greater than or equal to 1"),
     ("features a --steps many", "'--steps': Input should be a valid integer"),

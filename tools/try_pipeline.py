@@ -2,7 +2,7 @@
 
     python tools/try_pipeline.py build/training/unet --sheet sheet.png
 
-Draws every object in every style once and some scenes, with the embedded pipelines' guidance and steps.
+Draws every object in every style, and scenes of two objects, with the embedded pipelines' guidance and steps.
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="where to write the picture")
     parser.add_argument("--judge", type=Path, default=FOLDER)
     parser.add_argument("--every", type=int, default=1, help="draw every n-th cell of the grid")
+    parser.add_argument("--seeds", type=int, default=1, help="draw each cell so many times")
     parser.add_argument("--scenes", type=int, default=100, help="scenes of two objects, and as many of held-out pairs")
     arguments = parser.parse_args()
     pipe = load_pipeline(arguments.folder)
-    tasks = whole_grid(TEST)[:: arguments.every]
+    tasks = [t for repeat in range(arguments.seeds) for t in whole_grid(TEST, repeat)[:: arguments.every]]
     images = generate(pipe, tasks, n_steps=N_STEPS, guidance=GUIDANCE)
     judge = load_judge(arguments.judge)
     verdicts = judge_images(judge, images)
@@ -65,7 +66,7 @@ def main() -> None:
     canvas = emojicanvas.load()
     real = judge_images(judge, np.stack([canvas.on_white()[t.style, t.object] for t in tasks]))
     print(f"Frechet distance to the same drawings: {frechet_distance(verdicts.features, real.features):.2f}")
-    rows = [as_uint8(images)]
+    rows = [as_uint8(images[: len(tasks) // arguments.seeds])]
     pixel_judge = load_pixel_judge()
     for split in (emojiscenes.TRAIN, emojiscenes.HELD_OUT) if arguments.scenes else ():
         scenes = emojiscenes.scenes(arguments.scenes, seed=7, n_objects=(2,), split=split)

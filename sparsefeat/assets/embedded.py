@@ -1,6 +1,6 @@
 """The embedded default: a trained text-to-image pipeline with its sparse autoencoders, offline and small.
 
-A real `StableDiffusionPipeline`, trained on EmojiCanvas (`tools/train_pipeline.py`). Everything that works on it works
+A real `StableDiffusionPipeline`, trained on EmojiCanvas and EmojiScenes (`tools/train_pipeline.py`). Everything that works on it works
 on Stable Diffusion by changing the folder's name.
 """
 
@@ -25,6 +25,10 @@ EMBEDDED_NAME = "EmojiCanvas pipeline embedded in sparsefeat"
 # One guidance scale and one number of steps for everything that is shown or measured on the embedded pipeline.
 N_STEPS = 20
 GUIDANCE = 3.0
+
+# What the shell and the explorer erase with by SAeUron, unless told otherwise: latents a step, and their factor.
+ERASE_LATENTS = 32
+ERASE_GAMMA = -0.5
 
 
 def embedded_fingerprint() -> str:

@@ -41,6 +41,23 @@ def results_file(out: Path) -> None:
     check_writable(out, "--out")
 
 
+class Section(str, Enum):
+    """Of the score card: `sparsefeat.evaluation.card.SECTIONS`, known before anything is loaded."""
+
+    erasers = "erasers"
+    steerers = "steerers"
+    maps = "maps"
+    dictionaries = "dictionaries"
+    attribution = "attribution"
+    judges = "judges"
+
+
+def work_folder(work: Path) -> None:
+    """Refuse what parts cannot be kept in, before anything is measured."""
+    if work.exists() and not work.is_dir():
+        raise ValueError(f"--work {work} is a file; name a folder")
+
+
 class Condition(str, Enum):
     cond = "cond"
     uncond = "uncond"
@@ -73,4 +90,7 @@ Out = Annotated[
     Path, typer.Option(parser=path, metavar="FOLDER", help="Folder for what is written; it must not exist yet.")
 ]
 Results = Annotated[Path, typer.Option("--out", parser=path, metavar="FILE", help="Where the results go.")]
+Work = Annotated[
+    Path, typer.Option("--work", parser=path, metavar="FOLDER", help="Finished parts are kept here and gone on from.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document in the place of text.")]

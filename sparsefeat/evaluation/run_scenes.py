@@ -9,7 +9,6 @@ from sparsefeat.assets import emojiscenes
 from sparsefeat.attention import HeatMaps
 from sparsefeat.attention.reading import KINDS
 from sparsefeat.evaluation import peer_maps, scenes
-from sparsefeat.evaluation.generation import TEST, VALIDATION
 from sparsefeat.evaluation.pixel_judge import PixelJudge, pixel_judge_report
 from sparsefeat.measure.machine import device_name, versions
 from sparsefeat.pipeline import attach
@@ -26,29 +25,19 @@ def evaluate_scenes(
     judge: PixelJudge,
     saes: Sequence[SAE] = (),
     n: int = 100,
-    draws_scenes: bool = True,
     said: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
-    """Every method on every split: real scenes of held-out pairs, and what the pipeline draws: held-out scenes, or single
-    drawings where it has learnt nothing else (`draws_scenes` False). `n` pictures a split are scored; thresholds are
-    chosen on as many other real ones and half as many drawn ones, the SAEs' latents on EmojiCanvas' real drawings. Other
+    """Every method on every split: real scenes of held-out pairs, and what the pipeline draws from their
+    captions. `n` pictures a split are scored; thresholds are chosen on as many other real ones and half as many drawn ones, the SAEs' latents on EmojiCanvas' real drawings. Other
     packages' maps are measured where they are installed; what one of them cannot do is a `note` in its row.
     """
     shown = image_to_image(pipe)[0]
+    real = scenes.real(n, emojiscenes.TRAIN, FIT), scenes.real(n, emojiscenes.HELD_OUT, SCORED)
+    drawn = scenes.generated(-(-n // 2), emojiscenes.TRAIN, FIT), scenes.generated(n, emojiscenes.HELD_OUT, SCORED)
     splits: list[tuple[str, Any, list[scenes.Picture], list[scenes.Picture], PixelJudge | None]] = [
-        (
-            "real scenes, held-out pairs",
-            shown,
-            scenes.real(n, emojiscenes.TRAIN, FIT),
-            scenes.real(n, emojiscenes.HELD_OUT, SCORED),
-            None,
-        )
+        ("real scenes, held-out pairs", shown, *real, None),
+        ("drawn scenes, held-out pairs", pipe, *drawn, judge),
     ]
-    if draws_scenes:
-        drawn = scenes.generated(-(-n // 2), emojiscenes.TRAIN, FIT), scenes.generated(n, emojiscenes.HELD_OUT, SCORED)
-        splits.append(("drawn scenes, held-out pairs", pipe, *drawn, judge))
-    else:
-        splits.append(("drawings", pipe, scenes.drawings(-(-n // 2), VALIDATION), scenes.drawings(n, TEST), judge))
     chosen = [(sae, scenes.latents_of_objects(shown, sae, scenes.real_drawings())) for sae in saes]
     peers, absent = peer_maps.installed()
     for package in absent:

@@ -24,7 +24,6 @@ from sparsefeat.assets import emojicanvas, emojiscenes
 from sparsefeat.assets.embedded import GUIDANCE, N_STEPS
 from sparsefeat.attention import HeatMaps, SelfAttention
 from sparsefeat.evaluation.eager_daam import EagerDAAM
-from sparsefeat.evaluation.generation import task
 from sparsefeat.evaluation.pixel_judge import PixelJudge, label_pixels
 from sparsefeat.evaluation.segmentation import Segmentation, Threshold, downsampled_and_back
 from sparsefeat.features import Record, WordCorrelations
@@ -101,13 +100,6 @@ def generated(n: int, split: str, seed: int = 0) -> list[Picture]:
     """The captions of EmojiScenes of pairs."""
     scenes = emojiscenes.scenes(n, seed, split, n_objects=(2,), related=0)
     return [Picture(scene.caption, scene.objects, seed + index) for index, scene in enumerate(scenes)]
-
-
-def drawings(n: int, split: int) -> list[Picture]:
-    """Prompts of single objects, each of the fifty in turn, the style going round."""
-    styles = len(emojicanvas.STYLES)
-    tasks = [task(i % len(emojicanvas.OBJECTS), (i + i // styles) % styles, split, i // 50) for i in range(n)]
-    return [Picture(one.prompt, (one.object,), one.seed) for one in tasks]
 
 
 # ------------------------------------------------------------------------------------------------------- the methods

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from sparsefeat.arguments import number, whole
+from sparsefeat.assets.embedded import ERASE_GAMMA, ERASE_LATENTS
 from sparsefeat.attention import HeatMaps, words_of
 from sparsefeat.attention.recording import HeatMapRecording
 from sparsefeat.erasure import Erase
@@ -23,6 +24,7 @@ from sparsefeat.explore.edits import Edit, Source, WordEdit, python_lines, save_
 from sparsefeat.features import Examples, Record
 from sparsefeat.features.record import Recording, TopLatent
 from sparsefeat.pipeline import Context, Instrument, attach
+from sparsefeat.pipeline.call_arguments import most_steps
 from sparsefeat.pipeline.drawing import draw_all
 from sparsefeat.report import enlarge, overlay
 from sparsefeat.sae import SAE
@@ -361,7 +363,7 @@ class Explorer:
                     assert self.eraser is not None
                     assert known is not None
                     self._fitted[edit] = Erase.fit(
-                        self.pipe, self.eraser, word, known, n_latents=32, gamma=-0.5, magnitude="scale", batch_size=25,
+                        self.pipe, self.eraser, word, known, n_latents=ERASE_LATENTS, gamma=ERASE_GAMMA, magnitude="scale", batch_size=25,
                         **asked.settings(),
                     )  # fmt: skip
                 else:
@@ -380,13 +382,9 @@ class Explorer:
         return save_edits(place, edits, instruments, self.lines(asked, edits, str(place)))
 
     def _check(self, asked: Asked) -> None:
-        config = getattr(getattr(self.pipe, "scheduler", None), "config", {})
-        trained = config.get("num_train_timesteps")
-        flow = "FlowMatch" in type(getattr(self.pipe, "scheduler", None)).__name__
-        if isinstance(trained, int) and asked.steps > trained and not flow:
-            raise ValueError(
-                f"steps is {asked.steps}, more than the {trained} of this pipeline's scheduler; take fewer"
-            )
+        most = most_steps(self.pipe)
+        if most is not None and asked.steps > most:
+            raise ValueError(f"steps is {asked.steps}, more than the {most} of this pipeline's scheduler; take fewer")
 
 
 def _part(progress: Progress, before: int, now: int, images: int) -> Progress:

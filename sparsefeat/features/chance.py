@@ -102,7 +102,8 @@ class Namer:
         if choosing is None:
             choosing = torch.zeros(len(concepts), dtype=torch.bool)
             choosing[torch.randperm(len(concepts), generator=generator)[: len(concepts) // 2]] = True
-        member = torch.tensor([[word in of_image for of_image in concepts] for word in words]).reshape(len(words), -1)
+        member = torch.tensor([[word in of_image for of_image in concepts] for word in words], dtype=torch.bool)
+        member = member.reshape(len(words), len(concepts))  # of no words too
         usable = [
             i
             for i, of_word in enumerate(member)

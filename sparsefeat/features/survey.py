@@ -159,7 +159,7 @@ class Survey:
         """fp32 [latents, words]: how well the latent's largest activation tells the images with the word from the others, as
         the area under the curve; 0.5 for a latent that is active in none, NaN for a word of all images or none."""
         member = torch.tensor([[word in names for names in self.examples.concepts] for word in words]).double()
-        member = member.reshape(len(words), -1)
+        member = member.reshape(len(words), len(self.examples.concepts))  # of no words too
         n_with = member.sum(1)
         pairs = n_with * (member.shape[1] - n_with)
         areas = torch.full((self.n_latents, len(words)), 0.5)

@@ -54,6 +54,13 @@ def check_arguments(pipe: Any, names: Iterable[str], also: Iterable[str] = ()) -
         raise TypeError(f"{name}= is no argument of this {type(pipe).__name__}'s call; {remedy}")
 
 
+def most_steps(pipe: Any) -> int | None:
+    """How many steps the pipeline's scheduler can take; None where its time is continuous or not known."""
+    scheduler = getattr(pipe, "scheduler", None)
+    trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+    return trained if isinstance(trained, int) and "FlowMatch" not in type(scheduler).__name__ else None
+
+
 def check_values(pipe: Any, arguments: Mapping[str, Any]) -> None:
     """Raise for values of a call's arguments of which the pipeline's parts would speak in their own words, or not at all."""
     for name in ("num_images_per_prompt", "num_videos_per_prompt"):
@@ -62,11 +69,10 @@ def check_values(pipe: Any, arguments: Mapping[str, Any]) -> None:
     steps = arguments.get("num_inference_steps")
     if steps is not None and arguments.get("timesteps") is None and arguments.get("sigmas") is None:
         count = whole("num_inference_steps", steps)
-        scheduler = getattr(pipe, "scheduler", None)
-        trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
-        if isinstance(trained, int) and count > trained and "FlowMatch" not in type(scheduler).__name__:
+        most = most_steps(pipe)
+        if most is not None and count > most:
             raise ValueError(
-                f"num_inference_steps={count} is more than the {trained} that this {type(scheduler).__name__} has; take fewer."
+                f"num_inference_steps={count} is more than the {most} that this {type(pipe.scheduler).__name__} has; take fewer."
             )
     if isinstance(arguments.get("guidance_scale"), str):
         raise ValueError(f"guidance_scale={arguments['guidance_scale']!r} must be a number.")

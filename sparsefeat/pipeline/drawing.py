@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from PIL import Image
+from PIL import Image
 
 
 def draw(pipe: Any, prompt: str, call: dict[str, Any]) -> Image.Image:
@@ -25,6 +24,7 @@ def draw_all(pipe: Any, prompts: str | list[str], call: dict[str, Any]) -> list[
             raise ValueError(
                 "the image came out as NaN, numbers beyond all bounds; take smaller ones for the edit or for --guidance"
             ) from None
-    if not hasattr(drawn, "images"):
-        raise ValueError(f"a {type(pipe).__name__} draws no images; choose a pipeline that does")
-    return list(drawn.images)
+    images = getattr(drawn, "images", None)
+    if not isinstance(images, list) or not all(isinstance(image, Image.Image) for image in images):
+        raise ValueError(f"this call of a {type(pipe).__name__} gives no images; choose a pipeline that draws some")
+    return images

@@ -11,7 +11,7 @@ from typing import Any
 
 SHOWN = 6  # words a sentence names; the rest is counted
 
-# A smaller vocabulary was made for a closed set of words, each of them a token: the embedded pipeline's has 282. The
+# A smaller vocabulary was made for a closed set of words, each of them a token: the embedded pipeline's has some three hundred. The
 # vocabularies of real text encoders have 20,000 and more, and write rare words in pieces that they know.
 CLOSED = 5_000
 

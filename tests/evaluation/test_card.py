@@ -15,7 +15,8 @@ import torch
 from scipy import stats
 
 from sparsefeat.assets import embedded_fingerprint, emojicanvas
-from sparsefeat.evaluation.card import QUICK, Bench, Edit, Eraser, evaluate_card, load_card
+from sparsefeat.cli.options import Section
+from sparsefeat.evaluation.card import QUICK, SECTIONS, Bench, Edit, Eraser, evaluate_card, load_card, run
 from sparsefeat.evaluation.card.adversary import (
     OneStep,
     differentiable,
@@ -31,6 +32,7 @@ from sparsefeat.evaluation.card.bench import adjacent_tasks
 from sparsefeat.evaluation.card.edit import LearnedWords
 from sparsefeat.evaluation.card.erasers import ERASERS, bare, prompts_with, prompts_without
 from sparsefeat.evaluation.card.erasing import Unit, erb, measured
+from sparsefeat.evaluation.card.result import Row
 from sparsefeat.evaluation.emoji import OBJECT, STYLE, Target, tasks_for
 from sparsefeat.evaluation.generation import STATISTICS, TEST, VALIDATION, task
 from sparsefeat.evaluation.intervals import around, interval, mean_interval, resampled, share_draws
@@ -270,6 +272,28 @@ def test_rows_of_another_pipeline_are_refused(tmp_path):
     (tmp_path / "card.json").write_text(json.dumps({"fingerprint": "0" * 12, "rows": [{"fingerprint": "0" * 12}]}))
     with pytest.raises(ValueError, match="measure it again"):
         load_card(tmp_path / "card.json")
+
+
+def test_a_section_that_is_measured_alone_leaves_the_others_on_the_card(tmp_path, monkeypatch):
+    def row(bench, name, value):
+        return Row(name, "a", "b", "c", value, None, 1, 0, bench.fingerprint)
+
+    def measured(*sections):
+        evaluate_card(TINY, tmp_path / "card.json", tmp_path, sections=sections)
+        return {(one.section, one.value) for one in load_card(tmp_path / "card.json")}
+
+    monkeypatch.setitem(run.OTHERS, "maps", lambda bench: [row(bench, "maps", 1.0)])
+    monkeypatch.setitem(run.OTHERS, "judges", lambda bench: [row(bench, "judges", 2.0)])
+    assert measured("maps", "judges") == {("maps", 1.0), ("judges", 2.0)}
+    monkeypatch.setitem(run.OTHERS, "judges", lambda bench: [row(bench, "judges", 3.0)])
+    assert measured("judges") == {("maps", 1.0), ("judges", 3.0)}
+    card = json.loads((tmp_path / "card.json").read_text())
+    (tmp_path / "card.json").write_text(json.dumps({**card, "budget": "another"}))
+    assert measured("judges") == {("judges", 3.0)}
+
+
+def test_the_shell_knows_the_sections():
+    assert tuple(one.value for one in Section) == SECTIONS
 
 
 def test_a_section_that_there_is_not_is_refused(tmp_path):

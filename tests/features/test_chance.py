@@ -85,6 +85,8 @@ def test_what_cannot_be_named_is_refused() -> None:
         name_of(noise(1), CONCEPTS[1:], WORDS)
     with pytest.raises(ValueError, match="no word of words has images with it"):
         name_of(noise(1), CONCEPTS, ["unicorn"])
+    with pytest.raises(ValueError, match="no word of words has images with it"):
+        name_of(noise(1), CONCEPTS, [])
     with pytest.raises(ValueError, match="peaks holds NaN"):
         name_of(noise(1).index_fill(0, torch.tensor([3]), math.nan), CONCEPTS, WORDS)
 

@@ -84,6 +84,7 @@ def test_areas_are_those_of_the_largest_activations_and_a_word_of_all_images_has
         expected = area_under_curve(peaks[has, latent], peaks[~has, latent])
         assert float(areas[latent, 0]) == pytest.approx(expected, abs=1e-6)
     assert areas[:, 1].isnan().all()
+    assert survey.areas([]).shape == (N, 0)
 
 
 def test_companions_are_active_at_the_same_positions(recordings, dense) -> None:

@@ -207,6 +207,14 @@ def test_latents_of_a_text_encoder_have_pages_without_maps(tmp_path) -> None:
     assert 'class="over"' not in shown.source
 
 
+def test_prompts_without_a_word_in_common_have_pages_of_latents_without_names(tmp_path) -> None:
+    write_feature_pages(tmp_path / "pages", tiny_sd(), sae(), {"a fox": (), "two owls": ()}, batch_size=2, **CALL)
+    lines = [json.loads(line) for line in (tmp_path / "pages" / "latents.jsonl").read_text().splitlines()]
+    assert all(line["name"] is None for line in lines)
+    assert any(line["density_share"] for line in lines)
+    assert (tmp_path / "pages" / "index.html").is_file()
+
+
 def test_images_that_are_drawn_are_not_drawn_again(tmp_path, monkeypatch) -> None:
     pipe, calls = tiny_sd(), []
     usual = type(pipe).__call__

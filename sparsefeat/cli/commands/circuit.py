@@ -34,7 +34,9 @@ def circuit(
     choice = PipelineChoice(pipeline, device, steps)
     saes = SAEChoice(sae, subfolder, pipeline)
     if sae is not None and len(sae) != 2:
-        raise ValueError(f"--sae is given {len(sae)} times; name two, of the earlier block and of the later")
+        raise ValueError(
+            f"--sae must be given twice, and is given {len(sae)} x; name the SAEs of the earlier block and of the later"
+        )
     late = [step for step in window or [] if step >= choice.n_steps]
     if late:
         raise ValueError(f"--step {late[0]} is none of the {choice.n_steps} steps, which count from 0")

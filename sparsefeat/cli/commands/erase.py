@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsefeat.assets.embedded import ERASE_GAMMA, ERASE_LATENTS
 from sparsefeat.cli.drawing import draw_before_and_after
 from sparsefeat.cli.failures import keeping
 from sparsefeat.cli.opening import PipelineChoice, SAEChoice, check_hookpoint
@@ -35,9 +36,12 @@ def erase(
     method: Annotated[
         str, typer.Option(help="saeuron, by an SAE; or without one: cad, uce (weights), sld (guidance).")
     ] = "saeuron",
-    latents: Annotated[int | None, typer.Option(min=1, help="Latents a step, at each SAE. Default: 32.")] = None,
+    latents: Annotated[
+        int | None, typer.Option(min=1, help=f"Latents a step, at each SAE. Default: {ERASE_LATENTS}.")
+    ] = None,
     gamma: Annotated[
-        float | None, typer.Option(callback=finite, help="Their activations are multiplied by this. Default: -0.5.")
+        float | None,
+        typer.Option(callback=finite, help=f"Their activations are multiplied by this. Default: {ERASE_GAMMA:g}."),
     ] = None,
     pipeline: Pipeline = None,
     sae: Saes = None,
@@ -91,8 +95,8 @@ def erase(
         else:
             assert concept is not None
             how: dict[str, Any] = {
-                "n_latents": 32 if latents is None else latents,
-                "gamma": -0.5 if gamma is None else gamma,
+                "n_latents": ERASE_LATENTS if latents is None else latents,
+                "gamma": ERASE_GAMMA if gamma is None else gamma,
             }
             with nullcontext() if save_to is None else whole_folder(save_to, "--save") as kept:
                 from sparsefeat.erasure import Erase

@@ -65,7 +65,9 @@ def explore(
     try:
         address = page.serve(port)
     except OSError:
-        raise OSError(f"--port {port or '7860 and the hundred after it'} cannot be had; choose another") from None
+        raise OSError(
+            f"--port {port or '7860 and the hundred after it'} cannot be opened: another program has it; choose another"
+        ) from None
     typer.echo(f"{address}  Open this in a browser; Ctrl-C ends it.")
     try:
         threading.Event().wait()

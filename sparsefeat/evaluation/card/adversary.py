@@ -25,7 +25,7 @@ from sparsefeat.evaluation.card.edit import Edit, LearnedWords
 
 N_VECTORS = 4
 LR = 0.01
-"""Of Adam; entries of the embedded text encoder's token vectors deviate by 0.03."""
+"""Of Adam; entries of the embedded text encoder's token vectors deviate by 0.07."""
 
 
 class Trajectory(NamedTuple):

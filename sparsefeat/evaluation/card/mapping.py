@@ -19,7 +19,6 @@ def maps_rows(bench: Bench) -> list[Row]:
             load_pixel_judge(),
             saes,
             bench.budget.n_pictures,
-            draws_scenes=False,
             said=bench.said,
         ),
     )

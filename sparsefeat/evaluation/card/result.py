@@ -49,6 +49,23 @@ def write_card(path: Path, rows: Sequence[Row], budget: str, fingerprint: str, c
     )
 
 
+def rows_of_others(
+    path: Path, sections: Sequence[str], budget: str, fingerprint: str
+) -> tuple[list[Row], dict[str, Any]]:
+    """What a card has of other sections than these, and what was chosen for it; nothing of other weights or another budget."""
+    try:
+        results = json.loads(Path(path).read_text())
+        if (results["budget"], results["fingerprint"]) != (budget, fingerprint):
+            return [], {}
+        return [_row(row) for row in results["rows"] if row["section"] not in sections], results["chosen"]
+    except (OSError, ValueError, KeyError, TypeError):  # no card yet, or no card
+        return [], {}
+
+
+def _row(row: dict[str, Any]) -> Row:
+    return Row(**{**row, "ci": None if row["ci"] is None else tuple(row["ci"])})
+
+
 def stale(results: dict[str, Any], fingerprint: str | None = None) -> bool:
     """Whether any row of a card was measured on another pipeline, SAE or judge than the package's own (or `fingerprint`)."""
     own = embedded_fingerprint() if fingerprint is None else fingerprint
@@ -67,4 +84,4 @@ def load_card(path: Path, fingerprint: str | None = None) -> list[Row]:
             f"{path} was measured on {results['fingerprint']}, which is not the pipeline of this package; measure it again, "
             "`sparsefeat evaluate card`."
         )
-    return [Row(**{**row, "ci": None if row["ci"] is None else tuple(row["ci"])}) for row in results["rows"]]
+    return [_row(row) for row in results["rows"]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from sparsefeat.evaluation.card.attacked import attacked_rows
 from sparsefeat.evaluation.card.bench import Bench
@@ -15,7 +14,7 @@ from sparsefeat.evaluation.card.erasing import erasers_rows
 from sparsefeat.evaluation.card.explaining import explained_rows
 from sparsefeat.evaluation.card.judging import judges_rows
 from sparsefeat.evaluation.card.mapping import maps_rows
-from sparsefeat.evaluation.card.result import Row, write_card
+from sparsefeat.evaluation.card.result import Row, rows_of_others, write_card
 from sparsefeat.evaluation.card.steering import steerers_rows
 
 OTHERS: dict[str, Callable[[Bench], list[Row]]] = {
@@ -41,7 +40,8 @@ def evaluate_card(
 
     Args:
         budget: QUICK, FULL, or one of your own.
-        out: the file of results. work: folder of finished parts.
+        out: the file of results; what it has of other sections, of the same weights and budget, stays. work: folder of
+            finished parts.
         erasers: what is compared; `ERASERS` has those of the package.
         sections: of `SECTIONS`.
         said: hears of every part that is finished.
@@ -53,8 +53,7 @@ def evaluate_card(
     if unknown:
         raise ValueError(f"sections={unknown} are not known; choose from {', '.join(SECTIONS)}.")
     bench = Bench(budget, work, said)
-    rows: list[Row] = []
-    chosen: dict[str, Any] = {}
+    rows, chosen = rows_of_others(out, sections, budget.name, bench.fingerprint)
     if "erasers" in sections:
         found, chosen, erasings = erasers_rows(bench, erasers)
         rows += found

@@ -21,6 +21,7 @@ from sparsefeat.features.progress import Progress
 from sparsefeat.features.survey import Survey
 from sparsefeat.pipeline import Hookpoint, attach
 from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.drawing import draw, draw_all
 from sparsefeat.report.figures import on_white
 from sparsefeat.sae import SAE
 
@@ -92,11 +93,9 @@ class Drawn:
 
     def image(self, number: int, **more: Any) -> Image.Image:
         """One of the images again; the same as in its batch but for rounding."""
+        noise = torch.Generator().manual_seed(self.seed + number)
         with torch.no_grad(), self.during():
-            drawn = self.pipe(
-                self.prompts[number], generator=torch.Generator().manual_seed(self.seed + number), **self.call, **more
-            )
-        return _images(drawn)[0]
+            return draw(self.pipe, self.prompts[number], {**self.call, **more, "generator": noise})
 
     def survey(self, folder: Path) -> Survey:
         """The counts of all images: those of an earlier run in `folder` are gone on from."""
@@ -113,7 +112,7 @@ class Drawn:
                 chunk = prompts[first : first + self.batch_size]
                 noise = [torch.Generator().manual_seed(self.seed + first + i) for i in range(len(chunk))]
                 with torch.no_grad(), self.during(), attach(self.pipe, record, progress) as run:
-                    images = _images(self.pipe(chunk, generator=noise, **self.call))
+                    images = draw_all(self.pipe, chunk, {**self.call, "generator": noise})
                 for i, image in enumerate(images):
                     save_picture(image, folder / picture_of(first + i))
                 survey.add(run[record], [tuple(self.concepts[prompt]) for prompt in chunk])
@@ -140,13 +139,6 @@ def words_of(prompts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     counts = Counter(word for of_prompt in words.values() for word in of_prompt)
     usable = [w for w, n in counts.most_common() if LEAST_PROMPTS <= n <= len(words) - LEAST_PROMPTS][:MOST_WORDS]
     return {prompt: tuple(word for word in of_prompt if word in usable) for prompt, of_prompt in words.items()}
-
-
-def _images(drawn: Any) -> list[Image.Image]:
-    images = getattr(drawn, "images", None)
-    if not isinstance(images, list) or not all(isinstance(image, Image.Image) for image in images):
-        raise ValueError("the pipeline gives no images; pages are of pipelines that draw images, not videos.")
-    return images
 
 
 def _fingerprint(modules: Sequence[torch.nn.Module]) -> str:

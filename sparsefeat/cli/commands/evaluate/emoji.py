@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from sparsefeat.cli.failures import keeping
 from sparsefeat.cli.opening import SAEChoice, quiet_libraries
-from sparsefeat.cli.options import Results, path, results_file
+from sparsefeat.cli.options import Results, Work, results_file, work_folder
 
 
 def emoji(
     out: Results = Path("bench/results/emoji.json"),
-    work: Annotated[
-        Path, typer.Option(parser=path, metavar="FOLDER", help="Finished parts are kept here and gone on from.")
-    ] = Path("build/evaluation"),
+    work: Work = Path("build/evaluation"),
 ) -> None:
     """Drawing, SAEs and erasure on the embedded pipeline (resumable; about half an hour)."""
     results_file(out)
-    if work.exists() and not work.is_dir():
-        raise ValueError(f"--work {work} is a file; name a folder")
+    work_folder(work)
     quiet_libraries()
     from sparsefeat.assets import load_pipeline
     from sparsefeat.evaluation.judge import load_judge

@@ -36,5 +36,5 @@ def scenes(
     )
     name = "embedded" if pipeline is None else Path(pipeline).name
     judge = load_pixel_judge()
-    write_json(out, evaluate_scenes(pipe, name, judge, saes, images, pipeline is not None, typer.echo))
+    write_json(out, evaluate_scenes(pipe, name, judge, saes, images, typer.echo))
     typer.echo(f"wrote {out}")
