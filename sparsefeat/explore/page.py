@@ -188,6 +188,7 @@ class Page:
         # What runs the pipeline waits for one another; all of it goes to the same outputs.
         heavy: dict[str, Any] = {
             "outputs": every,
+            "show_progress_on": self.after,  # what is painted stays in sight
             "concurrency_id": "pipeline",
             "concurrency_limit": 1,
             "api_visibility": "private",
