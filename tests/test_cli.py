@@ -59,7 +59,7 @@ def test_every_command_explains_itself(command):
         (["erase", "an emoji of a fox", "--concept", "fox", "--method", "guess"], "--method 'guess' is not known"),
         (["erase", "a fox", "--concept", "fox", "--method", "cad", "--gamma", "-1"], "--gamma is of --method saeuron"),
         (["features", "a fox", "--pipeline", "some/model"], "--sae"),
-        (["circuit", "a fox", "--sae", str(block_sae_folder())], "name two"),
+        (["circuit", "a fox", "--sae", str(block_sae_folder())], "--sae must be given twice"),
         (["circuit", "a fox", "--steps", "2", "--step", "2"], "none of the 2 steps"),
         (["features", "a fox", "--sae", "no/such/folder-at-all"], "no/such/folder-at-all"),
         (["features", "a fox", "--at", "unet.mid_blok.attentions.0"], "mid_block"),

@@ -42,7 +42,7 @@ from sparsefeat.pipeline.families.registry import family_of
 # The step size of both methods at the first step, and how it falls: 20 sqrt(1 .. 1/2) (Attend-and-Excite's code).
 SCALE = 20.0
 # Where text and image attend to each other: the way that a move takes, of the latent's length. There a map is a mean over all
-# layers, with little of a gradient: 20 moves the embedded UNet's latent by 0.005 to 0.009 of its length in each of ten steps,
+# layers, with little of a gradient: 20 moved the latent of the embedded UNet's first edition by 0.005 to 0.009 of its length in each of ten steps,
 # that of a small SD3 trained on the same drawings by 0.0001 to 0.0002.
 FAR = 0.01
 # A loss of half precision is made larger before its gradient is taken, and the gradient smaller: fp16 ends at 6e-8.

@@ -30,7 +30,7 @@ from sparsefeat.pipeline.noising import LATENTS, finished_latents, noised
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 
 RATIO, AMPLIFY_RATIO = 0.03, 0.01
-"""Of 0.01, 0.03 and 0.1 the one that erased best on the embedded pipeline, and of 0.005, 0.01 and 0.02 the largest at which
+"""Of 0.01, 0.03 and 0.1 the one that erased best on the embedded pipeline's first edition, and of 0.005, 0.01 and 0.02 the largest at which
 amplifying did not take the object away, on noise that nothing is tested on. The released program's is 0.001, which takes
 nothing of rows shorter than 1,000."""
 
