@@ -11,7 +11,7 @@ import sparsefeat_kernels as kernels
 import torch
 from sparsefeat_kernels.attention.columns import reference as reference_column_sums
 from sparsefeat_kernels.attention.concept import reference as concept_reference
-from sparsefeat_kernels.attention.concept import reference_map as concept_map_reference
+from sparsefeat_kernels.attention.concept_map import reference as concept_map_reference
 from sparsefeat_kernels.attention.map import reference as map_reference
 from sparsefeat_kernels.attention.map_gradient import reference as map_gradient_reference
 from sparsefeat_kernels.attention.resize import reference as resize_reference

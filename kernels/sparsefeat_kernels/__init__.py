@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from . import flops
 from .attention.columns import attention_column_sums_
-from .attention.concept import concept_attention, concept_map_
+from .attention.concept import concept_attention
+from .attention.concept_map import concept_map_
 from .attention.map import attention_map_, attention_with_map_
 from .attention.map_gradient import attention_map
 from .attention.resize import resize_add_

@@ -162,7 +162,7 @@ def launches(
             decode.sparse_decode_triton(values, indices, W, c)
             decode._grad_values_triton(x, values, indices, W)
             gradient._weight_gradient_triton(values, indices, x, c, n)
-            edit._edit_triton(x, values, indices, latents, W[:8], rule, weight)
+            edit._edit_triton(x, values, indices, latents, W[:8], *rule, weight)
             stats._feature_stats_triton(*tables, values, indices, group)
             attention_launches(dtype, attention)
     return calls
@@ -170,9 +170,9 @@ def launches(
 
 def attention_launches(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...]) -> None:
     """Every attention op at its shapes, as modules call them: heads side by side in memory."""
-    maps_of, tap, rows, columns, concept, resize, gradient = (
+    maps_of, tap, rows, columns, concept, concept_map, resize, gradient = (
         importlib.import_module(f"sparsefeat_kernels.attention.{name}")
-        for name in ("map", "tap", "rows", "columns", "concept", "resize", "map_gradient")
+        for name in ("map", "tap", "rows", "columns", "concept", "concept_map", "resize", "map_gradient")
     )
     for batch, heads, n, d, key_heads, t in shapes:
         query = torch.empty(batch, n, heads, d, dtype=dtype).transpose(1, 2)
@@ -200,7 +200,7 @@ def attention_launches(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...]) 
         if d in (64, 128):  # of eight concepts
             few, out = (torch.empty(batch, 8, heads, d, dtype=dtype).transpose(1, 2) for _ in range(2))
             concept._concept_attention_triton(few, few, few, query, query, d**-0.5, out)
-            concept._concept_map_triton(torch.empty(batch, n, 8), query, out, torch.empty(heads), group, True)
+            concept_map._concept_map_triton(torch.empty(batch, n, 8), query, out, torch.empty(heads), group, True)
         if d == 40:
             maps = torch.empty(heads, 16, 16, t).permute(0, 3, 1, 2)
             resize._resize_add_triton(torch.empty(t, 64, 64), maps, torch.empty(heads), True)

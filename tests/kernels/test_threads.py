@@ -205,8 +205,7 @@ def test_a_call_waits_for_its_threads_a_few_times_and_the_caller_runs_few_ops(mo
 )
 def test_an_attention_is_handed_out_once_and_the_caller_runs_few_ops(op: str, monkeypatch: pytest.MonkeyPatch):
     """Whole pieces of it: positions with all their heads, or heads with all their keys."""
-    from sparsefeat_kernels.attention import concept, resize
-    from sparsefeat_kernels.attention import map as maps_of
+    from sparsefeat_kernels.attention import concept, concept_map, map_cpu, resize
 
     g = torch.Generator().manual_seed(3)
     q = torch.randn(2, 8, 3100, 24, generator=g)
@@ -221,10 +220,10 @@ def test_an_attention_is_handed_out_once_and_the_caller_runs_few_ops(op: str, mo
 
     half = [tensor.bfloat16() for tensor in given]
     module, call = {
-        "attention_map": (maps_of, lambda: attention_with_map_(maps, q, k, v)),
+        "attention_map": (map_cpu, lambda: attention_with_map_(maps, q, k, v)),
         "concept_attention": (concept, lambda: concept_attention(*given)),
         "concept_attention of bfloat16": (concept, lambda: concept_attention(*half)),
-        "concept_map": (concept, lambda: added(concept_map_, (2, 3100, 9), q, k)),
+        "concept_map": (concept_map, lambda: added(concept_map_, (2, 3100, 9), q, k)),
         "resize_add": (resize, lambda: added(resize_add_, (6, 128, 128), enlarged, None, True)),
     }[op]
     phases = []
@@ -252,13 +251,13 @@ def test_an_attention_is_handed_out_once_and_the_caller_runs_few_ops(op: str, mo
 @pytest.mark.parametrize("short", [0, 1], ids=["from it on", "below"])
 @pytest.mark.parametrize("op", ["concept_map", "resize_add"])
 def test_both_sides_of_the_sizes_from_which_maps_are_handed_out(op: str, short: int, monkeypatch: pytest.MonkeyPatch):
-    from sparsefeat_kernels.attention import concept, resize
+    from sparsefeat_kernels.attention import concept_map, resize
 
     output, maps = torch.rand(1, 2, 10, 4), torch.rand(3, 2, 4, 4)
-    monkeypatch.setattr(concept, "CONDUCTED_NUMBERS", output.numel() + short)
+    monkeypatch.setattr(concept_map, "CONDUCTED_NUMBERS", output.numel() + short)
     monkeypatch.setattr(resize, "CONDUCTED_BYTES", 4 * 3 * 2 * 8 * 8 + short)
     module, call = {
-        "concept_map": (concept, lambda: concept_map_(torch.zeros(1, 10, 2), output, output[:, :, :2])),
+        "concept_map": (concept_map, lambda: concept_map_(torch.zeros(1, 10, 2), output, output[:, :, :2])),
         "resize_add": (resize, lambda: resize_add_(torch.zeros(2, 8, 8), maps, None, True)),
     }[op]
     inner, pieces = module.together, []

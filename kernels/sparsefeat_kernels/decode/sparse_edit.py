@@ -27,6 +27,7 @@ __all__ = ["sparse_edit", "sparse_edit_delta"]
 # A bound on the edited values and deltas of one block of rows on the CPU path.
 BLOCK_BYTES = 4 << 20
 
+# What follows the directions in every op, and as `*rule, row_weight` in what is private: one of each a latent, one a row.
 RULE_ARGUMENTS = ("gain", "offset", "low", "high", "gate")
 
 
@@ -127,9 +128,8 @@ def reference(
     return row_weight[:, None] * (change @ directions)
 
 
-def _check(
-    values: Tensor, indices: Tensor, latents: Tensor, directions: Tensor, rule: tuple[Tensor, ...], row_weight: Tensor
-) -> None:
+def _check(values: Tensor, indices: Tensor, latents: Tensor, directions: Tensor, *others: Tensor) -> None:
+    *rule, row_weight = others
     check_code(values, indices, directions.device, "directions")
     if latents.dim() != 1:
         raise ValueError(f"latents must be [F], got shape {tuple(latents.shape)}")
@@ -171,7 +171,7 @@ def _selected(values: Tensor, indices: Tensor, latents: Tensor, dtype: torch.dty
     return selected_values(values.to(dtype), indices, rows, values.shape[0], latents)
 
 
-def _change(z: Tensor, rule: tuple[Tensor, ...]) -> Tensor:
+def _change(z: Tensor, rule: list[Tensor]) -> Tensor:
     """z' - z for z [rows, F]."""
     gain, offset, low, high, gate = (tensor.to(z.dtype) for tensor in rule)
     edited = torch.where(z > gate, torch.clamp(gain * z + offset, low, high), z)
@@ -184,14 +184,9 @@ def _blocks(values: Tensor, directions: Tensor) -> list[slice]:
 
 @conducted
 def _edit_cpu(
-    x: Tensor | None,
-    values: Tensor,
-    indices: Tensor,
-    latents: Tensor,
-    directions: Tensor,
-    rule: tuple[Tensor, ...],
-    row_weight: Tensor,
+    x: Tensor | None, values: Tensor, indices: Tensor, latents: Tensor, directions: Tensor, *others: Tensor
 ) -> Tensor:
+    *rule, row_weight = others
     dtype = sum_dtype(directions) if x is None else sum_dtype(directions, x)
     out = directions.new_empty(values.shape[0], directions.shape[1], dtype=dtype if x is None else x.dtype)
     wide = directions.to(dtype)
@@ -206,19 +201,10 @@ def _edit_cpu(
 
 
 def _edit_grad_values(
-    grad: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    latents: Tensor,
-    directions: Tensor,
-    gain: Tensor,
-    offset: Tensor,
-    low: Tensor,
-    high: Tensor,
-    gate: Tensor,
-    row_weight: Tensor,
+    grad: Tensor, values: Tensor, indices: Tensor, latents: Tensor, directions: Tensor, *others: Tensor
 ) -> Tensor:
     """The gradient to the entries of the code: row_weight * (dz'/dz - 1) * (grad . direction), 0 for padding."""
+    *rule, row_weight = others
     dtype = sum_dtype(directions)
     out = torch.zeros_like(values, memory_format=torch.contiguous_format)
     if values.numel() == 0 or latents.numel() == 0:
@@ -228,7 +214,7 @@ def _edit_grad_values(
     edits = (
         torch.searchsorted(wanted, latents.long())[:, None] == torch.arange(len(wanted), device=latents.device)
     ).to(dtype)
-    gain, offset, low, high, gate = (tensor.to(dtype) for tensor in (gain, offset, low, high, gate))
+    gain, offset, low, high, gate = (tensor.to(dtype) for tensor in rule)
     for block in _blocks(values, directions):
         z = _selected(values[block], indices[block], latents, dtype)
         moved = gain * z + offset
@@ -245,23 +231,14 @@ def _edit_grad_values(
 
 
 def _edit_grad_directions(
-    grad: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    latents: Tensor,
-    directions: Tensor,
-    gain: Tensor,
-    offset: Tensor,
-    low: Tensor,
-    high: Tensor,
-    gate: Tensor,
-    row_weight: Tensor,
+    grad: Tensor, values: Tensor, indices: Tensor, latents: Tensor, directions: Tensor, *others: Tensor
 ) -> Tensor:
     """The gradient to the directions: (row_weight * (z' - z))^T grad, blocks of rows summed in order."""
+    *rule, row_weight = others
     dtype = sum_dtype(directions)
     out = torch.zeros_like(directions, dtype=dtype, memory_format=torch.contiguous_format)
     for block in _blocks(values, directions):
-        change = _change(_selected(values[block], indices[block], latents, dtype), (gain, offset, low, high, gate))
+        change = _change(_selected(values[block], indices[block], latents, dtype), rule)
         out += (row_weight[block, None].to(dtype) * change).T @ grad[block].to(dtype)
     return out.to(directions.dtype)
 
@@ -342,14 +319,9 @@ def _sparse_edit_row_kernel(
 
 
 def _edit_triton(
-    x: Tensor | None,
-    values: Tensor,
-    indices: Tensor,
-    latents: Tensor,
-    directions: Tensor,
-    rule: tuple[Tensor, ...],
-    row_weight: Tensor,
+    x: Tensor | None, values: Tensor, indices: Tensor, latents: Tensor, directions: Tensor, *others: Tensor
 ) -> Tensor:
+    *rule, row_weight = others
     (rows, k), (n_rules, d) = values.shape, directions.shape
     out = directions.new_empty(rows, d, dtype=torch.float32 if x is None else x.dtype)
     if out.numel() == 0:
@@ -369,74 +341,32 @@ def _edit_triton(
 # ------------------------------------------------------------------------------------------------------- registration
 
 
-def _sparse_edit_delta(
-    values: Tensor,
-    indices: Tensor,
-    latents: Tensor,
-    directions: Tensor,
-    gain: Tensor,
-    offset: Tensor,
-    low: Tensor,
-    high: Tensor,
-    gate: Tensor,
-    row_weight: Tensor,
-) -> Tensor:
-    rule = (gain, offset, low, high, gate)
-    _check(values, indices, latents, directions, rule, row_weight)
+def _sparse_edit_delta(values: Tensor, indices: Tensor, latents: Tensor, directions: Tensor, *others: Tensor) -> Tensor:
+    _check(values, indices, latents, directions, *others)
     run = _edit_triton if implementation("sparse_edit", directions) == "triton" else _edit_cpu
-    return run(None, values, indices, latents, directions, rule, row_weight)
+    return run(None, values, indices, latents, directions, *others)
 
 
 def _sparse_edit_delta_fake(
-    values: Tensor,
-    indices: Tensor,
-    latents: Tensor,
-    directions: Tensor,
-    gain: Tensor,
-    offset: Tensor,
-    low: Tensor,
-    high: Tensor,
-    gate: Tensor,
-    row_weight: Tensor,
+    values: Tensor, indices: Tensor, latents: Tensor, directions: Tensor, *others: Tensor
 ) -> Tensor:
-    _check(values, indices, latents, directions, (gain, offset, low, high, gate), row_weight)
+    _check(values, indices, latents, directions, *others)
     return directions.new_empty(values.shape[0], directions.shape[1], dtype=sum_dtype(directions))
 
 
 def _sparse_edit(
-    x: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    latents: Tensor,
-    directions: Tensor,
-    gain: Tensor,
-    offset: Tensor,
-    low: Tensor,
-    high: Tensor,
-    gate: Tensor,
-    row_weight: Tensor,
+    x: Tensor, values: Tensor, indices: Tensor, latents: Tensor, directions: Tensor, *others: Tensor
 ) -> Tensor:
-    rule = (gain, offset, low, high, gate)
-    _check(values, indices, latents, directions, rule, row_weight)
+    _check(values, indices, latents, directions, *others)
     _check_x(x, values, directions)
     kernel = implementation("sparse_edit", x) == implementation("sparse_edit", directions) == "triton"
-    return (_edit_triton if kernel else _edit_cpu)(x, values, indices, latents, directions, rule, row_weight)
+    return (_edit_triton if kernel else _edit_cpu)(x, values, indices, latents, directions, *others)
 
 
 def _sparse_edit_fake(
-    x: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    latents: Tensor,
-    directions: Tensor,
-    gain: Tensor,
-    offset: Tensor,
-    low: Tensor,
-    high: Tensor,
-    gate: Tensor,
-    row_weight: Tensor,
+    x: Tensor, values: Tensor, indices: Tensor, latents: Tensor, directions: Tensor, *others: Tensor
 ) -> Tensor:
-    _check(values, indices, latents, directions, (gain, offset, low, high, gate), row_weight)
+    _check(values, indices, latents, directions, *others)
     _check_x(x, values, directions)
     return x.new_empty(x.shape)
 

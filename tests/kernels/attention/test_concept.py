@@ -4,7 +4,8 @@ import pytest
 import torch
 from sparsefeat_kernels import concept_attention, concept_map_
 from sparsefeat_kernels.attention import concept
-from sparsefeat_kernels.attention.concept import reference, reference_map
+from sparsefeat_kernels.attention.concept import reference
+from sparsefeat_kernels.attention.concept_map import reference as reference_map
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 

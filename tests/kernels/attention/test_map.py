@@ -6,7 +6,7 @@ import pytest
 import torch
 from sparsefeat_kernels import attention_map_, attention_rows, attention_with_map_, force_triton
 from sparsefeat_kernels.attention import map as map_module
-from sparsefeat_kernels.attention import scores
+from sparsefeat_kernels.attention import map_cpu, scores
 from sparsefeat_kernels.attention.map import reference
 from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
 from torch import Tensor
@@ -306,7 +306,7 @@ def test_a_value_that_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("more", [-2, 0], ids=["below", "from it on"])
-@pytest.mark.parametrize("kept", [map_module.CONDUCTED_POSITIONS, 2 * map_module.FEWEST_POSITIONS])
+@pytest.mark.parametrize("kept", [map_cpu.CONDUCTED_POSITIONS, 2 * map_cpu.FEWEST_POSITIONS])
 def test_both_sides_of_the_sizes_from_which_a_call_is_conducted_and_its_positions_are_handed_out(
     kept: int, more: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ):
@@ -315,9 +315,9 @@ def test_both_sides_of_the_sizes_from_which_a_call_is_conducted_and_its_position
     positions = kept + more
     tensors = problem((batch, heads, heads, positions, tokens, 4, 4), torch.float32, "cpu")
     handed_out = []
-    inner = map_module.together
+    inner = map_cpu.together
     monkeypatch.setattr(
-        map_module, "together", lambda tasks: handed_out.append((map_module.threads(), len(tasks))) or inner(tasks)
+        map_cpu, "together", lambda tasks: handed_out.append((map_cpu.threads(), len(tasks))) or inner(tasks)
     )
     alone = []
     one_matrix = scores.product
@@ -329,10 +329,10 @@ def test_both_sides_of_the_sizes_from_which_a_call_is_conducted_and_its_position
     finally:
         torch.set_num_threads(before)
     assert len(handed_out) == 2
-    if positions < map_module.CONDUCTED_POSITIONS:
+    if positions < map_cpu.CONDUCTED_POSITIONS:
         assert set(handed_out) == {(1, 1)}
     else:
-        halves = batch == 1 and positions >= 2 * map_module.FEWEST_POSITIONS
+        halves = batch == 1 and positions >= 2 * map_cpu.FEWEST_POSITIONS
         assert set(handed_out) == {(2, 2 if halves else batch)}
     assert bool(alone) == (positions >= scores.ALONE_POSITIONS)
     maps_expected, out_expected = expected(*tensors)
