@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,8 +26,7 @@ import torch
 from torch import Tensor
 
 from bench.run import RESULTS
-from sparsefeat.assets import GUIDANCE, N_STEPS, load_pipeline
-from sparsefeat.evaluation.emoji import write_json
+from sparsefeat.assets import GUIDANCE, N_STEPS, embedded_fingerprint, load_pipeline
 from sparsefeat.evaluation.evaluate_saes import (
     Concepts,
     Drawing,
@@ -40,10 +38,10 @@ from sparsefeat.evaluation.evaluate_saes import (
     trained_control,
 )
 from sparsefeat.evaluation.generation import STATISTICS, TEST, held_out, whole_grid
+from sparsefeat.evaluation.results import measured_on_embedded, stale, write_json
 from sparsefeat.evaluation.sae_metrics import measure_sae, random_control
 from sparsefeat.evaluation.stability import stability
 from sparsefeat.evaluation.units import Units, components, latents, neurons
-from sparsefeat.measure.machine import device_name
 from sparsefeat.sae import SAE
 from sparsefeat.training import CollectedRows, SAETrainer, TensorRows, build_itda, factorise, recipe
 
@@ -192,7 +190,7 @@ class NMF:
 
 
 def run(out: Path, work: Path) -> None:
-    pipe = load_pipeline()
+    pipe, work = load_pipeline(), work / embedded_fingerprint()
     seen = rows_of(pipe, STATISTICS, 40, True, work / "seen.pt")
     tests = drawing(TEST, 8, False)
     drawn = rows_of(pipe, TEST, 8, False, work / "test.pt")
@@ -204,9 +202,10 @@ def run(out: Path, work: Path) -> None:
     held, fitted = parts(rows, ~unseen)
     source = TensorRows(seen["rows"], None, seen["timestep"])
     results: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
+    if stale(results):
+        results = {}
     results |= {
-        "device": device_name(),
-        "date": date.today().isoformat(),
+        **measured_on_embedded(),
         "hookpoint": HOOKPOINT,
         "n_latents": N_LATENTS,
         "k": K,

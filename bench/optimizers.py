@@ -14,7 +14,6 @@ import argparse
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,14 @@ import torch
 from torch import nn
 
 from bench.run import RESULTS
-from sparsefeat.evaluation.emoji import write_json
+from sparsefeat.assets import weights_fingerprint
+from sparsefeat.assets.embedded import PIPELINE
+from sparsefeat.evaluation.results import measured_on_embedded, write_json
 from sparsefeat.evaluation.sae_metrics import measure_sae
-from sparsefeat.measure.machine import device_name
 from sparsefeat.sae import SAE, SAEConfig
 from sparsefeat.training import Objective, SAETrainer, TrainConfig
 
-ROWS = Path("build/training/saes-8-8/rows")
+ROWS = Path("build/training/saes-8-8") / weights_fingerprint(PIPELINE) / "rows"
 HOOKPOINTS = (
     "unet.mid_block.attentions.0",
     "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2",
@@ -89,7 +89,7 @@ def main() -> None:
             for lr in rates:
                 runs.append(trained(hookpoint, optimizer, lr, arguments.rows))
                 print(runs[-1], flush=True)
-    about = {"device": device_name(), "date": date.today().isoformat(), "steps": STEPS, "batch_size": BATCH}
+    about = {**measured_on_embedded(), "steps": STEPS, "batch_size": BATCH}
     write_json(arguments.out, {**about, "runs": runs})
 
 

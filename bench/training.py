@@ -9,7 +9,6 @@ its steps. Writes bench/results/training-<device>.json and .md.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import statistics
@@ -22,6 +21,7 @@ import torch
 
 from bench import peers
 from bench.run import RESULTS, file_name
+from sparsefeat.evaluation.results import measured_on_embedded, write_json
 from sparsefeat.measure.machine import device_name
 from sparsefeat.measure.sae_case import AUXK, SAECase, sae_case
 
@@ -290,11 +290,11 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"training-{file_name(device_name())}.json"
-    content: dict[str, Any] = {"device": device_name(), "date": time.strftime("%Y-%m-%d"), "steps": []}
+    content: dict[str, Any] = {**measured_on_embedded(), "steps": []}
     content["collecting"] = measure_collecting(9)
     for rows, rounds in zip(ROWS, arguments.rounds, strict=True):
         content["steps"] += list(measure_steps(rows, rounds, arguments.only))
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(path, content)
     path.with_suffix(".md").write_text(table(content))
     print(table(content))
 

@@ -7,12 +7,37 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import write_tables
+
+from sparsefeat.assets import embedded_fingerprint
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_tables_of_the_pages_are_what_the_results_file_says():
     run = subprocess.run([sys.executable, "tools/write_tables.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+OLD = {"device": "a CPU", "date": "2026-11-26", "steps": 1, "batch_size": 1, "runs": []}
+
+
+@pytest.mark.parametrize(
+    ("said", "stale"), [({"fingerprint": "0" * 12}, True), ({}, True), ({"fingerprint": embedded_fingerprint()}, False)]
+)
+def test_a_table_of_another_pipeline_says_so(said, stale, tmp_path, monkeypatch):
+    (tmp_path / "optimizers.json").write_text(json.dumps({**OLD, **said}))
+    monkeypatch.setattr(write_tables, "MEASURED", tmp_path)
+    assert ("of another pipeline" in write_tables.filled_table("optimizers")) == stale
+
+
+def test_every_results_file_of_the_embedded_pipeline_names_its_weights():
+    files = {write_tables.TABLES[name][0] for name in write_tables.OF_THE_PIPELINE}
+    measured = ROOT / "bench" / "results"
+    found = {path.name: json.loads(path.read_text()) for path in measured.glob("*.json")}
+    files |= {"scenes.json", *(name for name in found if name.startswith("training-"))}
+    assert {name for name in files if len(found[name].get("fingerprint", "")) != 12} == set()
 
 
 def test_the_results_file_has_its_promised_keys():

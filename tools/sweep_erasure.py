@@ -13,7 +13,7 @@ from pathlib import Path
 
 from train_autoencoder import ROOT
 
-from sparsefeat.assets import GUIDANCE, N_STEPS, load_pipeline, text_encoder_sae_folder
+from sparsefeat.assets import GUIDANCE, N_STEPS, embedded_fingerprint, load_pipeline, text_encoder_sae_folder
 from sparsefeat.evaluation.emoji import EmojiBenchmark, Scores, all_targets, scores, tasks_for
 from sparsefeat.evaluation.generation import VALIDATION
 from sparsefeat.evaluation.judge import load_judge
@@ -33,7 +33,7 @@ def main() -> None:
     saes = [load_sae(folder) for folder in folders]
     pipe = load_pipeline()
     name = "-".join(folder.name for folder in folders)
-    work = ROOT / "build" / "sweep" / (name if len(name) < 200 else str(len(folders)))
+    work = ROOT / "build" / "sweep" / embedded_fingerprint() / (name if len(name) < 200 else str(len(folders)))
     bench = EmojiBenchmark(pipe, load_judge(), work, n_steps=N_STEPS, guidance=GUIDANCE, progress=False)
     eraser = Eraser(pipe, saes, ["all"] * len(saes), collect_grid_statistics(pipe, saes, work / "statistics"))
     targets = [all_targets()[i] for i in (0, 3, 4, 9, 15, 21)]

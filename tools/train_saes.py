@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,12 @@ from torch import Tensor
 from train_autoencoder import ROOT
 from training_run import save_atomically
 
-from sparsefeat.assets import GUIDANCE, emojicanvas, load_pipeline
+from sparsefeat.assets import GUIDANCE, emojicanvas, load_pipeline, weights_fingerprint
 from sparsefeat.assets.embedded import EMBEDDED_NAME, PIPELINE, SAES
-from sparsefeat.evaluation.emoji import write_json
 from sparsefeat.evaluation.generation import STATISTICS, TEST, held_out, whole_grid
+from sparsefeat.evaluation.results import measured_here, measured_on_embedded, write_json
 from sparsefeat.evaluation.run_emoji import activation_rows
 from sparsefeat.evaluation.sae_metrics import measure_sae, pca_fvu
-from sparsefeat.measure.machine import device_name
 from sparsefeat.pipeline import attach
 from sparsefeat.sae import SAE, SAEConfig, load_sae
 from sparsefeat.training import CollectActivations, Objective, SAETrainer, TrainConfig
@@ -77,7 +75,11 @@ def main() -> None:
     parser.add_argument("--expansion", type=int, default=8, help="latents, as a multiple of the width")
     parser.add_argument("--active", type=int, default=8, help="k is the width divided by this")
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--work", type=Path, help="rows and checkpoints; default: build/training/saes-EXPANSION-ACTIVE")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="rows and checkpoints, in a folder named for the pipeline's weights; default: build/training/saes-EXPANSION-ACTIVE",
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "retrained.json")
     arguments = parser.parse_args()
 
@@ -85,6 +87,7 @@ def main() -> None:
     seen = [t for repeat in (0, 1) for t in whole_grid(STATISTICS, repeat) if not held_out(t)]
     unseen = [t for t in whole_grid(TEST) if held_out(t)]
     folder = arguments.work or ROOT / "build" / "training" / f"saes-{arguments.expansion}-{arguments.active}"
+    folder /= weights_fingerprint(arguments.pipeline)
     started, cpu = time.perf_counter(), time.process_time()
     results: list[dict[str, Any]] = []
     collected = {}
@@ -146,8 +149,7 @@ def main() -> None:
     write_json(
         arguments.results,
         {
-            "device": device_name(),
-            "date": date.today().isoformat(),
+            **(measured_on_embedded() if arguments.pipeline == PIPELINE else measured_here()),
             "seconds": seconds,
             "processor_seconds": of_processor,
             "saes": results,

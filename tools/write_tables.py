@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsefeat.evaluation.card.tables import COLUMNS, card_header, card_markdown
+from sparsefeat.evaluation.results import STALE, stale
 from sparsefeat.measure.speed_table import (
     A_TABLES_ROWS_AN_OP,
     factor,
@@ -34,7 +35,7 @@ PAGES = tuple(ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/
 MEASURED = ROOT / "bench" / "results"
 CARRIED = ROOT / "sparsefeat" / "assets" / "results"
 EMOJI, OVERHEAD, ITD = "emoji.json", "overhead.json", "itd.json"
-CODECS, RETRAINED = "codecs.json", "retrained.json"
+CODECS, RETRAINED, OPTIMIZERS = "codecs.json", "retrained.json", "optimizers.json"
 CARD = "card.json"
 
 
@@ -255,9 +256,9 @@ def fast(devices: dict[str, dict[str, Any]]) -> str:
 
 def throughput() -> str:
     """What `python -m bench.training` wrote, a device after the other."""
-    return (
-        "\n\n".join(page.read_text().strip() for page in sorted(MEASURED.glob("training-*.md"))) or "Not measured yet."
-    )
+    pages = sorted(MEASURED.glob("training-*.md"))
+    parts = [said(page.read_text().strip(), json.loads(page.with_suffix(".json").read_text())) for page in pages]
+    return "\n\n".join(parts) or "Not measured yet."
 
 
 # Table: the file it is made from, and how.
@@ -269,17 +270,30 @@ TABLES = {
     "itd": (ITD, itd),
     "codecs": (CODECS, codecs),
     "retrained": (RETRAINED, retrained),
-    "optimizers": ("optimizers.json", optimizers),
+    "optimizers": (OPTIMIZERS, optimizers),
     "card": (CARD, card_header),
     **{f"card-{section}": (CARD, partial(card_markdown, section=section)) for section in COLUMNS},
 }
 
 
+# Those of the embedded pipeline that say so where it is another by now; of the card the first does.
+OF_THE_PIPELINE = ("generation", "saes", "erasure", "codecs", "retrained", "optimizers", "card")
+
+
+def said(content: str, results: dict[str, Any]) -> str:
+    return f"{content} {STALE}" if stale(results) else content
+
+
+def filled_table(name: str) -> str:
+    file, make = TABLES[name]
+    if not (MEASURED / file).is_file():
+        return "Not measured yet."
+    results = json.loads((MEASURED / file).read_text())
+    return said(make(results), results) if name in OF_THE_PIPELINE else make(results)
+
+
 def filled(text: str, devices: dict[str, dict[str, Any]]) -> str:
-    contents = {
-        name: make(json.loads((MEASURED / file).read_text())) if (MEASURED / file).is_file() else "Not measured yet."
-        for name, (file, make) in TABLES.items()
-    }
+    contents = {name: filled_table(name) for name in TABLES}
     contents |= {"speed": speed(devices), "fast": fast(devices), "recipes": recipes(), "throughput": throughput()}
     for name, content in contents.items():
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)

@@ -11,6 +11,7 @@ from sparsefeat.assets.embedded import (
     load_pipeline,
     sae_folders,
     text_encoder_sae_folder,
+    weights_fingerprint,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "load_pipeline",
     "sae_folders",
     "text_encoder_sae_folder",
+    "weights_fingerprint",
 ]

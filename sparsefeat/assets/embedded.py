@@ -31,21 +31,26 @@ ERASE_LATENTS = 32
 ERASE_GAMMA = -0.5
 
 
-def embedded_fingerprint() -> str:
-    """12 hexadecimal digits of everything that is measured here: the pipeline's files, the SAEs' and the judges'.
-
-    Figures that were measured under another fingerprint are of other weights.
-    """
+def weights_fingerprint(*folders: Path) -> str:
+    """12 hexadecimal digits of the weights and settings in folders: any change of a file's content or name changes them."""
     digest = hashlib.sha256()
-    for folder in (PIPELINE, SAES, FOLDER / "judge", FOLDER / "pixel_judge"):
+    for folder in folders:
         for file in sorted(
             file
             for file in folder.rglob("*")
             if file.suffix in (".safetensors", ".json", ".txt") and file.name != "report.json"
         ):
-            digest.update(f"{file.relative_to(FOLDER).as_posix()}\0".encode())
+            digest.update(f"{file.relative_to(folder.parent).as_posix()}\0".encode())
             digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:12]
+
+
+def embedded_fingerprint() -> str:
+    """`weights_fingerprint` of everything that is measured here: the pipeline's files, the SAEs' and the judges'.
+
+    Figures that were measured under another fingerprint are of other weights.
+    """
+    return weights_fingerprint(PIPELINE, SAES, FOLDER / "judge", FOLDER / "pixel_judge")
 
 
 def sae_folders() -> list[Path]:

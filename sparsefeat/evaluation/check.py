@@ -92,7 +92,7 @@ def check(
     readings = dict(_readings(sae, hookpoint, seen))
     first = next(iter(readings))
     quality = readings.pop(first)()
-    unread = _unread(sae, pipe, hookpoint, prompts[0], seed, call)
+    unread = _unread(pipe, hookpoint, prompts[0], seed, call)
     if unread is not None:
         warnings.warn(unread, CheckWarning, stacklevel=3)
         return Check(hookpoint, quality, problem=unread)
@@ -104,7 +104,7 @@ def check(
     return Check(hookpoint, quality, alternatives, problem)
 
 
-def _unread(sae: SAE, pipe: Any, hookpoint: Hookpoint, prompt: str, seed: int, call: dict[str, Any]) -> str | None:
+def _unread(pipe: Any, hookpoint: Hookpoint, prompt: str, seed: int, call: dict[str, Any]) -> str | None:
     """Of a text encoder: the sentence that an edit does nothing, if what the pipeline reads lies before the hookpoint.
 
     Found out by an edit that nothing could hide, in one denoising step with and without it.

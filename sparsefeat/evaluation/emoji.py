@@ -16,7 +16,6 @@ was. Metrics are computed from the stored verdicts, never stored themselves.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -36,7 +35,6 @@ from sparsefeat.evaluation.before_after import BeforeAfter, before_after
 from sparsefeat.evaluation.frechet import frechet_distance
 from sparsefeat.evaluation.generation import TEST, VALIDATION, Task, generate, task, whole_grid
 from sparsefeat.evaluation.judge import Judge, Verdicts, judge_images
-from sparsefeat.whole import written_plainly
 
 TARGET_OBJECTS = tuple(i for i in range(len(emojicanvas.OBJECTS)) if i % 5 in (0, 2))  # 20 of the 50
 TARGET_STYLES = tuple(range(len(emojicanvas.STYLES)))
@@ -289,14 +287,3 @@ def real_features(judge: Judge) -> Tensor:
 def allowed_mean(unedited: dict[str, Any]) -> float:
     """What erasure on this pipeline could reach at best: UA of 1, IRA and CRA as the unedited pipeline has them."""
     return (1 + unedited["ira"] + unedited["cra"]) / 3
-
-
-def write_json(path: Path, results: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    try:
-        with written_plainly(path, "the file"):
-            partial.write_text(json.dumps(results, indent=1) + "\n")
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

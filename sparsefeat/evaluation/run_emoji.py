@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsefeat.assets import GUIDANCE, N_STEPS, emojicanvas
+from sparsefeat.assets import GUIDANCE, N_STEPS, embedded_fingerprint, emojicanvas
 from sparsefeat.erasure import Erase, random_latents
 from sparsefeat.evaluation.emoji import (
     OBJECT,
@@ -28,14 +27,14 @@ from sparsefeat.evaluation.emoji import (
     all_targets,
     allowed_mean,
     real_features,
-    write_json,
 )
 from sparsefeat.evaluation.generation import STATISTICS, TEST, Task, accuracy, generate, held_out, whole_grid
 from sparsefeat.evaluation.judge import Judge, judge_report
+from sparsefeat.evaluation.results import measured_on_embedded, write_json
 from sparsefeat.evaluation.sae_metrics import measure_sae, pca_fvu, random_control
 from sparsefeat.evaluation.splice import Splice
 from sparsefeat.features import CollectStatistics, Statistics
-from sparsefeat.measure.machine import device_name, precision, versions
+from sparsefeat.measure.machine import precision
 from sparsefeat.pipeline import attach
 from sparsefeat.sae import SAE
 from sparsefeat.training import CollectActivations
@@ -261,12 +260,12 @@ def measure_erasure(
 def evaluate_emoji(
     pipe: Any, saes: Sequence[SAE], judge: Judge, out: Path, work: Path, progress: bool = True
 ) -> dict[str, Any]:
-    """Measure everything, writing `out` after every part. Goes on where an earlier run stopped."""
+    """Measure everything on the embedded pipeline, writing `out` after every part. Goes on where an earlier run on the same
+    weights stopped: finished parts lie in `work`, in a folder that is named for them."""
+    work = work / embedded_fingerprint()
     bench = EmojiBenchmark(pipe, judge, work, n_steps=N_STEPS, guidance=GUIDANCE, progress=progress)
     results: dict[str, Any] = {
-        "device": device_name(),
-        "date": date.today().isoformat(),
-        "versions": versions(),
+        **measured_on_embedded(),
         "protocol": {"n_steps": N_STEPS, "guidance": GUIDANCE, "n_target": 20, "n_other": 40, "precision": precision()},
     }
     report = judge_report()

@@ -10,7 +10,6 @@ from sparsefeat.attention import HeatMaps
 from sparsefeat.attention.reading import KINDS
 from sparsefeat.evaluation import peer_maps, scenes
 from sparsefeat.evaluation.pixel_judge import PixelJudge, pixel_judge_report
-from sparsefeat.measure.machine import device_name, versions
 from sparsefeat.pipeline import attach
 from sparsefeat.pipeline.image_to_image import image_to_image
 from sparsefeat.sae import SAE
@@ -68,8 +67,6 @@ def evaluate_scenes(
             said(f"{split}: {method.name}: {line['miou']} of {line['oracle_miou']}, {line['seconds']} s")
     report = pixel_judge_report()
     return {
-        "device": device_name(),
-        "versions": versions(),
         "n_pictures": n,
         "pixel_judge_miou": report["held_out_pairs_real"]["miou"],
         "rows": rows,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import types
-
 import pytest
 import torch
 
@@ -13,8 +11,6 @@ from sparsefeat.evaluation.card.steering import DOSES, figures
 from sparsefeat.evaluation.segmentation import Segmentation
 from sparsefeat.evaluation.units import Units
 
-BENCH = types.SimpleNamespace(fingerprint="0" * 12)
-
 
 def test_the_area_under_a_straight_line_is_its_middle():
     assert area((0.0, 0.3, 1.0), torch.tensor([1.0, 0.7, 0.0])) == pytest.approx(0.5)
@@ -23,7 +19,7 @@ def test_the_area_under_a_straight_line_is_its_middle():
 def test_a_steerer_is_measured_by_its_order_its_reach_and_what_else_falls():
     p = torch.tensor([[0.1, 0.0], [0.15, 0.05], [0.2, 0.1], [0.4, 0.3], [0.7, 0.2], [0.9, 0.6]]).double()
     q = torch.tensor([[1.0, 0.8], [1.0, 0.8], [1.0, 0.8], [0.9, 0.8], [0.8, 0.6], [0.7, 0.4]]).double()
-    rows = {row.metric: row for row in figures(BENCH, "mine", p, q, 5)}
+    rows = {row.metric: row for row in figures("mine", p, q, 5)}
     # In the first picture p follows the dose; in the second two neighbours are exchanged: 1 - 6 * 2 / (6 * 35).
     assert rows["dose"].value == pytest.approx((1 + 1 - 12 / 210) / 2)
     assert rows["reached"].value == pytest.approx((0.8 + 0.6) / 2)
@@ -34,7 +30,7 @@ def test_a_steerer_is_measured_by_its_order_its_reach_and_what_else_falls():
 
 def test_a_steerer_that_does_nothing_has_no_quotient():
     p, q = torch.full((1 + len(DOSES), 3), 0.2).double(), torch.ones(1 + len(DOSES), 3).double()
-    rows = {row.metric: row for row in figures(BENCH, "nothing", p, q, 5)}
+    rows = {row.metric: row for row in figures("nothing", p, q, 5)}
     assert rows["dose"].value == 0
     assert rows["else per unit"].value is None
     assert "less than" in rows["else per unit"].note

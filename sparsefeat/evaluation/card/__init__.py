@@ -4,7 +4,7 @@ from sparsefeat.evaluation.card.bench import Bench
 from sparsefeat.evaluation.card.budget import FULL, QUICK, Budget
 from sparsefeat.evaluation.card.edit import Edit
 from sparsefeat.evaluation.card.erasers import ERASERS, Eraser, prompts_with, prompts_without
-from sparsefeat.evaluation.card.result import Row, load_card, stale
+from sparsefeat.evaluation.card.result import Row, load_card
 from sparsefeat.evaluation.card.run import SECTIONS, evaluate_card
 
 __all__ = [
@@ -21,5 +21,4 @@ __all__ = [
     "load_card",
     "prompts_with",
     "prompts_without",
-    "stale",
 ]

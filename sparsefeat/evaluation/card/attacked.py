@@ -68,7 +68,7 @@ def attacked_rows(bench: Bench, erasings: Sequence[Erasing]) -> list[Row]:
                 value = float(torch.stack([part.double().mean() for part in parts]).mean())
                 ci = interval(torch.stack([share_draws(part, i) for i, part in enumerate(parts)]).mean(0))
                 n, said = sum(map(len, parts)), "; ".join(filter(None, (bound, note)))
-                rows.append(Row("erasers", name, OBJECT, metric, value, ci, n, seed, bench.fingerprint, said))
+                rows.append(Row("erasers", name, OBJECT, metric, value, ci, n, seed, said))
     return rows
 
 

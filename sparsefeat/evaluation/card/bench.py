@@ -28,10 +28,11 @@ from sparsefeat.assets import (
 )
 from sparsefeat.evaluation.card.budget import Budget
 from sparsefeat.evaluation.card.edit import Edit
-from sparsefeat.evaluation.emoji import OBJECT, Ledger, Target, real_features, tasks_for, write_json
+from sparsefeat.evaluation.emoji import OBJECT, Ledger, Target, real_features, tasks_for
 from sparsefeat.evaluation.frechet import Reference
 from sparsefeat.evaluation.generation import TEST, Task, generate, task
 from sparsefeat.evaluation.judge import Verdicts, judge_images, load_judge
+from sparsefeat.evaluation.results import write_json
 from sparsefeat.evaluation.run_emoji import collect_grid_statistics
 from sparsefeat.features import Statistics
 from sparsefeat.sae import SAE, load_sae

@@ -99,11 +99,7 @@ def dictionaries_rows(bench: Bench) -> list[Row]:
         for name, figures in found.items():
             for metric, (value, ci, n, note) in figures.items():
                 given = None if ci is None else (ci[0], ci[1])
-                rows.append(
-                    Row(
-                        "dictionaries", name, at, metric, value, given, n, bench.budget.n_drawn, bench.fingerprint, note
-                    )
-                )
+                rows.append(Row("dictionaries", name, at, metric, value, given, n, bench.budget.n_drawn, note))
     return rows
 
 

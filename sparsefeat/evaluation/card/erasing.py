@@ -153,7 +153,7 @@ def measured(bench: Bench, eraser: Eraser, kind: str, units: Sequence[Unit]) -> 
     rows = []
 
     def add(metric: str, value: float, ci: tuple[float, float] | None, n: int) -> None:
-        rows.append(Row("erasers", eraser.name, kind, metric, value, ci, n, seed, bench.fingerprint))
+        rows.append(Row("erasers", eraser.name, kind, metric, value, ci, n, seed))
 
     names = {"UA": "gone", "IRA": "own", "CRA": "cross", "adjacent": "adjacent", "paraphrased UA": "paraphrased"}
     parts = {metric: [getattr(unit, name) for unit in units] for metric, name in names.items()}
@@ -194,25 +194,25 @@ def erasers_rows(bench: Bench, erasers: Sequence[Eraser]) -> tuple[list[Row], di
             own = measured(bench, eraser, kind, [unit for unit, _ in found])
             rows += own
             seconds.setdefault(kind, {})[eraser.name] = [spent["image"] for _, spent in found]
-            rows += _times(bench, eraser, kind, seconds[kind], [spent["made"] for _, spent in found])
-    rows += _of_possible(rows, bench)
+            rows += _times(eraser, kind, seconds[kind], [spent["made"] for _, spent in found])
+    rows += _of_possible(rows)
     return rows, json.loads(json.dumps(chosen)), erasings
 
 
-def _times(bench: Bench, eraser: Eraser, kind: str, seconds: Mapping[str, list[float]], made: list[float]) -> list[Row]:
+def _times(eraser: Eraser, kind: str, seconds: Mapping[str, list[float]], made: list[float]) -> list[Row]:
     own = sum(seconds[eraser.name]) / len(seconds[eraser.name])
     rows = [
-        Row("erasers", eraser.name, kind, metric, value, None, len(made), 0, bench.fingerprint)
+        Row("erasers", eraser.name, kind, metric, value, None, len(made), 0)
         for metric, value in (("seconds an image", own), ("seconds to make", sum(made) / len(made)))
     ]
     plain = seconds.get("unedited")
     if plain:
         ratio = own / (sum(plain) / len(plain))
-        rows.append(Row("erasers", eraser.name, kind, "time", ratio, None, len(made), 0, bench.fingerprint))
+        rows.append(Row("erasers", eraser.name, kind, "time", ratio, None, len(made), 0))
     return rows
 
 
-def _of_possible(rows: Sequence[Row], bench: Bench) -> list[Row]:
+def _of_possible(rows: Sequence[Row]) -> list[Row]:
     found = {(row.method, row.of, row.metric): row for row in rows}
     shares = []
     for (method, kind, metric), row in found.items():
@@ -221,5 +221,5 @@ def _of_possible(rows: Sequence[Row], bench: Bench) -> list[Row]:
             continue
         possible = (1 + sum(one.value for one in plain if one and one.value is not None)) / 3
         value, ci = (row.value or 0) / possible, (row.ci[0] / possible, row.ci[1] / possible)
-        shares.append(Row("erasers", method, kind, "of possible", value, ci, row.n, row.seed, bench.fingerprint))
+        shares.append(Row("erasers", method, kind, "of possible", value, ci, row.n, row.seed))
     return shares

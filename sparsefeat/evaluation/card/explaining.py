@@ -82,7 +82,6 @@ def explained_rows(bench: Bench) -> list[Row]:
                     ci,
                     len(areas),
                     tasks[0].seed,
-                    bench.fingerprint,
                 )
             )
     return rows

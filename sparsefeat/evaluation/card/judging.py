@@ -37,7 +37,5 @@ def judges_rows(bench: Bench) -> list[Row]:
     for name, named in said.items():
         right = named == truth
         value, ci = float(right.double().mean()), interval(share_draws(right, 0))
-        rows.append(
-            Row("judges", name, "real drawings, 50 objects", "accuracy", value, ci, len(right), 0, bench.fingerprint)
-        )
+        rows.append(Row("judges", name, "real drawings, 50 objects", "accuracy", value, ci, len(right), 0))
     return rows

@@ -29,9 +29,5 @@ def maps_rows(bench: Bench) -> list[Row]:
         for metric in ("miou", "pointing"):
             name = "mIoU" if metric == "miou" else metric
             ci = tuple(row[f"{metric}_ci"])
-            rows.append(
-                Row(
-                    "maps", row["method"], row["split"], name, row[metric], ci, row["n_maps"], SCORED, bench.fingerprint
-                )
-            )
+            rows.append(Row("maps", row["method"], row["split"], name, row[metric], ci, row["n_maps"], SCORED))
     return rows

@@ -53,15 +53,15 @@ def evaluate_card(
     if unknown:
         raise ValueError(f"sections={unknown} are not known; choose from {', '.join(SECTIONS)}.")
     bench = Bench(budget, work, said)
-    rows, chosen = rows_of_others(out, sections, budget.name, bench.fingerprint)
+    rows, chosen = rows_of_others(out, sections, budget.name)
     if "erasers" in sections:
         found, chosen, erasings = erasers_rows(bench, erasers)
         rows += found
-        write_card(out, rows, budget.name, bench.fingerprint, chosen)
+        write_card(out, rows, budget.name, chosen)
         rows += attacked_rows(bench, erasings)
-        write_card(out, rows, budget.name, bench.fingerprint, chosen)
+        write_card(out, rows, budget.name, chosen)
     for name, measure in OTHERS.items():
         if name in sections:
             rows += measure(bench)
-            write_card(out, rows, budget.name, bench.fingerprint, chosen)
+            write_card(out, rows, budget.name, chosen)
     return rows

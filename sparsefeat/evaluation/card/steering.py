@@ -176,11 +176,11 @@ def steerers_rows(bench: Bench, steerers: Sequence[Steerer] = STEERERS) -> list[
         name = steerer.name.replace(" ", "-").replace(",", "")
         found = [bench.kept(f"steerers/{name}/{dose}", partial(said, partial(at, dose))) for dose in DOSES]
         p, q = (torch.tensor([plain[of], *(one[of] for one in found)]).double() for of in ("style", "object"))
-        rows += figures(bench, steerer.name, p, q, drawn[0].seed)
+        rows += figures(steerer.name, p, q, drawn[0].seed)
     return rows
 
 
-def figures(bench: Bench, name: str, p: Tensor, q: Tensor, seed: int) -> list[Row]:
+def figures(name: str, p: Tensor, q: Tensor, seed: int) -> list[Row]:
     """p, q: [1 + doses, images], the first without a dose."""
     n = p.shape[1]
     ranks = torch.tensor([_rank(p[:, i]) for i in range(n)])
@@ -199,10 +199,7 @@ def figures(bench: Bench, name: str, p: Tensor, q: Tensor, seed: int) -> list[Ro
         ("else per unit", specific, ci),
     )
     note = "" if specific is not None else f"the style's probability rises by less than {LEAST}"
-    return [
-        Row("steerers", name, "style mono", metric, value, ci, n, seed, bench.fingerprint, note)
-        for metric, value, ci in values
-    ]
+    return [Row("steerers", name, "style mono", metric, value, ci, n, seed, note) for metric, value, ci in values]
 
 
 def _rank(p: Tensor) -> float:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparsefeat.evaluation.card.erasers import ERASERS
-from sparsefeat.evaluation.card.result import stale
 from sparsefeat.evaluation.emoji import OBJECT, STYLE
 
 COLUMNS = {
@@ -53,8 +52,6 @@ def card_header(results: dict[str, Any]) -> str:
     )
     if results["budget"] == "quick":
         said += " The quick card: one object and one style, so that its intervals are wide; good for a look, not for quoting."
-    if stale(results):
-        said += " **Stale**: the package has other weights by now; measure it again."
     return said
 
 

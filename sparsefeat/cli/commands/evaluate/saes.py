@@ -52,8 +52,8 @@ def saes(
     results_file(out)
     inputs = _inputs(prompts, column, limit, pipeline)
     shared_words(inputs.prompts)
-    from sparsefeat.evaluation.emoji import write_json
     from sparsefeat.evaluation.evaluate_saes import Drawing, evaluate_saes
+    from sparsefeat.evaluation.results import write_json
 
     opened = asked.open(device, hookpoint=at)
     pipe = choice.open()

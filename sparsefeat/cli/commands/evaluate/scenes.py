@@ -23,8 +23,8 @@ def scenes(
     PipelineChoice(pipeline)
     quiet_libraries()
     from sparsefeat.assets import embedded, load_pipeline
-    from sparsefeat.evaluation.emoji import write_json
     from sparsefeat.evaluation.pixel_judge import load_pixel_judge
+    from sparsefeat.evaluation.results import measured_here, measured_on_embedded, write_json
     from sparsefeat.evaluation.run_scenes import evaluate_scenes
     from sparsefeat.sae import load_sae
 
@@ -36,5 +36,6 @@ def scenes(
     )
     name = "embedded" if pipeline is None else Path(pipeline).name
     judge = load_pixel_judge()
-    write_json(out, evaluate_scenes(pipe, name, judge, saes, images, typer.echo))
+    about = measured_on_embedded() if pipeline is None else measured_here()
+    write_json(out, {**about, **evaluate_scenes(pipe, name, judge, saes, images, typer.echo)})
     typer.echo(f"wrote {out}")
