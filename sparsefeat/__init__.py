@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.erasure import UCE as UCE
     from sparsefeat.erasure import ConceptLancet as ConceptLancet
     from sparsefeat.erasure import Erase as Erase
+    from sparsefeat.erasure import Exchange as Exchange
     from sparsefeat.erasure import InterpretThenDeactivate as InterpretThenDeactivate
     from sparsefeat.erasure import PosteriorAttenuation as PosteriorAttenuation
     from sparsefeat.erasure import ReplaceWhere as ReplaceWhere
@@ -119,6 +120,7 @@ _HOME = {
     "ESD": "sparsefeat.erasure",
     "Erase": "sparsefeat.erasure",
     "Examples": "sparsefeat.features",
+    "Exchange": "sparsefeat.erasure",
     "Hamiltonian": "sparsefeat.steering",
     "HeatMaps": "sparsefeat.attention",
     "Hookpoint": "sparsefeat.pipeline",

@@ -534,6 +534,11 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
             "steps": (0.0, 0.5),
         },
     ),
+    "Exchange": (sf.Exchange, lambda: {"sae": make_sae(), "latents": [1, 2], "change": ones(2, D), "at": AT}),
+    "Exchange.fit": (
+        sf.Exchange.fit,
+        lambda: {"pipe": Untouched(), "sae": make_sae(), "target": "fox", "prompts": CONCEPTS, "at": AT},
+    ),
     "ESD": (sf.ESD, lambda: {"changes": {"unet.x": LowRank(ones(3, 1), ones(1, 4))}, "steps": (0.0, 0.5)}),
     "ESD.fit": (
         sf.ESD.fit,

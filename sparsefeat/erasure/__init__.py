@@ -2,6 +2,7 @@
 
 from sparsefeat.erasure.clamp import clamp_latents
 from sparsefeat.erasure.esd import ESD
+from sparsefeat.erasure.exchange import Exchange
 from sparsefeat.erasure.interpret_deactivate import InterpretThenDeactivate
 from sparsefeat.erasure.lancet import ConceptLancet
 from sparsefeat.erasure.negative_prompt import negative_prompt
@@ -17,6 +18,7 @@ __all__ = [
     "UCE",
     "ConceptLancet",
     "Erase",
+    "Exchange",
     "InterpretThenDeactivate",
     "PosteriorAttenuation",
     "ReplaceWhere",

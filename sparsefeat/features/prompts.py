@@ -41,6 +41,9 @@ class OwnTokens:
     begin: int
     """The position of the begin mark where that alone stands before, else `start`."""
 
+    ids: tuple[int, ...] = ()
+    """What the tokenizer calls them, where that is known."""
+
 
 def tokenizer_of(pipe: Any, at: Hookpoint) -> Any:
     """The tokenizer that belongs to the text encoder a hookpoint lies in: `tokenizer_2` to `text_encoder_2`."""
@@ -152,7 +155,8 @@ class _Frame:
         stop = len(ids) - kept + int(self.closed and kept > 0)
         start = min(len(self.before), stop)
         positions = [*tokens.positions, tokens.positions[-1] + 1] if ids else [0]
-        return OwnTokens(positions[start], positions[stop], positions[0 if len(self.before) == 1 else start])
+        begin = positions[0 if len(self.before) == 1 else start]
+        return OwnTokens(positions[start], positions[stop], begin, tuple(ids[start:stop]))
 
 
 def _tokenizer(pipe: Any, at: Hookpoint) -> Any:
