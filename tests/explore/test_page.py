@@ -16,11 +16,10 @@ from PIL import Image
 
 import sparsefeat as sf
 from sparsefeat.assets import load_pipeline
-from tests.browser import find_chromium
+from tests.browser import chromium, tab
 
 STEPS = 4
 ASKED = {"prompt": "a noto emoji of a fox", "num_inference_steps": STEPS, "guidance_scale": 3.0}
-WAIT = 120_000  # milliseconds; a loaded machine takes a while for what takes a second
 
 
 @pytest.fixture(scope="module")
@@ -47,31 +46,21 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    flags = ["--no-sandbox", "--disable-quic", "--enable-unsafe-swiftshader", "--disable-background-networking"]
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=flags)
-        yield browser
-        browser.close()
+    with chromium() as opened:
+        yield opened
 
 
 @pytest.fixture
 def page(browser: Any, served: tuple[str, Path]) -> Iterator[Any]:
     """A tab of its own, which asks nobody but this machine and says nothing on its console."""
-    asked, said = [], []
-    tab = browser.new_page(viewport={"width": 1440, "height": 1000})
-    tab.set_default_timeout(WAIT)
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
-    tab.on("pageerror", lambda error: said.append(str(error)))
-    tab.goto(served[0])
-    tab.wait_for_selector("#draw")
-    yield tab
-    tab.close()
-    assert len(asked) > 10
-    elsewhere = [url for url in asked if not re.match(r"(https?|ws)://127\.0\.0\.1:|data:|blob:", url)]
+    with tab(browser, height=1000) as (page, heard):
+        page.goto(served[0])
+        page.wait_for_selector("#draw")
+        yield page
+    assert len(heard.asked) > 10
+    elsewhere = [url for url in heard.asked if not re.match(r"(https?|ws)://127\.0\.0\.1:|data:|blob:", url)]
     assert elsewhere == []
-    assert said == []
+    assert [line for line in heard.console if line.startswith("error")] == []
 
 
 def says(page: Any, sentence: str) -> None:
@@ -211,11 +200,11 @@ def test_it_fits_the_screen(page: Any, served: tuple[str, Path], width: int) -> 
     choose(page)
     page.wait_for_timeout(500)
     shots = os.environ.get("EXPLORE_SHOTS", str(served[1]))
-    for tab in ("Words", "Save", "Features"):
-        page.get_by_role("tab", name=tab).click()
+    for name in ("Words", "Save", "Features"):
+        page.get_by_role("tab", name=name).click()
         wide = page.evaluate("document.documentElement.scrollWidth")
-        assert wide <= width, tab
-        page.screenshot(path=f"{shots}/{tab.split()[0].lower()}-{width}.png", full_page=True)
+        assert wide <= width, name
+        page.screenshot(path=f"{shots}/{name.split()[0].lower()}-{width}.png", full_page=True)
     unnamed = page.evaluate(
         "[...document.querySelectorAll('button, input, textarea')].filter(e => e.offsetParent && "
         "!(e.innerText || e.ariaLabel || e.title || e.labels?.length || e.placeholder || e.querySelector('img[alt]')))"

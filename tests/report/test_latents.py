@@ -18,7 +18,7 @@ from sparsefeat.features.scores import area_under_curve
 from sparsefeat.pipeline import attach
 from sparsefeat.report.latents import unfinished_place, words_of, write_feature_pages
 from sparsefeat.sae import SAE, Names, SAEConfig
-from tests.browser import Browser
+from tests.browser import chromium, tab
 from tests.killing import killed
 from tests.report.test_page import Page, leaves
 from tests.tiny import tiny_sd
@@ -255,58 +255,62 @@ def test_the_words_of_prompts_that_tell_them_apart_are_their_concepts() -> None:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    opened = Browser(tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
+def browser() -> Iterator[Any]:
+    with chromium() as opened:
+        yield opened
 
 
 ROWS = "[...document.querySelectorAll('#latents tbody tr')].map(row => row.querySelector('th a').getAttribute('href'))"
 
 
 def test_the_index_is_searched_by_typing_and_sorted_by_its_heads(browser, pages, lines) -> None:
-    browser.open(pages / "index.html")
+    with tab(browser) as (page, heard):
+        page.goto((pages / "index.html").as_uri())
 
-    def rows() -> list[int]:
-        return [int(re.findall(r"\d+", href)[0]) for href in browser.see(ROWS)]
+        def rows() -> list[int]:
+            return [int(re.findall(r"\d+", href)[0]) for href in page.evaluate(ROWS)]
 
-    densest = sorted(lines, key=lambda line: (-line["density_share"], line["latent"]))
-    assert rows() == [line["latent"] for line in densest]
-    assert browser.see("new Set([...document.querySelectorAll('#latents tr')].map(row => row.cells.length)).size") == 1
-    browser.press("Tab", 9)  # the link that skips
-    browser.press("Tab", 9)
-    assert browser.see("document.activeElement.id") == "search"
-    browser.type("GIVEN")
-    assert rows() == [7]
-    assert browser.see("document.getElementById('found').textContent") == f"1 of {N} latents"
-    browser.see("document.getElementById('search').select()")
-    browser.type("fox")
-    assert set(rows()) == {
-        line["latent"]
-        for line in lines
-        if "fox" in [c["word"] for c in line["concepts"][:3]] or "fox" in (line["name"] or "")
-    }
-    browser.see("document.getElementById('search').select()")
-    browser.type("7")
-    assert rows() == [7]
-    browser.see("(document.getElementById('search').value = '', search.dispatchEvent(new Event('input')))")
-    browser.see("document.querySelector('th[data-by=\"0\"] button').focus()")
-    browser.press("Enter", 13)
-    assert rows() == list(range(N))
-    browser.press("Enter", 13)
-    assert rows() == list(range(N))[::-1]
-    assert browser.see("document.querySelector('th[data-by=\"0\"]').ariaSort") == "descending"
-    browser.see("document.getElementById('named').click()")
-    assert set(rows()) == {line["latent"] for line in lines if line["given_name"] or line["name"]}
-    assert browser.see("document.querySelectorAll('#latents tbody script, #latents img[src=x]').length") == 0
-    assert browser.console == []
+        densest = sorted(lines, key=lambda line: (-line["density_share"], line["latent"]))
+        assert rows() == [line["latent"] for line in densest]
+        assert (
+            page.evaluate("new Set([...document.querySelectorAll('#latents tr')].map(row => row.cells.length)).size")
+            == 1
+        )
+        page.keyboard.press("Tab")  # the link that skips
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.id") == "search"
+        page.keyboard.type("GIVEN")
+        assert rows() == [7]
+        assert page.evaluate("document.getElementById('found').textContent") == f"1 of {N} latents"
+        page.evaluate("document.getElementById('search').select()")
+        page.keyboard.type("fox")
+        assert set(rows()) == {
+            line["latent"]
+            for line in lines
+            if "fox" in [c["word"] for c in line["concepts"][:3]] or "fox" in (line["name"] or "")
+        }
+        page.evaluate("document.getElementById('search').select()")
+        page.keyboard.type("7")
+        assert rows() == [7]
+        page.evaluate("(document.getElementById('search').value = '', search.dispatchEvent(new Event('input')))")
+        page.evaluate("document.querySelector('th[data-by=\"0\"] button').focus()")
+        page.keyboard.press("Enter")
+        assert rows() == list(range(N))
+        page.keyboard.press("Enter")
+        assert rows() == list(range(N))[::-1]
+        assert page.evaluate("document.querySelector('th[data-by=\"0\"]').ariaSort") == "descending"
+        page.evaluate("document.getElementById('named').click()")
+        assert set(rows()) == {line["latent"] for line in lines if line["given_name"] or line["name"]}
+        assert page.evaluate("document.querySelectorAll('#latents tbody script, #latents img[src=x]').length") == 0
+    assert heard.console == []
 
 
 @pytest.mark.parametrize("width", [360, 1440])
 def test_index_and_pages_fit_the_screen(browser, pages, width) -> None:
-    for name in ("index.html", "latents/00005.html", "latents/00007.html"):
-        browser.open(pages / name, width)
-        assert browser.see("innerWidth") == width
-        assert browser.see("document.documentElement.scrollWidth") <= width, name
-        assert browser.see("[...document.images].filter(i => i.complete && !i.naturalWidth).length") == 0, name
-    assert browser.console == []
+    with tab(browser, width) as (page, heard):
+        for name in ("index.html", "latents/00005.html", "latents/00007.html"):
+            page.goto((pages / name).as_uri())
+            assert page.evaluate("innerWidth") == width
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+            assert page.evaluate("[...document.images].filter(i => i.complete && !i.naturalWidth).length") == 0, name
+    assert heard.console == []

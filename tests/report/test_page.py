@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from PIL import Image
 
 from sparsefeat.report import write_page
-from tests.browser import find_chromium
+from tests.browser import chromium, tab
 from tests.report.sample import sample
 
 HOSTILE = """"'><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}&lt;"""
@@ -440,25 +439,7 @@ addEventListener("load", () => {
 """
 
 
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    return find_chromium()
-
-
-def visit(chromium: str, profile: Path, address: Path) -> tuple[str, list[str]]:
-    """The page's DOM after loading, and the lines of its console."""
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --hide-scrollbars --enable-logging=stderr --window-size=1500,900"
-    )
-    command = [chromium, *flags.split(), f"--user-data-dir={profile}", "--dump-dom", address.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
-    return done.stdout, re.findall(r":CONSOLE[:(]\d+\)?\] (.*)", done.stderr)
-
-
-def test_the_page_fits_narrow_and_wide_screens_and_its_console_is_silent(
-    chromium: str, page: Path, tmp_path: Path
-) -> None:
+def test_the_page_fits_narrow_and_wide_screens_and_its_console_is_silent(page: Path, tmp_path: Path) -> None:
     results, images = small()
     write_page(tmp_path / "hostile", with_text(results, HOSTILE + LONG), images)
     frames = "".join(
@@ -468,8 +449,13 @@ def test_the_page_fits_narrow_and_wide_screens_and_its_console_is_silent(
         for width in (360, 1440)
     )
     (tmp_path / "harness.html").write_text(f"<!doctype html><meta charset=utf-8><body>{frames}{MEASURE}")
-    dom, console = visit(chromium, tmp_path / "profile", tmp_path / "harness.html")
-    report = json.loads(html.unescape(dom[dom.index("{") : dom.rindex("}") + 1]).partition("</body>")[0])
+    with chromium() as browser:
+        with tab(browser, width=1500) as (harness, heard):
+            harness.goto((tmp_path / "harness.html").as_uri())
+            report = json.loads(harness.text_content("body"))
+        with tab(browser, width=1500) as (alone, heard_alone):
+            alone.goto((page / "index.html").as_uri())
+            assert "The features of one image" in alone.content()
     assert len(report) == 4
     for name, seen in report.items():
         assert seen["width"] == int(name.rpartition("-")[2])
@@ -479,9 +465,5 @@ def test_the_page_fits_narrow_and_wide_screens_and_its_console_is_silent(
         assert seen["broken"] == 0
         assert seen["cut"] == 0, name  # no table hides columns
         assert seen["scripts"] == 0
-    assert len(console) == 1, console
-    assert "the harness is heard" in console[0]  # so silence of the pages is not deafness
-
-    dom, console = visit(chromium, tmp_path / "profile", page / "index.html")
-    assert "The features of one image" in dom
-    assert console == []
+    assert heard.console == ["error: the harness is heard"]  # so silence of the pages is not deafness
+    assert heard_alone.console == []

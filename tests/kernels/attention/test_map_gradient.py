@@ -197,7 +197,9 @@ def test_nothing_to_attend_to_or_from(path: str):
 
 
 @pytest.mark.parametrize("block_bytes", [1, 300, 5000])
-def test_results_do_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch, block_bytes: int):
+def test_blocks_of_any_size_give_the_gradients_of_the_reference_to_rounding(
+    monkeypatch: pytest.MonkeyPatch, block_bytes: int
+):
     monkeypatch.setattr(map_gradient, "KEPT_BYTES", -1)
     monkeypatch.setattr(scores, "BLOCK_BYTES", block_bytes)
     compare(*problem((2, 3, 1, 70, 9, 4), torch.float64, "cpu"))
