@@ -56,7 +56,8 @@ contracts: $(VENV)/.tests-installed
 
 # Two processes of one thread each: the tests' models are so small that a second thread only waits.
 pytest: $(VENV)/.tests-installed
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --durations=10
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder \
+		--durations=10
 
 docs: $(VENV)/.docs-installed
 	$(BIN)/mkdocs build --quiet --strict
@@ -70,7 +71,7 @@ $(VENV)/.docs-installed: $(VENV)/.tests-installed
 matrix: $(VENV)/.tests-installed build/quantised/.installed
 	mkdir -p build
 	PYTHONPATH=build/quantised MATRIX=full MATRIX_RESULTS=build/matrix-newest.json $(BIN)/python -m pytest -q \
-		tests/pipeline/test_matrix.py tests/pipeline/test_quantised.py; \
+		tests/pipeline/test_matrix*.py tests/pipeline/test_quantised.py; \
 	failed=$$?; $(BIN)/python tools/write_pipelines.py --take newest build/matrix-newest.json; exit $$failed
 
 # Beside the environment: diffusers imports them wherever they are installed.

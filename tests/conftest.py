@@ -7,9 +7,35 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+# The files that take longest, the longest in front. They are begun first: what is begun last decides how long one process of
+# `make test` waits for the other.
+LONGEST = (
+    "pipeline/test_matrix_videos.py",
+    "pipeline/test_matrix_unets.py",
+    "pipeline/test_matrix_joint.py",
+    "test_docs.py",
+    "kernels/test_ahead_of_time_sm_90.py",
+    "kernels/test_ahead_of_time_sm_80.py",
+    "test_interrupted.py",
+    "test_packaging.py",
+    "training/test_ranks.py",
+    "pipeline/test_matrix_cross.py",
+    "kernels/test_ahead_of_time_sm_100.py",
+    "test_demo.py",
+    "bench/test_smoke.py",
+    "evaluation/test_evaluate_saes.py",
+    "assets/test_training_tools.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 @pytest.fixture

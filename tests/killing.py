@@ -1,9 +1,13 @@
-"""Work in a process of its own that is killed at random moments, and begun again, until it is let finish."""
+"""Work in a process of its own that is killed at random moments, and begun again, until it is let finish.
+
+Moments are in the processor time of the work itself: how busy the machine is does not change what is hit.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import random
+import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,17 +26,22 @@ def _alone(work: Callable[..., Any], arguments: tuple[Any, ...], options: dict[s
     work(*arguments, **(options or {}))
 
 
+def _timed(took: Any, work: Callable[..., Any], *arguments: Any) -> None:
+    began = time.process_time()
+    work(*arguments)
+    took.value = time.process_time() - began
+
+
+def _until(seconds: float, work: Callable[..., Any], *arguments: Any) -> None:
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # then the system ends the process outright: nobody handles SIGPROF
+    work(*arguments)
+
+
 def run(work: Callable[..., Any], *arguments: Any) -> float:
-    """Let it finish; returns the seconds it took."""
-    seconds = 0.0
-    for target in ((time.time, ()), (work, arguments)):  # the first waits until everything is loaded
-        began = time.monotonic()
-        process = _CONTEXT.Process(target=_alone, args=target)
-        process.start()
-        process.join()
-        assert process.exitcode == 0
-        seconds = time.monotonic() - began
-    return seconds
+    """Let it finish; returns the seconds of processor time it took."""
+    took = _CONTEXT.Value("d")
+    run_all([(_timed, (took, work, *arguments), {})])
+    return took.value
 
 
 def run_all(works: Sequence[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]) -> None:
@@ -46,15 +55,13 @@ def run_all(works: Sequence[tuple[Callable[..., Any], tuple[Any, ...], dict[str,
 
 
 def killed(times: int, seconds: float, work: Callable[..., Any], *arguments: Any, seed: int = 0) -> int:
-    """Kill (SIGKILL) as many runs of `work`, each at a random moment of its first `seconds`, then let one finish; returns how many
-    were at work when they were killed."""
+    """Kill as many runs of `work`, each at a random moment of its first `seconds` of processor time, then let one finish; returns
+    how many were at work when they were killed."""
     moments, hit = random.Random(seed), 0
     for _ in range(times):
-        process = _CONTEXT.Process(target=_alone, args=(work, arguments))
+        process = _CONTEXT.Process(target=_alone, args=(_until, (moments.uniform(1e-3, seconds), work, *arguments)))
         process.start()
-        process.join(moments.random() * seconds)
-        process.kill()
         process.join()
-        hit += process.exitcode == -9
-    run(work, *arguments)
+        hit += process.exitcode == -signal.SIGPROF
+    run_all([(work, arguments, {})])
     return hit

@@ -1,4 +1,4 @@
-"""Write docs/pipelines.md from the results of the matrix test (tests/pipeline/test_matrix.py).
+"""Write docs/pipelines.md from the results of the matrix test (tests/pipeline/test_matrix*.py).
 
     python tools/write_pipelines.py                                # the page from docs/pipelines.json
     python tools/write_pipelines.py --take newest build/matrix.json   # first put a run's results into that file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.pipeline.outcomes import results  # noqa: F401, a fixture
 from tests.tiny import pixels, tiny_sd
 
 

@@ -8,6 +8,7 @@ batch entry whose text is that of an unguided run is conditional, whatever its p
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -84,6 +85,9 @@ def denoisers(family: TinyFamily) -> list[str]:
 @functools.lru_cache(maxsize=1)  # the cells of one pipeline come next to each other
 def prepared(family: str, option: str, mode: str) -> Any:
     """The pipeline of a family in a mode."""
+    if mode.startswith("int8"):
+        library = mode.partition("(")[2].rstrip(")")
+        pytest.importorskip(library, reason=f"{library} is not installed")
     tiny = families()[family]
     pipe = tiny.build(**tiny.options.get(option, {}))
     for name in denoisers(tiny):
@@ -146,10 +150,10 @@ def _cache(model: nn.Module, mode: str) -> None:
 def _quantise(model: nn.Module, mode: str) -> None:
     """Every linear layer in int8, as the library does it on a CPU."""
     if mode == "int8 (torchao)":
-        torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+        torchao = importlib.import_module("torchao.quantization")
         torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
         return
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    bnb = importlib.import_module("bitsandbytes")
     for path, layer in [(path, layer) for path, layer in model.named_modules() if type(layer) is nn.Linear]:
         parent, _, name = path.rpartition(".")
         quantised = bnb.nn.Linear8bitLt(
@@ -182,13 +186,11 @@ class Run:
         self.runs = self.family.runs(cell.guidance)
         self.main = denoisers(self.family)[0]
         self.steps = CACHE_STEPS if cell.mode in CACHES else STEPS
-        self.computed: Computed | None = None
+        inside = [b.path.partition(".")[2] for b in self.family.blocks if b.path.startswith(self.main + ".")]
+        watched = computing(component(self.pipe, self.main), inside) if cell.mode in CACHES else nullcontext()
+        self.computed: Computed | None
         try:
-            if cell.mode in CACHES:
-                inside = [b.path.partition(".")[2] for b in self.family.blocks if b.path.startswith(self.main + ".")]
-                with computing(component(self.pipe, self.main), inside) as self.computed:
-                    self.latents = self()
-            else:
+            with listening(self) as self.prompts_heard, watched as self.computed:
                 self.latents = self()
         except Exception as error:
             if cell.mode == "plain":
@@ -198,8 +200,9 @@ class Run:
             raise NotHere(f"it passes nothing over in {type(component(self.pipe, self.main)).__name__}")
         self.n_images = self.latents.shape[0]
         self.images_per_prompt = self.n_images // n_prompts  # not what was asked for: CogVideoX always makes one
-        with listening(self) as self.prompts_heard:  # a run without guidance: its texts are the conditional ones
-            self(guidance=False)
+        if cell.guidance:  # a run without it: its texts are the conditional ones
+            with listening(self) as self.prompts_heard:
+                self(guidance=False)
 
     def __call__(self, guidance: bool | None = None, seed: int = 3, **arguments: Any) -> torch.Tensor:
         out = self.family.call(
@@ -354,16 +357,16 @@ def steps(run: Run, spots: list[Spot]) -> None:
         assert all(context.timestep is not None for context in spot.contexts)
 
 
-def fails_inside(run: Run, turn: int) -> None:
-    """An instrument fails, then a module of the denoiser does; by turns with an error and with an interrupt."""
+def fails_inside(run: Run, turn: int, before: dict) -> None:
+    """An instrument fails, then a module of the denoiser does; by turns with an error and with an interrupt. `before` is what
+    the pipeline was."""
     error = RuntimeError if turn % 2 else KeyboardInterrupt
 
     def fail(*args: Any) -> None:
         raise error("in the middle")
 
-    def interrupted(*spots: Spot) -> list:
+    def interrupted(before: dict, *spots: Spot) -> list:
         """What is not as it was after a call in which something failed."""
-        before = everything(run.pipe)
         inner = resolve(run.pipe, next(b.path for b in run.family.blocks if b.path.startswith(run.main))).module
         handle = None if any(spot.rule is fail for spot in spots) else inner.register_forward_pre_hook(fail)
         try:
@@ -377,14 +380,14 @@ def fails_inside(run: Run, turn: int) -> None:
         return [key for key in before if before[key] != after[key]]
 
     failing = Spot(run.family.blocks[turn % len(run.family.blocks)], rule=fail)
-    changed = interrupted(*run.spots(rule=zero), failing), interrupted(*run.spots(rule=zero))
+    changed = interrupted(before, *run.spots(rule=zero), failing), interrupted(before, *run.spots(rule=zero))
     if not any(changed):
         assert torch.equal(run(), run.latents), "the pipeline is not what it was"
         return
     # Perturbed-attention guidance leaves its processors behind when it is interrupted; that is not ours.
     prepared.cache_clear()
     run.pipe = prepared(run.cell.family, run.cell.option, run.cell.mode)
-    own = interrupted()
+    own = interrupted(everything(run.pipe))
     prepared.cache_clear()
     assert [key for keys in changed for key in keys if key not in own] == []
 
@@ -476,5 +479,5 @@ def check(cell: Cell, turn: int) -> dict[str, str | None]:
     if cell.mode == "gradient checkpointing":
         attempt("gradients through checkpoints", gradients, run)
     attempt("leaving restores", restored)
-    attempt("an exception restores", fails_inside, run, turn)
+    attempt("an exception restores", fails_inside, run, turn, before)
     return outcome

@@ -6,6 +6,10 @@ from typing import Any
 
 from torch import nn
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
+# Which of them are called in another way.
+FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+
 
 def everything(pipe: Any) -> dict:
     """All of a pipeline that attaching might touch: types, attributes, hooks, processors, by identity."""
@@ -14,13 +18,10 @@ def everything(pipe: Any) -> dict:
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
             for path, module in component.named_modules():
-                attributes = {k: id(v) for k, v in vars(module).items() if not k.startswith("_")}
-                hooks = [
-                    [id(hook) for hook in vars(module)[kind].values()]
-                    for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
-                ]
-                flags = [list(v) for k, v in vars(module).items() if k.startswith("_forward") and k.count("_") > 3]
-                state[name, path] = (type(module), attributes, sorted(vars(module)), hooks, flags)
+                own = vars(module)
+                attributes = {k: None if k.startswith("_") else id(v) for k, v in own.items()}
+                hooks = [[id(hook) for hook in own[kind].values()] for kind in HOOKS]
+                state[name, path] = (type(module), attributes, hooks, [list(own[kind]) for kind in FLAGS])
     return state
 
 

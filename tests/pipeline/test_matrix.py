@@ -1,16 +1,13 @@
-"""The promises of `attach` over families and configurations (matrix.py, promises.py), and the covering array itself."""
+"""What the promises of `attach` (promises.py) are beside the cells of test_matrix_*.py: in loops that are not diffusers',
+compiled; and the covering array itself (matrix.py).
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import json
-import os
-import platform
 import types
-from collections import Counter, defaultdict
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,83 +15,18 @@ import pytest
 import torch
 
 from sparsefeat.pipeline import attach
-from tests.families import Block, families
+from tests.families import Block
 from tests.pipeline import promises
-from tests.pipeline.families.test_claims import REFUSED, exported
 from tests.pipeline.instruments import push
-from tests.pipeline.matrix import MODES, Cell, cells, pairwise, product
-from tests.pipeline.modular import PIPELINES as MODULAR
+from tests.pipeline.matrix import MODES, Cell, pairwise, product
+from tests.pipeline.outcomes import FAMILIES, kind
 from tests.pipeline.state import everything
 
-FAMILIES = families()
-VERSIONS = ("torch", "triton", "diffusers", "transformers", "numpy", "peft", "accelerate")
 
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-@pytest.fixture(scope="module")
-def results() -> Iterator[dict[str, Any]]:
-    """What came of each cell; written to the file `MATRIX_RESULTS` names, if it names one."""
-    found: dict[str, Any] = {name: defaultdict(list) for name in FAMILIES}
-    yield found
-    path = os.environ.get("MATRIX_RESULTS")
-    if path:
-        Path(path).write_text(json.dumps(_summary(found), indent=1, sort_keys=True) + "\n")
-
-
-def _summary(found: dict[str, Any]) -> dict[str, Any]:
-    families_ = {}
-    for name, family in FAMILIES.items():
-        kept, broken, modes = Counter(), Counter(), defaultdict(Counter)
-        for cell, outcome in found[name]["cells"]:
-            for promise, wrong in outcome.items():
-                (broken if wrong else kept)[promise] += 1
-            modes[cell.mode]["broken" if any(outcome.values()) else "kept"] += 1
-        for mode, _ in found[name]["compiled"]:
-            modes[mode]["kept"] += 1
-        reasons = dict(found[name]["not here"])
-        families_[name] = {
-            "title": family.title,
-            "pipeline": family.pipeline,
-            "available": family.available,
-            "promises": {promise: [kept[promise], kept[promise] + broken[promise]] for promise in kept | broken},
-            "modes": {mode: [count["kept"], sum(count.values())] for mode, count in modes.items()},
-            "not here": {mode: reason for mode, reason in reasons.items() if mode not in modes},
-            "own loop": next(iter(found[name]["own loop"]), None),
-        }
-    return {
-        "versions": {"python": platform.python_version(), **{package: _version(package) for package in VERSIONS}},
-        "cells": os.environ.get("MATRIX", "pairwise"),
-        "modular": sorted(FAMILIES[name].title for name in MODULAR),
-        "refused": sorted(REFUSED & exported().keys()),
-        "families": families_,
-    }
-
-
-CELLS = [(cell, turn) for family in FAMILIES.values() for turn, cell in enumerate(cells(family))]
-
-
-@pytest.mark.parametrize(("cell", "turn"), CELLS, ids=lambda value: "" if isinstance(value, int) else str(value))
-def test_attach_keeps_its_promises(cell, turn, results):
-    family = FAMILIES[cell.family]
-    if not family.available:
-        pytest.skip(f"{family.pipeline} is not in this diffusers")
-    try:
-        outcome = promises.check(cell, turn)
-    except promises.NotHere as reason:
-        results[cell.family]["not here"].append((cell.mode, str(reason)))
-        pytest.skip(str(reason))
-    except pytest.skip.Exception as reason:
-        results[cell.family]["not here"].append((cell.mode, str(reason)))
-        raise
-    results[cell.family]["cells"].append((cell, outcome))
-    broken = {promise: wrong for promise, wrong in outcome.items() if wrong}
-    assert not broken, "\n".join(f"{promise}: {wrong}" for promise, wrong in broken.items())
+def test_every_family_is_of_a_kind_that_has_a_file():
+    """So that none is left out of the matrix."""
+    files = {path.stem.removeprefix("test_matrix_") for path in Path(__file__).parent.glob("test_matrix_*.py")}
+    assert {kind(family) for family in FAMILIES.values()} == files
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -187,7 +187,7 @@ def test_strips_come_to_the_latents_asked_for(pages, lines, tmp_path) -> None:
 
 
 def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_with_the_same_pages(pages, tmp_path) -> None:
-    killed(2, 4.0, write, tmp_path / "pages")
+    assert killed(2, 0.5, write, tmp_path / "pages") == 2
     for name in ("index.html", "latents.jsonl", "latents/00007.html", "images/00005.webp"):
         assert (tmp_path / "pages" / name).read_bytes() == (pages / name).read_bytes(), name
     assert [path.name for path in tmp_path.iterdir()] == ["pages"]
