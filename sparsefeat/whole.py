@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import signal
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,7 +93,20 @@ class NotWrittenError(OSError):
         super().__init__(
             f"{name} {place} could not be written ({why}), and nothing of it was kept; make room, or choose another disk"
         )
-        self.place, self.why = place.absolute(), why
+        self.place: Path = place.absolute()
+        self.why: str = why
+
+
+class Ended(KeyboardInterrupt):
+    """A signal asked for the end, by its number: like Ctrl-C, so that everything on the way is cleaned up.
+
+    `kept`: what was kept of the work.
+    """
+
+    def __init__(self, said: str = "", *, number: int = signal.SIGINT, kept: str = "nothing was written"):
+        super().__init__(said)
+        self.number: int = number
+        self.kept: str = kept
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -26,7 +26,8 @@ __all__ = ["PIECES_A_THREAD", "Task", "conducted", "each", "pieces", "shares", "
 
 Task = Callable[[], None]
 Item = TypeVar("Item")
-Run = TypeVar("Run", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 MOST_THREADS = 8  # more of them share Python's lock badly: beyond, each has several of torch's threads
 PIECES_A_THREAD = 4  # whoever is put aside by the system leaves the others its pieces
@@ -68,19 +69,19 @@ def _pool(workers: int, share: int) -> ThreadPoolExecutor:
         return found
 
 
-def conducted(run: Run) -> Run:
+def conducted(run: Callable[P, R]) -> Callable[P, R]:
     """`run`, of tensors on a CPU, on a thread that hands out its work by `together`, where torch may use several threads.
     Not of gradients: no graph is recorded."""
 
     @functools.wraps(run)
-    def call(*args: Any, **options: Any) -> Any:
+    def call(*args: P.args, **options: P.kwargs) -> R:
         of_torch = torch.get_num_threads()
         if of_torch == 1 or any(isinstance(one, torch.Tensor) and one.device.type != "cpu" for one in args):
             return run(*args, **options)
         workers, inference = min(of_torch, MOST_THREADS), torch.is_inference_mode_enabled()
         pool = _pool(workers, of_torch // workers)
 
-        def conduct() -> Any:
+        def conduct() -> R:
             _conducting.pool = pool, workers
             try:
                 with torch.inference_mode(inference), torch.no_grad():
@@ -96,7 +97,7 @@ def conducted(run: Run) -> Run:
                 running.exception()
             raise
 
-    return call  # type: ignore[return-value]
+    return call
 
 
 def threads() -> int:

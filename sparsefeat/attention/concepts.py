@@ -164,12 +164,12 @@ class Concepts:
             raise ValueError(none_to_read(pipe, "concept", attentions_of(pipe, "cross_attention"), ()))
         self._way = _way_of(pipe, found[0].root)
         start = min(round(len(found) * self._way.first), len(found) - 1)
-        self.read = found[start:] if wanted is None else chosen_of(found, wanted, "joint-attention")
+        self.read: tuple[Layer, ...] = found[start:] if wanted is None else chosen_of(found, wanted, "joint-attention")
         last = max(found.index(layer) for layer in self.read)
-        self.passed = found[: last + 1]
+        self.passed: tuple[Layer, ...] = found[: last + 1]
         """From the first block to the last that is read."""
         refuse_bypassed(self.passed)
-        self.names = tuple(names)
+        self.names: tuple[str, ...] = tuple(names)
         _known(pipe, self._way, self.names)
         self._embedded: Embedded | None = None
         self._stream: Stream | None = None

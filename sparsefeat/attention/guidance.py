@@ -78,9 +78,9 @@ class MapGuidance(Instrument):
             positions = word if isinstance(word, Sequence) and not isinstance(word, str) else [word]
             if not positions or not all(isinstance(one, (str, int)) and not isinstance(one, bool) for one in positions):
                 raise ValueError(f"words={words!r} has {word!r}; name a word, a token position, or several of these.")
-        self.words = tuple(words)
-        self.resolution = None if resolution is None else sides("resolution", resolution)
-        self.scale = None if scale is None else number("scale", scale)
+        self.words: tuple[Any, ...] = tuple(words)
+        self.resolution: tuple[int, int] | None = None if resolution is None else sides("resolution", resolution)
+        self.scale: float | None = None if scale is None else number("scale", scale)
         self._prompts = SeenPrompts()
         self._denoisers: tuple[str, ...] = ()
         self.begin_call(Call())
@@ -195,22 +195,18 @@ Chosen = Callable[[int], tuple[list[tuple[int, ...]], bool]]
 """Of the number of keys: the token positions of each word in an image's prompt, and whether the first token is a mark."""
 
 
+@dataclass(eq=False)
 class Guided:
     """One image's conditional row, at one step: the maps of the words as a function of the latent."""
 
-    def __init__(
-        self,
-        root: nn.Module,
-        arguments: Mapping[str, Any],
-        argument: str,
-        chosen: Chosen,
-        resolution: tuple[int, int] | None,
-        far: float | None,
-    ):
-        self.root, self.arguments, self.argument, self.chosen = root, arguments, argument, chosen
-        self.resolution, self.far = resolution, far
-        self.losses: list[float] = []
-        self.moves = 0
+    root: nn.Module
+    arguments: Mapping[str, Any]
+    argument: str
+    chosen: Chosen
+    resolution: tuple[int, int] | None
+    far: float | None
+    losses: list[float] = field(default_factory=list)
+    moves: int = 0
 
     def maps(self, latent: Tensor) -> Tensor:
         """[words, h, w] of the latent, `sharpened`."""
@@ -307,9 +303,11 @@ class AttendAndExcite(MapGuidance):
         scale: float | None = None,
     ):
         super().__init__(words, resolution, scale)
-        self.steps = whole("steps", steps)
+        self.steps: int = whole("steps", steps)
         given = {0: 0.05, 10: 0.5, 20: 0.8} if thresholds is None else thresholds
-        self.thresholds = dict(mapping("thresholds", given, "steps to heights of 0 to 1, as {10: 0.5}"))
+        self.thresholds: dict[int, float] = dict(
+            mapping("thresholds", given, "steps to heights of 0 to 1, as {10: 0.5}")
+        )
         for step, height in self.thresholds.items():
             number(f"thresholds[{step}]", height, 0, 1)
 

@@ -112,20 +112,22 @@ class HeatMaps(Instrument):
         if condition not in ("cond", "uncond"):
             raise ValueError(f"condition={condition!r} is not known; use 'cond' or, for the negative prompt, 'uncond'.")
         self.kind, self.direction, self.condition = kind, direction, condition
-        self.reads_unturned = kind == "query_query"
-        self.words = _words(words)
-        self.concepts = _names("concepts", concepts, "concepts=['fox', 'snow']")
-        self.layers = _names("layers", layers, "layers='up_blocks.1'")
-        self.window = StepWindow.parse(steps)
+        self.reads_unturned: bool = kind == "query_query"
+        self.words: tuple[str | int, ...] | None = _words(words)
+        self.concepts: tuple[str, ...] | None = _names("concepts", concepts, "concepts=['fox', 'snow']")
+        self.layers: tuple[str, ...] | None = _names("layers", layers, "layers='up_blocks.1'")
+        self.window: StepWindow = StepWindow.parse(steps)
         given_weights = mapping("layer_weights", layer_weights or {}, "parts of layers' paths to factors")
-        self.layer_weights = {path: _weights(path, given) for path, given in given_weights.items()}
-        self.step_weights = step_weights
+        self.layer_weights: dict[str, tuple[float, ...]] = {
+            path: _weights(path, given) for path, given in given_weights.items()
+        }
+        self.step_weights: StepWeights = step_weights
         if step_weights is not None and not callable(step_weights):
             self.step_weights = tuple(number(f"step_weights[{i}]", w, 0) for i, w in enumerate(step_weights))
-        self.keep = _kept(keep)
+        self.keep: tuple[str, ...] = _kept(keep)
         self.daam_exact = daam_exact
         self._apart = {*self.keep, "layers", "heads"} if daam_exact else set(self.keep)
-        self.max_bytes = whole("max_bytes", max_bytes)
+        self.max_bytes: int = whole("max_bytes", max_bytes)
         self._check_concepts()
         self._kind: Kind = self.kind or "cross"
         self._beside: Concepts | None = None

@@ -30,7 +30,8 @@ class MovedLatents:
     """The moves of one denoising step, by image."""
 
     def __init__(self, who: str, pipe: Any, arguments: Mapping[str, Any]):
-        self.who, self._pipe = who, pipe
+        self.who: str = who
+        self._pipe = pipe
         self._factor = _input_factor(pipe, arguments)
         self._moves: dict[int, Tensor] = {}  # in the units of what the denoiser is given
         self._given: dict[int, Tensor] = {}

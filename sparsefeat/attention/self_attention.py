@@ -64,8 +64,10 @@ class SelfAttention(Instrument):
     ):
         if condition not in ("cond", "uncond"):
             raise ValueError(f"condition={condition!r} is not known; use 'cond' or 'uncond'.")
-        self.layers = None if layers is None else (layers,) if isinstance(layers, str) else tuple(layers)
-        self.grid = None if grid is None else sides("grid", grid)
+        self.layers: tuple[str, ...] | None = (
+            None if layers is None else (layers,) if isinstance(layers, str) else tuple(layers)
+        )
+        self.grid: tuple[int, int] | None = None if grid is None else sides("grid", grid)
         self.condition = condition
         self.begin_call(Call())
 

@@ -47,9 +47,9 @@ class CorrectionBySimilarities(WordEmbeddings):
 
     def __init__(self, words: Sequence[str], strength: float = 0.25, window: int = 5, quantile: float = 0.9):
         super().__init__(words)
-        self.strength = number("strength", strength, 0, 1)
-        self.window = whole("window", window)
-        self.quantile = number("quantile", quantile, 0, 1)
+        self.strength: float = number("strength", strength, 0, 1)
+        self.window: int = whole("window", window)
+        self.quantile: float = number("quantile", quantile, 0, 1)
 
     def changed(self, embeddings: Tensor, words: Sequence[Sequence[int]], context: Context) -> Tensor:
         return self.corrected(embeddings, [token for of_word in words for token in of_word])
@@ -90,7 +90,9 @@ class CrossTokenNMS(OfWords):
         super().__init__(words)
         if len(self.words) < 2:
             raise ValueError(f"words={words!r} must be two at least, between which the positions are shared out.")
-        self.layers = None if layers is None else (layers,) if isinstance(layers, str) else tuple(layers)
+        self.layers: tuple[str, ...] | None = (
+            None if layers is None else (layers,) if isinstance(layers, str) else tuple(layers)
+        )
         self._paths: tuple[str, ...] = ()
         self._projections: dict[str, Any] = {}
         self._removed: dict[str, Tensor] = {}

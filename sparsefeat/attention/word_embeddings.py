@@ -20,7 +20,7 @@ class OfWords(Instrument):
     def __init__(self, words: Sequence[str]):
         if isinstance(words, str) or not words or not all(isinstance(word, str) and word.strip() for word in words):
             raise ValueError(f"words={words!r} must be a list of words of the prompt, as in ['fox', 'rocket'].")
-        self.words = tuple(words)
+        self.words: tuple[str, ...] = tuple(words)
         self._prompts = SeenPrompts()
 
     def components(self, pipe: Any) -> tuple[str, ...]:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from sparsefeat.attribution.gradients import predicted
 from sparsefeat.features.attached import hookpoint_of
 from sparsefeat.pipeline import Hookpoint, resolve
-from sparsefeat.pipeline.families.family import Run, timestep_in
+from sparsefeat.pipeline.families.family import Family, Run, timestep_in
+from sparsefeat.pipeline.hookpoints import Target
 from sparsefeat.pipeline.instrument import rows_of
 from sparsefeat.pipeline.outputs import argument, put, put_argument, take, take_argument
 from sparsefeat.pipeline.part import Part
@@ -34,11 +35,12 @@ class Block:
     """Where one block's activations come by in a run of the denoiser."""
 
     def __init__(self, pipe: Any, at: Hookpoint):
-        self.at, self.target = at, resolve(pipe, at.path)
-        self.family = self.target.family.stating(at.rows)
+        self.at: Hookpoint = at
+        self.target: Target = resolve(pipe, at.path)
+        self.family: Family = self.target.family.stating(at.rows)
         if not self.family.runs_in_steps:
             raise ValueError(f"at={str(at)!r} must be of a block of the denoiser, to be attributed.")
-        self.root = getattr(self.target.root, "_orig_mod", self.target.root)
+        self.root: nn.Module = getattr(self.target.root, "_orig_mod", self.target.root)
         stream = self.family.stream_at(self.target.inner, self.target.module, at.stream)
         if stream is None:
             raise ValueError(
@@ -128,8 +130,9 @@ class CodedBlock:
             raise ValueError(
                 f"at={str(where)!r} is no input, which a transcoder reads; write {where.path + ':input'!r}."
             )
-        self.sae, self.read = sae, Block(pipe, where)
-        self.written = Block(pipe, replace(where, io="output")) if sae.config.transcoder else self.read
+        self.sae: SAE = sae
+        self.read: Block = Block(pipe, where)
+        self.written: Block = Block(pipe, replace(where, io="output")) if sae.config.transcoder else self.read
 
     @torch.no_grad()
     def run(self, arguments: Mapping[str, Any]) -> Coded:

@@ -92,8 +92,9 @@ class OnLatents(EachStep):
 
     def __init__(self, gradients: WeightGradients, latents: Tensor, seed: int):
         super().__init__(gradients.root_name)
-        self.gradients, self.latents = gradients, latents
-        self.generator = torch.Generator().manual_seed(seed)
+        self.gradients: WeightGradients = gradients
+        self.latents: Tensor = latents
+        self.generator: torch.Generator = torch.Generator().manual_seed(seed)
         self.losses: list[float] = []
 
     def weight(self, image: int) -> float:

@@ -78,17 +78,19 @@ class WeightGradients:
 
     def __init__(self, pipe: Any, paths: Sequence[str]):
         targets = [resolve(pipe, path) for path in paths]
-        self.root_name = targets[0].root_name
+        self.root_name: str = targets[0].root_name
         if any(target.root_name != self.root_name for target in targets):
             raise ValueError(
                 f"modules= lie in several components: {', '.join({t.root_name for t in targets})}; give one's."
             )
-        self.root = getattr(targets[0].root, "_orig_mod", targets[0].root)
+        self.root: nn.Module = getattr(targets[0].root, "_orig_mod", targets[0].root)
         own = {id(parameter): name for name, parameter in self.root.named_parameters()}
-        self.names = {target.path: own[id(plain_weight(target))] for target in targets}
-        self.values = {target.path: plain_weight(target).detach() for target in targets}
+        self.names: dict[str, str] = {target.path: own[id(plain_weight(target))] for target in targets}
+        self.values: dict[str, Tensor] = {target.path: plain_weight(target).detach() for target in targets}
         """The weights that the gradient is taken at; another tensor in their place leaves the model as it is."""
-        self.sums = {path: torch.zeros_like(value, dtype=torch.float32) for path, value in self.values.items()}
+        self.sums: dict[str, Tensor] = {
+            path: torch.zeros_like(value, dtype=torch.float32) for path, value in self.values.items()
+        }
 
     def add(self, loss: Callable[[Predict], Tensor]) -> float:
         """Add the gradients of `loss(predict)`, where `predict(arguments)` is what the denoiser says of its arguments."""
@@ -129,7 +131,7 @@ class EachStep(Instrument):
         return (self.root_name,)
 
     def begin_call(self, call: Call) -> None:
-        self.scheduler = getattr(call.pipe, "scheduler", None)
+        self.scheduler: Any = getattr(call.pipe, "scheduler", None)
         self._waiting: dict[int, tuple[dict[str, Mapping[str, Any]], Context]] = {}
 
     def at_component(self, name: str, arguments: Mapping[str, Any], context: Context) -> None:

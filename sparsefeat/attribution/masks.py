@@ -39,12 +39,14 @@ class WeightMask(SavableInstrument):
                     f"masks[{path!r}] must be a tensor of booleans of the weight's shape, True where it becomes 0; it is "
                     f"{f'{mask.dtype} {list(mask.shape)}' if isinstance(mask, Tensor) else type(mask).__name__}."
                 )
-        self.shapes = {path: tuple(mask.shape) for path, mask in masks.items()}
-        self.zeroed = {path: mask.detach().cpu().flatten().nonzero()[:, 0] for path, mask in masks.items()}
+        self.shapes: dict[str, tuple[int, ...]] = {path: tuple(mask.shape) for path, mask in masks.items()}
+        self.zeroed: dict[str, Tensor] = {
+            path: mask.detach().cpu().flatten().nonzero()[:, 0] for path, mask in masks.items()
+        }
         if not any(len(zeroed) for zeroed in self.zeroed.values()):
             raise ValueError("masks= zero no weight at all, so nothing would change; choose more weights.")
-        self.concept = str(concept)
-        self.window = StepWindow.parse(steps)
+        self.concept: str = str(concept)
+        self.window: StepWindow = StepWindow.parse(steps)
 
     @property
     def n_zeroed(self) -> int:

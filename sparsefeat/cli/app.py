@@ -50,15 +50,15 @@ class Once(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-sae_app = typer.Typer(help="Look at sparse autoencoders and convert them.", no_args_is_help=True)
+sae_app: typer.Typer = typer.Typer(help="Look at sparse autoencoders and convert them.", no_args_is_help=True)
 app.add_typer(sae_app, name="sae")
-evaluate_app = typer.Typer(help="Measure SAEs, erasure and what attaching costs.", no_args_is_help=True)
+evaluate_app: typer.Typer = typer.Typer(help="Measure SAEs, erasure and what attaching costs.", no_args_is_help=True)
 app.add_typer(evaluate_app, name="evaluate")
 for group, commands in ((app, COMMANDS), (sae_app, SAE_COMMANDS), (evaluate_app, EVALUATE_COMMANDS)):
     for command in commands:

@@ -10,12 +10,15 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import typer
 from typer.models import OptionInfo
 
-F = TypeVar("F", bound=Callable[..., Any])
+from sparsefeat.whole import Ended
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # The library's names of what has another name in the shell.
 ELSEWHERE = {
@@ -27,26 +30,20 @@ ELSEWHERE = {
 }
 
 
-class Ended(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: like Ctrl-C, so that everything on the way is cleaned up."""
-
-    def __init__(self, number: int):
-        self.number = number
-
-
-def plain_errors(command: F) -> F:
+def plain_errors(command: Callable[P, R]) -> Callable[P, R]:
     """Errors a user can mend become one sentence and the exit code of `sparsefeat.cli`; bugs keep their traceback."""
 
     options = options_of(command)
 
     @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             with signals_raise(), plain_warnings(options):
                 return command(*args, **kwargs)
         except KeyboardInterrupt as error:
-            typer.echo(f"interrupted; {getattr(error, 'kept', 'nothing was written')}", err=True)
-            raise typer.Exit(128 + getattr(error, "number", signal.SIGINT)) from None
+            ended = error if isinstance(error, Ended) else Ended()
+            typer.echo(f"interrupted; {ended.kept}", err=True)
+            raise typer.Exit(128 + ended.number) from None
         except (ValueError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
             typer.echo(f"error: {in_options(str(error), options)}", err=True)
             raise typer.Exit(2) from None
@@ -54,7 +51,7 @@ def plain_errors(command: F) -> F:
             typer.echo(f"error: {in_options(reason(error), options)}", err=True)
             raise typer.Exit(1) from None
 
-    return wrapped  # type: ignore[return-value]
+    return wrapped
 
 
 def reason(error: OSError | MemoryError) -> str:
@@ -115,7 +112,7 @@ def signals_raise() -> Iterator[None]:
         ours = [n for n in known if n is not None and signal.getsignal(n) is signal.SIG_DFL]
 
     def end(number: int, frame: Any) -> None:
-        raise Ended(number)
+        raise Ended(number=number)
 
     for number in ours:
         signal.signal(number, end)
@@ -132,5 +129,5 @@ def keeping(sentence: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        error.kept = sentence()  # type: ignore[attr-defined]
-        raise
+        number = error.number if isinstance(error, Ended) else signal.SIGINT
+        raise Ended(str(error), number=number, kept=sentence()) from error

@@ -67,10 +67,11 @@ class ESD(SavableInstrument):
                 raise TypeError(f"changes[{path!r}] is {type(change).__name__}, not a LowRank.")
             finite(f"changes[{path!r}].up", change.up)
             finite(f"changes[{path!r}].down", change.down)
-        self.changes, self.concept = dict(changes), str(concept)
+        self.changes: dict[str, LowRank] = dict(changes)
+        self.concept: str = str(concept)
         self.losses: tuple[float, ...] = ()
         """Of the training, one for each of its steps; of a loaded one none."""
-        self.window = StepWindow.parse(steps)
+        self.window: StepWindow = StepWindow.parse(steps)
 
     @classmethod
     def fit(

@@ -21,7 +21,7 @@ import dataclasses
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class InterpretThenDeactivate(SavableInstrument):
         at: hookpoint; default the SAE's.
     """
 
-    kept = ("latents", "strength", "tau", "gate_reduce")
+    kept: ClassVar[tuple[str, ...]] = ("latents", "strength", "tau", "gate_reduce")
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class InterpretThenDeactivate(SavableInstrument):
     ):
         if gate_reduce not in ("mean", "max_token"):
             raise ValueError(f'gate_reduce={gate_reduce!r} is not known; use "mean" or "max_token".')
-        self.sae = reconstructing(sae)
+        self.sae: SAE = reconstructing(sae)
         try:
             given = torch.as_tensor(latents)
         except (TypeError, ValueError, RuntimeError):
@@ -81,9 +81,10 @@ class InterpretThenDeactivate(SavableInstrument):
             raise ValueError(f"latents={latents!r:.80} must be the latents' numbers, as in latents=[12, 40].")
         self.latents = given.to(torch.int64).unique()
         sae.directions(self.latents)  # names a latent that does not exist
-        self.strength, self.gate_reduce = number("strength", strength), gate_reduce
-        self.tau = None if tau is None else number("tau", tau)
-        self.at = hookpoint_of(sae, at)
+        self.strength: float = number("strength", strength)
+        self.gate_reduce = gate_reduce
+        self.tau: float | None = None if tau is None else number("tau", tau)
+        self.at: Hookpoint = hookpoint_of(sae, at)
         self._own: list[OwnTokens] | None = None
         self._images_per_prompt = 1
 

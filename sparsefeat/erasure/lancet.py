@@ -65,18 +65,20 @@ class ConceptLancet(SavableInstrument):
                 raise ValueError(f"{argument}={named!r} is no direction; there are {', '.join(map(repr, directions))}.")
         if remove == add:
             raise ValueError(f"add={add!r} is what remove= takes out; name another, or none.")
-        self.names, self.remove, self.add = tuple(directions), remove, add
+        self.names: tuple[str, ...] = tuple(directions)
+        self.remove: str = remove
+        self.add: str | None = add
         stacked = torch.stack([directions[name].detach().float().cpu() for name in self.names])
-        self.atoms = stacked / stacked.norm(dim=1, keepdim=True)
+        self.atoms: Tensor = stacked / stacked.norm(dim=1, keepdim=True)
         width = self.atoms.shape[1]
-        self.center = torch.zeros(width) if center is None else finite("center", center).detach().float().cpu()
+        self.center: Tensor = torch.zeros(width) if center is None else finite("center", center).detach().float().cpu()
         if self.center.shape != (width,):
             raise ValueError(f"center has shape {list(self.center.shape)}; the directions are [{width}].")
-        self.at = Hookpoint.parse(at) if isinstance(at, str) else at
-        self.k = min(whole("k", k), len(self.names))
-        self.strength = number("strength", strength)
-        self.condition = check_condition(condition)
-        self.window = StepWindow.parse(steps)
+        self.at: Hookpoint = Hookpoint.parse(at) if isinstance(at, str) else at
+        self.k: int = min(whole("k", k), len(self.names))
+        self.strength: float = number("strength", strength)
+        self.condition: str = check_condition(condition)
+        self.window: StepWindow = StepWindow.parse(steps)
 
     @classmethod
     def fit(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sparsefeat_kernels import SparseCode
@@ -44,7 +44,7 @@ class Histograms(Statistics):
 
     def __init__(self, concepts: Sequence[str], n_latents: int):
         super().__init__(concepts, n_latents)
-        self.counts = torch.zeros(len(self.concepts), n_latents, len(EDGES) + 1, dtype=torch.int32)
+        self.counts: Tensor = torch.zeros(len(self.concepts), n_latents, len(EDGES) + 1, dtype=torch.int32)
 
     def add(self, code: SparseCode, concept: Tensor, timestep: float) -> None:
         super().add(code, concept, timestep)
@@ -81,7 +81,7 @@ class PosteriorAttenuation(SavableInstrument):
         condition, steps, at: as in `Steer`; condition "cond+uncond-" has no meaning here.
     """
 
-    kept = ("latents", "posterior", "concept")
+    kept: ClassVar[tuple[str, ...]] = ("latents", "posterior", "concept")
 
     def __init__(
         self,
@@ -94,22 +94,23 @@ class PosteriorAttenuation(SavableInstrument):
         steps: Steps = None,
         at: str | Hookpoint | None = None,
     ):
-        self.at = hookpoint_of(sae, at)
-        self.sae = reconstructing(sae)
-        self.latents = torch.as_tensor(latents, dtype=torch.int64).cpu()
+        self.at: Hookpoint = hookpoint_of(sae, at)
+        self.sae: SAE = reconstructing(sae)
+        self.latents: Tensor = torch.as_tensor(latents, dtype=torch.int64).cpu()
         sae.directions(self.latents)  # names a latent that does not exist
         if posterior.shape != (len(self.latents), len(EDGES) + 1):
             raise ValueError(
                 f"posterior has shape {list(posterior.shape)}; {len(self.latents)} latents need "
                 f"{[len(self.latents), len(EDGES) + 1]}."
             )
-        self.posterior = finite("posterior", posterior).float().cpu()
+        self.posterior: Tensor = finite("posterior", posterior).float().cpu()
         if len(posterior) and not 0 <= float(posterior.min()) <= float(posterior.max()) <= 1:
             raise ValueError("posterior must hold probabilities, 0 to 1.")
         if condition == "cond+uncond-":
             raise ValueError('condition="cond+uncond-" would add to one half what it takes from the other; use "both".')
-        self.concept, self.condition = str(concept), check_condition(condition)
-        self.window = StepWindow.parse(steps)
+        self.concept: str = str(concept)
+        self.condition: str = check_condition(condition)
+        self.window: StepWindow = StepWindow.parse(steps)
 
     @classmethod
     def fit(

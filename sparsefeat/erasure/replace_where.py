@@ -45,11 +45,13 @@ class ReplaceWhere(SavableInstrument):
         steps: Steps = None,
         at: str | Hookpoint | None = None,
     ):
-        self.at = hookpoint_of(sae, at)
+        self.at: Hookpoint = hookpoint_of(sae, at)
         self.sae = sae
         if not isinstance(latents, Mapping) or not latents:
             raise ValueError(f"latents={latents!r} must map at least one latent to its threshold, as in {{12: 0.0}}.")
-        self.latents = {sae.latent(i): number(f"latents[{i!r}]", threshold, 0) for i, threshold in latents.items()}
+        self.latents: dict[int, float] = {
+            sae.latent(i): number(f"latents[{i!r}]", threshold, 0) for i, threshold in latents.items()
+        }
         sae.directions(list(self.latents))  # names a latent that does not exist
         if source not in SOURCES:
             raise ValueError(f"source={source!r} is not known; use 'patch' or 'uncond'.")
@@ -58,8 +60,9 @@ class ReplaceWhere(SavableInstrument):
             raise ValueError(
                 f"condition={condition!r} with source={source!r} must be {' or '.join(map(repr, allowed))}."
             )
-        self.source, self.condition = source, condition
-        self.window = StepWindow.parse(steps)
+        self.source = source
+        self.condition: str = condition
+        self.window: StepWindow = StepWindow.parse(steps)
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (self.at,)

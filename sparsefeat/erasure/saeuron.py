@@ -171,13 +171,13 @@ class Erase(SavableInstrument):
             raise ValueError(
                 'condition="cond+uncond-" adds what it should erase to one half; use "both", "cond" or "uncond".'
             )
-        self.sae = reconstructing(sae)
-        self.selections = {float(t): selections[t] for t in sorted(selections)}
-        self.concepts = tuple(concepts)
+        self.sae: SAE = reconstructing(sae)
+        self.selections: dict[float, Selection] = {float(t): selections[t] for t in sorted(selections)}
+        self.concepts: tuple[str, ...] = tuple(concepts)
         self.error: Error = error
-        self.condition = check_condition(condition)
-        self.window = StepWindow.parse(steps)
-        self.at = hookpoint_of(sae, at)
+        self.condition: str = check_condition(condition)
+        self.window: StepWindow = StepWindow.parse(steps)
+        self.at: Hookpoint = hookpoint_of(sae, at)
 
     @classmethod
     def from_statistics(

@@ -98,8 +98,9 @@ class UCE(SavableInstrument):
     def __init__(self, maps: Sequence[TextMap], concepts: Sequence[str] = (), *, steps: Steps = None):
         if not maps or not all(isinstance(one, TextMap) for one in maps):
             raise ValueError("maps= must be at least one TextMap; UCE.fit makes them.")
-        self.maps, self.concepts = tuple(maps), tuple(concepts)
-        self.window = StepWindow.parse(steps)
+        self.maps: tuple[TextMap, ...] = tuple(maps)
+        self.concepts: tuple[str, ...] = tuple(concepts)
+        self.window: StepWindow = StepWindow.parse(steps)
 
     @classmethod
     def fit(

@@ -167,8 +167,12 @@ class EmojiBenchmark:
     def __init__(
         self, pipe: Any, judge: Judge, work: Path, *, n_steps: int, guidance: float, progress: bool = True
     ) -> None:
-        self.pipe, self.judge, self.ledger = pipe, judge, Ledger(work)
-        self.n_steps, self.guidance, self.progress = n_steps, guidance, progress
+        self.pipe: Any = pipe
+        self.judge: Judge = judge
+        self.ledger: Ledger = Ledger(work)
+        self.n_steps: int = n_steps
+        self.guidance: float = guidance
+        self.progress: bool = progress
         self._unedited: dict[Task, list[Tensor]] = {}
 
     def draw(self, tasks: Sequence[Task], during: Any = None, negative_prompt: str | None = None) -> Verdicts:

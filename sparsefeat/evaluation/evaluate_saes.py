@@ -207,17 +207,23 @@ class Splicing:
     """What replacing a hookpoint's activations does: the denoising loss by bin of the schedule, and the images' change."""
 
     def __init__(self, pipe: Any, hookpoint: str, rows: CollectedRows, images: Tensor, drawing: Drawing) -> None:
-        self.pipe, self.images, self.drawing = pipe, images[:SPLICED], drawing.first(SPLICED)
-        self.denoised = drawing.first(DENOISED)
+        self.pipe: Any = pipe
+        self.images: Tensor = images[:SPLICED]
+        self.drawing: Drawing = drawing.first(SPLICED)
+        self.denoised: Drawing = drawing.first(DENOISED)
         # A text encoder runs before there is a noisy image: its part in that loss is not of one step.
-        self.finished = None
+        self.finished: Tensor | None = None
         if not hookpoint.startswith("text_encoder"):
             self.finished = finished_latents(pipe, self.denoised.prompts, drawing.seed, **drawing.call)
         mean, zero = rows.rows.mean(0), torch.zeros(rows.rows.shape[1])
-        self.untouched = self._loss(nullcontext)
+        self.untouched: DenoisingLoss | None = self._loss(nullcontext)
         ablated = {"mean": Ablate(hookpoint, mean), "zero": Ablate(hookpoint, zero)}
-        self.losses = {name: self._loss(partial(attach, pipe, one)) for name, one in ablated.items()}
-        self.changes = {name: self._change(partial(attach, pipe, one)) for name, one in ablated.items()}
+        self.losses: dict[str, DenoisingLoss | None] = {
+            name: self._loss(partial(attach, pipe, one)) for name, one in ablated.items()
+        }
+        self.changes: dict[str, float] = {
+            name: self._change(partial(attach, pipe, one)) for name, one in ablated.items()
+        }
 
     def ablations(self) -> dict[str, Any]:
         """The controls."""

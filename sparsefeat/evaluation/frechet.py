@@ -22,7 +22,9 @@ class Reference:
     def __init__(self, features: Tensor) -> None:
         features = _checked("reference", features)
         covariance = torch.cov(features.T)
-        self.mean, self.trace, self.root = features.mean(0), covariance.trace(), _root(covariance)
+        self.mean: Tensor = features.mean(0)
+        self.trace: Tensor = covariance.trace()
+        self.root: Tensor = _root(covariance)
 
     def distance(self, features: Tensor) -> float:
         """||mu_a - mu_b||^2 + tr(S_a + S_b - 2 (S_b^1/2 S_a S_b^1/2)^1/2) of features a `[n, d]` and these, in fp64.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,14 +28,14 @@ class Residual(nn.Module):
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(
+        self.body: nn.Sequential = nn.Sequential(
             nn.Conv2d(n_in, n_out, 3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(n_out),
             nn.ReLU(),
             nn.Conv2d(n_out, n_out, 3, padding=1, bias=False),
             nn.BatchNorm2d(n_out),
         )
-        self.shortcut = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(n_in, n_out, 1, bias=False))
+        self.shortcut: nn.Sequential = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(n_in, n_out, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.body(x) + self.shortcut(x))
@@ -45,10 +46,12 @@ class Judge(nn.Module):
 
     def __init__(self, n_objects: int, n_styles: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 32, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(32), nn.ReLU())
-        self.blocks = nn.Sequential(Residual(32, 64), Residual(64, 160))
-        self.object_head = nn.Linear(160, n_objects)
-        self.style_head = nn.Linear(160, n_styles)
+        self.stem: nn.Sequential = nn.Sequential(
+            nn.Conv2d(3, 32, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(32), nn.ReLU()
+        )
+        self.blocks: nn.Sequential = nn.Sequential(Residual(32, 64), Residual(64, 160))
+        self.object_head: nn.Linear = nn.Linear(160, n_objects)
+        self.style_head: nn.Linear = nn.Linear(160, n_styles)
 
     def features(self, images: Tensor) -> Tensor:
         return self.blocks(self.stem(images)).mean((2, 3))
@@ -112,6 +115,6 @@ def load_judge(folder: Path | str = FOLDER) -> Judge:
     return judge.eval()
 
 
-def judge_report(folder: Path | str = FOLDER) -> dict:
+def judge_report(folder: Path | str = FOLDER) -> dict[str, Any]:
     """What `tools/train_judge.py` measured: accuracies as shares of 1."""
     return json.loads((Path(folder) / "report.json").read_text())

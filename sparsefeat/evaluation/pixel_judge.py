@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,14 +38,14 @@ class PixelJudge(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fine = _layer(3, 16)
-        self.middle = nn.Sequential(_layer(16, 48, 2), _layer(48, 48))
-        self.quarter = nn.Sequential(_layer(48, 96, 2), _layer(96, 96), _layer(96, 96, dilation=2))
-        self.eighth = nn.Sequential(_layer(96, 128, 2), _layer(128, 128))
-        self.up_quarter = _layer(128 + 96, 96)
-        self.up_middle = _layer(96 + 48, 48)
-        self.up_fine = _layer(48 + 16, 32)
-        self.labels = nn.Conv2d(32, BACKGROUND + 1, 1)
+        self.fine: nn.Sequential = _layer(3, 16)
+        self.middle: nn.Sequential = nn.Sequential(_layer(16, 48, 2), _layer(48, 48))
+        self.quarter: nn.Sequential = nn.Sequential(_layer(48, 96, 2), _layer(96, 96), _layer(96, 96, dilation=2))
+        self.eighth: nn.Sequential = nn.Sequential(_layer(96, 128, 2), _layer(128, 128))
+        self.up_quarter: nn.Sequential = _layer(128 + 96, 96)
+        self.up_middle: nn.Sequential = _layer(96 + 48, 48)
+        self.up_fine: nn.Sequential = _layer(48 + 16, 32)
+        self.labels: nn.Conv2d = nn.Conv2d(32, BACKGROUND + 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         fine = self.fine(images)
@@ -67,7 +68,7 @@ def load_pixel_judge(folder: Path | str = FOLDER) -> PixelJudge:
     return judge.eval()
 
 
-def pixel_judge_report(folder: Path | str = FOLDER) -> dict:
+def pixel_judge_report(folder: Path | str = FOLDER) -> dict[str, Any]:
     """What `tools/train_pixel_judge.py` measured, as shares of 1."""
     return json.loads((Path(folder) / "report.json").read_text())
 

@@ -100,13 +100,14 @@ class Recipe:
         return f"{self.place.replace(' ', '-')}-n{self.n_latents}-g{abs(self.gamma):g}"
 
 
+@dataclass(frozen=True, eq=False)
 class Eraser:
     """Builds the methods that are compared, from the SAEs, the place of each, and their statistics."""
 
-    def __init__(
-        self, pipe: Any, saes: Sequence[SAE], places: Sequence[str], collected: dict[tuple[int, str], Statistics]
-    ) -> None:
-        self.pipe, self.saes, self.places, self.collected = pipe, saes, places, collected
+    pipe: Any
+    saes: Sequence[SAE]
+    places: Sequence[str]
+    collected: dict[tuple[int, str], Statistics]
 
     def at(self, recipe: Recipe) -> list[tuple[int, SAE]]:
         """The SAEs that a recipe edits, with their numbers."""

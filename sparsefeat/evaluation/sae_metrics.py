@@ -56,7 +56,7 @@ class SAEMetrics:
     """Accumulates over batches; merging and order of batches change nothing but the last bits."""
 
     def __init__(self, d_model: int, n_latents: int, device: torch.device | str | None = None) -> None:
-        self.rows = 0
+        self.rows: int = 0
         self._error = self._cosine = self._norm_ratio = torch.zeros((), dtype=torch.float64, device=device)
         self._fired = torch.zeros(n_latents, dtype=torch.int64, device=device)
         self._moments = Moments(d_model, device)
@@ -95,7 +95,7 @@ class Moments:
     """Streaming mean and, if asked, covariance in float64, about the first batch's mean (no cancellation)."""
 
     def __init__(self, d_model: int, device: torch.device | str | None = None, covariance: bool = False) -> None:
-        self.rows = 0
+        self.rows: int = 0
         self.origin: Tensor | None = None
         self._sum = torch.zeros(d_model, dtype=torch.float64, device=device)
         shape = (d_model, d_model) if covariance else (d_model,)

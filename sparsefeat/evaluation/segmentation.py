@@ -69,8 +69,9 @@ class Segmentation:
                 raise ValueError(f'thresholds={list(thresholds)} must be numbers from 0 to below 1, or "mean"')
         if not thresholds:
             raise ValueError('thresholds is empty; give at least one, as in ("mean",)')
-        self.thresholds = tuple(thresholds)
-        self.both_classes, self.tolerance = both_classes, tolerance
+        self.thresholds: tuple[Threshold, ...] = tuple(thresholds)
+        self.both_classes: bool = both_classes
+        self.tolerance: float = tolerance
         # Of each map [thresholds, 4]: both foreground, foreground of either, both background, background of either.
         self._counts: list[Tensor] = []
         self._pixels = 0

@@ -16,8 +16,8 @@ class Splice(Instrument):
     """
 
     def __init__(self, sae: SAE, at: str | Hookpoint | None = None) -> None:
-        self.at = hookpoint_of(sae, at)
-        self.sae = reconstructing(sae)
+        self.at: Hookpoint = hookpoint_of(sae, at)
+        self.sae: SAE = reconstructing(sae)
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (self.at,)
@@ -31,7 +31,7 @@ class Ablate(Instrument):
     """Instrument: every row becomes `row [d_model]`, such as zeros, or the mean: what the block says is lost."""
 
     def __init__(self, at: str | Hookpoint, row: Tensor) -> None:
-        self.at = at if isinstance(at, Hookpoint) else Hookpoint.parse(at)
+        self.at: Hookpoint = at if isinstance(at, Hookpoint) else Hookpoint.parse(at)
         self.row = row
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:

@@ -46,14 +46,16 @@ class Stopped(Exception):
 
     def __init__(self, step: int, n_steps: int):
         super().__init__(f"stopped after {step} of {n_steps} steps; everything is as it was before")
-        self.step, self.n_steps = step, n_steps
+        self.step: int = step
+        self.n_steps: int = n_steps
 
 
 class Watch(Instrument):
     """Instrument: tells every completed step, and ends the call if it was stopped."""
 
     def __init__(self, progress: Progress, stop: threading.Event):
-        self.progress, self.stop = progress, stop
+        self.progress: Progress = progress
+        self.stop: threading.Event = stop
 
     def end_step(self, context: Context) -> None:
         step, n_steps = (context.step or 0) + 1, context.n_steps or 1
@@ -152,15 +154,22 @@ class Explorer:
     ):
         if not saes:
             raise ValueError("saes is empty; give at least one, whose features are looked at")
-        self.pipe, self.saes, self.source = pipe, tuple(saes), source
-        self.prompts, self.words = tuple(prompts), dict(words or {})
-        self.eraser, self.concepts = eraser, concepts
-        self.methods = (*(("saeuron",) if eraser is not None and concepts is not None else ()), *WITHOUT_SAE)
-        self.hookpoints = tuple(str(Record(sae).at) for sae in self.saes)
-        self.examples = tuple(Examples(sae.n_latents, top=EXAMPLES) for sae in self.saes)
+        self.pipe: Any = pipe
+        self.saes: tuple[SAE, ...] = tuple(saes)
+        self.source: Source = source
+        self.prompts: tuple[str, ...] = tuple(prompts)
+        self.words: dict[str, Sequence[str]] = dict(words or {})
+        self.eraser: SAE | None = eraser
+        self.concepts: Callable[[str], Mapping[str, Sequence[str]]] | None = concepts
+        self.methods: tuple[str, ...] = (
+            *(("saeuron",) if eraser is not None and concepts is not None else ()),
+            *WITHOUT_SAE,
+        )
+        self.hookpoints: tuple[str, ...] = tuple(str(Record(sae).at) for sae in self.saes)
+        self.examples: tuple[Examples, ...] = tuple(Examples(sae.n_latents, top=EXAMPLES) for sae in self.saes)
         self.pictures: list[Image.Image] = []
         """Of all images that are examples, in their order."""
-        self.surveyed = 0
+        self.surveyed: int = 0
         self._seen: set[Asked] = set()
         self._runs: OrderedDict[Asked, Unedited] = OrderedDict()
         self._fitted: dict[WordEdit, SavableInstrument] = {}

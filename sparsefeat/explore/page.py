@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while it is imported
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -35,7 +35,7 @@ METHODS = {
 }
 CSS = (Path(__file__).parent / "page.css").read_text()
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,20 @@ class Tab:
         return self.drawn
 
 
-def one_sentence(handler: F) -> F:
+def one_sentence(
+    handler: Callable[Concatenate[Page, P], dict[Any, Any]],
+) -> Callable[Concatenate[Page, P], dict[Any, Any]]:
     """What cannot be done is said in the status line, and everything else on the page stays as it is."""
 
     @functools.wraps(handler)
-    def handle(page: Page, *given: Any, **more: Any) -> dict[Any, Any]:
+    def handle(page: Page, *given: P.args, **more: P.kwargs) -> dict[Any, Any]:
         try:
             return handler(page, *given, **more)
         except (Stopped, ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
             said = str(error).partition("\n")[0] or type(error).__name__
             return {page.status: status(said, "stopped" if isinstance(error, Stopped) else "error")}
 
-    return handle  # type: ignore[return-value]
+    return handle
 
 
 def status(sentence: str, kind: str = "done") -> str:

@@ -111,7 +111,8 @@ class Namer:
         ]
         if not usable:
             raise ValueError("no word of words has images with it and images without it in both parts; add images.")
-        self.words, self._choosing = [words[i] for i in usable], choosing
+        self.words: list[str] = [words[i] for i in usable]
+        self._choosing = choosing
         self._chosen_on, self._tried_on = member[usable][:, choosing], member[usable][:, ~choosing]
         self._shuffles = [
             torch.rand(shuffles, len(part[0]), generator=generator).argsort(1).int()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
+from typing import Any
 
 from tqdm.auto import tqdm
 
 from sparsefeat.pipeline import Call, Context, Instrument
 
 
-def progress_bar(total: int, description: str, unit: str) -> tqdm:
+def progress_bar(total: int, description: str, unit: str) -> tqdm[Any]:
     """On stderr; in a log, where every state of the bar becomes a line, it speaks every ten seconds. `TQDM_DISABLE=1`
     silences it."""
     return tqdm(
@@ -31,8 +32,8 @@ class Progress(Instrument):
     """
 
     def __init__(self, images: int, description: str):
-        self.bar = progress_bar(images, description, "images")
-        self.drawn = 0
+        self.bar: tqdm[Any] = progress_bar(images, description, "images")
+        self.drawn: int = 0
         """Images of completed calls."""
         self._now = 0
 

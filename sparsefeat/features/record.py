@@ -118,13 +118,11 @@ class Record(Instrument):
         max_bytes: int = MAX_BYTES,
         store: str | os.PathLike[str] | None = None,
     ):
-        self.sae, self.condition, self.positions, self.max_bytes, self.store = (
-            sae,
-            condition,
-            positions,
-            max_bytes,
-            store,
-        )
+        self.sae: SAE = sae
+        self.condition: str = condition
+        self.positions: bool = positions
+        self.max_bytes: int = max_bytes
+        self.store: str | os.PathLike[str] | None = store
         if condition not in CONDITIONS:
             raise ValueError(f"condition={condition!r} is not known; use one of {', '.join(map(repr, CONDITIONS))}.")
         if not isinstance(positions, bool):
@@ -132,7 +130,7 @@ class Record(Instrument):
         whole("max_bytes", max_bytes, 0)
         if store is not None:
             as_path(store, "store")
-        self.at = hookpoint_of(sae, at)
+        self.at: Hookpoint = hookpoint_of(sae, at)
         self._recording: Recording | None = None
         self._writer: ShardWriter | None = None
         self._earlier: list[weakref.ref[Recording]] = []  # of earlier calls, as long as somebody has them
@@ -220,13 +218,15 @@ class Recording:
     def __init__(
         self, n_latents: int, images_per_prompt: int = 1, prompts: Iterable[str] | None = None, positions: bool = True
     ):
-        self.n_latents, self.images_per_prompt, self.positions = n_latents, images_per_prompt, positions
-        self.prompts = None if prompts is None else tuple(prompts)
+        self.n_latents: int = n_latents
+        self.images_per_prompt: int = images_per_prompt
+        self.positions: bool = positions
+        self.prompts: tuple[str, ...] | None = None if prompts is None else tuple(prompts)
         self.images: tuple[int, ...] = ()
         self.grid: tuple[int, ...] | None = None
         self.timesteps: dict[int | None, float | None] = {}
         self.names: Mapping[int, str] = {}
-        self.nbytes = 0
+        self.nbytes: int = 0
         self._codes: dict[tuple[int | None, int], SparseCode] = {}
         self._pooled: dict[tuple[int | None, int], Pooled] = {}
         self._stored: dict[tuple[int | None, int], tuple[Path, int, int, int]] = {}  # folder, entries from-to, rows

@@ -62,8 +62,9 @@ class Examples:
     """
 
     def __init__(self, n_latents: int, top: int = 9, latents: Sequence[int] | None = None):
-        self.n_latents, self.top = whole("n_latents", n_latents), whole("top", top)
-        self.allowed = torch.ones(n_latents, dtype=torch.bool)
+        self.n_latents: int = whole("n_latents", n_latents)
+        self.top: int = whole("top", top)
+        self.allowed: Tensor = torch.ones(n_latents, dtype=torch.bool)
         if latents is not None:
             self.allowed[:] = False
             self.allowed[wholes("latents", latents, 0, n_latents - 1)] = True
@@ -226,7 +227,10 @@ class CollectExamples(Instrument):
             raise TypeError(f"examples is {type(examples).__name__}, not Examples; make some, Examples(sae.n_latents).")
         if examples.n_latents != sae.n_latents:
             raise ValueError(f"examples are of {examples.n_latents} latents, the SAE has {sae.n_latents}.")
-        self.sae, self.examples, self.concepts, self.at = sae, examples, concepts, at
+        self.sae: SAE = sae
+        self.examples: Examples = examples
+        self.concepts: Mapping[str, Concepts | None] | None = concepts
+        self.at: Hookpoint = at
         self._record = Record(sae, self.at)
 
     def conditions(self) -> tuple[str, ...] | None:

@@ -70,10 +70,10 @@ class Statistics:
     """
 
     def __init__(self, concepts: Iterable[str], n_latents: int, timesteps: Iterable[float] = ()):
-        self.concepts = tuple(concepts)
+        self.concepts: tuple[str, ...] = tuple(concepts)
         if isinstance(concepts, str) or not self.concepts or len(set(self.concepts)) != len(self.concepts):
             raise ValueError(f"concepts={concepts!r} must be one or more different names, as a list.")
-        self.n_latents = whole("n_latents", n_latents)
+        self.n_latents: int = whole("n_latents", n_latents)
         self._blocks: dict[float, _Block] = {}
         self.reserve(timesteps)
 
@@ -278,7 +278,7 @@ class CollectStatistics(Instrument):
         at: str | Hookpoint | None = None,
         condition: str = "cond",
     ):
-        self.at = hookpoint_of(sae, at)
+        self.at: Hookpoint = hookpoint_of(sae, at)
         check_statistics(statistics)
         if statistics.n_latents != sae.n_latents:
             raise ValueError(f"statistics are of {statistics.n_latents} latents, the SAE has {sae.n_latents}.")
@@ -286,7 +286,9 @@ class CollectStatistics(Instrument):
             raise ValueError(
                 f"concepts={concepts!r:.80} must be a list, one for each prompt, or map prompts to concepts."
             )
-        self.sae, self.statistics, self.condition = sae, statistics, condition
+        self.sae: SAE = sae
+        self.statistics: Statistics = statistics
+        self.condition: str = condition
         self.concepts = concepts
         self._counted = False
         self._of_image: list[tuple[int, ...]] = []

@@ -69,8 +69,9 @@ class Survey:
     """
 
     def __init__(self, n_latents: int, n_images: int, top: int = 9):
-        self.n_latents, self.n_images = whole("n_latents", n_latents), whole("n_images", n_images)
-        self.examples = Examples(n_latents, top)
+        self.n_latents: int = whole("n_latents", n_latents)
+        self.n_images: int = whole("n_images", n_images)
+        self.examples: Examples = Examples(n_latents, top)
         self.timesteps: tuple[float | None, ...] = ()
         self._total = torch.zeros(0, n_latents, dtype=torch.float64)  # [steps, latents]
         self._count = torch.zeros(0, n_latents, dtype=torch.int64)

@@ -47,8 +47,9 @@ class WordCorrelations:
     def __init__(self, n_latents: int, words: Sequence[str]):
         if isinstance(words, str) or not words or len(set(words)) != len(words):
             raise ValueError(f"words={words!r} must be a list of different words, as in ['fox', 'rocket'].")
-        self.words, self.n_latents = tuple(words), whole("n_latents", n_latents)
-        self.positions = 0
+        self.words: tuple[str, ...] = tuple(words)
+        self.n_latents: int = whole("n_latents", n_latents)
+        self.positions: int = 0
         self._x = torch.zeros(n_latents, dtype=torch.float64)
         self._xx = torch.zeros(n_latents, dtype=torch.float64)
         self._y = torch.zeros(len(words), dtype=torch.float64)

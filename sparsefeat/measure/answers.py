@@ -9,7 +9,7 @@ CHECKED_ROWS = 32
 
 # What an answer may differ from the fp64 reference by. Pre-activations: as a share of the row's largest (fp32: some
 # hundred times the rounding of a sum of 4096; half: one rounding of the output and of x - b_pre each). Outputs: relative.
-PREACTIVATION = {"float64": 2**-40, "float32": 2**-16, "bfloat16": 2**-6, "float16": 2**-9}
+PREACTIVATION: dict[str, float] = {"float64": 2**-40, "float32": 2**-16, "bfloat16": 2**-6, "float16": 2**-9}
 OUTPUT = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
 HALF = ("bfloat16", "float16")
 

@@ -34,7 +34,7 @@ def precision() -> str:
     return "bfloat16 autocast" if has_bfloat16() else "float32"
 
 
-def draw_precision() -> AbstractContextManager:
+def draw_precision() -> AbstractContextManager[object]:
     """Autocast to bfloat16 where the CPU has instructions for it; instruments stay in float32 either way."""
     return torch.autocast("cpu", torch.bfloat16) if has_bfloat16() else nullcontext()
 

@@ -29,7 +29,8 @@ class Hook:
 
     def __init__(self, wiring: Any, kind: str, target: Target):
         self._wiring = weakref.ref(wiring)
-        self.kind, self.target = kind, target
+        self.kind: str = kind
+        self.target: Target = target
 
     @torch.compiler.disable  # instruments run between the graphs of a compiled model, not in them
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Any:

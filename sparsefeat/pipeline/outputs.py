@@ -38,8 +38,8 @@ def put(output: Any, index: int, tensor: torch.Tensor) -> Any:
     if isinstance(output, torch.Tensor):
         return tensor
     if isinstance(output, Mapping):
-        changed = copy.copy(output)  # a ModelOutput keeps items and attributes in step when an item is set
-        changed[list(output)[index]] = tensor  # type: ignore[index]
+        changed: Any = copy.copy(output)  # a ModelOutput keeps items and attributes in step when an item is set
+        changed[list(output)[index]] = tensor
         return changed
     elements = [*output[:index], tensor, *output[index + 1 :]]
     if hasattr(output, "_make"):  # a named tuple takes its fields one by one
@@ -71,7 +71,7 @@ def take_argument(
 
 def put_argument(
     module: torch.nn.Module, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], tensor: torch.Tensor
-) -> tuple[tuple, dict[str, Any]]:
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments with the stream's tensor replaced, each still passed the way it was."""
     name, position = _parameter(module, name)
     if name in kwargs:

@@ -48,7 +48,7 @@ class Guard:
     """Whether an instrument is at work: what it runs of the pipeline itself is not hooked."""
 
     def __init__(self) -> None:
-        self.up = False
+        self.up: bool = False
 
     @contextmanager
     def raised(self) -> Iterator[None]:
@@ -134,11 +134,11 @@ class RunningCall:
         layouts = [session.layout for session in self.sessions if session.layout is not None]
         # A loop that is not diffusers' own leaves the `num_timesteps` of an earlier call, and may not step its scheduler.
         own_loop = self.call.own_loop or not is_diffusers_own(self.pipe)
-        self.references = References(self.call, trusted=not own_loop)
-        self.conditions = Conditions(self.call, self.references, layouts[-1] if layouts else None)
-        self.texts = TextRows(self.call, self.references)
-        self.steps = Steps(self.pipe, completed, stepping, deaf, own_loop)
-        self.guiders = Guiders(self.pipe, self.changed, deaf)
+        self.references: References = References(self.call, trusted=not own_loop)
+        self.conditions: Conditions = Conditions(self.call, self.references, layouts[-1] if layouts else None)
+        self.texts: TextRows = TextRows(self.call, self.references)
+        self.steps: Steps = Steps(self.pipe, completed, stepping, deaf, own_loop)
+        self.guiders: Guiders = Guiders(self.pipe, self.changed, deaf)
 
     def open(self) -> None:
         calls_here().append(self)
@@ -207,7 +207,7 @@ class RunningCall:
 
     def begin_root(
         self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]] | None:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """A component is about to run: the arguments to run it on in the place of these, None for the same."""
         root = getattr(target.module, "_orig_mod", target.module)
         arguments = _named(root, args, kwargs)

@@ -157,12 +157,12 @@ class Session:
         weights: tuple[WeightPlace, ...] = (),
     ):
         self.instruments = instruments
-        self.places = places
-        self.taps = taps
-        self.listened = listened
-        self.between = between
+        self.places: tuple[Place, ...] = places
+        self.taps: tuple[Tap, ...] = taps
+        self.listened: tuple[Tap, ...] = listened
+        self.between: tuple[Target, ...] = between
         """The text encoders, and the components between these and the denoiser."""
-        self.weights = weights
+        self.weights: tuple[WeightPlace, ...] = weights
         self.layout = layout
         """The runs of a step as the user stated them."""
         self.warned: set[int] = set()

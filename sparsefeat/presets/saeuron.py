@@ -24,7 +24,7 @@ BASE_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 HOOKPOINTS = {"object": "unet.up_blocks.1.attentions.1", "style": "unet.up_blocks.1.attentions.2"}
 
 # Of the paper's evaluation.
-GENERATION = {"num_inference_steps": 100, "guidance_scale": 9.0}
+GENERATION: dict[str, Any] = {"num_inference_steps": 100, "guidance_scale": 9.0}
 
 STYLE = {"percentile": 99.999, "gamma": -1.0}
 

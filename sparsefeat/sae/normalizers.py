@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,14 +28,17 @@ from torch.nn import functional
 ROW_SCALED = ("standardize", "unit_norm", "constant_norm")
 
 
+@dataclass(frozen=True, eq=False)
 class PCA:
     """The tensors of the `pca` normaliser: `basis [d_model, d_model]` (columns are the components, orthonormal; None for
     `affine`, which has none), `mean` and `std [d_model]` in that basis, and the bound that normalised values are clipped
     to, None for no bound.
     """
 
-    def __init__(self, basis: Tensor | None, mean: Tensor, std: Tensor, clip: float | None):
-        self.basis, self.mean, self.std, self.clip = basis, mean, std, clip
+    basis: Tensor | None
+    mean: Tensor
+    std: Tensor
+    clip: float | None
 
     def normalize(self, rows: Tensor) -> Tensor:
         turned = rows if self.basis is None else rows @ self.basis

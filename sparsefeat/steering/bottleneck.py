@@ -188,7 +188,7 @@ class _Edit(SavableInstrument):
 class SetConcepts(_Edit):
     """Instrument: CB-AE's edit above, (1 - strength) w + strength w'. Made by `ConceptModel.set`."""
 
-    options = ("strength",)
+    options: tuple[str, ...] = ("strength",)
 
     def __init__(
         self,
@@ -202,7 +202,7 @@ class SetConcepts(_Edit):
         super().__init__(model, wanted, steps, condition)
         if model.decoder is None:
             raise ValueError("model has no decoder, so nothing can be set; use its push, or fit_concept_bottleneck.")
-        self.strength = number("strength", strength)
+        self.strength: float = number("strength", strength)
 
     @torch.no_grad()
     def at_hookpoint(self, activations: Activations, context: Context) -> Replace | None:
@@ -220,7 +220,7 @@ class SetConcepts(_Edit):
 class PushConcepts(_Edit):
     """Instrument: the concept controller's edit above. Made by `ConceptModel.push`."""
 
-    options = ("epsilon", "iterations")
+    options: tuple[str, ...] = ("epsilon", "iterations")
 
     def __init__(
         self,
@@ -233,7 +233,8 @@ class PushConcepts(_Edit):
         condition: str = "cond",
     ):
         super().__init__(model, wanted, steps, condition)
-        self.epsilon, self.iterations = number("epsilon", epsilon, 0, above=True), whole("iterations", iterations)
+        self.epsilon: float = number("epsilon", epsilon, 0, above=True)
+        self.iterations: int = whole("iterations", iterations)
 
     def at_hookpoint(self, activations: Activations, context: Context) -> Delta | None:
         rows, w = self.chosen(activations, context)

@@ -196,7 +196,7 @@ class ConceptTokens(SavableInstrument):
     def __init__(self, decomposition: Decomposition, word: str):
         if not isinstance(decomposition, Decomposition):
             raise ValueError(f"decomposition is {type(decomposition).__name__}; give what decompose makes.")
-        (self.word,) = check_prompts("word", [word], least=1)
+        self.word: str = check_prompts("word", [word], least=1)[0]
         self.decomposition = decomposition
         self._path = ""
         self._token = -1

@@ -89,7 +89,9 @@ class Shaped(Given):
 
     def __init__(self, at: Hookpoint):
         super().__init__(at.path.partition(".")[0])
-        self.at, self.width, self.grid = at, 0, (0, 0)
+        self.at: Hookpoint = at
+        self.width: int = 0
+        self.grid: tuple[int, int] = (0, 0)
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (self.at,)

@@ -111,11 +111,11 @@ class LinearAcT(SavableInstrument):
             raise ValueError("maps must be hookpoint -> NeuronMaps; LinearAcT.fit makes them.")
         if method not in METHODS:
             raise ValueError(f"method={method!r} is not known; use one of {', '.join(METHODS)}.")
-        self.maps = dict(zip(check_places(list(maps)), maps.values(), strict=True))
+        self.maps: dict[Hookpoint, NeuronMaps] = dict(zip(check_places(list(maps)), maps.values(), strict=True))
         self.method: Method = method
-        self.strength = number("strength", strength, 0, 1)
-        self.window = StepWindow.parse(steps)
-        self.condition = check_condition(condition)
+        self.strength: float = number("strength", strength, 0, 1)
+        self.window: StepWindow = StepWindow.parse(steps)
+        self.condition: str = check_condition(condition)
 
     @classmethod
     def fit(

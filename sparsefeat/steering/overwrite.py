@@ -36,11 +36,13 @@ class Overwrite(Instrument):
         at: str | Hookpoint | None = None,
     ):
         self.sae = sae
-        self.amounts = {latent: number(f"amounts[{latent}]", amount) for latent, amount in amounts.items()}
+        self.amounts: dict[int, float] = {
+            latent: number(f"amounts[{latent}]", amount) for latent, amount in amounts.items()
+        }
         sae.directions(list(amounts))  # names a latent that does not exist
-        self.condition = check_condition(condition)
-        self.window = StepWindow.parse(steps)
-        self.at = hookpoint_of(sae, at)
+        self.condition: str = check_condition(condition)
+        self.window: StepWindow = StepWindow.parse(steps)
+        self.at: Hookpoint = hookpoint_of(sae, at)
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (self.at,)

@@ -53,12 +53,13 @@ class PromptVector(Instrument):
     ):
         if not isinstance(concept, str) or not concept.strip():
             raise ValueError(f"concept={concept!r} must be the text of a prompt, as in concept='a fox'.")
-        self.concept, self.strength = concept, number("strength", strength)
+        self.concept: str = concept
+        self.strength: float = number("strength", strength)
         places: Sequence[str | Hookpoint | None] = (at,) if at is None or isinstance(at, (str, Hookpoint)) else at
-        self.at = tuple(hookpoint_of(sae, place) for place in places)
+        self.at: tuple[Hookpoint, ...] = tuple(hookpoint_of(sae, place) for place in places)
         if not self.at or len(set(self.at)) < len(self.at):
             raise ValueError(f"at={at!r:.80} must be one hookpoint or a list of different ones.")
-        self.condition = check_condition(condition)
+        self.condition: str = check_condition(condition)
         # Not `self.sae`: `attach` compares that one's width with each hookpoint's, and here it is the sum of them.
         self.codec = sae
         self._pipe: Any = None

@@ -141,7 +141,7 @@ def load_instrument(folder: str | os.PathLike[str], sae: SAE | None = None) -> S
             settings = {"parts": _parts(folder, settings["saes_of_parts"])}
         made = _KINDS[kind].from_saved(sae, settings, tensors)
         if "window" in vars(made):
-            made.window = window  # type: ignore[attr-defined]
+            vars(made)["window"] = window
         lost = set(_whole(made)[0]) - told
         if lost:
             raise KeyError(min(lost))

@@ -72,7 +72,7 @@ class Steer(SavableInstrument):
         condition: str = "cond",
         at: str | Hookpoint | None = None,
     ):
-        self.at = hookpoint_of(sae, at)
+        self.at: Hookpoint = hookpoint_of(sae, at)
         edits: dict[str, Any] = {"add": add, "add_map": add_map, "scale": scale, "set": set, "clamp": clamp}
         edits = {name: _by_number(name, edit, sae) for name, edit in edits.items()}
         for name, edit in edits.items():
@@ -81,13 +81,13 @@ class Steer(SavableInstrument):
         if not any(edits.values()):
             raise ValueError("this Steer edits nothing; give at least one latent, as in add={12: 8.0}.")
         self.sae = sae
-        self.add = {i: number(f"add[{i}]", amount) for i, amount in add.items()}
-        self.add_map = {i: image_map(f"add_map[{i}]", given) for i, given in add_map.items()}
-        self.rule = _rule(scale, set, clamp)
-        self.writes = _written(sae, self.at, len(self.rule) > 0)
-        self.window = StepWindow.parse(steps)
-        self.mask = mask if mask is None or callable(mask) else image_map("mask", mask)
-        self.condition = check_condition(condition)
+        self.add: dict[int, float] = {i: number(f"add[{i}]", amount) for i, amount in add.items()}
+        self.add_map: dict[int, Tensor] = {i: image_map(f"add_map[{i}]", given) for i, given in add_map.items()}
+        self.rule: CodeRule = _rule(scale, set, clamp)
+        self.writes: Hookpoint = _written(sae, self.at, len(self.rule) > 0)
+        self.window: StepWindow = StepWindow.parse(steps)
+        self.mask: Mask = mask if mask is None or callable(mask) else image_map("mask", mask)
+        self.condition: str = check_condition(condition)
         self._n_images = 0
         self._change: Tensor | None = None
 

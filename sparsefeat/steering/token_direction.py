@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class TokenDirection(WordEmbeddings, SavableInstrument):
         steps: as in `Steer`.
     """
 
-    kept = ("words", "direction", "strength", "growth")
+    kept: ClassVar[tuple[str, ...]] = ("words", "direction", "strength", "growth")
 
     def __init__(
         self,
@@ -58,10 +58,10 @@ class TokenDirection(WordEmbeddings, SavableInstrument):
         super().__init__(words)
         if not isinstance(direction, Tensor) or direction.ndim != 1:
             raise ValueError(f"direction has shape {list(getattr(direction, 'shape', []))}; give a tensor [width].")
-        self.direction = finite("direction", direction)
-        self.strength = number("strength", strength)
-        self.growth = None if growth is None else number("growth", growth, 0, above=True)
-        self.window = StepWindow.parse(steps)
+        self.direction: Tensor = finite("direction", direction)
+        self.strength: float = number("strength", strength)
+        self.growth: float | None = None if growth is None else number("growth", growth, 0, above=True)
+        self.window: StepWindow = StepWindow.parse(steps)
 
     @classmethod
     def fit(

@@ -61,9 +61,10 @@ class FeatureTransport(Instrument):
     """
 
     def __init__(self, saes: Sequence[SAE], parts: Sequence[Part], selected: Sequence[tuple[Tensor, Tensor]]):
-        self.saes, self.parts = tuple(saes), tuple(parts)
-        self.at = tuple(hookpoint_of(sae, None) for sae in saes)
-        self.selected = tuple(selected)
+        self.saes: tuple[SAE, ...] = tuple(saes)
+        self.parts: tuple[Part, ...] = tuple(parts)
+        self.at: tuple[Hookpoint, ...] = tuple(hookpoint_of(sae, None) for sae in saes)
+        self.selected: tuple[tuple[Tensor, Tensor], ...] = tuple(selected)
         """Of each SAE: the latents that are added (S), and those that are taken away (T)."""
 
     @classmethod

@@ -43,13 +43,13 @@ class AddVector(SavableInstrument):
                 f"vector has shape {list(getattr(vector, 'shape', []))}; give [d_model] or [d_model, height, width], with a "
                 "dimension of bins before it if it changes with time."
             )
-        (self.at,) = check_places(at)
-        self.vectors = finite("vector", vector if vector.ndim in (2, 4) else vector[None])
+        self.at: Hookpoint = check_places(at)[0]
+        self.vectors: Tensor = finite("vector", vector if vector.ndim in (2, 4) else vector[None])
         """[bins, d_model] or [bins, d_model, height, width]."""
-        self.strength = number("strength", strength)
-        self.window = StepWindow.parse(steps)
-        self.mask = mask if mask is None or callable(mask) else image_map("mask", mask)
-        self.condition = check_condition(condition)
+        self.strength: float = number("strength", strength)
+        self.window: StepWindow = StepWindow.parse(steps)
+        self.mask: Mask = mask if mask is None or callable(mask) else image_map("mask", mask)
+        self.condition: str = check_condition(condition)
         self._n_images = 1
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:

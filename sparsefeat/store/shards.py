@@ -86,7 +86,10 @@ class ShardWriter:
             raise ValueError(
                 f"worker is {worker} and shard_rows {shard_rows}: pass a worker id from 0, at least one row"
             )
-        self.folder, self.fields, self.worker, self.shard_rows = Path(folder), dict(fields), worker, shard_rows
+        self.folder: Path = Path(folder)
+        self.fields: dict[str, Field] = dict(fields)
+        self.worker: int = worker
+        self.shard_rows: int = shard_rows
         self._buffer: list[dict[str, Tensor]] = []
         self._buffered = 0
         manifest = _manifest(self.fields, metadata or {})
@@ -105,7 +108,7 @@ class ShardWriter:
             leftover.unlink()
         own = [shard for shard in list_shards(self.folder) if shard.worker == worker]
         self._next = own[-1].index + 1 if own else 0
-        self.n_rows = sum(shard.n_rows for shard in own)
+        self.n_rows: int = sum(shard.n_rows for shard in own)
         self.mark: Any = _read_mark(own[-1], self._digest) if own else None
         self._pending_mark = self.mark
 
@@ -177,7 +180,9 @@ class ShardReader:
     def __init__(self, *folders: str | Path) -> None:
         if not folders:
             raise ValueError("ShardReader needs at least one folder")
-        self.folders = tuple(Path(folder) for folder in folders)
+        self.folders: tuple[Path, ...] = tuple(Path(folder) for folder in folders)
+        self.schema: dict[str, Field]
+        self.metadata: dict[str, Any]
         self.schema, self.metadata = read_manifest(self.folders[0])
         self._digests: dict[Path, str] = {}
         for folder in self.folders:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -94,11 +94,15 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(was)
 
 
+@dataclass(eq=False)
 class OneStep:
     """One guided step of a pipeline from latents of a trajectory: x_{t-1} [1, ...], with gradients."""
 
-    def __init__(self, pipe: Any, aim: Trajectory, call: Mapping[str, Any]):
-        self.pipe, self.aim, self.call = pipe, aim, call
+    pipe: Any
+    aim: Trajectory
+    call: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
         self._now = self._step = self._image = 0
         self._found: Tensor | None = None
 

@@ -31,7 +31,7 @@ from sparsefeat.evaluation.card.edit import Edit
 from sparsefeat.evaluation.emoji import OBJECT, Ledger, Target, real_features, tasks_for
 from sparsefeat.evaluation.frechet import Reference
 from sparsefeat.evaluation.generation import TEST, Task, generate, task
-from sparsefeat.evaluation.judge import Verdicts, judge_images, load_judge
+from sparsefeat.evaluation.judge import Judge, Verdicts, judge_images, load_judge
 from sparsefeat.evaluation.results import write_json
 from sparsefeat.evaluation.run_emoji import collect_grid_statistics
 from sparsefeat.features import Statistics
@@ -51,16 +51,18 @@ class Bench:
     """
 
     def __init__(self, budget: Budget, work: Path, said: Callable[[str], object] = lambda line: None) -> None:
-        self.budget, self.said = budget, said
-        self.fingerprint = embedded_fingerprint()
+        self.budget: Budget = budget
+        self.said: Callable[[str], object] = said
+        self.fingerprint: str = embedded_fingerprint()
         named = f"{__version__}-{self.fingerprint}"
-        self.folder = Path(work) / f"{named}-{budget.name}"
+        self.folder: Path = Path(work) / f"{named}-{budget.name}"
         self._statistics = Path(work) / f"{named}-statistics"
-        self.ledger = Ledger(self.folder)
-        self.n_steps, self.guidance = budget.n_steps, GUIDANCE
+        self.ledger: Ledger = Ledger(self.folder)
+        self.n_steps: int = budget.n_steps
+        self.guidance: float = GUIDANCE
         self.pipe: Any = load_pipeline()
         self.pipe.set_progress_bar_config(disable=True)
-        self.judge = load_judge()
+        self.judge: Judge = load_judge()
 
     @property
     def call(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Rows(Instrument):
     """Keeps what a hookpoint gives [batch, height, width, d_model], of a call of one step."""
 
     def __init__(self, at: str):
-        self.at = Hookpoint.parse(at)
+        self.at: Hookpoint = Hookpoint.parse(at)
         self.kept: list[Tensor] = []
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:

@@ -21,7 +21,8 @@ class LearnedWords:
     """
 
     def __init__(self, vectors: Tensor, words: Sequence[str]):
-        self.vectors, self.words = vectors, tuple(words)
+        self.vectors: Tensor = vectors
+        self.words: tuple[str, ...] = tuple(words)
 
     @contextmanager
     def put_in(self, pipe: Any) -> Iterator[None]:

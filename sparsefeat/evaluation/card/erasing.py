@@ -82,7 +82,8 @@ class Erasing:
     """One eraser on the bench: its chosen settings, its edits and its images."""
 
     def __init__(self, bench: Bench, eraser: Eraser, chosen: Mapping[str, Mapping[str, Setting]]) -> None:
-        self.bench, self.eraser = bench, eraser
+        self.bench: Bench = bench
+        self.eraser: Eraser = eraser
         self._edits: dict[str, Edit] = {}
         self._made: dict[str, float] = {}
         self.chosen: dict[str, Setting] = {}

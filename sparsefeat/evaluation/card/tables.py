@@ -8,7 +8,7 @@ from typing import Any
 from sparsefeat.evaluation.card.erasers import ERASERS
 from sparsefeat.evaluation.emoji import OBJECT, STYLE
 
-COLUMNS = {
+COLUMNS: dict[str, tuple[str, ...]] = {
     "erasers": ("UA", "IRA", "CRA", "of possible", "ERB", "paraphrased UA", "adversarial UA", "Fréchet", "time"),
     "steerers": ("dose", "reached", "else per unit"),
     "maps": ("mIoU", "pointing"),

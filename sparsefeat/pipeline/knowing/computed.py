@@ -21,7 +21,8 @@ class InnerForward:
     """A module's own forward, with hooks around it, where a cache calls it."""
 
     def __init__(self, module: nn.Module, forward: Any):
-        self.module, self.forward = module, forward
+        self.module: nn.Module = module
+        self.forward: Any = forward
         self.before: list[Any] = []
         self.after: list[Any] = []
         functools.update_wrapper(self, forward, updated=())

@@ -26,17 +26,17 @@ class Loop:
         self.scheduler = scheduler
         self.index = index
         """Which of the loops of this scheduler in the call it is."""
-        self.started = False
-        self.done = 0
+        self.started: bool = False
+        self.done: int = 0
         """How many scheduler steps are behind it."""
         self.total: int | None = None
         """How many there are going to be."""
         self.n_steps: int | None = None
         self.timesteps: Any = None
         """The scheduler's timesteps in this loop, as it holds them."""
-        self.heard = False
+        self.heard: bool = False
         """Whether the scheduler was heard to step in it."""
-        self.lost = False
+        self.lost: bool = False
         """Nothing steps the scheduler, and the model ran at a timestep that is not among those of this loop."""
         self._n_scheduled = 0
         self._first = 0

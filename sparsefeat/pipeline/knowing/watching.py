@@ -13,10 +13,10 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Heard = Callable[[Any, tuple, dict[str, Any], Any], None]
+Heard = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]
 """(the object, its arguments by position, by name, what the method returned)."""
 
-Asked = Callable[[Any, tuple, dict[str, Any]], tuple[tuple, dict[str, Any]]]
+Asked = Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 """(the object, its arguments by position, by name): the arguments to call the method with."""
 
 _Key = tuple[int, str]  # (id of the class, or of an object that has the method itself; the method's name)
@@ -33,10 +33,10 @@ class Listener:
     def __init__(
         self, methods: Mapping[str, Heard], deaf: Callable[[], bool], before: Mapping[str, Asked] | None = None
     ):
-        self.methods = methods
+        self.methods: Mapping[str, Heard] = methods
         self.before: Mapping[str, Asked] = before or {}
         self.deaf = deaf
-        self.thread = threading.get_ident()
+        self.thread: int = threading.get_ident()
         self.inside: set[str] = set()
         """The methods that run now: one that calls its base class's, or that of what it wraps, is one call."""
         self._wanted: dict[_Key, Any] = {}

@@ -23,7 +23,8 @@ def mapped_file(path: Path) -> mmap.mmap:
 
 class Archive:
     def __init__(self, path: Path, mapped: mmap.mmap) -> None:
-        self.path, self.mapped = path, mapped
+        self.path: Path = path
+        self.mapped: mmap.mmap = mapped
         self._check_directory()
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
@@ -37,7 +38,7 @@ class Archive:
                 f"{path} has records that are compressed or encrypted: in the program that wrote it, save them as they are, "
                 "with torch.save or numpy.savez"
             )
-        self.entries = {entry.filename: entry for entry in entries}
+        self.entries: dict[str, zipfile.ZipInfo] = {entry.filename: entry for entry in entries}
 
     def place(self, name: str) -> tuple[int, int]:
         """First byte and length of a record."""

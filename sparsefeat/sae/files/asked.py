@@ -15,7 +15,7 @@ class Asked(Mapping[str, Any]):
     """A mapping that notes the names it is asked for, whether they are there or not."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        self.plain = dict(values)
+        self.plain: dict[str, Any] = dict(values)
         self.asked: set[str] = set()
 
     def __getitem__(self, name: str) -> Any:

@@ -148,7 +148,7 @@ def run(path: Path, program: IO[bytes], storage: Callable[[Any], Any]) -> Any:
     raise ValueError(f"{path} is cut short: copy or download it again")
 
 
-LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+LITERALS: dict[str, bool | None] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "BINSTRING"}
 EMPTY: dict[str, type] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -169,7 +169,9 @@ def _a(kind: type, value: Any) -> Any:
 
 
 def _put(into: dict[Any, Any], key: Any, value: Any) -> None:
-    into[_a((str, int, float, type(None)), key)] = value  # type: ignore[arg-type]
+    if not isinstance(key, (str, int, float, type(None))):
+        raise ValueError(f"a {type(key).__name__} for a key of a dict")
+    into[key] = value
 
 
 def _named(path: Path, argument: str) -> Any:

@@ -38,7 +38,8 @@ class Weights(Asked):
     def __init__(self, path: Path, values: Mapping[str, Any], around: Mapping[str, Any] | None = None) -> None:
         """around: what lies beside the state dict in a file that holds more."""
         super().__init__(values)
-        self.path, self.around = path, dict(around or {})
+        self.path: Path = path
+        self.around: dict[str, Any] = dict(around or {})
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Of a tensor; None where there is none of that name."""

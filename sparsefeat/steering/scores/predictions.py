@@ -69,14 +69,17 @@ class Predictions:
 
     def __init__(self, moment: Moment, condition: str, own: Tensor | None = None, latents: Tensor | None = None):
         rows = moment.rows(condition)
-        self.images, self._rows = list(rows), list(rows.values())
-        self.condition, self._moment = condition, moment
+        self.images: list[int] = list(rows)
+        self._rows = list(rows.values())
+        self.condition: str = condition
+        self._moment = moment
         self._elsewhere = latents is not None
-        self.latents = moment.latents(self._rows) if latents is None else latents
-        self.own = moment.run(self._rows, self.images, latents=latents) if own is None else own
+        self.latents: Tensor = moment.latents(self._rows) if latents is None else latents
+        self.own: Tensor = moment.run(self._rows, self.images, latents=latents) if own is None else own
         assert moment.context.step is not None
         assert moment.context.n_steps is not None
-        self.step, self.n_steps = moment.context.step, moment.context.n_steps
+        self.step: int = moment.context.step
+        self.n_steps: int = moment.context.n_steps
 
     @property
     def level(self) -> Any:

@@ -20,6 +20,7 @@ from sparsefeat.steering.scores.inversion import Inversion
 from sparsefeat.steering.scores.predictions import Predictions
 
 
+@dataclass(frozen=True)
 class Rule:
     """What is added to the predictions of some rows."""
 

@@ -60,9 +60,10 @@ class ScoreEdit(SavableInstrument):
             raise ValueError(
                 f"corrections is {type(corrections).__name__}; give Langevin(...), Hamiltonian(...) or None."
             )
-        self.rule, self.corrections = rule, corrections
-        self.window = StepWindow.parse(steps)
-        self.mask = mask if mask is None or callable(mask) else image_map("mask", mask)
+        self.rule: Rule = rule
+        self.corrections: Langevin | Hamiltonian | None = corrections
+        self.window: StepWindow = StepWindow.parse(steps)
+        self.mask: Mask = mask if mask is None or callable(mask) else image_map("mask", mask)
         self._name = ""
         self._pipe: Any = None
         self._begin()
@@ -253,7 +254,7 @@ class ScoreEdit(SavableInstrument):
     def to_saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if callable(self.mask) and not isinstance(self.mask, Tensor):
             raise ValueError("a ScoreEdit whose mask is a callable cannot be saved; give the mask as a tensor.")
-        fields = {field.name: getattr(self.rule, field.name) for field in dataclasses.fields(self.rule) if field.init}  # type: ignore[arg-type]
+        fields = {field.name: getattr(self.rule, field.name) for field in dataclasses.fields(self.rule) if field.init}
         inversion = fields.pop("inversion", None)
         tensors = {} if inversion is None else {"inversion": inversion.latents}
         if isinstance(self.mask, Tensor):

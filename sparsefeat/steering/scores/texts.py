@@ -23,7 +23,9 @@ class Texts:
     """
 
     def __init__(self, pipe: Any, call: Call, others: Sequence[str], who: str):
-        self._pipe, self._call, self.who = pipe, call, who
+        self._pipe = pipe
+        self._call = call
+        self.who: str = who
         if call.prompts is None:
             raise ValueError(
                 f"{who} exchanges the prompt for others, and this call has none that is text; call with prompt=, not with "

@@ -18,7 +18,7 @@ from sparsefeat.pipeline.context import CONDITIONS
 from sparsefeat.store import Field, ShardReader, ShardWriter, check_metadata
 from sparsefeat.whole import place_to_fill
 
-WANTED = {"cond": ("cond",), "uncond": ("uncond",), "both": ("cond", "uncond")}
+WANTED: dict[str, tuple[str, ...]] = {"cond": ("cond",), "uncond": ("uncond",), "both": ("cond", "uncond")}
 """What `condition` may say, and the conditions of the rows that are kept."""
 
 
@@ -142,11 +142,16 @@ class CollectActivations(Instrument):
         twice = [str(h) for h in self._hookpoints if self._hookpoints.count(h) > 1]
         if twice:
             raise ValueError(f"hookpoints has {twice[0]!r} twice: name each once")
-        self.rows_per_image, self.steps_per_image = rows_per_image, steps_per_image
-        self.condition, self.seed, self.dtype = condition, seed, dtype
-        self.folder = None if folder is None else place_to_fill(folder)
-        self.worker, self.shard_rows, self.max_bytes = worker, shard_rows, max_bytes
-        self.metadata = dict(metadata or {})
+        self.rows_per_image: int | None = rows_per_image
+        self.steps_per_image: int | None = steps_per_image
+        self.condition: str | None = condition
+        self.seed: int = seed
+        self.dtype: torch.dtype = dtype
+        self.folder: Path | None = None if folder is None else place_to_fill(folder)
+        self.worker: int = worker
+        self.shard_rows: int = shard_rows
+        self.max_bytes: int = max_bytes
+        self.metadata: dict[str, Any] = dict(metadata or {})
         self._writers: dict[Hookpoint, ShardWriter] = {}
         self._kept: dict[Hookpoint, list[CollectedRows]] = {hookpoint: [] for hookpoint in self._hookpoints}
         self._call: dict[Hookpoint, list[CollectedRows]] = {}
@@ -163,8 +168,8 @@ class CollectActivations(Instrument):
                 d_model = ShardReader(store).schema["rows"].shape[0]
                 self._writers[hookpoint] = self._open(hookpoint, d_model)
         # A kill may fall between two hookpoints' shards: go on from the one that has least.
-        self.images_done = min(self._mark(hookpoint) for hookpoint in self._hookpoints)
-        self.rows_kept = 0
+        self.images_done: int = min(self._mark(hookpoint) for hookpoint in self._hookpoints)
+        self.rows_kept: int = 0
         """Over all hookpoints, since this collector was made."""
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:

@@ -43,11 +43,15 @@ class PipelineRows:
         targets: Sequence[Hookpoint | str] = (),
     ) -> None:
         self.drawing = drawing
-        self.hookpoints = tuple(h if isinstance(h, Hookpoint) else Hookpoint.parse(h) for h in hookpoints)
-        self.targets = tuple(h if isinstance(h, Hookpoint) else Hookpoint.parse(h) for h in targets)
+        self.hookpoints: tuple[Hookpoint, ...] = tuple(
+            h if isinstance(h, Hookpoint) else Hookpoint.parse(h) for h in hookpoints
+        )
+        self.targets: tuple[Hookpoint, ...] = tuple(
+            h if isinstance(h, Hookpoint) else Hookpoint.parse(h) for h in targets
+        )
         if self.targets and len(self.targets) != len(self.hookpoints):
             raise ValueError(f"targets has {len(self.targets)} hookpoints for {len(self.hookpoints)}: give each one.")
-        self.calls = -(-whole("window", window) // drawing.batch_size)
+        self.calls: int = -(-whole("window", window) // drawing.batch_size)
         self.kept: dict[str, Any] = {
             "rows_per_image": rows_per_image,
             "steps_per_image": steps_per_image,

@@ -44,13 +44,13 @@ class TensorRows:
             raise ValueError(
                 f"rows is {rows.dtype} of shape {list(rows.shape)}: pass floating activations [rows, d_model]"
             )
-        self.rows = finite("rows", rows).reshape(-1, rows.shape[-1])
+        self.rows: Tensor = finite("rows", rows).reshape(-1, rows.shape[-1])
         if target is not None and target.shape != rows.shape:
             raise ValueError(f"target has shape {list(target.shape)}, rows {list(rows.shape)}: they must agree")
-        self.target = None if target is None else finite("target", target).reshape(self.rows.shape)
+        self.target: Tensor | None = None if target is None else finite("target", target).reshape(self.rows.shape)
         if timestep is not None and timestep.shape != rows.shape[:-1]:
             raise ValueError(f"timestep has shape {list(timestep.shape)}: give one for every row, {self.n_rows}")
-        self.timestep = None if timestep is None else finite("timestep", timestep).flatten()
+        self.timestep: Tensor | None = None if timestep is None else finite("timestep", timestep).flatten()
 
     @property
     def n_rows(self) -> int:
@@ -80,9 +80,10 @@ class StoreRows:
         if field not in reader.schema or len(reader.schema[field].shape) != 1:
             offered = [name for name, spec in reader.schema.items() if len(spec.shape) == 1]
             raise ValueError(f"field {field!r} is no field of rows in {reader.folder}: choose one of {offered}")
-        self.reader, self.field = reader.check(), field
-        self.beside = [name for name in ("timestep",) if name in reader.schema and name != field]
-        self.target = None if target is None else target.check()
+        self.reader: ShardReader = reader.check()
+        self.field: str = field
+        self.beside: list[str] = [name for name in ("timestep",) if name in reader.schema and name != field]
+        self.target: ShardReader | None = None if target is None else target.check()
         if self.target is not None and not _same_rows(reader, self.target):
             raise ValueError(
                 f"{self.target.folder} has other rows than {reader.folder}: collect a module's input and output in one run"

@@ -19,9 +19,9 @@ class FreeRows(nn.Module):
 
     def __init__(self, sae: SAE) -> None:
         super().__init__()
-        self.W_enc = nn.Parameter(torch.zeros_like(sae.W_enc))
-        self.b_enc = nn.Parameter(torch.zeros_like(sae.b_enc))
-        self.W_dec = nn.Parameter(torch.zeros_like(sae.W_dec))
+        self.W_enc: nn.Parameter = nn.Parameter(torch.zeros_like(sae.W_enc))
+        self.b_enc: nn.Parameter = nn.Parameter(torch.zeros_like(sae.b_enc))
+        self.W_dec: nn.Parameter = nn.Parameter(torch.zeros_like(sae.W_dec))
 
     @torch.no_grad()
     def begin(self, sae: SAE, rows: Tensor, seed: int) -> None:
@@ -49,9 +49,9 @@ class Archetypal(nn.Module):
         n, d = sae.W_dec.shape
         self.delta = delta
         self.register_buffer("centres", sae.W_dec.detach().new_zeros(archetypes, d))
-        self.mixture = nn.Parameter(sae.W_dec.detach().new_zeros(n, archetypes))
-        self.relaxed = nn.Parameter(torch.zeros_like(sae.W_dec))
-        self.log_factor = nn.Parameter(sae.W_dec.detach().new_zeros(()))
+        self.mixture: nn.Parameter = nn.Parameter(sae.W_dec.detach().new_zeros(n, archetypes))
+        self.relaxed: nn.Parameter = nn.Parameter(torch.zeros_like(sae.W_dec))
+        self.log_factor: nn.Parameter = nn.Parameter(sae.W_dec.detach().new_zeros(()))
 
     @torch.no_grad()
     def begin(self, sae: SAE, rows: Tensor, seed: int) -> None:

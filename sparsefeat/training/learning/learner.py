@@ -54,7 +54,9 @@ class Learner(nn.Module):
                 f"normalizer {config.normalizer!r} puts the reconstruction into the input's units: train a transcoder "
                 "with 'b_pre', 'none' or 'timestep'"
             )
-        self.sae, self.objective, self.ranks = sae, objective, ranks
+        self.sae: SAE = sae
+        self.objective: Objective = objective
+        self.ranks: Across = ranks
         fresh = sae.W_dec.detach().new_zeros
         self.register_buffer("scale", fresh(()) + 1)
         self.register_buffer("target_scale", fresh(()) + 1)
@@ -66,9 +68,9 @@ class Learner(nn.Module):
         elif objective.decoder == "archetypal":
             self.dictionary = Archetypal(sae, objective.archetypes or sae.n_latents, objective.delta)
         jumping = config.activation == "jumprelu" and not objective.gated
-        self.thresholds = nn.Parameter(fresh(sae.n_latents)) if jumping else None
-        self.log_factor = nn.Parameter(fresh(sae.n_latents)) if objective.gated else None
-        self.gate_bias = nn.Parameter(fresh(sae.n_latents)) if objective.gated else None
+        self.thresholds: nn.Parameter | None = nn.Parameter(fresh(sae.n_latents)) if jumping else None
+        self.log_factor: nn.Parameter | None = nn.Parameter(fresh(sae.n_latents)) if objective.gated else None
+        self.gate_bias: nn.Parameter | None = nn.Parameter(fresh(sae.n_latents)) if objective.gated else None
 
     @property
     def trained(self) -> list[nn.Parameter]:

@@ -64,8 +64,8 @@ def _batch_topk(d: int, n: int, k: int, steps: int, **pieces: Any) -> Objective:
 
 
 THRESHOLD = {"activation": "batch_topk", "inference": "threshold"}
-UNBOX = {"batch_size": 4096, "grad_clip": None}
-ADAM_GDM = {"betas": (0.0, 0.999), "batch_size": 4096}
+UNBOX: dict[str, Any] = {"batch_size": 4096, "grad_clip": None}
+ADAM_GDM: dict[str, Any] = {"betas": (0.0, 0.999), "batch_size": 4096}
 
 PUBLISHED: dict[str, _Published] = {
     "topk": _Published(

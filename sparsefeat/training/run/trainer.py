@@ -30,7 +30,7 @@ from sparsefeat.training.run.checkpoint import newest_checkpoint, read_descripti
 from sparsefeat.training.run.config import TrainConfig
 from sparsefeat.training.run.early import EarlyWarnings, misfit
 from sparsefeat.training.run.metrics import Metrics
-from sparsefeat.whole import place_to_fill
+from sparsefeat.whole import Ended, place_to_fill
 
 SAMPLE_ROWS = 32_768  # rows the start values are taken from, as sdxl-unbox does
 # Ranks agree on whether one of them was interrupted at these steps: asking waits for the device.
@@ -68,23 +68,27 @@ class SAETrainer:
             raise TypeError(
                 f"config is {type(config).__name__}, not a TrainConfig; make one, TrainConfig(steps=10_000)."
             )
-        self.source, self.place, self.ranks = as_source(rows), place, ranks
+        self.source: Source = as_source(rows)
+        self.place: int = place
+        self.ranks: Ranks = ranks
         self.source.check(config.batch_size)
-        self.sae, self.config = sae, config
-        self.folder = None if folder is None else place_to_fill(folder)
-        self.step, self._saved = 0, -1
-        self.learner = Learner(sae, config.objective, ranks)
+        self.sae: SAE = sae
+        self.config: TrainConfig = config
+        self.folder: Path | None = None if folder is None else place_to_fill(folder)
+        self.step: int = 0
+        self._saved = -1
+        self.learner: Learner = Learner(sae, config.objective, ranks)
         if config.precision != "float32" and config.objective.decoder != "unit":
             raise ValueError(
                 f"precision={config.precision!r} is for a decoder of unit rows: train this one in float32."
             )
-        self.optimizer = config.make_optimizer(self.learner.trained)
-        self.metrics = Metrics(self.folder if ranks.first else None, tensorboard)
+        self.optimizer: torch.optim.Optimizer = config.make_optimizer(self.learner.trained)
+        self.metrics: Metrics = Metrics(self.folder if ranks.first else None, tensorboard)
         checkpoint = newest_checkpoint(self.folder)
         self._early = EarlyWarnings(str(sae.config.hookpoint or "the SAE"))
         if checkpoint is None:
             self._begin()
-        self.averaged = {}
+        self.averaged: dict[str, Tensor] = {}
         if config.ema is not None:
             self.averaged = {
                 name: p.detach().clone() for name, p in zip(self.learner.names, self.learner.trained, strict=True)
@@ -280,13 +284,12 @@ def as_source(rows: Tensor | ShardReader | RowSource | Source) -> Source:
 
 
 def _leave(trainers: Sequence[SAETrainer], step: int, interrupted: Sequence[int]) -> None:
-    """Save all and raise KeyboardInterrupt, which says what was kept."""
+    """Save all and raise Ended, which says what was kept."""
     for trainer in trainers:
         trainer.checkpoint()
     kept = "nothing was kept, pass folder=" if trainers[0].folder is None else "the same lines go on from here"
-    error = KeyboardInterrupt(f"stopped after step {step} of {max(t.config.steps for t in trainers)}; {kept}")
-    error.number = interrupted[0] if interrupted else signal.SIGTERM  # type: ignore[attr-defined]
-    raise error
+    said = f"stopped after step {step} of {max(t.config.steps for t in trainers)}; {kept}"
+    raise Ended(said, number=interrupted[0] if interrupted else signal.SIGTERM)
 
 
 def _pieces(batch: Batch | Tensor, n: int) -> list[Batch]:
