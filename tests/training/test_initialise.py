@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsefeat.sae import SAE, SAEConfig
-from sparsefeat.training import geometric_median, initialise
+from sparsefeat.training import Objective, SAETrainer, TrainConfig, geometric_median, initialise
 
 
 def test_geometric_median_of_a_triangle_is_its_fermat_point():
@@ -72,3 +72,64 @@ def test_a_pca_normaliser_is_fitted_to_the_sample():
     assert normal[:, 5].abs().max() < 0.1  # no spread there, and none made up
     undone = sae.denormalize(normal)
     torch.testing.assert_close(undone[kept], sample[kept], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("normalizer", ["none", "b_pre", "standardize"])
+def test_directions_that_are_rows_leave_no_latent_dead_at_the_start(normalizer):
+    torch.manual_seed(3)
+    kinds = torch.randn(7, 11) * torch.logspace(0, 1, 7)[:, None]
+    sample = kinds[torch.randint(7, (900,))] + 0.3 * torch.randn(900, 11) + 4 * torch.randn(11)
+    config = SAEConfig(11, 300, k=2, normalizer=normalizer)
+    sae = initialise(SAE(config), sample, seed=1, start="rows")
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(300))
+    centred = torch.nn.functional.normalize(sae.normalize(sample) - sae.b_out, dim=1)
+    assert (sae.W_dec @ centred.T).amax(1).min() > 1 - 1e-5  # each is some row's direction
+
+    def dead(one: SAE) -> int:
+        return int((one.encode(sample).dense() != 0).sum(0).eq(0).sum())
+
+    assert dead(sae) == 0 < 30 < dead(initialise(SAE(config), sample, seed=1))
+    assert torch.equal(initialise(SAE(config), sample, seed=1, start="rows").W_dec, sae.W_dec)
+    assert not torch.equal(initialise(SAE(config), sample, seed=2, start="rows").W_dec, sae.W_dec)
+
+
+def test_rows_that_are_alike_begin_one_latent():
+    torch.manual_seed(4)
+    few = torch.randn(12, 5).double()
+    few -= geometric_median(few)
+    sample = (few * torch.linspace(1, 3, 40).double()[:, None, None]).reshape(-1, 5)
+    sae = initialise(SAE(SAEConfig(5, 12, k=2, normalizer="none")).double(), sample, start="rows")
+    moved = torch.nn.functional.normalize(sample - sae.b_out, dim=1)
+    assert (sae.W_dec @ sae.W_dec.T - torch.eye(12)).max() < 1 - 1e-6
+    assert (sae.W_dec @ moved.T).amax(1).min() > 1 - 1e-12
+    with pytest.raises(ValueError, match=r"of 30 rows 3 point different ways, and there are 4 latents"):
+        initialise(SAE(SAEConfig(5, 4, k=2)), torch.eye(5)[[0, 1, 2]].repeat(10, 1), start="rows")
+
+
+def test_a_transcoder_that_begins_at_rows_writes_the_targets_of_what_it_reads():
+    torch.manual_seed(6)
+    sample = torch.randn(80, 9) + 2
+    target = sample @ torch.randn(9, 9)
+    sae = initialise(SAE(SAEConfig(9, 20, k=3, transcoder=True)), sample, target=target, start="rows")
+    read = torch.nn.functional.normalize(sample - sae.b_pre, dim=1)
+    written = torch.nn.functional.normalize(target - sae.b_out, dim=1)
+    factor = sae.W_enc.norm(dim=1)
+    torch.testing.assert_close(factor, factor[:1].expand(20))
+    row = (sae.W_dec @ written.T).argmax(1)
+    torch.testing.assert_close(sae.W_dec.detach(), written[row])
+    torch.testing.assert_close(sae.W_enc / factor[:, None], read[row])
+
+
+def test_a_run_begins_where_its_config_says():
+    torch.manual_seed(7)
+    rows = torch.randn(300, 6) @ torch.randn(6, 6) + 1
+    sae = SAETrainer(SAE(SAEConfig(6, 40, k=2)), rows, TrainConfig(steps=1, batch_size=64, start="rows")).sae
+    directions = torch.nn.functional.normalize(rows - geometric_median(rows), dim=1)
+    assert (sae.W_dec @ directions.T).amax(1).min() > 1 - 1e-4
+    with pytest.raises(ValueError, match="start='row' must be one of random, rows"):
+        TrainConfig(steps=1, start="row")
+
+
+def test_archetypes_have_their_own_start():
+    with pytest.raises(ValueError, match="begins at centres"):
+        TrainConfig(steps=1, start="rows", objective=Objective(decoder="archetypal"))

@@ -78,6 +78,7 @@ OF_GRADIENTS = (
     "ema",
     "precision",
     "accumulate",
+    "start",
     "normalizer",
     "dead_after",
 )
@@ -92,6 +93,11 @@ class Optimizer(str, Enum):
 class Decay(str, Enum):
     linear = "linear"
     cosine = "cosine"
+
+
+class Start(str, Enum):
+    random = "random"
+    rows = "rows"
 
 
 class Precision(str, Enum):
@@ -145,6 +151,9 @@ def train(
         Precision | None, typer.Option(help="Of the loss; weights are float32. Default: float32.")
     ] = None,
     accumulate: Annotated[int | None, typer.Option(min=1, help="Go through a batch in so many pieces.")] = None,
+    start: Annotated[
+        Start | None, typer.Option(help="Where directions begin; with rows of the data fewer latents die.")
+    ] = None,
     dead_after: Annotated[
         int | None, typer.Option(min=1, help="Rows after which a latent that did not fire is dead.")
     ] = None,
@@ -220,6 +229,7 @@ def train(
         "ema": ema,
         "precision": precision and precision.value,
         "accumulate": accumulate,
+        "start": start and start.value,
         "seed": seed,
         "checkpoint_every": checkpoint_every,
         "log_every": log_every,

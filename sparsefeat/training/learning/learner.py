@@ -100,7 +100,7 @@ class Learner(nn.Module):
         return [name for name in names if name in shapes]
 
     @torch.no_grad()
-    def begin(self, sample: Batch | Tensor, seed: int = 0) -> None:
+    def begin(self, sample: Batch | Tensor, seed: int = 0, start: str = "random") -> None:
         """Scale and start values from a sample of the rows; see `initialise`."""
         sample = sample if isinstance(sample, Batch) else Batch(sample)
         sae, objective = self.sae, self.objective
@@ -113,7 +113,7 @@ class Learner(nn.Module):
         units = self.units(Batch(rows, target, sample.timestep))
         if units.timestep is not None:
             sae.at_timestep(units.timestep)
-        initialise(sae, units.rows, seed, target=units.target)
+        initialise(sae, units.rows, seed, target=units.target, start=start)
         if self.thresholds is not None and sae.threshold is not None:
             self.thresholds.fill_(objective.first_threshold)
             sae.threshold.copy_(self.thresholds)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sparsefeat.arguments import number, whole
+from sparsefeat.training.learning.initialise import STARTS
 from sparsefeat.training.objective.objectives import Objective
 
 OPTIMIZERS = ("adam", "adamw")
@@ -32,6 +33,7 @@ class TrainConfig:
     ema: the SAE that comes out is the exponential average of the weights with this decay (fae has 0.995); None for the last.
     precision: of the loss and its gradients; weights and optimiser are float32 throughout. "bfloat16" is for GPUs.
     objective: what is minimised, under which constraints, and which latents are dead; see `objectives`.
+    start: where the directions begin: "random", or "rows" of the data, with which fewer latents die; see `initialise`.
     seed: of the start values and of the order of the rows.
     checkpoint_every, log_every: in steps.
     """
@@ -53,6 +55,7 @@ class TrainConfig:
     accumulate: int = 1
     ema: float | None = None
     precision: str = "float32"
+    start: str = "random"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
@@ -73,11 +76,20 @@ class TrainConfig:
         number("weight_decay", self.weight_decay, 0)
         if not isinstance(self.objective, Objective):
             raise TypeError(f"objective is {type(self.objective).__name__}, not an Objective; make one, Objective().")
-        for name, choices in (("optimizer", OPTIMIZERS), ("decay", DECAYS), ("precision", PRECISIONS)):
+        for name, choices in (
+            ("optimizer", OPTIMIZERS),
+            ("decay", DECAYS),
+            ("precision", PRECISIONS),
+            ("start", STARTS),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r:.100} must be one of {', '.join(choices)}.")
         if self.weight_decay and self.optimizer != "adamw":
             raise ValueError(f"weight_decay={self.weight_decay!r} is adamw's: pass optimizer='adamw', or leave it out.")
+        if self.start != "random" and self.objective.decoder == "archetypal":
+            raise ValueError(
+                f"start={self.start!r} is not for decoder 'archetypal', which begins at centres: leave it out."
+            )
         if self.ema is not None and not 0 < number("ema", self.ema, 0, 1) < 1:
             raise ValueError(f"ema={self.ema!r} must be between 0 and 1, such as 0.995, or None.")
 

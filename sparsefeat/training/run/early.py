@@ -68,7 +68,7 @@ class EarlyWarnings:
                 self._say(
                     "dead",
                     f"{silent:.0%} of the latents at {self.place} did not fire for {int(expected):,} rows, at step {step}: take "
-                    "fewer latents, another normalizer, or a larger auxk",
+                    "fewer latents, another normalizer, start 'rows', or a larger auxk",
                 )
         if step >= max(config.steps // 10, config.warmup_steps) and measured["fvu"] > 1:
             self._say(

@@ -175,7 +175,9 @@ class SAETrainer:
 
     def _begin(self) -> None:
         sae, config = self.sae, self.config
-        sample = self.source.sample(self.place, SAMPLE_ROWS, config.seed, self.ranks)
+        # Of directions that are rows twice as many are looked at, in case that some are alike.
+        wanted = max(SAMPLE_ROWS, 2 * sae.n_latents) if config.start == "rows" else SAMPLE_ROWS
+        sample = self.source.sample(self.place, wanted, config.seed, self.ranks)
         if sample.rows.shape[-1] != sae.d_model:
             raise ValueError(
                 f"rows have width {sample.rows.shape[-1]}, the SAE's d_model is {sae.d_model}: they must agree"
@@ -183,7 +185,7 @@ class SAETrainer:
         problem = misfit(sample.rows, sae.config) if self.ranks.first else None
         if problem is not None:
             warnings.warn(problem, stacklevel=3)
-        self.learner.begin(sample, config.seed)
+        self.learner.begin(sample, config.seed, config.start)
         self.ranks.share(tensor for tensor in self.learner.state_dict().values())
 
     def _state(self) -> dict[str, Tensor]:
