@@ -58,7 +58,7 @@ def prompts_by_concept(concept: str, name: str = "concept") -> dict[str, list[st
 
 
 def held_out(object_index: int, style_index: int) -> bool:
-    """Whether the SAEs never see this cell of the grid: a fifth of it, every object and every style among them."""
+    """Whether the SAEs never see this cell of the grid: a fifth of it, of every style, and of every object but each fifth."""
     return (object_index + 2 * style_index) % 5 == 0
 
 

@@ -43,7 +43,7 @@ def task(object_index: int, style_index: int, split: int, repeat: int = 0) -> Ta
 
 
 def held_out(t: Task) -> bool:
-    """Whether the SAEs never saw this cell: a fifth of the grid, every object and every style in it."""
+    """Whether the SAEs never saw this cell: see `emojicanvas.held_out`."""
     return emojicanvas.held_out(t.object, t.style)
 
 
