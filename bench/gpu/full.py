@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sparsefeat_kernels import tuning_table
 from sparsefeat_kernels.tuning import measure as tuning_of
-from sparsefeat_kernels.tuning import table as tuning_table
 
 from bench import peers, scaling
 from bench.gpu.children import ROOT, command, environment

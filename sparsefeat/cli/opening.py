@@ -20,6 +20,7 @@ from sparsefeat.assets.embedded import (
     sae_folders,
     text_encoder_sae_folder,
 )
+from sparsefeat.schedule import check_steps, most_steps
 
 if TYPE_CHECKING:
     from sparsefeat.sae import SAE
@@ -85,15 +86,8 @@ class PipelineChoice:
             scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         except (OSError, ValueError):  # on the hub, or damaged: told when the pipeline is opened
             scheduler = {}
-        self._check_steps(scheduler)
-
-    def _check_steps(self, scheduler: Any) -> None:
-        trained = scheduler.get("num_train_timesteps")
-        flow = "FlowMatch" in str(scheduler.get("_class_name"))  # its time is continuous
-        if isinstance(trained, int) and self.n_steps > trained and not flow:
-            raise ValueError(
-                f"--steps {self.steps} is more than the {trained} of this pipeline's scheduler; take fewer"
-            )
+        most = most_steps(str(scheduler.get("_class_name")), scheduler.get("num_train_timesteps"))
+        check_steps("num_inference_steps", self.n_steps, most)
 
     @property
     def n_steps(self) -> int:
@@ -120,7 +114,11 @@ class PipelineChoice:
             raise OSError(
                 f"{self.option} {self.name!r} could not be fetched from the hub ({why}); check its name and your connection"
             ) from error
-        self._check_steps(getattr(getattr(pipe, "scheduler", None), "config", {}))
+        from sparsefeat.pipeline.call_arguments import check_number_of_steps
+
+        check_number_of_steps(
+            pipe, "num_inference_steps", self.n_steps
+        )  # of a pipeline on the hub, now that it is here
         if not sys.stderr.isatty():
             pipe.set_progress_bar_config(disable=True)
         return pipe

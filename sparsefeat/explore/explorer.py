@@ -24,7 +24,7 @@ from sparsefeat.explore.edits import Edit, Source, WordEdit, python_lines, save_
 from sparsefeat.features import Examples, Record
 from sparsefeat.features.record import Recording, TopLatent
 from sparsefeat.pipeline import Context, Instrument, attach
-from sparsefeat.pipeline.call_arguments import most_steps
+from sparsefeat.pipeline.call_arguments import check_number_of_steps
 from sparsefeat.pipeline.drawing import draw_all
 from sparsefeat.report import enlarge, overlay
 from sparsefeat.sae import SAE
@@ -190,7 +190,7 @@ class Explorer:
 
     def draw(self, asked: Asked, progress: Progress = lambda step, n: None) -> Unedited:
         """The image without edits and what is read in it; at once if it was drawn lately."""
-        self._check(asked)
+        check_number_of_steps(self.pipe, "steps", asked.steps)
         with self._one_run(progress) as watch:
             if asked in self._runs:
                 self._runs.move_to_end(asked)
@@ -342,7 +342,7 @@ class Explorer:
 
     def edited(self, asked: Asked, edits: Sequence[Edit], progress: Progress = lambda step, n: None) -> Image.Image:
         """The image of the same prompt and noise with the edits at work."""
-        self._check(asked)
+        check_number_of_steps(self.pipe, "steps", asked.steps)
         for edit in edits:
             steps = getattr(edit, "steps", None)
             if steps is not None and steps[0] > asked.steps:
@@ -389,11 +389,6 @@ class Explorer:
         with self._one_run(lambda step, n: None) as watch:
             instruments = self._instruments(edits, asked, watch)
         return save_edits(place, edits, instruments, self.lines(asked, edits, str(place)))
-
-    def _check(self, asked: Asked) -> None:
-        most = most_steps(self.pipe)
-        if most is not None and asked.steps > most:
-            raise ValueError(f"steps is {asked.steps}, more than the {most} of this pipeline's scheduler; take fewer")
 
 
 def _part(progress: Progress, before: int, now: int, images: int) -> Progress:

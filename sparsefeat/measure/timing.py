@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparsefeat_kernels.tuning import table as tuning_table
+from sparsefeat_kernels import tuning_table
 
 from sparsefeat.measure.machine import device_name
 

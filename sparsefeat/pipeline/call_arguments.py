@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from sparsefeat.arguments import whole
+from sparsefeat.schedule import check_steps, most_steps
 
 
 def check_pipeline(pipe: Any) -> None:
@@ -54,11 +55,11 @@ def check_arguments(pipe: Any, names: Iterable[str], also: Iterable[str] = ()) -
         raise TypeError(f"{name}= is no argument of this {type(pipe).__name__}'s call; {remedy}")
 
 
-def most_steps(pipe: Any) -> int | None:
-    """How many steps the pipeline's scheduler can take; None where its time is continuous or not known."""
+def check_number_of_steps(pipe: Any, name: str, steps: int) -> None:
+    """Raise ValueError, with the argument's name, for more steps than the pipeline's scheduler can take."""
     scheduler = getattr(pipe, "scheduler", None)
     trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
-    return trained if isinstance(trained, int) and "FlowMatch" not in type(scheduler).__name__ else None
+    check_steps(name, steps, most_steps(type(scheduler).__name__, trained))
 
 
 def check_values(pipe: Any, arguments: Mapping[str, Any]) -> None:
@@ -68,12 +69,7 @@ def check_values(pipe: Any, arguments: Mapping[str, Any]) -> None:
             whole(name, arguments[name])
     steps = arguments.get("num_inference_steps")
     if steps is not None and arguments.get("timesteps") is None and arguments.get("sigmas") is None:
-        count = whole("num_inference_steps", steps)
-        most = most_steps(pipe)
-        if most is not None and count > most:
-            raise ValueError(
-                f"num_inference_steps={count} is more than the {most} that this {type(pipe.scheduler).__name__} has; take fewer."
-            )
+        check_number_of_steps(pipe, "num_inference_steps", whole("num_inference_steps", steps))
     if isinstance(arguments.get("guidance_scale"), str):
         raise ValueError(f"guidance_scale={arguments['guidance_scale']!r} must be a number.")
     for one in _entries(arguments.get("generator")):

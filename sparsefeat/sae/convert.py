@@ -11,8 +11,7 @@ import torch
 
 from sparsefeat.sae.formats import FORMATS, native
 from sparsefeat.sae.formats.format import Format
-from sparsefeat.sae.io import load_sae
-from sparsefeat.sae.module import SAE
+from sparsefeat.sae.module import SAE, load_sae
 from sparsefeat.whole import whole_folder
 
 CHECKED_ROWS = 64

@@ -8,43 +8,45 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sparsefeat_kernels import SparseCode
 from torch import Tensor, nn
 
 from sparsefeat.sae.formats.dictionary_learning import READERS
-from sparsefeat.sae.io import load_sae
-from sparsefeat.sae.module import SAE
+
+if TYPE_CHECKING:
+    from sparsefeat.sae.module import SAE
 
 ROWS = 64
 # Of the largest entry of the code: float32 products in another order.
 EQUAL = 1e-4
 
 
-@torch.no_grad()
-def of(module: nn.Module, **options: Any) -> SAE:
-    """The SAE that `module` is, on its device and in its dtype, in evaluation mode; `module` is left as it was.
-
-    module: an SAE of SAELens, sparsify (`SparseCoder`) or dictionary_learning. options: of `load_sae`, such as
-    hookpoint and base_model. Its codes are compared on 64 rows.
-    """
-    if isinstance(module, SAE):
-        return module
+@contextmanager
+def written(module: nn.Module) -> Iterator[Path]:
+    """A folder with what the module's own program writes of it; gone afterwards. Raises TypeError for a module of others."""
     program = type(module).__module__.partition(".")[0]
     if not isinstance(module, nn.Module) or program not in WRITERS:
         raise TypeError(
             f"{type(module).__module__}.{type(module).__name__} is no SAE of {', '.join(WRITERS)}: save it, and open it with "
             "sparsefeat.load_sae"
         )
-    weight = next(module.parameters())
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "sae"
         folder.mkdir()
         WRITERS[program](module, folder)
-        sae = load_sae(folder, **{"device": weight.device, "dtype": weight.dtype, **options})
+        yield folder
+
+
+@torch.no_grad()
+def check_codes(module: nn.Module, sae: SAE) -> None:
+    """Raise ValueError if the codes of the two differ on 64 rows."""
+    weight = next(module.parameters())
     rows = torch.randn(ROWS, sae.d_model, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     theirs, ours = _code(module, rows), sae.encode(rows).dense()
     if theirs.shape != ours.shape:
@@ -59,7 +61,6 @@ def of(module: nn.Module, **options: Any) -> SAE:
             f"the module's codes differ by {difference:.3g} of {largest:.3g} from those of its saved weights: save it, and "
             "open it with sparsefeat.load_sae"
         )
-    return sae
 
 
 def _code(module: nn.Module, rows: Tensor) -> Tensor:

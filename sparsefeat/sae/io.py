@@ -1,9 +1,8 @@
-"""Open an SAE from a folder or a hub, save it, share it."""
+"""Where an SAE lies, on the disk or on a hub, and what its files hold."""
 
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,64 +10,22 @@ from typing import Any
 import torch
 
 from sparsefeat.sae.config import FITTED, SAEConfig
-from sparsefeat.sae.files import reading
 from sparsefeat.sae.formats import FORMATS, SINGLE_FILES, detect
 from sparsefeat.sae.formats.format import Given
-from sparsefeat.sae.model_card import model_card
-from sparsefeat.sae.module import NAMES, SAE
-from sparsefeat.sae.names import Names
-from sparsefeat.sae.published import published
+from sparsefeat.sae.names import NAMES
 from sparsefeat.whole import as_path
 
 
-def save(sae: SAE, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
-    """Write `config.json` and `sae.safetensors`; the same as `sae.save(folder)`."""
-    return sae.save(folder, dtype=dtype, overwrite=overwrite)
-
-
-def load_sae(
-    source: str | Path,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    k: int | None = None,
-    hookpoint: str | None = None,
-    base_model: str | None = None,
-) -> SAE:
-    """Open a trained SAE of any format in `docs/interop.md`, in evaluation mode.
-
-    source: a local folder, or a single file where the format is one, which win, a name of the table of published SAEs
-        (`sparsefeat sae list`, such as "sdxl-unbox/up.0.1"), or a hub id `owner/name`; `subfolder` is a folder (or file)
-        within either, `revision` a branch, tag or commit of the hub.
-    dtype: None gives float32 (float64 if stored so), whatever the file holds.
-    k, hookpoint, base_model: in the place of what the files say; most foreign formats do not know the pipeline they were
-        trained on, and overcomplete's not their k. `sparsefeat.check(sae, pipe, prompts)` tells whether they fit.
-    """
-    _check_device(device)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype is {dtype!r}: choose a floating dtype, such as torch.float16")
-    entry = published(source) if isinstance(source, str) and not Path(source).expanduser().exists() else None
-    if entry is not None:
-        source, subfolder = entry.repository, subfolder or entry.subfolder
-        hookpoint, base_model = hookpoint or entry.hookpoint, base_model or entry.base_model
-    place = _place(source, revision, subfolder)
-    with reading(place):
-        return _read(place, device, dtype, k, hookpoint, base_model)
-
-
-def _read(
+def read_sae(
     place: Path,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
-    k: int | None,
-    hookpoint: str | None,
-    base_model: str | None,
-) -> SAE:
+    given: Mapping[str, Any],
+) -> tuple[SAEConfig, dict[str, torch.Tensor]]:
+    """The config and the state of the SAE in `place`, on the device and in the dtype; given: `k`, `hookpoint` and `base_model`,
+    each in the place of what the files say unless None."""
     found = detect(place)
-    config, tensors = found.read(place, Given(k=k))
-    given: dict[str, Any] = {"k": k, "hookpoint": hookpoint, "base_model": base_model}
+    config, tensors = found.read(place, Given(k=given["k"]))
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     shapes = config.tensor_shapes()
     if {name: tuple(t.shape) for name, t in tensors.items()} != shapes:
@@ -76,15 +33,9 @@ def _read(
     if dtype is None:
         dtype = torch.promote_types(tensors["W_dec"].dtype, torch.float32)
     _check_biases(config, tensors, place)
-    with torch.device("meta"):
-        sae = SAE(config)
     # A copy: safetensors hands out views of the mapped file, which a later save into the same folder would replace. One
     # tensor at a time, each let go of when it is copied: of a large SAE no two whole copies are held.
-    state = {name: _cast(place, name, tensors.pop(name), device, dtype) for name in list(tensors)}
-    sae.load_state_dict(state, assign=True)
-    if place.is_dir() and (place / NAMES).exists():
-        sae.names = Names.read(place / NAMES)
-    return sae.eval()
+    return config, {name: _cast(place, name, tensors.pop(name), device, dtype) for name in list(tensors)}
 
 
 def _cast(
@@ -101,30 +52,7 @@ def _cast(
     raise ValueError(f"{name} in {place} has NaN or Inf: it is damaged, download or train it again")
 
 
-def push_to_hub(
-    sae: SAE,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    subfolder: str | None = None,
-    metrics: Mapping[str, float] | None = None,
-) -> str:
-    """Upload the SAE to a hub repository, created if need be; returns the address of the commit.
-
-    A model card goes with it (README.md, beside the SAE): hookpoint, base model, width, k, how to open it, and `metrics`,
-    such as {"fvu": 0.21, "l0": 32.0}.
-    """
-    from huggingface_hub import HfApi
-
-    hub = HfApi()
-    hub.create_repo(repo_id, private=private, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        written = sae.save(Path(folder) / "sae")
-        (written / "README.md").write_text(model_card(sae, repo_id, subfolder, metrics or {}), encoding="utf-8")
-        return hub.upload_folder(repo_id=repo_id, folder_path=written, path_in_repo=subfolder).commit_url
-
-
-def _place(source: str | Path, revision: str | None, subfolder: str | None) -> Path:
+def place_of(source: str | Path, revision: str | None, subfolder: str | None) -> Path:
     local = as_path(source, "source", "a folder or a hub id 'owner/name'")
     if local.is_file() and subfolder is None:
         return local
@@ -175,7 +103,7 @@ def _hub_folders(repo_id: str, revision: str | None) -> list[str]:
     return sorted(f for f, names in held.items() if f and any(k.files and names.issuperset(k.files) for k in FORMATS))
 
 
-def _check_device(device: torch.device | str | None) -> None:
+def check_device(device: torch.device | str | None) -> None:
     """Before gigabytes are read."""
     try:
         usable = torch.empty(0, device=device).device.type != "meta"  # which holds no numbers

@@ -11,6 +11,7 @@ import torch
 from sparsefeat_kernels import PreparedEncoder, SparseCode, prefilter_pays, prepare_encoder, sparse_decode, topk_encode
 from torch import Tensor, nn
 
+from sparsefeat.sae import in_memory
 from sparsefeat.sae.activations import (
     SELECTION,
     batch_topk_encode,
@@ -20,9 +21,13 @@ from sparsefeat.sae.activations import (
     threshold_encode,
 )
 from sparsefeat.sae.config import FACTORS, FITTED, PURSUITS, SAEConfig
+from sparsefeat.sae.files import reading
 from sparsefeat.sae.formats import native
-from sparsefeat.sae.names import Names
+from sparsefeat.sae.hub import push_to_hub
+from sparsefeat.sae.io import check_device, place_of, read_sae
+from sparsefeat.sae.names import NAMES, Names
 from sparsefeat.sae.normalizers import PCA, ROW_SCALED, denormalize, modulation, normalize, row_scale
+from sparsefeat.sae.published import published
 from sparsefeat.whole import as_path
 
 # What the `timestep` normaliser has of its own.
@@ -31,9 +36,6 @@ TIME = tuple(f"{layer}_{part}" for layer in ("time_in", "time_out", "modulation"
 # The prefilter's weights of SAEs that encoded where it pays. Kept beside the modules, not in them: a copied or pickled
 # SAE makes its own.
 _PREPARED: weakref.WeakKeyDictionary[SAE, PreparedEncoder] = weakref.WeakKeyDictionary()
-
-
-NAMES = "names.json"  # beside the SAE, if its latents have names
 
 
 class SAE(nn.Module):
@@ -232,10 +234,21 @@ class SAE(nn.Module):
 
     @classmethod
     def of(cls, module: nn.Module, **options: Any) -> SAE:
-        """The SAE that a module of SAELens, sparsify or dictionary_learning is; see `sparsefeat.sae.in_memory.of`."""
-        from sparsefeat.sae.in_memory import of
+        """The SAE that a module of SAELens, sparsify or dictionary_learning is, on its device and in its dtype, in
+        evaluation mode; `module` is left as it was, and an SAE of here is itself.
 
-        return of(module, **options)
+        options: of `load_sae`, such as hookpoint and base_model. Its codes are compared on 64 rows.
+
+        Raises:
+            TypeError: `module` is of another program. ValueError: its codes are not those of its saved weights.
+        """
+        if isinstance(module, SAE):
+            return module
+        with in_memory.written(module) as folder:
+            weight = next(module.parameters())
+            sae = load_sae(folder, **{"device": weight.device, "dtype": weight.dtype, **options})
+        in_memory.check_codes(module, sae)
+        return sae
 
     def latent(self, named: int | str) -> int:
         """The number of a latent that is called so, or that this number is."""
@@ -277,9 +290,7 @@ class SAE(nn.Module):
         subfolder: str | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> str:
-        """Upload to a hub repository; see `sparsefeat.sae.io.push_to_hub`."""
-        from sparsefeat.sae.io import push_to_hub
-
+        """Upload to a hub repository; see `sparsefeat.sae.hub.push_to_hub`."""
         return push_to_hub(self, repo_id, private=private, subfolder=subfolder, metrics=metrics)
 
     @property
@@ -317,3 +328,47 @@ def _check_tensor(x: object) -> None:
         raise TypeError(f"x is {type(x).__name__}, not a tensor: pass torch.as_tensor(x)")
     if x.is_complex():
         raise TypeError(f"x has dtype {x.dtype}: pass real numbers")
+
+
+def save(sae: SAE, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
+    """Write `config.json` and `sae.safetensors`; the same as `sae.save(folder)`."""
+    return sae.save(folder, dtype=dtype, overwrite=overwrite)
+
+
+def load_sae(
+    source: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    k: int | None = None,
+    hookpoint: str | None = None,
+    base_model: str | None = None,
+) -> SAE:
+    """Open a trained SAE of any format in `docs/interop.md`, in evaluation mode.
+
+    source: a local folder, or a single file where the format is one, which win, a name of the table of published SAEs
+        (`sparsefeat sae list`, such as "sdxl-unbox/up.0.1"), or a hub id `owner/name`; `subfolder` is a folder (or file)
+        within either, `revision` a branch, tag or commit of the hub.
+    dtype: None gives float32 (float64 if stored so), whatever the file holds.
+    k, hookpoint, base_model: in the place of what the files say; most foreign formats do not know the pipeline they were
+        trained on, and overcomplete's not their k. `sparsefeat.check(sae, pipe, prompts)` tells whether they fit.
+    """
+    check_device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}: choose a floating dtype, such as torch.float16")
+    entry = published(source) if isinstance(source, str) and not Path(source).expanduser().exists() else None
+    if entry is not None:
+        source, subfolder = entry.repository, subfolder or entry.subfolder
+        hookpoint, base_model = hookpoint or entry.hookpoint, base_model or entry.base_model
+    place = place_of(source, revision, subfolder)
+    with reading(place):
+        given = {"k": k, "hookpoint": hookpoint, "base_model": base_model}
+        config, state = read_sae(place, device, dtype, given)
+        with torch.device("meta"):
+            sae = SAE(config)
+        sae.load_state_dict(state, assign=True)
+        if place.is_dir() and (place / NAMES).exists():
+            sae.names = Names.read(place / NAMES)
+        return sae.eval()

@@ -15,6 +15,8 @@ from typing import Any
 from sparsefeat.arguments import mapping, whole
 from sparsefeat.sae.files import must_be_file, shown
 
+NAMES = "names.json"  # beside the SAE, if its latents have names
+
 LARGEST = 2**28  # bytes of a file of names, unpacked; 130,000 labels of a sentence each take 15 MB
 SHOWN = 8  # names in a refusal
 API = "https://www.neuronpedia.org/api/feature"

@@ -301,7 +301,7 @@ WRONG = {
     "an empty prompt": (lambda e, t: Asked("  "), "the prompt is empty"),
     "no steps": (lambda e, t: Asked("a fox", steps=0), "steps=0 must be"),
     "half a step": (lambda e, t: Asked("a fox", steps=2.5), "steps=2.5 must be"),
-    "too many steps": (lambda e, t: e.draw(Asked("a fox", steps=5000)), "steps is 5000, more than the 1000"),
+    "too many steps": (lambda e, t: e.draw(Asked("a fox", steps=5000)), "steps=5000 is more than the 1000"),
     "a seed below zero": (lambda e, t: Asked("a fox", seed=-1), "seed=-1 must be"),
     "guidance that is no number": (lambda e, t: Asked("a fox", guidance=float("nan")), "guidance=nan must be"),
     "a latent that is not there": (lambda e, t: e.edited(ASKED, [LatentEdit(0, 48, 1.0)]), "latents 0 to 47"),

@@ -29,9 +29,8 @@ assert not os.environ.get("TRITON_INTERPRET"), "the interpreter cannot compile"
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from sparsefeat_kernels import dispatch  # noqa: E402
+from sparsefeat_kernels import dispatch, tuning_table  # noqa: E402
 from sparsefeat_kernels.tuning import measure as tuning  # noqa: E402
-from sparsefeat_kernels.tuning import table as tuning_table  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 

@@ -22,7 +22,7 @@ from ..dispatch import (
 from ..gradient.weight_gradient import weight_gradient
 from ..products import pair_products, quiet_about_csr
 from ..threads import conducted, each, pieces, threads, together
-from ..tuning.table import tuned
+from ..tuning_table import tuned
 
 __all__ = [
     "check_code",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..dispatch import implementation, ops, register, sum_dtype
 from ..gradient.weight_gradient import weight_gradient
-from ..tuning.table import tuned
+from ..tuning_table import tuned
 from .cpu import topk_encode_cpu
 from .gpu.topk import selects, topk_encode_triton
 from .prepared import PreparedEncoder

@@ -3,7 +3,7 @@
 At each published shape every configuration of an op is checked against fp64, then all that were right are timed in turns,
 between flushes of the L2 cache; the fastest becomes the shape's entry. The most wanted shapes come first, the file is
 complete after each, and `--seconds` ends the run between two shapes. To use the table: set SPARSEFEAT_TUNING=FILE, or put
-it into tuning/tables/ (see tuning/table.py).
+it into tuning/tables/ (see tuning_table.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from ..decode.sparse_decode import sparse_decode_triton
 from ..dispatch import backend
 from ..encode.gpu.topk import selects, topk_encode_triton
-from .table import Entry, Table
+from ..tuning_table import Entry, Table
 
 __all__ = ["OPS", "Shape", "configurations", "main", "tune"]
 

@@ -12,15 +12,14 @@ from typing import Any
 import pytest
 import sparsefeat_kernels
 import torch
-from sparsefeat_kernels import force_triton, sparse_decode, topk_encode
+from sparsefeat_kernels import force_triton, sparse_decode, topk_encode, tuning_table
 from sparsefeat_kernels.decode import sparse_decode as decode_module
 from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
 from sparsefeat_kernels.encode import topk as encode_module
 from sparsefeat_kernels.encode.gpu import groups, tiles
 from sparsefeat_kernels.tuning import measure as tuning
-from sparsefeat_kernels.tuning import table as tuning_table
 from sparsefeat_kernels.tuning.measure import Configuration, Shape
-from sparsefeat_kernels.tuning.table import FOLDER, Entry, Table, packaged_table, read_table, tuned
+from sparsefeat_kernels.tuning_table import FOLDER, Entry, Table, packaged_table, read_table, tuned
 
 needs_triton = pytest.mark.skipif(not TRITON_AVAILABLE, reason="Triton is not installed")
 

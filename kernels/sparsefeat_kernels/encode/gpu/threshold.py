@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import jit, jit_over_rows, next_power_of_2, tl
-from ...tuning.table import tuned
+from ...tuning_table import tuned
 from ..product import encoder_bias
 from .tiles import chunks_of, default_tile, operands, precision, programs_of, tile_sums
 

@@ -3,7 +3,7 @@
 A table is JSON: the device it was measured on, when, with which versions, and its entries, each the fastest configuration
 of one op at one shape and dtype. An op asks for the entry nearest its own shape; without one it takes its defaults.
 
-    packaged    tables/*.json beside this file: the one of the device's name, else one of its capability
+    packaged    tuning/tables/*.json beside this file: the one of the device's name, else one of its capability
     your own    the file that the environment variable SPARSEFEAT_TUNING names, whatever the device; empty: no table
 """
 
@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from ..dispatch import backend
+from .dispatch import backend
 
 __all__ = ["DESIGNS", "Entry", "Table", "read_table", "tuned"]
 
 VARIABLE = "SPARSEFEAT_TUNING"
-FOLDER = Path(__file__).with_name("tables")
+FOLDER = Path(__file__).with_name("tuning") / "tables"
 SIZES = ("rows", "d", "n_latents", "k")
 # The sum, over the sizes, of doublings to the nearest entry: beyond, an entry says nothing about a shape.
 FARTHEST = 4.0
