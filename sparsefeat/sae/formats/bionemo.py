@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsefeat.sae.config import SAEConfig
 from sparsefeat.sae.files import Described, Weights, read_weights, shown, weights
 from sparsefeat.sae.formats.foreign_config import config_of, whole_number
-from sparsefeat.sae.formats.format import Format, Given
+from sparsefeat.sae.formats.format import Format, Given, one_bias
 
 NAME, TITLE = "bionemo", "BioNeMo"
 STATE = "model_state_dict"
@@ -52,13 +52,7 @@ def _read(given: Given, values: Described, held: Weights) -> tuple[SAEConfig, di
     stored = next((whole_number(path, values, name) for name in ("top_k", "k") if name in values), None)
     k = given.k if given.k is not None else stored
     config = config_of(path, d_model=d, n_latents=n, activation="relu" if k is None else "topk", k=k)
-    return config, {
-        "W_enc": t["encoder.weight"],
-        "b_enc": t["latent_bias"],
-        "W_dec": t["decoder.weight"].T.contiguous(),
-        "b_pre": t["pre_bias"],
-        "b_out": t["pre_bias"],
-    }
+    return config, one_bias(t["encoder.weight"], t["latent_bias"], t["decoder.weight"].T, t["pre_bias"])
 
 
 FORMAT = Format(NAME, TITLE, (), detect, read)

@@ -33,7 +33,7 @@ from sparsefeat.sae.config import SAEConfig
 from sparsefeat.sae.files import Described, Weights, listed, read_json, say, shown, weights
 from sparsefeat.sae.formats.fold import cannot_express, check_affine, encoder_bias, wide
 from sparsefeat.sae.formats.foreign_config import config_of, text, whole_number
-from sparsefeat.sae.formats.format import Format, Given
+from sparsefeat.sae.formats.format import Format, Given, one_bias
 
 NAME, TITLE = "dictionary_learning", "dictionary_learning"
 WEIGHTS, CONFIG = "ae.pt", "config.json"
@@ -122,13 +122,7 @@ def _k(trainer: Described, held: Weights) -> int:
 def _top_k(trainer: Described, held: Weights, n: int, d: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     shapes = {"encoder.weight": (n, d), "encoder.bias": (n,), "decoder.weight": (d, n), "b_dec": (d,)}
     t = held.take(shapes)
-    tensors = {
-        "W_enc": t["encoder.weight"],
-        "b_enc": t["encoder.bias"],
-        "W_dec": t["decoder.weight"].T.contiguous(),
-        "b_pre": t["b_dec"],
-        "b_out": t["b_dec"],
-    }
+    tensors = one_bias(t["encoder.weight"], t["encoder.bias"], t["decoder.weight"].T, t["b_dec"])
     fields: dict[str, Any] = {"activation": "topk", "k": _k(trainer, held), "normalizer": "b_pre"}
     if "threshold" in held:  # older files have none
         fields["metadata"] = {"threshold": float(held.take({"threshold": ()})["threshold"])}
@@ -146,13 +140,7 @@ def _matryoshka(trainer: Described, held: Weights, n: int, d: int) -> tuple[dict
     groups = held.whole_numbers("group_sizes")
     if groups is not None and groups.ndim == 1:
         fields["metadata"] = {"group_sizes": groups.tolist()}
-    tensors = {
-        "W_enc": t["W_enc"].T.contiguous(),
-        "b_enc": t["b_enc"],
-        "W_dec": t["W_dec"],
-        "b_pre": t["b_dec"],
-        "b_out": t["b_dec"],
-    }
+    tensors = one_bias(t["W_enc"].T, t["b_enc"], t["W_dec"], t["b_dec"])
     return fields, tensors | _threshold(held)
 
 
@@ -168,14 +156,8 @@ def _thresholded(held: Weights, k: int) -> dict[str, Any]:
 def _jump_relu(trainer: Described, held: Weights, n: int, d: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     shapes = {"W_enc": (d, n), "W_dec": (n, d), "b_enc": (n,), "b_dec": (d,), "threshold": (n,)}
     t = held.take(shapes)
-    tensors = {
-        "W_enc": t["W_enc"].T.contiguous(),
-        "b_enc": t["b_enc"],
-        "W_dec": t["W_dec"],
-        "b_pre": torch.zeros_like(t["b_dec"]),
-        "b_out": t["b_dec"],
-        "threshold": t["threshold"],
-    }
+    tensors = one_bias(t["W_enc"].T, t["b_enc"], t["W_dec"], t["b_dec"], subtracted=False)
+    tensors["threshold"] = t["threshold"]
     return {"activation": "jumprelu", "normalizer": "none"}, tensors
 
 
@@ -205,13 +187,7 @@ def _gated(trainer: Described, held: Weights, n: int, d: int) -> tuple[dict[str,
 def _relu(trainer: Described, held: Weights, n: int, d: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     shapes = {"encoder.weight": (n, d), "encoder.bias": (n,), "decoder.weight": (d, n), "bias": (d,)}
     t = held.take(shapes)
-    tensors = {
-        "W_enc": t["encoder.weight"],
-        "b_enc": t["encoder.bias"],
-        "W_dec": t["decoder.weight"].T.contiguous(),
-        "b_pre": t["bias"],
-        "b_out": t["bias"],
-    }
+    tensors = one_bias(t["encoder.weight"], t["encoder.bias"], t["decoder.weight"].T, t["bias"])
     norms = torch.linalg.vector_norm(t["decoder.weight"], dim=0, dtype=torch.float64)
     if not torch.allclose(norms, torch.ones_like(norms), rtol=UNIT, atol=0):
         say(
@@ -225,13 +201,9 @@ def _relu(trainer: Described, held: Weights, n: int, d: int) -> tuple[dict[str, 
 def _relu_new(trainer: Described, held: Weights, n: int, d: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     shapes = {"encoder.weight": (n, d), "encoder.bias": (n,), "decoder.weight": (d, n), "decoder.bias": (d,)}
     t = held.take(shapes)
-    tensors = {
-        "W_enc": t["encoder.weight"],
-        "b_enc": t["encoder.bias"],
-        "W_dec": t["decoder.weight"].T.contiguous(),
-        "b_pre": torch.zeros_like(t["decoder.bias"]),
-        "b_out": t["decoder.bias"],
-    }
+    tensors = one_bias(
+        t["encoder.weight"], t["encoder.bias"], t["decoder.weight"].T, t["decoder.bias"], subtracted=False
+    )
     return {"activation": "relu", "normalizer": "none"}, tensors
 
 

@@ -18,13 +18,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
 from sparsefeat.sae.files import names_in, weights
 from sparsefeat.sae.formats.foreign_config import config_of
-from sparsefeat.sae.formats.format import Format, Given
+from sparsefeat.sae.formats.format import Format, Given, one_bias
 
 NAME, TITLE = "difffract", "DifFRACT"
 BASE_MODEL = "black-forest-labs/FLUX.1-schnell"
@@ -65,13 +64,9 @@ def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
         for theirs, (weight, bias) in TIME.items():
             shapes |= {f"{theirs}.weight": ours[weight], f"{theirs}.bias": ours[bias]}
         t = held.take(shapes)
-    tensors = {
-        "W_enc": t["encoder.weight"],
-        "b_enc": t["encoder.bias"],
-        "W_dec": t["decoder.weight"].T.contiguous(),
-        "b_pre": torch.zeros_like(t["decoder.bias"]),
-        "b_out": t["decoder.bias"],
-    }
+    tensors = one_bias(
+        t["encoder.weight"], t["encoder.bias"], t["decoder.weight"].T, t["decoder.bias"], subtracted=False
+    )
     for theirs, (weight, bias) in TIME.items():
         tensors |= {weight: t[f"{theirs}.weight"], bias: t[f"{theirs}.bias"]}
     return config, tensors

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
@@ -37,3 +38,12 @@ class Format:
     read: Callable[[Path, Given], tuple[SAEConfig, dict[str, Tensor]]]
     write: Callable[[Path, SAEConfig, Mapping[str, Tensor]], None] | None = None
     optional: tuple[str, ...] = ()
+
+
+def one_bias(
+    W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, bias: Tensor, *, subtracted: bool = True
+) -> dict[str, Tensor]:
+    """The tensors of an SAE, weights `[n_latents, d_model]`, whose one bias `[d_model]` is added to its output and, if
+    `subtracted`, taken from its input before."""
+    b_pre = bias if subtracted else torch.zeros_like(bias)
+    return {"W_enc": W_enc.contiguous(), "b_enc": b_enc, "W_dec": W_dec.contiguous(), "b_pre": b_pre, "b_out": bias}

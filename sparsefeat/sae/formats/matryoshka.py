@@ -23,7 +23,7 @@ from torch import Tensor
 from sparsefeat.sae.config import SAEConfig
 from sparsefeat.sae.files import Described, Weights, described, listed, read_json, weights
 from sparsefeat.sae.formats.foreign_config import config_of, flag, k_of, text, whole_number
-from sparsefeat.sae.formats.format import Format, Given
+from sparsefeat.sae.formats.format import Format, Given, one_bias
 
 NAME, TITLE = "matryoshka", "bartbussmann's matryoshka, SAEdit"
 CONFIG, WEIGHTS = "config.json", "pytorch_model.bin"
@@ -57,14 +57,8 @@ def _read(given: Given, values: Described, held: Weights) -> tuple[SAEConfig, di
         base_model=text(path, values, "model_name"),
         metadata={name: values[name] for name in ("group_sizes",) if name in values},
     )
-    return config, {
-        "W_enc": t["W_enc"].T.contiguous(),
-        "b_enc": t["W_enc"].new_zeros(n),
-        "W_dec": t["W_dec"],
-        "b_pre": t["b_dec"],
-        "b_out": t["b_dec"],
-        "threshold": t["threshold"],
-    }
+    tensors = one_bias(t["W_enc"].T, t["W_enc"].new_zeros(n), t["W_dec"], t["b_dec"])
+    return config, {**tensors, "threshold": t["threshold"]}
 
 
 FORMAT = Format(NAME, TITLE, (CONFIG, WEIGHTS), detect, read)

@@ -25,7 +25,7 @@ from sparsefeat.sae.config import SAEConfig
 from sparsefeat.sae.files import Weights, names_in, shown, weights
 from sparsefeat.sae.formats.fold import cannot_express, encoder_bias
 from sparsefeat.sae.formats.foreign_config import config_of, whole_number
-from sparsefeat.sae.formats.format import Format, Given
+from sparsefeat.sae.formats.format import Format, Given, one_bias
 
 NAME, TITLE = "openai", "OpenAI sparse_autoencoder"
 WRITTEN = "autoencoder.pt"
@@ -58,11 +58,7 @@ def _read(given: Given, held: Weights) -> tuple[SAEConfig, dict[str, Tensor]]:
     statistics = {name: ours for name, ours in STATISTICS.items() if name in held}
     t = held.take({**shapes, **dict.fromkeys(statistics, (n,))})
     tensors = {
-        "W_enc": t["encoder.weight"],
-        "b_enc": t["latent_bias"],
-        "W_dec": t["decoder.weight"].T.contiguous(),
-        "b_pre": t["pre_bias"],
-        "b_out": t["pre_bias"],
+        **one_bias(t["encoder.weight"], t["latent_bias"], t["decoder.weight"].T, t["pre_bias"]),
         **{f"statistic_{ours}": t[name] for name, ours in statistics.items()},
     }
     activation, k = _activation(held.path, held)

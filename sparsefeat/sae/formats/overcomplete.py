@@ -28,7 +28,7 @@ from sparsefeat.sae.config import SAEConfig
 from sparsefeat.sae.files import Weights, names_in, shown, weights
 from sparsefeat.sae.formats.fold import wide
 from sparsefeat.sae.formats.foreign_config import config_of
-from sparsefeat.sae.formats.format import Format, Given
+from sparsefeat.sae.formats.format import Format, Given, one_bias
 
 NAME, TITLE = "overcomplete", "overcomplete (state dict)"
 DICTIONARIES = ("dictionary._weights", "dictionary.Relax")
@@ -54,7 +54,7 @@ def _read(given: Given, held: Weights) -> tuple[SAEConfig, dict[str, Tensor]]:
     n, d = W_dec.shape
     W_enc, b_enc = _encoder(held, W_dec)
     zeros = W_dec.new_zeros(d)
-    tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_pre": zeros, "b_out": zeros}
+    tensors = one_bias(W_enc, b_enc, W_dec, zeros)
     if "thresholds" in held:
         stored = held.take({"thresholds": (n,)})["thresholds"]
         thresholds = stored.to(wide(stored.dtype)).exp()

@@ -29,7 +29,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,7 +37,7 @@ from sparsefeat.sae.files import Described, Weights, described, read_json, shown
 from sparsefeat.sae.formats.fold import cannot_express, encoder_bias
 from sparsefeat.sae.formats.folder_names import hookpoint_called
 from sparsefeat.sae.formats.foreign_config import config_of, flag, k_of, whole_number
-from sparsefeat.sae.formats.format import Format, Given
+from sparsefeat.sae.formats.format import Format, Given, one_bias
 
 NAME, TITLE = "sparsify", "EleutherAI sparsify, SAeUron"
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
@@ -91,13 +90,7 @@ def _read(place: Path, given: Given, values: Described, held: Weights) -> tuple[
         raise ValueError(
             f"{held.path} has a W_skip but skip_connection in {path} is not true: correct the one or the other"
         )
-    tensors = {
-        "W_enc": t["encoder.weight"],
-        "b_enc": t["encoder.bias"],
-        "W_dec": t["W_dec"],
-        "b_pre": torch.zeros_like(t["b_dec"]) if transcode else t["b_dec"],
-        "b_out": t["b_dec"],
-    }
+    tensors = one_bias(t["encoder.weight"], t["encoder.bias"], t["W_dec"], t["b_dec"], subtracted=not transcode)
     if skip:
         tensors["W_skip"] = t["W_skip"]
     if config.activation == "batch_topk":

@@ -36,7 +36,7 @@ from sparsefeat.sae.files import Described, Weights, described, read_json, weigh
 from sparsefeat.sae.formats.fold import cannot_express, check_affine, encoder_bias
 from sparsefeat.sae.formats.folder_names import hookpoint_called
 from sparsefeat.sae.formats.foreign_config import config_of, k_of, whole_number
-from sparsefeat.sae.formats.format import Format, Given
+from sparsefeat.sae.formats.format import Format, Given, one_bias
 
 NAME, TITLE = "unbox", "sdxl-unbox, Concept Steerers, ItD, SAEmnesia"
 CONFIG, WEIGHTS = "config.json", "state_dict.pth"
@@ -84,7 +84,7 @@ def _read(place: Path, given: Given, values: Described, held: Weights) -> tuple[
     else:
         t = held.take({"encoder.weight": (n, d), "decoder.weight": (d, n), "pre_bias": (d,), "latent_bias": (n,)})
         b_enc, W_dec, bias = t["latent_bias"], t["decoder.weight"].T.contiguous(), t["pre_bias"]
-    tensors = {"W_enc": t["encoder.weight"], "b_enc": b_enc, "W_dec": W_dec, "b_pre": bias, "b_out": bias}
+    tensors = one_bias(t["encoder.weight"], b_enc, W_dec, bias)
     for file, name in statistics.items():
         with weights(place / file, alone=file) as statistic:
             # A latent that was never active has no mean.

@@ -17,14 +17,13 @@ import math
 import re
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
 from sparsefeat.sae.files import Described, Weights, read_json, shown, weights
 from sparsefeat.sae.formats.fold import wide
 from sparsefeat.sae.formats.foreign_config import config_of, flag, text
-from sparsefeat.sae.formats.format import Format, Given
+from sparsefeat.sae.formats.format import Format, Given, one_bias
 from sparsefeat.sae.formats.language.places import said_by
 
 NAME, TITLE = "gemma_scope", "Gemma Scope 1 and 2"
@@ -65,14 +64,8 @@ def _read(place: Path, values: Described, held: Weights) -> tuple[SAEConfig, dic
     t = held.take(shapes)
     said = said_by(place)
     transcoder = skip or "transcoder" in said
-    tensors = {
-        "W_enc": t[enc].T.contiguous(),
-        "b_enc": t["b_enc"],
-        "W_dec": t[dec],
-        "b_pre": torch.zeros_like(t["b_dec"]),
-        "b_out": t["b_dec"],
-        "threshold": t["threshold"],
-    }
+    tensors = one_bias(t[enc].T, t["b_enc"], t[dec], t["b_dec"], subtracted=False)
+    tensors["threshold"] = t["threshold"]
     if skip:
         tensors["W_skip"] = t["affine_skip_connection"].T.contiguous()
     if "/embedding" in said:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
 from sparsefeat.sae.files import names_in, weights
 from sparsefeat.sae.formats.foreign_config import config_of
-from sparsefeat.sae.formats.format import Format, Given
+from sparsefeat.sae.formats.format import Format, Given, one_bias
 
 NAME, TITLE = "goodfire", "Goodfire"
 
@@ -44,13 +43,13 @@ def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
         hookpoint=f"model.layers.{said[2]}" if said else None,
         base_model=f"meta-llama/{said[1]}" if said else None,
     )
-    return config, {
-        "W_enc": t["encoder_linear.weight"],
-        "b_enc": t["encoder_linear.bias"],
-        "W_dec": t["decoder_linear.weight"].T.contiguous(),
-        "b_pre": torch.zeros_like(t["decoder_linear.bias"]),
-        "b_out": t["decoder_linear.bias"],
-    }
+    return config, one_bias(
+        t["encoder_linear.weight"],
+        t["encoder_linear.bias"],
+        t["decoder_linear.weight"].T,
+        t["decoder_linear.bias"],
+        subtracted=False,
+    )
 
 
 FORMAT = Format(NAME, TITLE, (), detect, read)

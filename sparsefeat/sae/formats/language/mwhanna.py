@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
 from sparsefeat.sae.files import names_in, read_yaml, weights
 from sparsefeat.sae.formats.foreign_config import config_of, text
-from sparsefeat.sae.formats.format import Format, Given
+from sparsefeat.sae.formats.format import Format, Given, one_bias
 from sparsefeat.sae.formats.language.places import said_by
 
 NAME, TITLE = "mwhanna", "mwhanna's transcoders"
@@ -42,13 +41,7 @@ def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
         hookpoint=f"model.layers.{layer[1]}.mlp:input" if layer else None,
         base_model=_base_model(place),
     )
-    return config, {
-        "W_enc": t["W_enc"],
-        "b_enc": t["b_enc"],
-        "W_dec": t["W_dec"],
-        "b_pre": torch.zeros_like(t["b_dec"]),
-        "b_out": t["b_dec"],
-    }
+    return config, one_bias(t["W_enc"], t["b_enc"], t["W_dec"], t["b_dec"], subtracted=False)
 
 
 def _base_model(place: Path) -> str | None:

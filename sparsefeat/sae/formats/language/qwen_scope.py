@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sparsefeat.sae.config import SAEConfig
 from sparsefeat.sae.files import names_in, weights
 from sparsefeat.sae.formats.foreign_config import config_of
-from sparsefeat.sae.formats.format import Format, Given
+from sparsefeat.sae.formats.format import Format, Given, one_bias
 from sparsefeat.sae.formats.language.places import said_by
 
 NAME, TITLE = "qwen_scope", "Qwen Scope"
@@ -47,13 +46,7 @@ def read(place: Path, given: Given) -> tuple[SAEConfig, dict[str, Tensor]]:
         hookpoint=f"model.layers.{layer[1]}",
         base_model=f"Qwen/{said[1]}" if said else None,
     )
-    return config, {
-        "W_enc": t["W_enc"],
-        "b_enc": t["b_enc"],
-        "W_dec": t["W_dec"].T.contiguous(),
-        "b_pre": torch.zeros_like(t["b_dec"]),
-        "b_out": t["b_dec"],
-    }
+    return config, one_bias(t["W_enc"], t["b_enc"], t["W_dec"].T, t["b_dec"], subtracted=False)
 
 
 FORMAT = Format(NAME, TITLE, (), detect, read)
