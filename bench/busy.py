@@ -31,6 +31,7 @@ from sparsefeat.measure.figures import HERE, build
 from sparsefeat.measure.machine import device_name
 from sparsefeat.measure.speed_table import shape_text
 from sparsefeat.measure.timing import Provider, versions
+from sparsefeat.whole import write_json
 
 NEIGHBOURS = 2
 # 64 Ki elements: two of torch's grains, so that every op is split over the threads.
@@ -169,7 +170,7 @@ def main() -> None:
         "device": device_name(), "date": date.today().isoformat(), "command": "python -m bench.busy",
         "neighbours": NEIGHBOURS, "versions": versions(), "ratios": [], **kept, **new,
     }  # fmt: skip
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(path, content)
     path.with_suffix(".md").write_text(table(content) + "\n")
     print(table(content))
     print(f"wrote {path} and its .md")

@@ -38,12 +38,13 @@ from sparsefeat.evaluation.evaluate_saes import (
     trained_control,
 )
 from sparsefeat.evaluation.generation import STATISTICS, TEST, held_out, whole_grid
-from sparsefeat.evaluation.results import measured_on_embedded, stale, write_json
+from sparsefeat.evaluation.results import measured_on_embedded, stale
 from sparsefeat.evaluation.sae_metrics import measure_sae, random_control
 from sparsefeat.evaluation.stability import stability
 from sparsefeat.evaluation.units import Units, components, latents, neurons
 from sparsefeat.sae import SAE
 from sparsefeat.training import CollectedRows, SAETrainer, TensorRows, build_itda, factorise, recipe
+from sparsefeat.whole import write_json
 
 T = TypeVar("T")
 

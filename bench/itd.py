@@ -11,7 +11,6 @@ Writes bench/results/itd.json.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import time
 from datetime import date
@@ -24,6 +23,7 @@ from torch import Tensor
 from bench.run import RESULTS
 from sparsefeat.measure.machine import device_name
 from sparsefeat.measure.timing import resident_peak_beyond, versions
+from sparsefeat.whole import write_json
 
 D_MODEL, N_LATENTS, K, TOP_M = 768, 524_288, 64, 128
 HOOKPOINT = "text_encoder.encoder.layers.8"
@@ -140,7 +140,7 @@ def main() -> None:
     print(f"{records[0]['times_faster_than_dense']:.2f} times faster")
     shape = {"prompts": 50, "d_model": D_MODEL, "n_latents": arguments.n_latents, "k": K, "top_m": TOP_M}
     result = {"shape": shape, "device": device_name(), "date": date.today().isoformat(), "versions": versions()}
-    arguments.out.write_text(json.dumps({**result, "rows": records}, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.out, {**result, "rows": records})
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from sparsefeat.measure.machine import device_name
 from sparsefeat.measure.timing import resident_peak_beyond, versions
 from sparsefeat.pipeline import AttentionCall, Context
 from sparsefeat.pipeline.visits import Visits
+from sparsefeat.whole import write_json
 from tests.families import families
 
 RESULTS = Path(__file__).parent / "results" / "maps.json"
@@ -264,30 +265,18 @@ def cost(name: str, build: Callable[[], tuple[Any, Callable[[], Any]]]) -> list[
             stored = sum(r.data.numel() * r.data.element_size() for r in found.records if r.data is not None)
     plain = statistics.median(seconds["none"])
     rows = [{"case": name, "method": "none", "seconds": plain, "attention_seconds": statistics.median(attention)}]
-    in_maps = statistics.median(at_maps)
-    rows.append({
-        "case": name,
-        "method": "sparsefeat",
-        "seconds": statistics.median(seconds["sparsefeat"]),
-        "map_seconds": in_maps,
-        "share_of_step": in_maps / plain,
-        "share_of_attention": in_maps / statistics.median(attention),
-        "held_bytes": session[maps].bytes,
-        "peak_bytes": peak_of_a_map(pipe, run),
-    })  # fmt: skip
+
+    def row_of(method: str, of_maps: list[float], **memory: int) -> dict[str, Any]:
+        own = statistics.median(of_maps)
+        shares = {"share_of_step": own / plain, "share_of_attention": own / statistics.median(attention)}
+        took = {"seconds": statistics.median(seconds[method]), "map_seconds": own}
+        return {"case": name, "method": method, **took, **shares, **memory}
+
+    rows.append(row_of("sparsefeat", at_maps, held_bytes=session[maps].bytes, peak_bytes=peak_of_a_map(pipe, run)))
     if peer:
         rows.append({"case": name, "method": "attention-map-diffusers", "note": peer})
     else:
-        more = statistics.median(at_theirs)
-        rows.append({
-            "case": name,
-            "method": "attention-map-diffusers",
-            "seconds": statistics.median(seconds["attention-map-diffusers"]),
-            "map_seconds": more,
-            "share_of_step": more / plain,
-            "share_of_attention": more / statistics.median(attention),
-            "held_bytes": stored,
-        })  # fmt: skip
+        rows.append(row_of("attention-map-diffusers", at_theirs, held_bytes=stored))
     return rows
 
 
@@ -295,7 +284,7 @@ def write(key: str, rows: list[dict[str, Any]]) -> None:
     before = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     machine = {"device": device_name(), "threads": torch.get_num_threads(), "versions": versions()}
     made = {"command": f"python -m bench.maps {key}", "date": date.today().isoformat(), **machine, "rows": rows}
-    RESULTS.write_text(json.dumps({**before, key: made}, indent=1) + "\n")
+    write_json(RESULTS, {**before, key: made})
 
 
 @torch.no_grad()

@@ -23,10 +23,11 @@ from torch import nn
 from bench.run import RESULTS
 from sparsefeat.assets import weights_fingerprint
 from sparsefeat.assets.embedded import PIPELINE
-from sparsefeat.evaluation.results import measured_on_embedded, write_json
+from sparsefeat.evaluation.results import measured_on_embedded
 from sparsefeat.evaluation.sae_metrics import measure_sae
 from sparsefeat.sae import SAE, SAEConfig
 from sparsefeat.training import Objective, SAETrainer, TrainConfig
+from sparsefeat.whole import write_json
 
 ROWS = Path("build/training/saes-8-8") / weights_fingerprint(PIPELINE) / "rows"
 HOOKPOINTS = (

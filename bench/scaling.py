@@ -13,7 +13,6 @@ bench/results/scaling-<device>.json and .png.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from bench.run import RESULTS, file_name
 from sparsefeat.measure.figures import build
 from sparsefeat.measure.machine import device_name
 from sparsefeat.measure.timing import OURS, Ceilings, measure, with_providers
+from sparsefeat.whole import write_json
 
 CENTRE = {"rows": 512, "d_model": 1280, "n_latents": 20480, "k": 32}
 SWEEPS = {
@@ -121,7 +121,7 @@ def main() -> None:
     path = arguments.out / f"scaling-{file_name(device_name())}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     # "points" and not "records": tables of speed are not made from this file.
-    path.write_text(json.dumps({"device": device_name(), "points": points}, indent=1) + "\n")
+    write_json(path, {"device": device_name(), "points": points})
     draw(points, path.with_suffix(".png"))
     print(f"wrote {path} and its .png")
 

@@ -21,9 +21,10 @@ import torch
 
 from bench import peers
 from bench.run import RESULTS, file_name
-from sparsefeat.evaluation.results import measured_on_embedded, write_json
+from sparsefeat.evaluation.results import measured_on_embedded
 from sparsefeat.measure.machine import device_name
 from sparsefeat.measure.sae_case import AUXK, SAECase, sae_case
+from sparsefeat.whole import write_json
 
 SHAPE = {"d_model": 1280, "n_latents": 20480, "k": 32}
 ROWS = (256, 4096)

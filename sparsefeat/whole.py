@@ -1,8 +1,9 @@
-"""Folders that are there whole or not at all, and what is said when they cannot be written."""
+"""Folders and files that are there whole or not at all, and what is said when they cannot be written."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # Errors that only a write meets with, beside a full disk.
 _OF_WRITING = (errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -128,6 +130,23 @@ def written_plainly(
         if why is None:
             raise
         raise NotWrittenError(Path(place), name, why) from error
+
+
+def write_text(path: Path, text: str, name: str = "the file") -> None:
+    """UTF-8 into a file, whole or as it was, its folder made if need be; OSError in one sentence where that cannot be."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with written_plainly(path, name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_text` of JSON, a line an entry."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sparsefeat.assets import block_sae_folder
-from sparsefeat.whole import check_writable, whole_folder
+from sparsefeat.whole import check_writable, whole_folder, write_json
 
 
 def write(folder: Path, text: str = "1", error: BaseException | None = None, **options: str) -> None:
@@ -172,3 +173,12 @@ except OSError as error:
 def test_errors_of_the_work_itself_pass_as_they_are(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model"):
         write(tmp_path / "place", error=FileNotFoundError(errno.ENOENT, "no model", "/models/none"))
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "folder" / "results.json"
+    write_json(path, {"one": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"one": object()})
+    assert json.loads(path.read_text()) == {"one": 1}
+    assert [file.name for file in path.parent.iterdir()] == ["results.json"]

@@ -26,12 +26,13 @@ from training_run import save_atomically
 from sparsefeat.assets import GUIDANCE, emojicanvas, load_pipeline, weights_fingerprint
 from sparsefeat.assets.embedded import EMBEDDED_NAME, PIPELINE, SAES
 from sparsefeat.evaluation.generation import STATISTICS, TEST, held_out, whole_grid
-from sparsefeat.evaluation.results import measured_here, measured_on_embedded, write_json
+from sparsefeat.evaluation.results import measured_here, measured_on_embedded
 from sparsefeat.evaluation.run_emoji import activation_rows
 from sparsefeat.evaluation.sae_metrics import measure_sae, pca_fvu
 from sparsefeat.pipeline import attach
 from sparsefeat.sae import SAE, SAEConfig, load_sae
 from sparsefeat.training import CollectActivations, Objective, SAETrainer, TrainConfig
+from sparsefeat.whole import write_json
 
 # Two whole blocks; the cross-attention of the layers at full resolution, through which nearly all goes that the text
 # does to the image (docs/erasure.md); and the text encoder's first layer, which sees each prompt once, outside the steps: there the words of a prompt have

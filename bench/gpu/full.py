@@ -37,12 +37,13 @@ from sparsefeat_kernels.tuning import measure as tuning_of
 
 from bench import peers, scaling
 from bench.gpu.children import ROOT, command, environment
-from bench.gpu.record import Record, write_whole
+from bench.gpu.record import Record
 from bench.gpu.repeats import repeats
 from bench.measure import Results, measure_ceilings
 from bench.run import file_name, run, write_plot, write_table
 from bench.shapes import Wanted, gpu_figures
 from sparsefeat.measure.machine import device_name
+from sparsefeat.whole import write_json
 
 BUDGET_S = 420.0
 TUNING_SHAPE_S = 15.0
@@ -221,7 +222,7 @@ def scale(record: Record) -> None:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if points := scaling.sweep(device, "bfloat16", 0.2, record.left - 10.0):
-        write_whole(path, {"device": device_name(), "points": points})
+        write_json(path, {"device": device_name(), "points": points})
         record.keep("scaling", {"points": len(points)})
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from sparsefeat_kernels import dispatch
 
 from bench.gpu import times
-from bench.gpu.record import write_whole
 from bench.run import file_name
+from sparsefeat.whole import write_json
 
 RESULTS = Path(__file__).parents[1] / "results"
 PROVEN = Path(dispatch.__file__).with_name("proven.json")
@@ -56,6 +56,6 @@ def prove(out: Path, results: Path = RESULTS, proven: Path = PROVEN) -> dict[str
         else:
             of[op] = name
         print(f"{op:24s}{reason or 'right and faster: the default'}")
-    write_whole(results / name, smoke)
-    write_whole(proven, known)
+    write_json(results / name, smoke)
+    write_json(proven, known)
     return found

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-def write_whole(path: Path, content: Any) -> None:
-    """As JSON, and never half of it: a machine may be taken away at any moment."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+from sparsefeat.whole import write_json
 
 
 @dataclass
@@ -43,4 +37,4 @@ class Record:
 
     def keep(self, stage: str, what: Any) -> None:
         self.done[stage] = what
-        write_whole(self.path, self.done)
+        write_json(self.path, self.done)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 from sparsefeat.assets import embedded_fingerprint
 from sparsefeat.measure.machine import device_name, versions
-from sparsefeat.whole import written_plainly
 
 STALE = "**Stale**: of another pipeline, SAE or judge than is shipped; measure it again."
 
@@ -29,15 +25,3 @@ def measured_on_embedded() -> dict[str, Any]:
 def stale(results: Mapping[str, Any]) -> bool:
     """Whether results of the embedded pipeline are of other weights than the package has now, or do not say of which."""
     return results.get("fingerprint") != embedded_fingerprint()
-
-
-def write_json(path: Path, results: Mapping[str, Any]) -> None:
-    """Whole, and renamed into place. Raises OSError where the file cannot be written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    try:
-        with written_plainly(path, "the file"):
-            partial.write_text(json.dumps(results, indent=1) + "\n")
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

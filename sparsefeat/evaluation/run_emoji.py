@@ -30,7 +30,7 @@ from sparsefeat.evaluation.emoji import (
 )
 from sparsefeat.evaluation.generation import STATISTICS, TEST, Task, accuracy, generate, held_out, whole_grid
 from sparsefeat.evaluation.judge import Judge, judge_report
-from sparsefeat.evaluation.results import measured_on_embedded, write_json
+from sparsefeat.evaluation.results import measured_on_embedded
 from sparsefeat.evaluation.sae_metrics import measure_sae, pca_fvu, random_control
 from sparsefeat.evaluation.splice import Splice
 from sparsefeat.features import CollectStatistics, Statistics
@@ -38,6 +38,7 @@ from sparsefeat.measure.machine import precision
 from sparsefeat.pipeline import attach
 from sparsefeat.sae import SAE
 from sparsefeat.training import CollectActivations
+from sparsefeat.whole import write_json
 
 
 def activation_rows(

@@ -39,6 +39,7 @@ import torch
 from sparsefeat_kernels import tuning_table
 
 from sparsefeat.measure.machine import device_name
+from sparsefeat.whole import write_json
 
 OURS = "sparsefeat"
 DENSE = "dense PyTorch"
@@ -452,7 +453,6 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "device": device_name(),
             "date": max((r["date"] for r in self.records), default=date.today().isoformat()),
@@ -460,9 +460,7 @@ class Results:
             "not_installed": self.not_installed,
             "records": self.records,
         }
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        temporary.replace(self.path)
+        write_json(self.path, content)
 
 
 def key_of(record: Mapping[str, Any]) -> str:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-
-import pytest
 
 from sparsefeat.assets import embedded_fingerprint, weights_fingerprint
 from sparsefeat.assets.embedded import SAES
-from sparsefeat.evaluation.results import measured_on_embedded, stale, write_json
+from sparsefeat.evaluation.results import measured_on_embedded, stale
 
 
 def test_results_of_now_are_not_stale_and_those_of_others_or_of_nobody_knows_which_are():
@@ -31,12 +28,3 @@ def test_a_fingerprint_changes_with_any_file_of_weights_and_with_no_other(tmp_pa
     changed = weights_fingerprint(folder)
     config.rename(config.with_name("other.json"))
     assert len({own, changed, weights_fingerprint(folder), embedded_fingerprint()}) == 4
-
-
-def test_a_file_is_whole_or_as_it_was(tmp_path):
-    path = tmp_path / "folder" / "results.json"
-    write_json(path, {"one": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"one": object()})
-    assert json.loads(path.read_text()) == {"one": 1}
-    assert [file.name for file in path.parent.iterdir()] == ["results.json"]

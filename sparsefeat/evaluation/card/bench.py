@@ -32,10 +32,10 @@ from sparsefeat.evaluation.emoji import OBJECT, Ledger, Target, real_features, t
 from sparsefeat.evaluation.frechet import Reference
 from sparsefeat.evaluation.generation import TEST, Task, generate, task
 from sparsefeat.evaluation.judge import Judge, Verdicts, judge_images, load_judge
-from sparsefeat.evaluation.results import write_json
 from sparsefeat.evaluation.run_emoji import collect_grid_statistics
 from sparsefeat.features import Statistics
 from sparsefeat.sae import SAE, load_sae
+from sparsefeat.whole import write_json
 
 N_NEAREST = 5
 """Concepts of FADE's adjacency set."""

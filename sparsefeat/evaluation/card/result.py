@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsefeat.evaluation.results import measured_on_embedded, stale, write_json
+from sparsefeat.evaluation.results import measured_on_embedded, stale
 from sparsefeat.measure.machine import precision
+from sparsefeat.whole import write_json
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def saes(
     inputs = _inputs(prompts, column, limit, pipeline)
     shared_words(inputs.prompts)
     from sparsefeat.evaluation.evaluate_saes import Drawing, evaluate_saes
-    from sparsefeat.evaluation.results import write_json
+    from sparsefeat.whole import write_json
 
     opened = asked.open(device, hookpoint=at)
     pipe = choice.open()

@@ -24,9 +24,10 @@ def scenes(
     quiet_libraries()
     from sparsefeat.assets import embedded, load_pipeline
     from sparsefeat.evaluation.pixel_judge import load_pixel_judge
-    from sparsefeat.evaluation.results import measured_here, measured_on_embedded, write_json
+    from sparsefeat.evaluation.results import measured_here, measured_on_embedded
     from sparsefeat.evaluation.run_scenes import evaluate_scenes
     from sparsefeat.sae import load_sae
+    from sparsefeat.whole import write_json
 
     pipe = load_pipeline() if pipeline is None else load_pipeline(pipeline)
     saes = (
