@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,21 +71,17 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Tensor,
     return ops.sparse_decode(values, indices, W_dec, b_out)
 
 
-def _in_range(indices: Tensor, n_latents: int) -> bool:
-    smallest, largest = indices.aminmax()
-    return 0 <= int(smallest) <= int(largest) < n_latents
-
-
 def _no_zero(values: Tensor) -> bool:
     """The smallest value tells of most codes, in a quarter of the time that `all` takes."""
     return float(values.amin()) > 0 or bool(values.all())
 
 
 def check_indices(indices: Tensor, n_latents: int) -> None:
-    if indices.numel() and not _in_range(indices, n_latents):
-        raise IndexError(
-            f"indices must lie in 0 .. {n_latents - 1}, got values from {int(indices.min())} to {int(indices.max())}"
-        )
+    if not indices.numel():
+        return
+    smallest, largest = map(int, indices.aminmax())
+    if not 0 <= smallest <= largest < n_latents:
+        raise IndexError(f"indices must lie in 0 .. {n_latents - 1}, got values from {smallest} to {largest}")
 
 
 def reference(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Tensor) -> Tensor:
@@ -132,16 +129,17 @@ def _owned_entries(values: Tensor, indices: Tensor, n_latents: int, dtype: torch
 
 
 def sparse_decode_cpu(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Tensor) -> Tensor:
-    (n_latents, _), dtype = W_dec.shape, sum_dtype(W_dec)
+    dtype = sum_dtype(W_dec)
     if values.numel() == 0 or W_dec.numel() == 0:
         return b_out.repeat(values.shape[0], 1)
     bags = W_dec.dtype == dtype and W_dec.device.type == "cpu"  # on a GPU the host would wait to learn what is padding
-    if bags and values.dtype == dtype and _no_zero(values) and _in_range(indices, n_latents):
+    if bags and values.dtype == dtype and _no_zero(values):
         # One op, one parallel region: in pieces it takes twice as long (7.5 ms against 3.6 at 1,024 rows, d = 1,280, k = 32).
-        # Without F.embedding_bag's own checks, which take as long as all the others here.
+        # Without F.embedding_bag's own checks, which take as long as ours. It refuses an index that is out of range itself.
         first = torch.arange(0, values.numel(), values.shape[1], dtype=indices.dtype)
-        bag = torch.embedding_bag(W_dec, indices.reshape(-1), first, per_sample_weights=values.reshape(-1))
-        return bag[0].add_(b_out)
+        with contextlib.suppress(RuntimeError):
+            bag = torch.embedding_bag(W_dec, indices.reshape(-1), first, per_sample_weights=values.reshape(-1))
+            return bag[0].add_(b_out)
     return _decode_padded(values, indices, W_dec, b_out, bags)
 
 

@@ -22,8 +22,8 @@ __all__ = [
     "CANDIDATES",
     "GROUPS",
     "PAIRS",
-    "bounds_by_group",
     "entries_that_reach",
+    "group_bounds",
     "group_margins",
     "group_maxima",
     "rounded_group",
@@ -107,7 +107,7 @@ class _Search:
         """Of the rows of a chunk: they are there when the tasks are done."""
         # Groups are strided: latents that are trained together (the first of a Matryoshka dictionary) fall into
         # different ones, and the maximum over a group is an elementwise one of long vectors.
-        bounds = bounds_by_group(self.encoder, self.group)
+        bounds = group_bounds(self.encoder, self.group)
         most = _most_groups(p.shape[1] // self.group, self.k) * self.group
         block = max(1, CANDIDATES // threads() // most)
         found = [
@@ -119,7 +119,7 @@ class _Search:
         def search(one: _Found) -> None:
             some = slice(one.rows.start - chunk.start, one.rows.stop - chunk.start)
             signed = self.selection == "signed"
-            one.row, one.latent, proved = _survivors(p[some], part.part(some), *bounds, self.k, signed)
+            one.row, one.latent, proved = _survivors(p[some], part.part(some), bounds, self.k, signed)
             self.proved[one.rows] = proved
 
         return found, each(search, found)
@@ -185,29 +185,29 @@ def topk_of_rounded(
     return values, indices
 
 
-def _survivors(
-    p: Tensor, rows: RoundedRows, group_bounds: Tensor, entry_bounds: Tensor, k: int, signed: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _survivors(p: Tensor, rows: RoundedRows, bounds: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(row, latent) of every entry that may be among its row's k largest, rows ascending; and [rows] whether that could
     be told. Of the other rows nothing is returned.
 
     The k-th largest of the groups' lower bounds is below at least k entries' values. Whatever has its upper bound below
     that cannot be among the k largest.
     """
-    n_groups, _, group = entry_bounds.shape
-    grouped = p.view(len(p), group, n_groups)
+    n_groups = bounds.shape[1]
+    grouped = p.view(len(p), -1, n_groups)
     top = group_maxima(grouped).float()  # [rows, n_groups]
     if signed:
         top = torch.maximum(top, -grouped.amin(1).float())
-    margin = group_margins(top, rows.size, rows.lost, group_bounds)
+    margin = group_margins(top, rows.size, rows.lost, bounds)
     lower = top - margin
     if n_groups % COARSER == 0 and n_groups >= COARSER * GROUPS_A_K * k:
         lower = lower.view(len(p), COARSER, -1).amax(1)
     threshold = lower.topk(k, dim=1, sorted=False).values.amin(1)
-    alive = (top + margin) >= threshold[:, None]
-    proved = rows.provable & (alive.sum(1) <= _most_groups(n_groups, k))
-    alive &= proved[:, None]
-    return *entries_that_reach(threshold, p, alive, rows.size, rows.lost, entry_bounds, signed), proved
+    row, of_group = (margin.add_(top) >= threshold[:, None]).nonzero(as_tuple=True)
+    proved = rows.provable & (torch.bincount(row, minlength=len(p)) <= _most_groups(n_groups, k))
+    if not bool(proved.all()):
+        kept = proved[row]
+        row, of_group = row[kept], of_group[kept]
+    return *entries_that_reach(threshold, p, row, of_group, rows.size, rows.lost, bounds, signed), proved
 
 
 def group_maxima(grouped: Tensor) -> Tensor:
@@ -224,33 +224,39 @@ def group_maxima(grouped: Tensor) -> Tensor:
     return top.view(torch.bfloat16)
 
 
-def bounds_by_group(encoder: RoundedEncoder, group: int) -> tuple[Tensor, Tensor]:
-    """The largest bounds of every group [3, n_groups], and those of its entries [n_groups, 3, group]."""
-    by_group = encoder.bounds.view(3, group, -1)
-    return by_group.amax(1), by_group.permute(2, 0, 1).contiguous()
+def group_bounds(encoder: RoundedEncoder, group: int) -> Tensor:
+    """The largest bounds of every group, [3, n_groups]."""
+    return encoder.bounds.view(3, group, -1).amax(1)
 
 
-def group_margins(top: Tensor, size: Tensor, lost: Tensor, group_bounds: Tensor) -> Tensor:
+def group_margins(top: Tensor, size: Tensor, lost: Tensor, bounds: Tensor) -> Tensor:
     """How far the entries of a group whose largest is `top` [rows, n_groups] can be from what the product says."""
-    margin = torch.outer(lost, group_bounds[0]).addr_(size, group_bounds[1]).add_(group_bounds[2])
+    margin = torch.outer(lost, bounds[0]).addr_(size, bounds[1]).add_(bounds[2])
     return margin.add_(top.abs(), alpha=2.0**-8)
 
 
 def entries_that_reach(
-    threshold: Tensor, p: Tensor, alive: Tensor, size: Tensor, lost: Tensor, entry_bounds: Tensor, signed: bool
+    threshold: Tensor,
+    p: Tensor,
+    row: Tensor,
+    of_group: Tensor,
+    size: Tensor,
+    lost: Tensor,
+    bounds: Tensor,
+    signed: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(row, latent), rows ascending, of the entries of groups `alive` [rows, n_groups] whose upper bound reaches their
-    row's threshold."""
-    n_groups, _, group = entry_bounds.shape
-    row, of_group = alive.nonzero(as_tuple=True)
-    slots = torch.arange(group) * n_groups
-    latent = of_group[:, None] + slots  # [groups alive, group]
-    a = p.reshape(-1).take(row[:, None] * (group * n_groups) + latent).float()
-    bound = entry_bounds.index_select(0, of_group)  # [groups alive, 3, group]
-    upper = (a.abs() if signed else a) + a.abs() * 2.0**-8
-    upper += lost[row, None] * bound[:, 0] + size[row, None] * bound[:, 1] + bound[:, 2]
-    of_alive, slot = (upper >= threshold[row, None]).nonzero(as_tuple=True)
-    return row[of_alive], latent[of_alive, slot]
+    """(row, latent), rows ascending, of the entries of these groups, `of_group` of `row`, that can reach their row's threshold
+    by what is known of their group.
+
+    An entry a can when a + 2^-8 |a| >= least, which is a number for the whole group: when a is least / (1 +- 2^-8).
+    """
+    n_groups = bounds.shape[1]
+    least = threshold[row] - lost[row] * bounds[0, of_group] - size[row] * bounds[1, of_group] - bounds[2, of_group]
+    slack = 2.0**-20  # of fp32's rounding here; that of the bounds has room for itself
+    cut = torch.minimum(least * (1 / (1 + 2.0**-8) - slack), least * (1 / (1 - 2.0**-8) + slack))
+    a = p.view(len(p), -1, n_groups).transpose(1, 2)[row, of_group].float()  # [groups, group]
+    of_row, slot = ((a.abs() if signed else a) >= cut[:, None]).nonzero(as_tuple=True)
+    return row[of_row], of_group[of_row] + slot * n_groups
 
 
 def _largest_of_each_row(

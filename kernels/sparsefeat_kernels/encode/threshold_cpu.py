@@ -12,7 +12,7 @@ from ..dispatch import row_chunks, sum_dtype
 from ..threads import conducted, each, shares, threads, together
 from .product import preactivations
 from .rounded import RoundedRows, pays_to_round, round_encoder
-from .survivors import CANDIDATES, GROUPS, PAIRS, bounds_by_group, entries_that_reach, group_margins, group_maxima
+from .survivors import CANDIDATES, GROUPS, PAIRS, entries_that_reach, group_bounds, group_margins, group_maxima
 
 __all__ = ["threshold_encode_cpu", "threshold_encode_csr_cpu"]
 
@@ -59,8 +59,8 @@ def _entries_of_rounded(
     floor = threshold.float().clamp_min(0).expand(n_latents)
     never = ~floor.isfinite()
     encoder = round_encoder(W_enc, b_enc.double() - floor.double().masked_fill(never, 0), rows)
-    encoder.bounds[2].masked_fill_(never, -torch.inf)  # no upper bound of theirs reaches 0
-    group_bounds, entry_bounds = bounds_by_group(encoder, group)
+    encoder.bounds[2].masked_fill_(never, -torch.inf)  # a group of nothing else reaches 0 nowhere
+    bounds = group_bounds(encoder, group)
     bias, zeros = b_enc.float(), torch.zeros(rows)
     most_groups = max(1, int(GROUPS_ALIVE * n_groups))
     chunks = row_chunks(rows, 2 * (n_latents + encoder.width) + 12 * d, PREACTIVATION_BYTES)
@@ -80,7 +80,7 @@ def _entries_of_rounded(
 
         def look(some: slice, p: Tensor = p, part: RoundedRows = part, alive: Tensor = alive) -> None:
             top = group_maxima(p[some].view(-1, group, n_groups)).float()  # [block, n_groups]
-            alive[some] = top + group_margins(top, part.size[some], part.lost[some], group_bounds) >= 0
+            alive[some] = top + group_margins(top, part.size[some], part.lost[some], bounds) >= 0
 
         together(each(look, blocks))
         proved = part.provable & (alive.sum(1) <= most_groups)
@@ -98,9 +98,9 @@ def _entries_of_rounded(
             alive: Tensor = alive,
             found: dict[int, tuple[Tensor, Tensor]] = found,
         ) -> None:
-            row, latent = entries_that_reach(
-                zeros, p[some], alive[some], part.size[some], part.lost[some], entry_bounds, signed=False
-            )
+            row, of_group = alive[some].nonzero(as_tuple=True)
+            size, lost = part.size[some], part.lost[some]
+            row, latent = entries_that_reach(zeros, p[some], row, of_group, size, lost, bounds, signed=False)
             found[some.start] = row + some.start, latent
 
         done = 0

@@ -75,6 +75,18 @@ def test_indices_out_of_range_are_skipped_or_refused(path: str):
         sparse_decode(values, indices, W, b, validate=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bad", [9, -1, 2**31 - 1, -(2**31), 2**40, -(2**62)])
+def test_no_index_out_of_range_is_read_on_a_cpu(dtype: torch.dtype, transposed: bool, bad: int):
+    values, indices, W, b = problem(300, 4, 9, 33, dtype, "cpu")
+    W = W.T.contiguous().T if transposed else W
+    without = sparse_decode(values.index_fill(0, torch.tensor([211]), 0.0), indices, W, b)
+    indices = indices.long() if abs(bad) > 2**31 else indices
+    indices[211] = bad
+    assert torch.equal(sparse_decode(values, indices, W, b), without)
+
+
 def test_no_rows_no_entries_and_no_values(path: str):
     values, indices, W, b = problem(3, 4, 9, 6, torch.float32, path)
     assert sparse_decode(values[:0], indices[:0], W, b).shape == (0, 6)
