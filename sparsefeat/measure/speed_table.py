@@ -111,7 +111,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def speed_markdown(results: Mapping[str, Any], rows_an_op: int | None = None) -> str:
-    """The table of one device, when it was measured, and who could not take part."""
+    """The table of one device, when it was measured, who could not take part, and where ours is not the fastest."""
     absent = dict(results.get("not_installed", {}))
     for record in results["records"]:
         absent |= record.get("absent", {})
@@ -122,7 +122,13 @@ def speed_markdown(results: Mapping[str, Any], rows_an_op: int | None = None) ->
     if wrong:
         notes.append("Another answer than the reference, so no time: " + "; ".join(wrong) + ".")
     kept: list[Row] = []
-    for row in summary(results["records"]):
+    found = summary(results["records"])
+    slower = [
+        f"{', '.join(cells(row)[:2])} ({factor(row.times_faster)})" for row in found if (row.times_faster or 1) < 1
+    ]
+    if slower:
+        notes.append("Another program is faster: " + "; ".join(slower) + ".")
+    for row in found:
         if rows_an_op is None or sum(other.ours["op"] == row.ours["op"] for other in kept) < rows_an_op:
             kept.append(row)
     return markdown(HEADER, map(cells, kept)) + "\n\n" + " ".join(notes)

@@ -52,6 +52,16 @@ def test_the_table_names_device_date_absent_and_wrong():
         assert said in text
 
 
+def test_below_the_table_stands_every_figure_at_which_another_is_faster():
+    ours, other = record("sparsefeat", 30.0), record("dense PyTorch", 24.0)
+    slow = [{**one, "op": "sparse_decode", "dtype": "bfloat16"} for one in (ours, other)]
+    slow[0]["ratio"] = {"dense PyTorch": 0.8}
+    text = speed_markdown({**results(), "records": [*results()["records"], *slow]}, rows_an_op=0)
+    assert "Another program is faster: `sparse_decode`, bfloat16, " in text
+    assert text.count("0.80×") == 1
+    assert "Another program" not in speed_markdown(results())
+
+
 def test_the_readme_has_a_table_for_every_measured_device_and_no_other(tmp_path):
     assert "|" not in write_tables.speed({})
     (tmp_path / "one.json").write_text(json.dumps(results()))
