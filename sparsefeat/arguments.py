@@ -18,6 +18,9 @@ from torch import Tensor
 
 LARGEST = torch.finfo(torch.float32).max
 
+# What a mask may be beyond 0 and 1: it was resized or averaged in half precision.
+ROUNDING = 1e-2
+
 
 def number(name: str, given: Any, low: float = -math.inf, high: float = math.inf, *, above: bool = False) -> float:
     """A finite number from `low` to `high`, which 32 bits hold; `above`: larger than `low`."""
@@ -43,6 +46,22 @@ def whole(name: str, given: Any, low: int = 1, high: float = math.inf) -> int:
     if value is None or not low <= value <= high:
         raise ValueError(f"{name}={given!r} must be {_wanted('a whole number', low, high)}.")
     return value
+
+
+def latent_number(name: str, given: Any, n_latents: int) -> int:
+    """The number of a latent."""
+    no_entry(name, given)
+    if isinstance(given, bool) or not hasattr(given, "__index__") or not 0 <= given < n_latents:
+        raise ValueError(f"{name}={given!r:.80} is out of range; this SAE has {n_latents} latents, counted from 0.")
+    return operator.index(given)
+
+
+def no_entry(name: str, given: Any) -> None:
+    """Refuse a line of what `top`, `search` or `latents` list in the place of its number, which it has as `.latent`."""
+    if hasattr(given, "latent"):
+        raise ValueError(
+            f"{name} is {type(given).__name__}(latent={given.latent}, …), a line of a list; give its number, .latent."
+        )
 
 
 def wholes(name: str, given: Any, low: int = 0, high: float = math.inf) -> list[int]:
@@ -141,9 +160,19 @@ def image_map(name: str, given: Any) -> Tensor:
         raise ValueError(f"{name} has shape {shape}, an image in colours; give one number a pixel, [height, width].")
     if tensor.is_complex():
         raise ValueError(f"{name} has dtype {tensor.dtype}; give real numbers.")
-    if not tensor.is_floating_point() and int(tensor.max()) > 1:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"{name} is {dtype} with values up to {int(tensor.max())}; divide it by 255 for weights of 0 to 1."
-        )
     return finite(name, tensor if tensor.dtype == torch.float64 else tensor.float())
+
+
+def mask_map(name: str, given: Any) -> Tensor:
+    """An `image_map` of weights from 0 to 1: with a picture's 0 to 255 an edit would be that many times too strong."""
+    mask = image_map(name, given)
+    low, high = float(mask.min()), float(mask.max())
+    if high > 1 + ROUNDING:
+        dtype = str(getattr(given, "dtype", "")).removeprefix("torch.") or type(given).__name__
+        largest = 255 if high <= 255 and high.is_integer() else high  # a picture's white, also where it has none
+        raise ValueError(
+            f"{name} is {dtype} with values up to {high:.4g}; divide it by {largest:.4g} for weights of 0 to 1."
+        )
+    if low < -ROUNDING:
+        raise ValueError(f"{name} has values down to {low:.4g}; give weights of 0 to 1, and the sign with the amounts.")
+    return mask

@@ -26,7 +26,7 @@ from PIL import Image
 
 import sparsefeat as sf
 from sparsefeat import presets
-from sparsefeat.arguments import finite, finite_in, image_map, number, whole
+from sparsefeat.arguments import finite, finite_in, image_map, mask_map, number, whole
 from sparsefeat.attention import HeatMap
 from sparsefeat.attribution import WeightMask, chosen_weights
 from sparsefeat.erasure import Selection, select
@@ -822,7 +822,7 @@ def test_what_is_no_whole_number_in_the_range_is_refused(given: Any) -> None:
 )
 def test_what_is_no_map_over_an_image_is_refused(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        image_map("mask", given)
+        mask_map("mask", given)
 
 
 def test_maps_of_every_usual_kind_mean_the_same() -> None:
@@ -831,7 +831,7 @@ def test_maps_of_every_usual_kind_mean_the_same() -> None:
     frozen = wanted.numpy().copy()
     frozen.setflags(write=False)
     for one in (wanted, wanted.bool(), wanted.to(torch.uint8), wanted.tolist(), frozen, white, white.convert("1")):
-        assert torch.equal(image_map("mask", one), wanted)
+        assert torch.equal(mask_map("mask", one), wanted)
     assert image_map("mask", wanted.double()).dtype == torch.float64
 
 

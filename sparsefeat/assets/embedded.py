@@ -6,8 +6,10 @@ on Stable Diffusion by changing the folder's name.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +75,26 @@ def text_encoder_sae_folder() -> Path:
     return SAES / "text_encoder.encoder.layers.0"
 
 
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Without the notices and bars of diffusers and transformers, which are of no use to who opens the embedded pipeline."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    libraries = (of_diffusers, of_transformers)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, (level, bars) in zip(libraries, before, strict=True):
+            library.set_verbosity(level)
+            if bars:
+                library.enable_progress_bar()
+
+
 def load_pipeline(folder: Path | str = PIPELINE, **options: Any) -> StableDiffusionPipeline:
     """`DiffusionPipeline.from_pretrained(folder)` in fp32, quiet. Raises FileNotFoundError with the remedy.
 
@@ -89,7 +111,8 @@ def load_pipeline(folder: Path | str = PIPELINE, **options: Any) -> StableDiffus
         options = {
             name: None for name in ("text_encoder_3", "tokenizer_3") if not (index.parent / name).is_dir()
         } | options
-    pipe = DiffusionPipeline.from_pretrained(str(folder), **options)
+    with _quiet_loading():
+        pipe = DiffusionPipeline.from_pretrained(str(folder), **options)
     for part in pipe.components.values():  # transformers keeps the file's fp16, diffusers does not
         if isinstance(part, torch.nn.Module) and part.dtype != torch.float32:
             part.to(torch.float32)

@@ -21,6 +21,9 @@ class HeatMap:
     values: Tensor
     label: str
 
+    def __repr__(self) -> str:
+        return f"HeatMap({self.label!r}, {' x '.join(map(str, self.values.shape))})"
+
     def frame(self, index: int) -> HeatMap:
         """The map of one (latent) frame of a video."""
         if self.values.ndim != 3:

@@ -47,6 +47,12 @@ class HeatMapRecording:
     exact: bool = False
     concepts: tuple[str, ...] | None = None
 
+    def __repr__(self) -> str:
+        said = f"{self.kind}, {self.condition}, {self.evaluations} evaluations, {self.n_tokens} tokens"
+        if not self.sums:
+            return f"HeatMapRecording({said}, no maps)"
+        return f"HeatMapRecording({self.n_images} images, {' x '.join(map(str, self.grid))}, {said})"
+
     @property
     def n_images(self) -> int:
         return len(self._any().total)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
+import torch
 from torch import Tensor
+
+from sparsefeat.arguments import wholes
+
+
+def _classes(name: str, given: Tensor | Sequence[int]) -> Tensor:
+    return torch.tensor(wholes(name, given))
 
 
 @dataclass(frozen=True)
@@ -26,15 +33,40 @@ class BeforeAfter:
     right_after: int
     kept: int
 
+    def __str__(self) -> str:
+        return (
+            f"removed {self.removed} of {self.seen_before} (of {self.n_targets} images of the concept, seen in {self.seen_after} "
+            f"after); kept {self.kept} of {self.right_before} (of {self.n_others} others, right in {self.right_after} after)"
+        )
+
     def __add__(self, other: BeforeAfter) -> BeforeAfter:
         """The counts of both, for images of several concepts."""
         return BeforeAfter(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
-def before_after(before: Tensor, after: Tensor, wanted: Tensor, is_target: Sequence[bool]) -> BeforeAfter:
-    """Count the judge's verdicts `before` and `after` [n] that agree with the prompts' `wanted` [n], all on the axis of the
-    concept (objects when an object was erased)."""
-    was, still, target = before == wanted, after == wanted, before.new_tensor(is_target).bool()
+def before_after(
+    before: Tensor | Sequence[int],
+    after: Tensor | Sequence[int],
+    wanted: Tensor | Sequence[int],
+    is_target: Sequence[bool],
+) -> BeforeAfter:
+    """Count the judge's verdicts that agree with the prompts.
+
+    Args:
+        before, after: class numbers [n] of the images without and with the edit.
+        wanted: class numbers [n] that the prompts ask for, all on the axis of the concept (objects when an object was
+            erased).
+        is_target: of each image, whether its prompt asks for the concept.
+    """
+    before, after, wanted = (
+        _classes(name, given) for name, given in (("before", before), ("after", after), ("wanted", wanted))
+    )
+    lengths = {len(before), len(after), len(wanted), len(is_target)}
+    if len(lengths) > 1 or isinstance(is_target, str):
+        raise ValueError(
+            "before, after, wanted and is_target must be equally long: an entry for each image, in one order."
+        )
+    was, still, target = before == wanted, after == wanted, torch.tensor([bool(one) for one in is_target])
     return BeforeAfter(
         n_targets=int(target.sum()),
         seen_before=int((was & target).sum()),

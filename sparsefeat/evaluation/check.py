@@ -46,7 +46,9 @@ class Check:
         return self.problem is None
 
     def __str__(self) -> str:
-        return f"{self.hookpoint}: {self.quality}. " + (self.problem or "The SAE fits.")
+        return f"{self.hookpoint}: {self.quality}. " + (
+            self.problem or f"It explains {1 - self.quality.fvu:.0%} of the variance. The SAE fits."
+        )
 
 
 class CheckWarning(UserWarning):
@@ -77,6 +79,7 @@ def check(
 
     Returns: a `Check`, false if something is wrong. Warns with `CheckWarning` in that case.
     """
+    hookpoint = hookpoint_of(sae, at)
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts is {prompts!r}: pass a list with at least one prompt")
     whole("rows", rows, 2)  # an FVU needs two
@@ -86,7 +89,6 @@ def check(
         )
     check_arguments(pipe, call, also=inspect.signature(check).parameters)
     check_values(pipe, call)
-    hookpoint = hookpoint_of(sae, at)
     _check_width(sae, pipe, hookpoint)
     seen = _seen(sae, pipe, hookpoint, prompts, rows, seed, call)
     readings = dict(_readings(sae, hookpoint, seen))

@@ -72,6 +72,8 @@ class Verdicts:
 
 def as_tensor(images: list[Image.Image] | np.ndarray | Tensor) -> Tensor:
     """PIL images, uint8 [n, h, w, 3], or float [n, 3, h, w] in [0, 1], to float [n, 3, 64, 64] in [-1, 1]."""
+    if isinstance(images, Image.Image):
+        raise ValueError("images is one image; give a list, [image].")
     if isinstance(images, Tensor):
         tensor = images.float() * 2 - 1
     else:

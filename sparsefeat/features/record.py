@@ -15,7 +15,7 @@ import torch
 from sparsefeat_kernels import SparseCode
 from torch import Tensor
 
-from sparsefeat.arguments import whole
+from sparsefeat.arguments import latent_number, whole
 from sparsefeat.attention import HeatMap
 from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument
@@ -234,6 +234,10 @@ class Recording:
         self._loops: dict[int, list[int]] = {}  # of each image, in order
         self._gone: int | None = None  # the max_bytes that it was let go for
 
+    def __repr__(self) -> str:
+        grid = "no grid" if self.grid is None else " x ".join(map(str, self.grid))
+        return f"Recording({self.n_images} images, {len(self.steps)} steps, {grid}, {self.n_latents} latents)"
+
     @property
     def n_images(self) -> int:
         return len(self.images)
@@ -264,22 +268,23 @@ class Recording:
 
     def heat(self, latent: int, image: int = 0, step: int | None = None) -> HeatMap:
         """`map` of one latent as a heat map: its picture over the image, and its mask, `rec.heat(12).mask(0.5)`."""
-        label = self.names.get(latent) or f"latent {latent}"
-        return HeatMap(self.map(latent, image, step), label)
+        values = self.map(latent, image, step)
+        return HeatMap(values, self.names.get(latent) or f"latent {latent}")
 
     def maps(self, latents: Sequence[int], image: int = 0, step: int | None = None) -> Tensor:
         """`map` of several latents, [latents, height, width]."""
         self._need_positions("map")
-        for latent in latents:
-            if not hasattr(latent, "__index__") or not 0 <= latent < self.n_latents:
-                raise ValueError(
-                    f"latent={latent} is out of range; this SAE has {self.n_latents} latents, counted from 0."
-                )
+        for one in latents:
+            latent_number("latent", one, self.n_latents)
         self._check_image(image)
         steps = self.steps if step is None else (step,)
         wanted = torch.as_tensor(list(latents), dtype=torch.int64)
         total = sum((self._code(s, image).select(wanted).float() for s in steps), torch.zeros(()))
         return (total / len(steps)).T.reshape(len(wanted), *(self.grid or (-1,)))
+
+    def scores(self) -> Tensor:
+        """fp32 [images, n_latents]: every latent's `score` in every image, in the order of `images`; a table for numpy or pandas."""
+        return torch.stack([self._dense((image,), self.steps)[0] for image in self.images]).float()
 
     def pooled(self, image: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of one image: the latents that are active somewhere, ascending; their scores; their maxima."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsefeat.arguments import whole, wholes
+from sparsefeat.arguments import latent_number, mapping, whole, wholes
 from sparsefeat.features.attached import hookpoint_of
 from sparsefeat.features.chance import LATENTS_AT_ONCE, Naming, best_of_latents, name_of
 from sparsefeat.features.record import Record, Recording
@@ -30,6 +30,9 @@ class Example(NamedTuple):
     prompt: str | None
     score: float
     map: Tensor
+
+    def __repr__(self) -> str:
+        return f"Example(image={self.image}, prompt={self.prompt!r}, score={self.score:.4g})"
 
 
 class Found(NamedTuple):
@@ -62,6 +65,8 @@ class Examples:
     """
 
     def __init__(self, n_latents: int, top: int = 9, latents: Sequence[int] | None = None):
+        if isinstance(n_latents, SAE):
+            raise TypeError("n_latents is an SAE; give its number of latents, Examples(sae.n_latents).")
         self.n_latents: int = whole("n_latents", n_latents)
         self.top: int = whole("top", top)
         self.allowed: Tensor = torch.ones(n_latents, dtype=torch.bool)
@@ -77,6 +82,9 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def __repr__(self) -> str:
+        return f"Examples({len(self)} images, {self.n_latents} latents, the top {self.top} of each)"
 
     @property
     def nbytes(self) -> int:
@@ -124,10 +132,8 @@ class Examples:
 
     def of(self, latent: int) -> list[Example]:
         """The examples of a latent, highest score first."""
-        if not 0 <= latent < self.n_latents or not self.allowed[latent]:
-            raise ValueError(
-                f"latent={latent} is not among those that examples are kept of (SAE: {self.n_latents} latents)."
-            )
+        if not self.allowed[latent_number("latent", latent, self.n_latents)]:
+            raise ValueError(f"latent={latent} is not among those that examples are kept of; name it in latents=.")
         pairs = zip(self._image[latent].tolist(), self._score[latent].tolist(), strict=True)
         return [Example(i, self.prompts[i], s, self._maps[latent, i].float()) for i, s in pairs if i >= 0]
 
@@ -175,6 +181,10 @@ class Examples:
     def name(self, latent: int, words: Sequence[str] | None = None, choosing: Tensor | None = None) -> Naming:
         """The word (default: of all concepts) that fits a latent best, and whether it is more than chance: `name_of`."""
         known = tuple(dict.fromkeys(c for names in self.concepts for c in names)) if words is None else tuple(words)
+        if not known:
+            raise ValueError(
+                "the images were added without words, so there is none to name a latent by; give CollectExamples concepts="
+            )
         return name_of(self.peaks(latent), self.concepts, known, choosing)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -227,6 +237,8 @@ class CollectExamples(Instrument):
             raise TypeError(f"examples is {type(examples).__name__}, not Examples; make some, Examples(sae.n_latents).")
         if examples.n_latents != sae.n_latents:
             raise ValueError(f"examples are of {examples.n_latents} latents, the SAE has {sae.n_latents}.")
+        if concepts is not None:
+            mapping("concepts", concepts, 'each prompt to its words, {"a red fox": ["red", "fox"]}')
         self.sae: SAE = sae
         self.examples: Examples = examples
         self.concepts: Mapping[str, Concepts | None] | None = concepts

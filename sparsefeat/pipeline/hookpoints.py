@@ -59,6 +59,8 @@ class Hookpoint:
 
         `Hookpoint.parse("transformer.transformer_blocks.18:output:text")`, or `":text"`, is a joint block's text stream.
         """
+        if isinstance(text, HookpointInfo):
+            raise ValueError(f"{text.hookpoint} is given as a line of hookpoints(pipe); name it, str(line.hookpoint)")
         if not isinstance(text, str) or not text.partition(":")[0].strip():
             raise ValueError(f"{text!r} is no hookpoint; name one, as in 'unet.mid_block.attentions.0:diff'")
         path, *said = text.split(":")

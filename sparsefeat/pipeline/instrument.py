@@ -202,6 +202,11 @@ class Instrument:
         known = re.findall("uncond|cond|image|perturbed", condition) if isinstance(condition, str) else []
         return tuple(known) or None
 
+    def idle(self) -> str | None:
+        """Why it did nothing in the call that is complete, where that is hardly what was meant: a clause, which is warned
+        with, once a session. None if it did something, or was asked for nothing."""
+        return None
+
     def prepare(self, pipe: Any) -> None:
         """Work before the run; the pipeline may be called here, and nothing of this session is attached yet."""
 

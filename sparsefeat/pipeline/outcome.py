@@ -87,13 +87,15 @@ def warn_of_silence(session: Session, running: RunningCall) -> None:
         wanted, seen = instrument.conditions(), running.conditions_seen.get(id(instrument), set())
         name = type(instrument).__name__
         if not running.asked[id(instrument)]:
-            why = f"none of the {call.n_steps} steps that ran is among its own: look at its steps="
+            why: str | None = f"none of the {call.n_steps} steps that ran is among its own: look at its steps="
         elif wanted is not None and not seen & set(wanted):
             asked = " or ".join(map(repr, wanted))
             why = (
                 f"no row was {asked} in it, only {', '.join(sorted(seen))}: look at its condition= and at the guidance"
             )
         else:
+            why = instrument.idle()
+        if why is None:
             continue
         session.warned.add(id(instrument))
         warnings.warn(f"sparsefeat: this {name} did nothing in a whole call, as {why}", UserWarning, stacklevel=5)

@@ -175,8 +175,13 @@ class Session:
         self._wiring: Wiring | None = wiring
         self._pipe = pipe  # as long as the session is open, so that closing it finds the pipeline
 
+    def __repr__(self) -> str:
+        state = "open" if self._wiring is not None else "closed"
+        names = ", ".join(type(instrument).__name__ for instrument in self.instruments)
+        return f"Session({names}; {len(self.calls)} calls, {state})"
+
     def __getitem__(self, instrument: Instrument) -> Any:
-        """The recording of the last completed call."""
+        """The recording of the last completed call; `run.calls[i][instrument]` is that of each call."""
         if not self.calls:
             raise KeyError("no call of the pipeline has completed in this session; call it first")
         return self.calls[-1][instrument]

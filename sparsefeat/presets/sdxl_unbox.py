@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsefeat.arguments import image_map, number
+from sparsefeat.arguments import mask_map, number
 from sparsefeat.evaluation.splice import Splice
 from sparsefeat.pipeline.step_window import Steps
 from sparsefeat.sae import SAE, load_sae
@@ -60,7 +60,7 @@ def paint(
     guidance: "both" or "cond", see `GUIDANCE`. steps: as in `Steer`.
     """
     amount = number("strength", strength) * mean_activation(sae, latent)
-    return Steer(sae, add_map={latent: image_map("mask", mask) * amount}, condition=_condition(guidance), steps=steps)
+    return Steer(sae, add_map={latent: mask_map("mask", mask) * amount}, condition=_condition(guidance), steps=steps)
 
 
 def add(sae: SAE, latent: int, value: float, *, guidance: str = "both", steps: Steps = None) -> Steer:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsefeat.arguments import image_map, number
+from sparsefeat.arguments import image_map, mask_map, no_entry, number
 from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
 from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint
 from sparsefeat.pipeline.step_window import Steps, StepWindow
@@ -86,10 +86,11 @@ class Steer(SavableInstrument):
         self.rule: CodeRule = _rule(scale, set, clamp)
         self.writes: Hookpoint = _written(sae, self.at, len(self.rule) > 0)
         self.window: StepWindow = StepWindow.parse(steps)
-        self.mask: Mask = mask if mask is None or callable(mask) else image_map("mask", mask)
+        self.mask: Mask = mask if mask is None or callable(mask) else mask_map("mask", mask)
         self.condition: str = check_condition(condition)
         self._n_images = 0
         self._change: Tensor | None = None
+        self._weighed, self._moved = False, torch.tensor(False)
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (self.at,) if self.writes == self.at else (self.at, self.writes)
@@ -97,9 +98,22 @@ class Steer(SavableInstrument):
     def begin_call(self, call: Call) -> None:
         self._n_images = call.n_images or 1
         self._change = None
+        self._weighed, self._moved = False, torch.tensor(False)
 
     def active(self, context: Context) -> bool:
         return self.window.contains(context)
+
+    def idle(self) -> str | None:
+        if not self._weighed:
+            return "its mask is 0 wherever it acts: look at its mask="
+        free = (self.rule.offset == 0) & (self.rule.low == -math.inf) & (self.rule.high == math.inf)
+        scaled = self.rule.latents[free & (self.rule.gain != 1)].tolist()
+        if self.add or self.add_map or len(scaled) < len(self.rule) or self._moved:
+            return None
+        return (
+            f"of its latents, {', '.join(map(str, scaled[:5]))}{', …' if len(scaled) > 5 else ''}, none is active where it "
+            f"acts, and scale= multiplies what is there: take latents that `top` lists, or add={{{scaled[0]}: 4.0}}"
+        )
 
     def at_hookpoint(self, activations: Activations, context: Context) -> Delta | None:
         if context.hookpoint == self.writes != self.at:  # of the run whose input was just seen
@@ -116,7 +130,10 @@ class Steer(SavableInstrument):
         x = activations.rows
         beside(self.sae, activations, context)
         weight = row_weights(self.condition, self.mask, context, len(x), self._n_images)
+        self._weighed = self._weighed or bool(weight.any())
         change = code_edit(activations, self.sae, self.rule, weight) if len(self.rule) else None
+        if change is not None and not (change.device.type == "cpu" and self._moved):  # elsewhere, asking would wait
+            self._moved = self._moved.to(change.device) | change.any()
         if self.add or self.add_map:
             added = self._added(activations, context, weight)
             change = added if change is None else change + added
@@ -170,6 +187,7 @@ class Steer(SavableInstrument):
         steer.writes = _written(sae, steer.at, len(steer.rule) > 0)
         steer._n_images = 0
         steer._change = None
+        steer._weighed, steer._moved = False, torch.tensor(False)
         return steer
 
 
@@ -182,7 +200,7 @@ def row_weights(condition: str, mask: Mask, context: Context, rows: int, n_image
     weights = signs[:, None].expand(-1, rows // len(signs))
     over_grid = mask_of_rows(mask, context, n_images)
     if over_grid is not None:
-        weights = weights * over_grid.cpu()
+        weights = weights * over_grid.to("cpu", torch.float32)
     return weights.reshape(-1)
 
 
@@ -230,6 +248,7 @@ def _check_latents(name: str, edit: Mapping[int, Any] | None, n_latents: int) ->
     if not isinstance(edit, Mapping):
         raise ValueError(f"{name}={edit!r} must map latents to amounts, as in {name}={{12: 8.0}}.")
     for latent in edit:
+        no_entry(f"a latent of {name}=", latent)
         if isinstance(latent, bool) or not hasattr(latent, "__index__") or not 0 <= latent < n_latents:
             raise ValueError(f"{name}= names latent {latent!r}; this SAE has latents 0 to {n_latents - 1}.")
 

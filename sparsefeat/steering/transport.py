@@ -25,7 +25,7 @@ from sparsefeat_kernels import SparseCode, sparse_decode
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsefeat.arguments import image_map, number, whole
+from sparsefeat.arguments import mask_map, number, whole
 from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint, Instrument, attach
 from sparsefeat.pipeline.call_arguments import check_arguments
@@ -104,7 +104,7 @@ class FeatureTransport(Instrument):
         """
         check_arguments(pipe, call, also=inspect.signature(cls.fit).parameters)
         _check(saes, k_transfer, strength, select_at, statistic, add_at)
-        source_mask, target_mask = image_map("source_mask", source_mask), image_map("target_mask", target_mask)
+        source_mask, target_mask = mask_map("source_mask", source_mask), mask_map("target_mask", target_mask)
         runs = [_codes(pipe, saes, prompt, seed, call) for prompt in (source, target)]
         masks = [
             [_cells(name, given, grid) for grid in runs[0].grids]

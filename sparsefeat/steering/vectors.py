@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsefeat.arguments import finite, image_map, number
+from sparsefeat.arguments import finite, mask_map, number
 from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.steering.first_visits import check_places
@@ -48,7 +48,7 @@ class AddVector(SavableInstrument):
         """[bins, d_model] or [bins, d_model, height, width]."""
         self.strength: float = number("strength", strength)
         self.window: StepWindow = StepWindow.parse(steps)
-        self.mask: Mask = mask if mask is None or callable(mask) else image_map("mask", mask)
+        self.mask: Mask = mask if mask is None or callable(mask) else mask_map("mask", mask)
         self.condition: str = check_condition(condition)
         self._n_images = 1
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsefeat.arguments import image_map
+from sparsefeat.arguments import mask_map
 from sparsefeat.pipeline import Context
 
 Mask: TypeAlias = Tensor | Callable[[Context], Tensor] | None
@@ -76,7 +76,7 @@ def mask_of_rows(mask: Mask, context: Context, n_images: int) -> Tensor | None:
         return None
     if isinstance(mask, Tensor):
         return map_of_rows("mask", mask, context, n_images)
-    given = image_map("the tensor that mask= returned", mask(context))
+    given = mask_map("the tensor that mask= returned", mask(context))
     if context.grid is None:
         raise ValueError(f"mask needs an image grid, which {context.hookpoint} has not (stream {context.stream!r}).")
     if given.ndim == 3 and given.shape[0] != context.batch:

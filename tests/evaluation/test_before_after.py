@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from sparsefeat.evaluation.before_after import BeforeAfter, before_after
@@ -27,3 +28,23 @@ def test_where_nothing_changed_nothing_is_removed_and_nothing_is_lost() -> None:
     counts = before_after(said, said, wanted, [True, True, False, False, False])
     assert (counts.removed, counts.seen_before, counts.seen_after) == (0, 1, 1)
     assert (counts.kept, counts.right_before, counts.right_after) == (2, 2, 2)
+
+
+def test_lists_are_counted_as_tensors_are_and_the_counts_are_said_in_words() -> None:
+    counts = before_after([7, 7, 1, 2], torch.tensor([3, 7, 1, 5]), [7, 7, 1, 2], [True, True, False, False])
+    assert counts == BeforeAfter(2, 2, 1, 1, 2, 2, 1, 1)
+    assert str(counts).startswith("removed 1 of 2 (of 2 images of the concept, seen in 1 after); kept 1 of 2")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "is_target", "message"),
+    [
+        (["fox", "owl"], [True, False], r"wanted=\['fox', 'owl'\] must be a list, not empty, each a whole number"),
+        ([7], [True, False], "before, after, wanted and is_target must be equally long"),
+        ([7, 1], [True], "equally long"),
+        ([7, 1], "fo", "equally long"),
+    ],
+)
+def test_what_would_be_counted_wrongly_is_refused(wanted: list, is_target: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        before_after([7, 1], [7, 1], wanted, is_target)

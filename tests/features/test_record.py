@@ -265,3 +265,29 @@ def test_a_loop_that_runs_again_for_the_same_image_goes_on_counting(pipe):
                 latents = pipe.scheduler.step(pipe.unet(latents, t, text).sample, t, latents).prev_sample
     assert run[record].steps == (0, 1, 2, 3)
     assert torch.equal(run[record].codes(0).dense(), run[record].codes(2).dense())
+
+
+def test_the_scores_are_a_table_of_images_and_latents(pipe):
+    sae = make_sae()
+    with attach(pipe, record := Record(sae)) as run:
+        for prompts in (["a fox", "a cat"], ["an owl"]):
+            pixels(pipe, prompts, steps=2)
+    table = torch.cat([call[record].scores() for call in run.calls])
+    assert table.shape == (3, 128)
+    assert table.dtype == torch.float32
+    for row, (call, image) in zip(table, ((0, 0), (0, 1), (1, 0)), strict=True):
+        means = run.calls[call][record].maps(range(128), image).mean((1, 2))
+        torch.testing.assert_close(row, means)
+    assert str(run[record]) == "Recording(1 images, 2 steps, 8 x 8, 128 latents)"
+    assert str(run) == "Session(Record; 2 calls, closed)"
+
+
+def test_a_line_of_the_list_is_no_number_of_a_latent(pipe):
+    with attach(pipe, record := Record(make_sae())) as run:
+        pixels(pipe, "a fox", steps=1)
+    found = run[record].top(1)[0]
+    for ask in (run[record].map, run[record].heat):
+        with pytest.raises(
+            ValueError, match=rf"latent is TopLatent\(latent={found.latent}, …\), a line of a list; give its"
+        ):
+            ask(found)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
+import sparsefeat as sf
 from sparsefeat.attention import HeatMaps
 from sparsefeat.features import Record
+from sparsefeat.features.record import TopLatent
 from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint, Instrument, attach
 from sparsefeat.sae import SAE, SAEConfig
 from sparsefeat.steering import Steer, load_instrument
@@ -104,8 +108,8 @@ def test_each_image_has_its_own_map_and_mask(sae):
     out = change(Steer(sae, add_map={5: maps}), some_rows(), context, n_images=2)
     torch.testing.assert_close(out[0], 2 * sae.W_dec[5].expand(6, D))
     assert not out[1].any()
-    out = change(Steer(sae, add={5: 4.0}, mask=maps), some_rows(), context, n_images=2)
-    torch.testing.assert_close(out[0], 8 * sae.W_dec[5].expand(6, D))
+    out = change(Steer(sae, add={5: 4.0}, mask=maps / 4), some_rows(), context, n_images=2)
+    torch.testing.assert_close(out[0], 2 * sae.W_dec[5].expand(6, D))
     assert not out[1].any()
 
 
@@ -120,7 +124,7 @@ def test_a_latent_may_be_another_librarys_integer(sae, latent):
 
 def test_edits_compose(sae):
     """add + map + scale with clamp + set, under a mask, in fp64 from the dense code."""
-    x, mask = some_rows(seed=8), torch.tensor([[1.0, 0.5, 0.0], [2.0, 1.0, 1.0]])
+    x, mask = some_rows(seed=8), torch.tensor([[1.0, 0.5, 0.0], [0.25, 1.0, 1.0]])
     pre = (x.double() - sae.b_pre.double()) @ sae.W_enc.double().T + sae.b_enc.double()
     kept = pre.topk(6, -1)
     z = torch.zeros_like(pre).scatter_(-1, kept.indices, kept.values.relu())
@@ -417,3 +421,68 @@ def test_the_answer_is_a_delta(sae):
     steer = Steer(sae, add={3: 1.0})
     steer.begin_call(Call(prompts=["p"]))
     assert isinstance(steer.at_hookpoint(Activations(some_rows()), moment()), Delta)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bool, torch.int64])
+def test_maps_and_masks_of_any_dtype_go_together(sae, kind):
+    mask = torch.tensor([[0, 1, 0], [1, 1, 0]])
+    wanted = change(Steer(sae, add_map={5: 3.0 * mask}, mask=mask.float(), scale={7: 0.5}), some_rows(), moment())
+    given = Steer(sae, add_map={5: 3 * mask}, mask=mask.to(kind), scale={7: 0.5})
+    torch.testing.assert_close(change(given, some_rows(), moment()), wanted, atol=0, rtol=0)
+    assert wanted[1, 1].any()
+    assert not wanted[1, 0].any()
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.full((2, 3), 255.0), "mask is float32 with values up to 255; divide it by 255"),
+        (np.full((2, 3), 3.5), r"mask is float64 with values up to 3\.5; divide it by 3\.5"),
+        ([[0.0, -1.0]], "mask has values down to -1; give weights of 0 to 1, and the sign with the amounts"),
+    ],
+)
+def test_a_mask_is_of_weights_from_0_to_1(sae, mask, message):
+    for make in (lambda: Steer(sae, add={5: 1.0}, mask=mask), lambda: sf.AddVector(AT, torch.ones(D), mask=mask)):
+        with pytest.raises(ValueError, match=message):
+            make()
+    with pytest.raises(ValueError, match="the tensor that mask= returned"):
+        change(Steer(sae, add={5: 1.0}, mask=lambda context: torch.as_tensor(mask)), some_rows(), moment())
+
+
+def test_a_line_of_a_list_is_no_latent(sae):
+    line = TopLatent(5, 0.25, 1.0, 0.5)
+    with pytest.raises(
+        ValueError, match=r"a latent of scale= is TopLatent\(latent=5, …\), a line of a list; give its number"
+    ):
+        Steer(sae, scale={line: 0.0})
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ({"add": {5: 4.0}, "mask": torch.zeros(4, 4)}, "this Steer did nothing in a whole call, as its mask is 0"),
+        ({"scale": {"idle": 2.0}}, "none is active where it acts, and scale= multiplies what is there"),
+        ({"set": {"idle": 0.0}}, "none is active where it acts"),
+        ({"scale": {"top": 2.0}}, None),
+        ({"scale": {"idle": 2.0, "top": 2.0}}, None),
+        ({"scale": {"idle": 1.0}}, None),
+        ({"clamp": {"idle": (None, 9.0)}}, None),
+        ({"scale": {"idle": 0.0}, "add": {5: 1.0}}, None),
+    ],
+)
+def test_an_edit_that_did_nothing_says_so(pipe, sae, edits, message):
+    with attach(pipe, record := Record(sae)) as run:
+        pixels(pipe, "a fox", steps=2)
+    active = [found.latent for found in run[record].top(N)]
+    named = {"top": active[0], "idle": next(i for i in range(N) if i not in active)}
+    given = {
+        name: {named.get(latent, latent): amount for latent, amount in edit.items()} if name != "mask" else edit
+        for name, edit in edits.items()
+    }
+    with warnings.catch_warnings(record=True) as heard, attach(pipe, Steer(sae, **given)):
+        warnings.simplefilter("always")
+        pixels(pipe, "a fox", steps=2)
+        pixels(pipe, "a fox", steps=2)
+    said = [str(one.message) for one in heard if "did nothing" in str(one.message)]
+    assert len(said) == (0 if message is None else 1)
+    assert message is None or message in said[0]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsefeat.arguments import image_map
+from sparsefeat.arguments import mask_map
 from sparsefeat.attention.moved_latents import MovedLatents, latents_argument
 from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint
 from sparsefeat.pipeline.context import UNKNOWN
@@ -63,7 +63,7 @@ class ScoreEdit(SavableInstrument):
         self.rule: Rule = rule
         self.corrections: Langevin | Hamiltonian | None = corrections
         self.window: StepWindow = StepWindow.parse(steps)
-        self.mask: Mask = mask if mask is None or callable(mask) else image_map("mask", mask)
+        self.mask: Mask = mask if mask is None or callable(mask) else mask_map("mask", mask)
         self._name = ""
         self._pipe: Any = None
         self._begin()
