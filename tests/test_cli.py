@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -66,6 +67,8 @@ def test_every_command_explains_itself(command):
         (["features"], "PROMPT is missing"),
         (["features", "a fox", "--page"], "name its folder with --out 'a fox'"),
         (["features", "a fox", "--steer", "3"], "--steer is of --page"),
+        (["features", "a fox", "--prompts", "p.txt"], "--prompts is given beside PROMPT"),
+        (["features", "--prompts", "p.txt"], "p.txt"),
         (["features", "--page", "--steer", "3,x"], "--steer '3,x' must be numbers of latents"),
         (["features", "--page", "--steer", "512"], "--steer"),
         (["features", "--page", "--pipeline", "some/model", "--sae", "some/sae"], "--prompts is missing"),
@@ -263,6 +266,26 @@ def test_erase_fits_saves_and_uses_the_saved_erasure(tmp_path):
 
 
 @pytest.mark.embedded
+def test_features_of_a_file_of_prompts_are_a_table(tmp_path):
+    prompts = ["a noto emoji of a fox", "a mono emoji of an owl"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    options = ["--prompts", str(tmp_path / "prompts.txt"), "--sae", str(first_sae()), "--steps", "1", "--top", "3"]
+    result = runner.invoke(app, ["features", *options, "--out", str(tmp_path / "table")])
+    assert result.exit_code == 0, result.output
+    with (tmp_path / "table" / "features.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["prompt"] for line in lines] == [prompt for prompt in prompts for _ in range(3)]
+    assert all(Path(line["image"]).is_file() for line in lines)
+    alone = runner.invoke(
+        app, ["features", prompts[1], *options[2:], "--json", "--out", str(tmp_path / "alone")], catch_exceptions=False
+    )
+    found = json.loads(alone.stdout)["features"]
+    assert [(int(line["latent"]), float(line["score"])) for line in lines[3:]] == [
+        (one["latent"], pytest.approx(one["score"])) for one in found
+    ]
+
+
+@pytest.mark.embedded
 def test_heatmap_writes_one_map_a_word_and_refuses_a_word_that_is_not_there(tmp_path):
     base = ["heatmap", "a noto emoji of a fox", "--steps", "2"]
     result = runner.invoke(app, [*base, "--word", "fox", "--out", str(tmp_path / "maps")])
@@ -271,6 +294,22 @@ def test_heatmap_writes_one_map_a_word_and_refuses_a_word_that_is_not_there(tmp_
     result = runner.invoke(app, [*base, "--word", "rocket", "--out", str(tmp_path / "other")])
     assert result.exit_code == 2
     assert "rocket" in result.output
+
+
+@pytest.mark.embedded
+def test_heatmap_of_several_prompts_has_a_folder_for_each(tmp_path):
+    prompts = ["a noto emoji of a fox", "a mono emoji of an owl", "a noto emoji of a fox"]
+    words = ["--word", "fox", "--word", "owl"]
+    result = runner.invoke(app, ["heatmap", *prompts, *words, "--steps", "1", "--out", str(tmp_path / "maps")])
+    assert result.exit_code == 0, result.output
+    folders = [tmp_path / "maps" / f"a-{name}" for name in ("noto-emoji-of-a-fox", "mono-emoji-of-an-owl")]
+    folders.append(folders[0].with_name("a-noto-emoji-of-a-fox-2"))
+    for folder, word in zip(folders, ("fox", "owl", "fox"), strict=True):
+        assert {path.name for path in folder.iterdir()} == {"image.png", "words.png", f"{word}.png"}
+    assert [Path(line).parent for line in result.output.splitlines()[::3]] == folders
+    refused = runner.invoke(app, ["heatmap", *prompts, "--word", "owl", "--out", str(tmp_path / "other")])
+    assert refused.exit_code == 2
+    assert "no --word is in PROMPT 'a noto emoji of a fox'; name a word of each prompt" in refused.output
 
 
 @pytest.mark.embedded

@@ -71,6 +71,7 @@ def in_options(sentence: str, options: Mapping[str, str]) -> str:
             return found.group()
         return options[name] if flag or not following else f"{options[name]} "
 
+    sentence = sentence.replace("sparsefeat.hookpoints(pipe)", "`sparsefeat hookpoints`")
     sentence = re.sub(r"^(\w+)(?= is )", lambda found: options.get(found.group(), found.group()), sentence)
     return re.sub(r"(?<![\w.-])(\w+)=(?!=)(True\b)?(?=(\S?))", spelled, sentence)
 

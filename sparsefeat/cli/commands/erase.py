@@ -116,7 +116,8 @@ def erase(
                     for i, instrument in enumerate(instruments):
                         instrument.save(kept if len(instruments) == 1 else kept / str(i))
         draw_before_and_after(pipe, prompt, lambda: choice.call_options(guidance, seed), instruments, folder)
-    typer.echo(f"{out / 'before.png'}\n{out / 'after.png'}")
+    for written in (out / "before.png", out / "after.png", *([] if save_to is None else [save_to])):
+        typer.echo(str(written))
 
 
 def fitted_folders(fitted: Path) -> list[Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +20,7 @@ from sparsefeat.whole import whole_folder
 
 
 def features(
-    prompt: Annotated[str | None, typer.Argument(help="What to draw. Without --page.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="What to draw. Without --page and --prompts.")] = None,
     pipeline: Pipeline = None,
     sae: Saes = None,
     subfolder: Subfolders = None,
@@ -29,7 +31,10 @@ def features(
     ] = False,
     prompts: Annotated[
         str | None,
-        typer.Option(help="Of --page: a file of prompts, as `collect` reads them. Default: the embedded pipeline's."),
+        typer.Option(
+            help="In the place of PROMPT: a file of prompts, as `collect` reads them; their features are in features.csv. "
+            "Of --page: what to draw. Default: the embedded pipeline's."
+        ),
     ] = None,
     steer: Annotated[
         str | None, typer.Option(metavar="LATENTS", help="Of --page: also show what steering these does, as in 12,40.")
@@ -57,13 +62,20 @@ def features(
         latents = parse_latents(steer)
         write_pages(choice, saes, prompts, at, latents, batch or 4, seed, choice.call_settings(guidance), out, as_json)
         return
-    of_page = {"--prompts": prompts, "--steer": steer, "--batch": batch}
+    of_page = {"--steer": steer, "--batch": batch}
     given = next((option for option, value in of_page.items() if value is not None), None)
     if given is not None:
         raise ValueError(f"{given} is of --page, which is not given; add it, or leave {given} out")
-    if prompt is None:
-        raise ValueError("PROMPT is missing; say what to draw, or add --page for pages of all latents")
+    if prompt is not None and prompts is not None:
+        raise ValueError("--prompts is given beside PROMPT, which it takes the place of; leave one of them out")
     top = top or 10
+    if prompts is not None:
+        write_table(choice, saes, read_prompts(prompts).prompts, at, top, guidance, seed, out, as_json)
+        return
+    if prompt is None:
+        raise ValueError(
+            "PROMPT is missing; say what to draw, or add --page for pages of all latents, or --prompts for a table"
+        )
     with whole_folder(out, "--out") as folder:
         from sparsefeat.features import Record
         from sparsefeat.pipeline import attach
@@ -95,6 +107,52 @@ def features(
                 named = f"  {one['name']}" if one["name"] else ""
                 numbers = f"{one['score']:10.4f} {one['maximum']:10.4f} {one['frequency']:8.2%}"
                 typer.echo(f"{one['latent']:8d} {numbers}{named}")
+
+
+def write_table(
+    choice: PipelineChoice,
+    saes: SAEChoice,
+    prompts: Sequence[str],
+    at: str | None,
+    top: int,
+    guidance: float | None,
+    seed: int,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """`features.csv`, the top latents of every prompt, and the images."""
+    with whole_folder(out, "--out") as folder:
+        from sparsefeat.features import Record
+        from sparsefeat.features.progress import progress_bar
+        from sparsefeat.features.record import TopLatent
+        from sparsefeat.pipeline import attach
+        from sparsefeat.pipeline.drawing import draw
+        from sparsefeat.report import enlarge
+
+        records = [Record(one, at, positions=False) for one in saes.open(choice.device)]
+        pipe = choice.open()
+        lines: list[dict[str, Any]] = []
+        with progress_bar(len(prompts), "drawing", "images") as bar:
+            for number, prompt in enumerate(prompts):
+                with attach(pipe, *records) as run:
+                    image = draw(pipe, prompt, choice.call_options(guidance, seed))
+                name = f"{number:04d}.png"
+                enlarge(image).save(folder / name)
+                said = {"prompt": prompt, "image": str(out / name)}
+                lines += [
+                    {**said, "hookpoint": str(record.at), **latent._asdict()}
+                    for record in records
+                    for latent in run[record].top(top)
+                ]
+                bar.update()
+        with (folder / "features.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["prompt", "image", "hookpoint", *TopLatent._fields])
+            writer.writeheader()
+            writer.writerows(lines)
+    if as_json:
+        print_json({"table": str(out / "features.csv"), "features": lines})
+    else:
+        typer.echo(f"{out / 'features.csv'}: the top {top} features of {len(prompts)} prompts, beside their images")
 
 
 def parse_latents(given: str | None) -> list[int]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Container
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,7 +30,9 @@ class Film(str, Enum):
 
 
 def heatmap(
-    prompt: str,
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPT...", help="What to draw; of several, each has a folder of its own.")
+    ],
     word: Annotated[list[str] | None, typer.Option(help="A word of the prompt; default each of them.")] = None,
     by: Annotated[
         By, typer.Option(help="Also a sheet over the steps, and a film of each word; or over the layers.")
@@ -48,11 +50,7 @@ def heatmap(
 ) -> None:
     """Draw PROMPT and, for each word, where the image attended to it: a picture each, and all of them in words.png."""
     choice = PipelineChoice(pipeline, device, steps)
-    if not prompt.strip():
-        raise ValueError("PROMPT is empty; give one with the words to map")
-    missing = [one for one in word or [] if not one.strip() or one.casefold() not in prompt.casefold()]
-    if missing:
-        raise ValueError(f"--word {missing[0]!r} is not in PROMPT {prompt!r}; name a word of it")
+    wanted = [words_wanted(prompt, word, prompts) for prompt in prompts]
     if film is not Film.gif and by is not By.steps:
         raise ValueError(f"--film {film.value} is of the steps; add --by steps")
     if film is Film.mp4 and importlib.util.find_spec("imageio") is None:
@@ -60,47 +58,85 @@ def heatmap(
             "--film mp4 needs imageio and ffmpeg: pip install imageio imageio-ffmpeg, or leave it out for GIFs"
         )
     with whole_folder(out, "--out") as folder:
-        from sparsefeat.attention import HeatMaps, SelfAttention, words_of
-        from sparsefeat.pipeline import attach
-        from sparsefeat.pipeline.drawing import draw
-        from sparsefeat.report import enlarge, over_steps, overlay, save_animation, sheet_by, words_sheet
-
         pipe = choice.open()
-        maps = HeatMaps(keep=() if by is By.words else (by.value,))
-        own = SelfAttention()
-        with attach(pipe, maps, *([own] if refine else [])) as run:
-            image = draw(pipe, prompt, choice.call_options(guidance, seed))
-        found = {}
-        for one in word or dict.fromkeys(words_of(prompt)):
-            try:
-                values = run[maps].word(one).values
-            except ValueError as error:
-                if word:  # asked for; of the others each that has no map is told
-                    raise
-                typer.echo(f"no map: {in_options(str(error), {'word': '--word'})}", err=True)
-                continue
-            found[one] = run[own].propagate(values, times=refine) if refine else values
-        if not found:
-            raise ValueError(f"PROMPT {prompt!r} has no word that this pipeline knows, so there is nothing to map")
-        names = {"image.png": enlarge(image), "words.png": words_sheet(image, found)}
-        if by is not By.words:
-            names[f"{by.value}.png"] = sheet_by(image, run[maps], list(found), "step" if by is By.steps else "layer")
-        of_word: dict[str, str] = {}
-        for one, values in found.items():
-            of_word[one] = free_name(one, names)
-            names[of_word[one]] = overlay(image, values)
-        for name, picture in names.items():
-            picture.save(folder / name)
-        films = {one: Path(name).with_suffix(f".{film.value}").name for one, name in of_word.items()}
-        if by is By.steps:
-            for one, name in films.items():
-                save_animation(over_steps(image, run[maps], one), folder / name)
-    for name in (*names, *(films.values() if by is By.steps else ())):
-        typer.echo(str(out / name))
+        written: list[Path] = []
+        for prompt, of_it in zip(prompts, wanted, strict=True):
+            place = Path() if len(prompts) == 1 else Path(free_name(prompt, [path.parent.name for path in written], ""))
+            (folder / place).mkdir(exist_ok=True)
+            options = choice.call_options(guidance, seed)
+            written += [
+                place / name for name in write_maps(folder / place, pipe, prompt, of_it, options, by, film, refine)
+            ]
+    for path in written:
+        typer.echo(str(out / path))
 
 
-def free_name(word: str, taken: Container[str]) -> str:
+def words_wanted(prompt: str, words: list[str] | None, prompts: list[str]) -> list[str] | None:
+    """Those of the words that are in the prompt; None for all that it has."""
+    if not prompt.strip():
+        raise ValueError("PROMPT is empty; give one with the words to map")
+    if words is None:
+        return None
+    for one in words:
+        if not one.strip() or not any(one.casefold() in other.casefold() for other in prompts):
+            raise ValueError(f"--word {one!r} is not in PROMPT {prompt!r}; name a word of it")
+    found = [one for one in words if one.casefold() in prompt.casefold()]
+    if not found:
+        raise ValueError(f"no --word is in PROMPT {prompt!r}; name a word of each prompt")
+    return found
+
+
+def write_maps(
+    folder: Path,
+    pipe: Any,
+    prompt: str,
+    words: list[str] | None,
+    options: dict[str, Any],
+    by: By,
+    film: Film,
+    refine: int,
+) -> list[str]:
+    """Draw the prompt, write the pictures of its maps, and give their names."""
+    from sparsefeat.attention import HeatMaps, SelfAttention, words_of
+    from sparsefeat.pipeline import attach
+    from sparsefeat.pipeline.drawing import draw
+    from sparsefeat.report import enlarge, over_steps, overlay, save_animation, sheet_by, words_sheet
+
+    maps = HeatMaps(keep=() if by is By.words else (by.value,))
+    own = SelfAttention()
+    with attach(pipe, maps, *([own] if refine else [])) as run:
+        image = draw(pipe, prompt, options)
+    found = {}
+    for one in words or dict.fromkeys(words_of(prompt)):
+        try:
+            values = run[maps].word(one).values
+        except ValueError as error:
+            if words:  # asked for; of the others each that has no map is told
+                raise
+            typer.echo(f"no map: {in_options(str(error), {'word': '--word'})}", err=True)
+            continue
+        found[one] = run[own].propagate(values, times=refine) if refine else values
+    if not found:
+        raise ValueError(f"PROMPT {prompt!r} has no word that this pipeline knows, so there is nothing to map")
+    names = {"image.png": enlarge(image), "words.png": words_sheet(image, found)}
+    if by is not By.words:
+        names[f"{by.value}.png"] = sheet_by(image, run[maps], list(found), "step" if by is By.steps else "layer")
+    of_word: dict[str, str] = {}
+    for one, values in found.items():
+        of_word[one] = free_name(one, names)
+        names[of_word[one]] = overlay(image, values)
+    for name, picture in names.items():
+        picture.save(folder / name)
+    films = (
+        {one: Path(name).with_suffix(f".{film.value}").name for one, name in of_word.items()} if by is By.steps else {}
+    )
+    for one, name in films.items():
+        save_animation(over_steps(image, run[maps], one), folder / name)
+    return [*names, *films.values()]
+
+
+def free_name(word: str, taken: Container[str], ending: str = ".png") -> str:
     """`fox` -> fox.png, whatever the word holds; fox-2.png if that is taken."""
-    stem = re.sub(r"[^\w'-]+", "-", word).strip("-") or "word"
-    names = itertools.chain([f"{stem}.png"], (f"{stem}-{n}.png" for n in itertools.count(2)))
+    stem = re.sub(r"[^\w'-]+", "-", word).strip("-")[:100] or "word"
+    names = itertools.chain([f"{stem}{ending}"], (f"{stem}-{n}{ending}" for n in itertools.count(2)))
     return next(name for name in names if name not in taken)
