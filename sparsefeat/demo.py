@@ -24,15 +24,15 @@ from sparsefeat.assets import (
     load_pipeline,
     text_encoder_sae_folder,
 )
-from sparsefeat.assets.embedded import FOLDER
+from sparsefeat.assets.embedded import ERASE_LATENTS, FOLDER
 from sparsefeat.attention import HeatMaps
-from sparsefeat.erasure import Erase
+from sparsefeat.erasure import Exchange
 from sparsefeat.evaluation.before_after import before_after
 from sparsefeat.evaluation.emoji import OBJECT, STYLE, Target
 from sparsefeat.evaluation.generation import STATISTICS, Task, generate, task
 from sparsefeat.evaluation.judge import Judge, Verdicts, judge_images, judge_report, load_judge, shares
 from sparsefeat.evaluation.overhead import measure_overhead
-from sparsefeat.evaluation.run_emoji import CROSS_ATTENTIONS, RECIPES, place_of
+from sparsefeat.evaluation.run_emoji import CROSS_ATTENTIONS, TEXT_ENCODER, place_of
 from sparsefeat.features import CollectExamples, CollectStatistics, Examples, Found, Record, Statistics, search
 from sparsefeat.features.chance import LEVEL
 from sparsefeat.features.progress import Progress
@@ -328,16 +328,7 @@ def said(verdicts: Verdicts, i: int) -> str:
     return f"{name}, {emojicanvas.STYLES[int(verdicts.styles[i])]}"
 
 
-def recipes_for(target: Target) -> dict[str, Any]:
-    """The hyperparameters that the benchmark's validation chose for this kind of target, or a middling choice."""
-    if BENCHMARK.is_file():
-        chosen = json.loads(BENCHMARK.read_text()).get("validation", {})
-        if target.kind in chosen:
-            return chosen[target.kind]["chosen"]
-    return asdict(RECIPES[0])
-
-
-def show_erasure(demo: Demo, surveyed: Survey) -> None:
+def show_erasure(demo: Demo) -> None:
     """One object and one style erased: before, after, and what the judge says."""
     demo.results["erasure"] = []
     for target in ERASED:
@@ -348,22 +339,12 @@ def show_erasure(demo: Demo, surveyed: Survey) -> None:
             hit = [at(name, target.name) for name in SHOWN]
             others = [style for style in emojicanvas.STYLES if style != target.name]
             kept = [at(name, others[i % 3]) for i, name in enumerate(SHOWN[:6])]
-        recipe = recipes_for(target)
-        erases = [
-            Erase.from_statistics(
-                sae,
-                surveyed.statistics[i, target.kind],
-                target.name,
-                n_latents=recipe["n_latents"],
-                gamma=recipe["gamma"],
-                magnitude="scale",
-            )
-            for i, sae in enumerate(demo.saes)
-            if place_of(sae) == recipe["place"]
-        ]
+        (sae,) = (sae for sae in demo.saes if place_of(sae) == TEXT_ENCODER)
+        prompts = emojicanvas.prompts_by_concept(target.words)
+        exchange = Exchange.fit(demo.pipe, sae, target.words, prompts, n_latents=ERASE_LATENTS)
         tasks = hit + kept
         before = demo.draw(tasks)
-        with attach(demo.pipe, *erases):
+        with attach(demo.pipe, exchange):
             after = demo.draw(tasks)
         verdicts = [judge_images(demo.judge, pixels) for pixels in (before, after)]
         pairs = []
@@ -391,7 +372,7 @@ def show_erasure(demo: Demo, surveyed: Survey) -> None:
             {
                 "kind": target.kind,
                 "target": target.words,
-                "method": f"{recipe['n_latents']} latents, z' = {recipe['gamma']:g} z, at the {recipe['place']}",
+                "method": f"{len(exchange.latents)} latents of the text encoder say “{exchange.concepts[1]}” in its place",
                 "pairs": pairs,
                 "counts": asdict(counts),
                 "code": f'sparsefeat erase "{hit[0].prompt}" --concept "{target.words}" --save kept',
@@ -494,7 +475,7 @@ def show_everything(demo: Demo) -> None:
     with demo.timed(f"{N_STEERED} steered images"):
         show_steering(demo, surveyed)
     with demo.timed("erasing an object and a style, 56 images"):
-        show_erasure(demo, surveyed)
+        show_erasure(demo)
     with demo.timed("heat maps of 3 images"):
         show_heat_maps(demo)
     show_overhead(demo)

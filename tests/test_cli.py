@@ -59,6 +59,15 @@ def test_every_command_explains_itself(command):
         (["erase", "an emoji of a fox", "--concept", "zebra"], "zebra"),
         (["erase", "an emoji of a fox", "--concept", "fox", "--method", "guess"], "--method 'guess' is not known"),
         (["erase", "a fox", "--concept", "fox", "--method", "cad", "--gamma", "-1"], "--gamma is of --method saeuron"),
+        (
+            ["erase", "a fox", "--concept", "fox", "--method", "uce", "--latents", "8"],
+            "--latents is of --method exchange and saeuron",
+        ),
+        (
+            ["erase", "a fox", "--concept", "fox", "--method", "saeuron", "--into", "owl"],
+            "--into is of --method exchange",
+        ),
+        (["erase", "an emoji of a fox", "--concept", "fox", "--into", "zebra"], "--into 'zebra' must be a key"),
         (["features", "a fox", "--pipeline", "some/model"], "--sae"),
         (["circuit", "a fox", "--sae", str(block_sae_folder())], "--sae must be given twice"),
         (["circuit", "a fox", "--steps", "2", "--step", "2"], "none of the 2 steps"),
@@ -223,11 +232,12 @@ def test_steer_changes_the_image_and_a_scale_of_one_does_not(tmp_path):
 
 
 @pytest.mark.embedded
-@pytest.mark.parametrize("method", ["cad", "uce", "sld"])
-def test_erase_without_an_sae_draws_saves_and_uses_the_saved_erasure(method, tmp_path):
+@pytest.mark.parametrize("method", [None, "cad", "uce", "sld"])
+def test_erase_on_the_embedded_pipeline_draws_saves_and_uses_the_saved_erasure(method, tmp_path):
+    how = [] if method is None else ["--method", method]
     base = ["erase", "a noto emoji of a fox", "--steps", "2"]
     kept = str(tmp_path / "kept")
-    first = [*base, "--concept", "fox", "--method", method, "--save", kept, "--out", str(tmp_path / "first")]
+    first = [*base, "--concept", "fox", *how, "--save", kept, "--out", str(tmp_path / "first")]
     for arguments in (first, [*base, "--fitted", kept, "--out", str(tmp_path / "second")]):
         result = runner.invoke(app, arguments)
         assert result.exit_code == 0, result.output
@@ -236,6 +246,8 @@ def test_erase_without_an_sae_draws_saves_and_uses_the_saved_erasure(method, tmp
     )
     assert before != after
     assert after == again
+    kinds = {None: "Exchange", "cad": "WeightMask", "uce": "UCE", "sld": "ScoreEdit"}
+    assert json.loads((tmp_path / "kept" / "instrument.json").read_text())["kind"].endswith(kinds[method])
 
 
 @pytest.mark.embedded

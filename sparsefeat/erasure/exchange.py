@@ -60,18 +60,18 @@ class Exchange(SavableInstrument):
         condition: str = "cond",
         at: str | Hookpoint | None = None,
     ):
-        self.at = hookpoint_of(sae, at)
-        self.sae = reconstructing(sae)
-        self.latents = torch.as_tensor(latents, dtype=torch.int64)
+        self.at: Hookpoint = hookpoint_of(sae, at)
+        self.sae: SAE = reconstructing(sae)
+        self.latents: Tensor = torch.as_tensor(latents, dtype=torch.int64)
         sae.directions(self.latents)  # names a latent that does not exist
-        self.change = finite("change", change).detach().float().cpu()
+        self.change: Tensor = finite("change", change).detach().float().cpu()
         if self.change.shape != (len(self.latents), sae.d_model) or len(self.latents.unique()) != len(self.latents):
             raise ValueError(
                 f"change {list(self.change.shape)} must be [{len(self.latents)}, {sae.d_model}], one row for each of different "
                 "latents."
             )
-        self.concepts = tuple(concepts)
-        self.condition = check_condition(condition)
+        self.concepts: tuple[str, ...] = tuple(concepts)
+        self.condition: str = check_condition(condition)
 
     @classmethod
     @torch.no_grad()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsefeat.assets import GUIDANCE, N_STEPS, embedded_fingerprint, emojicanvas
-from sparsefeat.erasure import Erase, random_latents
+from sparsefeat.erasure import Erase, Exchange, random_latents
 from sparsefeat.evaluation.emoji import (
     OBJECT,
     STYLE,
@@ -134,6 +134,19 @@ class Eraser:
 
         return Method(f"saeuron-{error}/{recipe.name}", during=during)
 
+    def exchange(self, n_latents: int) -> Method:
+        """At the text encoder's SAE, each target for the concept that is most like it; kept, since fitting draws nothing."""
+        (sae,) = (sae for sae, place in zip(self.saes, self.places, strict=True) if place == TEXT_ENCODER)
+        fitted: dict[Target, Exchange] = {}
+
+        def during(target: Target) -> AbstractContextManager:
+            if target not in fitted:
+                prompts = emojicanvas.prompts_by_concept(target.words)
+                fitted[target] = Exchange.fit(self.pipe, sae, target.words, prompts, n_latents=n_latents)
+            return attach(self.pipe, fitted[target])
+
+        return Method(f"exchange/n{n_latents}", during=during)
+
     def random(self, recipe: Recipe) -> Method:
         def during(target: Target) -> AbstractContextManager:
             erases = zip(self.at(recipe), self.erases(target, recipe, "keep"), strict=True)
@@ -151,6 +164,7 @@ def negative_prompt() -> Method:
 
 
 # What validation chooses from, once for objects and once for styles.
+EXCHANGE_LATENTS = (16, 32, 64)
 RECIPES = (
     Recipe(CROSS_ATTENTIONS, 4, -2.0),
     Recipe(CROSS_ATTENTIONS, 8, -2.0),
@@ -223,6 +237,11 @@ def measure_saes(bench: EmojiBenchmark, saes: Sequence[SAE]) -> list[dict[str, A
     return measured
 
 
+def validation_targets(kind: str) -> list[Target]:
+    """On which hyperparameters are chosen: every fifth object, or every style."""
+    return [t for t in all_targets() if t.kind == kind][:: 5 if kind == OBJECT else 1]
+
+
 def measure_erasure(
     bench: EmojiBenchmark, eraser: Eraser, judge: Judge, on_row: Callable[[list[dict[str, Any]], dict[str, Any]], None]
 ) -> None:
@@ -234,14 +253,22 @@ def measure_erasure(
     real = real_features(judge)
     validation: dict[str, Any] = {}
     chosen: dict[str, Recipe] = {}
+    exchanges: dict[str, Method] = {}
     for kind in (OBJECT, STYLE):
-        some = [t for t in targets if t.kind == kind][:: 5 if kind == OBJECT else 1]
+        some = validation_targets(kind)
         by_name = {eraser.saeuron(recipe, "keep").name: recipe for recipe in RECIPES}
         best, means = bench.choose([eraser.saeuron(recipe, "keep") for recipe in RECIPES], some)
         chosen[kind] = by_name[best.name]
-        validation[kind] = {"chosen": asdict(chosen[kind]), "means": means, "targets": [t.name for t in some]}
+        exchanges[kind], of_exchanges = bench.choose([eraser.exchange(n) for n in EXCHANGE_LATENTS], some)
+        validation[kind] = {
+            "chosen": asdict(chosen[kind]),
+            "exchange": exchanges[kind].name,
+            "means": {**means, **of_exchanges},
+            "targets": [t.name for t in some],
+        }
     methods: dict[str, Callable[[Target], Method | None]] = {
         "unedited": lambda t: None,
+        "exchange": lambda t: exchanges[t.kind],
         "SAeUron": lambda t: eraser.saeuron(chosen[t.kind], "keep"),
         "negative prompt": lambda t: negative_prompt(),
         "as many random latents": lambda t: eraser.random(chosen[t.kind]),

@@ -67,9 +67,13 @@ class LatentEdit:
         return f"sf.Steer({sae_name(self.sae)}, {', '.join(given)})"
 
 
+BY_SAE = ("exchange", "saeuron")
+"""Ways to erase a word by the text encoder's SAE."""
+
+
 @dataclass(frozen=True)
 class WordEdit:
-    """A concept that is erased by its word. method: "saeuron", or one of `erasure.by_word.METHODS`."""
+    """A concept that is erased by its word. method: one of `BY_SAE`, or of `erasure.by_word.METHODS`."""
 
     word: str
     method: str = "uce"
@@ -87,7 +91,7 @@ class WordEdit:
 
     def code(self, folder: str, part: int) -> str:
         """The expression that reads the fitted erasure from `folder`."""
-        return f"sf.load_instrument({os.path.join(folder, f'part-{part}')!r}{', eraser' * (self.method == 'saeuron')})"
+        return f"sf.load_instrument({os.path.join(folder, f'part-{part}')!r}{', eraser' * (self.method in BY_SAE)})"
 
 
 Edit: TypeAlias = LatentEdit | WordEdit
@@ -152,7 +156,7 @@ def python_lines(source: Source, edits: Sequence[Edit], folder: str, call: str, 
         if any(edit.mask is not None for edit in latents):
             imports.insert(2, "from PIL import Image")
         opened += [f"{sae_name(i)} = {source.saes[i]}" for i in sorted({edit.sae for edit in latents})]
-        if any(isinstance(edit, WordEdit) and edit.method == "saeuron" for edit in edits):
+        if any(isinstance(edit, WordEdit) and edit.method in BY_SAE for edit in edits):
             opened.append(f"eraser = {source.eraser}")
         made = ["edits = [", *(f"    {edit.code(folder, i)}," for i, edit in enumerate(edits)), "]"]
     draw = f"image = pipe({call}).images[0]"

@@ -17,10 +17,10 @@ from sparsefeat.arguments import number, whole
 from sparsefeat.assets.embedded import ERASE_GAMMA, ERASE_LATENTS
 from sparsefeat.attention import HeatMaps, words_of
 from sparsefeat.attention.recording import HeatMapRecording
-from sparsefeat.erasure import Erase
+from sparsefeat.erasure import Erase, Exchange
 from sparsefeat.erasure.by_word import METHODS as WITHOUT_SAE
 from sparsefeat.erasure.by_word import erase_by_word
-from sparsefeat.explore.edits import Edit, Source, WordEdit, python_lines, save_edits
+from sparsefeat.explore.edits import BY_SAE, Edit, Source, WordEdit, python_lines, save_edits
 from sparsefeat.features import Examples, Record
 from sparsefeat.features.record import Recording, TopLatent
 from sparsefeat.pipeline import Context, Instrument, attach
@@ -137,7 +137,7 @@ class Explorer:
         source: how these were opened, for the lines of Python.
         prompts: drawn by `survey`, to have images of other things.
         words: prompt -> the words it may name a latent by; of others, all their words.
-        eraser: the SAE that erases words, by "saeuron"; it needs `concepts`.
+        eraser: the SAE that erases words, by one of `BY_SAE`; it needs `concepts`.
         concepts: a word -> concept -> prompts, of the word and of what is to stay; ValueError for a word it does not know.
     """
 
@@ -162,7 +162,7 @@ class Explorer:
         self.eraser: SAE | None = eraser
         self.concepts: Callable[[str], Mapping[str, Sequence[str]]] | None = concepts
         self.methods: tuple[str, ...] = (
-            *(("saeuron",) if eraser is not None and concepts is not None else ()),
+            *(BY_SAE if eraser is not None and concepts is not None else ()),
             *WITHOUT_SAE,
         )
         self.hookpoints: tuple[str, ...] = tuple(str(Record(sae).at) for sae in self.saes)
@@ -368,16 +368,21 @@ class Explorer:
                 )
             known = None if self.concepts is None else self.concepts(word)
             with attach(self.pipe, watch):
-                if edit.method == "saeuron":
+                if edit.method in BY_SAE:
                     assert self.eraser is not None
                     assert known is not None
-                    self._fitted[edit] = Erase.fit(
-                        self.pipe, self.eraser, word, known, n_latents=ERASE_LATENTS, gamma=ERASE_GAMMA, magnitude="scale", batch_size=25,
-                        **asked.settings(),
-                    )  # fmt: skip
+                    self._fitted[edit] = self._by_sae(edit.method, self.eraser, word, known, asked)
                 else:
                     self._fitted[edit] = erase_by_word(self.pipe, word, edit.method, known, **asked.settings())
         return self._fitted[edit]
+
+    def _by_sae(
+        self, method: str, sae: SAE, word: str, known: Mapping[str, Sequence[str]], asked: Asked
+    ) -> SavableInstrument:
+        if method == "exchange":
+            return Exchange.fit(self.pipe, sae, word, known, n_latents=ERASE_LATENTS)
+        how: dict[str, Any] = {"n_latents": ERASE_LATENTS, "gamma": ERASE_GAMMA, "magnitude": "scale", "batch_size": 25}
+        return Erase.fit(self.pipe, sae, word, known, **how, **asked.settings())
 
     def lines(self, asked: Asked, edits: Sequence[Edit], folder: str, *, loaded: bool = False) -> str:
         """The program that draws the edited image; `loaded`: with all edits from the folder that `save` wrote."""

@@ -31,6 +31,7 @@ METHODS = {
     "uce": "in the weights that read the text (UCE)",
     "cad": "in the weights that draw it (CAD)",
     "sld": "by guidance away from it (SLD)",
+    "exchange": "another concept in its place, by latents of the text encoder's SAE",
     "saeuron": "by latents of the text encoder's SAE (SAeUron)",
 }
 CSS = (Path(__file__).parent / "page.css").read_text()
@@ -167,7 +168,8 @@ class Page:
         with gr.Row():
             self.word = gr.Textbox(label="Erase a concept by its word", elem_id="word")
             methods = [(METHODS[method], method) for method in self.explorer.methods]
-            self.method = gr.Dropdown(methods, value="uce", label="How", elem_id="method")
+            default = "exchange" if "exchange" in self.explorer.methods else "uce"
+            self.method = gr.Dropdown(methods, value=default, label="How", elem_id="method")
             self.erase = gr.Button("Erase", variant="primary", elem_id="erase", min_width=90)
 
     def _saving(self) -> None:

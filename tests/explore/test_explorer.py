@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from sparsefeat.erasure import Erase, Exchange
 from sparsefeat.explore import Asked, Explorer, LatentEdit, Source, Stopped, WordEdit, painted, with_edit
 from sparsefeat.features import Record
 from sparsefeat.pipeline import attach
@@ -329,3 +330,19 @@ def test_what_cannot_be_is_one_sentence_and_loses_nothing(explorer, mistake, sen
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
     assert explorer.draw(ASKED) is drawn
     assert explorer.edited(ASKED, []).tobytes() == drawn.image.tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:n_latents=32 asks for more than there are")
+def test_a_word_is_erased_by_the_text_encoders_sae_in_either_way(source, tmp_path):
+    pipe, saes, how = source
+    eraser = make_sae("text_encoder.encoder.layers.0")
+    known = {"fox": ["a fox", "fox b"], "cat": ["a cat", "cat b"]}
+    explorer = Explorer(pipe, saes, how, eraser=eraser, concepts=lambda word: known)
+    assert explorer.methods == ("exchange", "saeuron", "cad", "uce", "sld")
+    unedited = plain(pipe, ASKED)
+    for method, kind in (("exchange", Exchange), ("saeuron", Erase)):
+        edit = WordEdit("fox", method)
+        shown = explorer.edited(ASKED, [edit])
+        (fitted,) = load_instrument(explorer.save(str(tmp_path / method), ASKED, [edit])).instruments
+        assert isinstance(fitted, kind)
+        assert shown.tobytes() == plain(pipe, ASKED, fitted).tobytes() != unedited.tobytes()

@@ -157,7 +157,7 @@ def test_a_word_is_mapped_and_erased_and_an_edit_taken_back(page: Any, served: t
     page.locator("#erase").click()
     says(page, "Done.")
     page.get_by_role("tab", name="Save").click()
-    box = page.get_by_label("erase “fox” (uce)")
+    box = page.get_by_label("erase “fox” (exchange)")
     box.uncheck()
     says(page, "No edit is at work.")
     save(page, "nothing")

@@ -16,7 +16,8 @@ from sparsefeat.cli.opening import PipelineChoice, SAEChoice, check_hookpoint
 from sparsefeat.cli.options import At, Device, Guidance, Out, Pipeline, Saes, Seed, Steps, Subfolders, finite, path
 from sparsefeat.whole import whole_folder
 
-METHODS = ("saeuron", "cad", "uce", "sld")
+METHODS = ("exchange", "saeuron", "cad", "uce", "sld")
+BY_SAE = ("exchange", "saeuron")
 
 
 def erase(
@@ -34,14 +35,23 @@ def erase(
         typer.Option("--save", parser=path, metavar="FOLDER", help="Keep the fitted erasure in this new folder."),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="saeuron, by an SAE; or without one: cad, uce (weights), sld (guidance).")
-    ] = "saeuron",
+        str | None,
+        typer.Option(
+            help="exchange, by a text encoder's SAE: another concept takes its place; saeuron, by any SAE; or without one: cad, "
+            "uce (weights), sld (guidance). Default: exchange with the embedded pipeline as it is, else saeuron."
+        ),
+    ] = None,
+    into: Annotated[
+        str | None, typer.Option(help="Of exchange: what takes its place. Default: what is most like it.")
+    ] = None,
     latents: Annotated[
         int | None, typer.Option(min=1, help=f"Latents a step, at each SAE. Default: {ERASE_LATENTS}.")
     ] = None,
     gamma: Annotated[
         float | None,
-        typer.Option(callback=finite, help=f"Their activations are multiplied by this. Default: {ERASE_GAMMA:g}."),
+        typer.Option(
+            callback=finite, help=f"Of saeuron: their activations are multiplied by this. Default: {ERASE_GAMMA:g}."
+        ),
     ] = None,
     pipeline: Pipeline = None,
     sae: Saes = None,
@@ -56,16 +66,25 @@ def erase(
     """Draw PROMPT without and with a concept erased."""
     if (concept is None) == (fitted is None):
         raise ValueError("name what to erase with --concept, or an erasure fitted before with --fitted; one of the two")
+    if method is None:
+        own = (pipeline, concepts, fitted, gamma, sae, subfolder, at)
+        method = "exchange" if into is not None or all(one is None for one in own) else "saeuron"
     if method not in METHODS:
         raise ValueError(f"--method {method!r} is not known; choose one of {', '.join(METHODS)}")
     choice = PipelineChoice(pipeline, device, steps)
     check_hookpoint(at)
     folders: list[Path] = []
-    of_latents = {"--latents": latents, "--gamma": gamma, "--sae": sae, "--subfolder": subfolder, "--at": at}
-    if method != "saeuron":
-        ignored = [option for option, given in {**of_latents, "--fitted": fitted}.items() if given is not None]
-        if ignored:
-            raise ValueError(f"{ignored[0]} is of --method saeuron, not of {method}; leave one of them out")
+    of_saes = {"--latents": latents, "--sae": sae, "--subfolder": subfolder, "--at": at}
+    of_latents = {**of_saes, "--gamma": gamma, "--into": into}
+    owners = {**dict.fromkeys(of_saes, BY_SAE), "--gamma": ("saeuron",), "--into": ("exchange",)}
+    ignored = [option for option, by in owners.items() if of_latents[option] is not None and method not in by]
+    if ignored and fitted is None:
+        by = " and ".join(owners[ignored[0]])
+        raise ValueError(f"{ignored[0]} is of --method {by}, not of {method}; leave one of them out")
+    if fitted is not None and method not in BY_SAE:
+        raise ValueError(
+            f"--fitted is an erasure that was fitted before, whatever its method; leave --method {method} out"
+        )
     if fitted is not None:
         of_fitting = {"--concepts": concepts, "--save": save_to, **of_latents}
         ignored = [option for option, given in of_fitting.items() if given is not None]
@@ -76,9 +95,9 @@ def erase(
         folders = fitted_folders(fitted)
     else:
         assert concept is not None
-        needs_others = method == "saeuron" or pipeline is None or concepts is not None
+        needs_others = method in BY_SAE or pipeline is None or concepts is not None
         given = concept_prompts(concept, concepts, pipeline) if needs_others else {concept: [concept]}
-        saes = SAEChoice(sae, subfolder, pipeline, "text") if method == "saeuron" else None
+        saes = SAEChoice(sae, subfolder, pipeline, "text") if method in BY_SAE else None
         if save_to is not None:
             check_apart(save_to, out)
 
@@ -94,12 +113,9 @@ def erase(
             pipe = choice.open()
         else:
             assert concept is not None
-            how: dict[str, Any] = {
-                "n_latents": ERASE_LATENTS if latents is None else latents,
-                "gamma": ERASE_GAMMA if gamma is None else gamma,
-            }
+            n_latents = ERASE_LATENTS if latents is None else latents
             with nullcontext() if save_to is None else whole_folder(save_to, "--save") as kept:
-                from sparsefeat.erasure import Erase
+                from sparsefeat.erasure import Erase, Exchange
                 from sparsefeat.erasure.by_word import erase_by_word
 
                 pipe = choice.open()
@@ -107,9 +123,15 @@ def erase(
                 del call["generator"]  # every image of the fit has its own
                 if saes is None:
                     instruments = [erase_by_word(pipe, concept, method, given, **call)]
-                else:
+                elif method == "exchange":
                     instruments = [
-                        Erase.fit(pipe, one, concept, given, magnitude="scale", batch_size=25, at=at, **how, **call)
+                        Exchange.fit(pipe, one, concept, given, into=into, n_latents=n_latents, at=at)
+                        for one in saes.open(device)
+                    ]
+                else:
+                    how: dict[str, Any] = {"gamma": ERASE_GAMMA if gamma is None else gamma, "magnitude": "scale"}
+                    instruments = [
+                        Erase.fit(pipe, one, concept, given, n_latents=n_latents, batch_size=25, at=at, **how, **call)
                         for one in saes.open(device)
                     ]
                 if kept is not None:

@@ -16,6 +16,7 @@ from sparsefeat.erasure import (
     UCE,
     ConceptLancet,
     Erase,
+    Exchange,
     InterpretThenDeactivate,
     PosteriorAttenuation,
     ReplaceWhere,
@@ -121,6 +122,11 @@ def _at(bench: Bench, target: Target, place: str) -> list[tuple[SAE, Statistics]
     return list(zip(bench.cross_saes, bench.cross_statistics(target.kind), strict=True))
 
 
+def _exchange(bench: Bench, target: Target, n_latents: int) -> Edit:
+    prompts = emojicanvas.prompts_by_concept(target.words)
+    return Edit((Exchange.fit(bench.pipe, bench.text_sae, target.words, prompts, n_latents=n_latents),))
+
+
 def _itd(bench: Bench, target: Target, top_m: int, strength: float) -> Edit:
     fitted = InterpretThenDeactivate.fit(
         bench.pipe,
@@ -216,6 +222,7 @@ ERASERS: tuple[Eraser, ...] = (
             {"ratio": 0.01, "modules": "ff"},
         ),
     ),
+    Eraser("exchange", _exchange, ({"n_latents": 32}, {"n_latents": 64}, {"n_latents": 16})),
     Eraser(
         "SAeUron",
         _saeuron,
