@@ -82,6 +82,10 @@ def df_cam(
         objective: J, a number of (what the denoiser says under the prompt, what it says without one), as of
             `attribute_latents`.
         steps: window of steps as in `Steer`. seed: of the picture. call: arguments of the pipeline.
+
+    Raises:
+        ValueError: an argument that cannot be, by its name; none of the steps that ran is among `steps`. TypeError: an
+            argument that the pipeline's call does not take.
     """
     (text,) = prompts_of("prompt", [prompt])
     whole("seed", seed, 0)

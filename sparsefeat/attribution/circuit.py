@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from sparsefeat.attribution.block import CodedBlock, active_latents, finite_grad
 from sparsefeat.attribution.circuit_drawing import drawing
 from sparsefeat.attribution.components import prompts_of
 from sparsefeat.attribution.gradients import EachStep, predicted
-from sparsefeat.attribution.latents import Objective, attribute_latents, distance_from_nothing
+from sparsefeat.attribution.latents import LatentScores, Objective, attribute_latents, distance_from_nothing
 from sparsefeat.features.attached import hookpoint_of
 from sparsefeat.pipeline import Context, Hookpoint, attach
 from sparsefeat.pipeline.call_arguments import check_arguments
@@ -154,6 +154,25 @@ class _Edges(EachStep):
         return self.downstream.encode(seen[0], given).select(self.to.to(seen[0].device)).double().sum(0)
 
 
+def _strongest(found: LatentScores, n: int) -> dict[int, float]:
+    """The n latents of largest score, by falling size."""
+    order = found.scores.abs().argsort(descending=True, stable=True)[:n]
+    return dict(zip(found.latents[order].tolist(), found.scores[order].tolist(), strict=True))
+
+
+def _named(sae: SAE, latents: Sequence[int | str]) -> Tensor:
+    """int64 [latents], each once and all of the SAE's."""
+    found = torch.tensor([sae.latent(latent) for latent in latents], dtype=torch.int64)
+    sae.directions(found)  # names a latent that does not exist
+    if not len(found) or len(found.unique()) < len(found):
+        raise ValueError(f"latents={list(latents)!r:.60} must name at least one downstream latent, each once.")
+    return found
+
+
+def _names(sae: SAE, latents: Iterable[int]) -> dict[int, str]:
+    return {latent: sae.names[latent] for latent in sorted(set(latents)) if sae.names.get(latent)}
+
+
 def circuit(
     pipe: Any,
     upstream: SAE,
@@ -198,18 +217,12 @@ def circuit(
     check_arguments(pipe, call, also=inspect.signature(circuit).parameters)
     if source.read.target.root_name != target.read.target.root_name:
         raise ValueError(f"{source.read.at} and {target.read.at} lie in different models; name blocks of one denoiser.")
-    scores: dict[int, float] = {}
     if latents is None:
         told: dict[str, Any] = {"objective": objective, "at": at[1], "steps": steps, "seed": seed}
-        found = attribute_latents(pipe, downstream, texts, **told, **call)
-        strongest = found.scores.abs().argsort(descending=True, stable=True)[:n_latents]
-        scores = dict(zip(found.latents[strongest].tolist(), found.scores[strongest].tolist(), strict=True))
-        to = found.latents[strongest]
+        scores = _strongest(attribute_latents(pipe, downstream, texts, **told, **call), n_latents)
+        to = torch.tensor(list(scores), dtype=torch.int64)
     else:
-        to = torch.tensor([downstream.latent(latent) for latent in latents], dtype=torch.int64)
-        downstream.directions(to)  # names a latent that does not exist
-        if not len(to) or len(to.unique()) < len(to):
-            raise ValueError(f"latents={list(latents)!r:.60} must name at least one downstream latent, each once.")
+        scores, to = {}, _named(downstream, latents)
 
     def edges(ablated: Sequence[int]) -> Tensor:
         heard = _Edges(source, target, to, ablated, window)
@@ -233,13 +246,6 @@ def circuit(
     ]
     kept = sorted((edge for edge in pairs if edge.ablation), key=lambda edge: -abs(edge.ablation))[:n_edges]
     agreement = stats.spearmanr([e.gradient for e in pairs], [e.ablation for e in pairs]).statistic
-    names = tuple(
-        {latent: sae.names[latent] for latent in latents_of if sae.names.get(latent)}
-        for sae, latents_of in (
-            (upstream, sorted({edge.upstream for edge in kept})),
-            (downstream, sorted({edge.downstream for edge in kept})),
-        )
-    )
     return Circuit(
         tuple(texts),
         str(source.written.at),
@@ -247,5 +253,5 @@ def circuit(
         tuple(kept),
         scores,
         float(agreement) if len(pairs) > 1 else float("nan"),
-        (names[0], names[1]),
+        (_names(upstream, [edge.upstream for edge in kept]), _names(downstream, [edge.downstream for edge in kept])),
     )

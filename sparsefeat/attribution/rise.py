@@ -81,6 +81,10 @@ def df_rise(
         n_masks: runs of the denoiser a step. cells: of a side of a mask. share: of the cells that are kept.
         steps: window of steps as in `Steer`; every step costs `n_masks` runs.
         seed: of the picture and of the masks. call: arguments of the pipeline.
+
+    Raises:
+        ValueError: an argument that cannot be, by its name; none of the steps that ran is among `steps`. TypeError: an
+            argument that the pipeline's call does not take.
     """
     (text,) = prompts_of("prompt", [prompt])
     whole("n_masks", n_masks)

@@ -22,6 +22,9 @@ def clamp_latents(
         n_latents: the n highest scores above 0.
         factor: 0 takes the latents out.
         options: condition, steps, mask, at of `Steer`; condition is "both" by default.
+
+    Raises:
+        ValueError: the statistics are of another SAE, have no such concept or no other; no latent is more active with it.
     """
     hookpoint_of(sae, options.get("at"))
     check_statistics(statistics)

@@ -78,6 +78,10 @@ def check(
         call: arguments of the pipeline; num_inference_steps is 4 unless given.
 
     Returns: a `Check`, false if something is wrong. Warns with `CheckWarning` in that case.
+
+    Raises:
+        ValueError: an argument that cannot be, by its name; an SAE that depends on the timestep; a
+            hookpoint of another width.
     """
     hookpoint = hookpoint_of(sae, at)
     if isinstance(prompts, str) or not prompts:

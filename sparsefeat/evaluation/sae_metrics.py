@@ -203,12 +203,6 @@ def random_control(sae: SAE, rows: Tensor | Batch, seed: int = 0) -> SAE:
     return randomise(control, batch.rows, seed, target=batch.target)
 
 
-def max_cosines(directions: Tensor, found: Tensor) -> Tensor:
-    """For every row of `directions` its largest cosine with a row of `found`: `[len(directions)]`; 1 is recovered."""
-    first = torch.nn.functional.normalize(directions, dim=-1)
-    return (first @ torch.nn.functional.normalize(found, dim=-1).T).amax(-1)
-
-
 def _second_moments(rows: Tensor | Iterable[Tensor], batch_size: int) -> Moments:
     moments: Moments | None = None
     for batch in _batches(rows, batch_size):

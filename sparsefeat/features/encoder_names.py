@@ -43,6 +43,9 @@ def name_by_encoder(
         words: two or more; the published vocabulary has 20,000.
         encode_text: gives `[words, width]`, for CLIP
             `lambda words: clip.get_text_features(**processor(text=words, return_tensors="pt", padding=True))`.
+
+    Raises:
+        ValueError: fewer than two words; vectors that are no [n, width]; what `encode_text` gives is of another width.
     """
     if isinstance(words, str) or len(set(words)) < 2:
         raise ValueError(f"words={words!r:.60} must be a list of two different words or more.")
@@ -81,6 +84,9 @@ def example_vectors(
         images: PIL, in the order in which `examples` saw them.
         encode_images: gives `[images, width]` of a list of PIL images.
         crop: the square's side as a share of the image's shorter side; 1 is the whole of it.
+
+    Raises:
+        ValueError: other images than `examples` saw, by their number; no latents; one without an image.
     """
     number("crop", crop, 0, 1, above=True)
     if len(images) != len(examples):

@@ -77,6 +77,23 @@ class SAEConfig:
         _check_choice("activation", self.activation, ACTIVATIONS)
         _check_choice("inference", self.inference, INFERENCES)
         _check_choice("normalizer", self.normalizer, NORMALIZERS)
+        self._check_k()
+        self._check_normalizer()
+        for name in ("transcoder", "skip"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r:.100}: pass True or False")
+        if self.skip and self.activation in PURSUITS:
+            raise ValueError("skip is True but a pursuit reconstructs its input by itself: leave skip out")
+        self._check_names()
+        try:
+            plain = json.loads(json.dumps(self.metadata, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"metadata cannot be JSON ({error}): keep strings, numbers, lists and dicts") from None
+        if not isinstance(plain, dict):
+            raise ValueError(f"metadata is a {type(self.metadata).__name__}: pass a dict")
+        object.__setattr__(self, "metadata", plain)  # as it will read back: tuples are lists, keys are strings
+
+    def _check_k(self) -> None:
         if self.activation not in THRESHOLD_ACTIVATIONS:
             if self.k is None:
                 raise ValueError(f"k is None but activation {self.activation!r:.100} needs it: pass k, 1 to n_latents")
@@ -96,6 +113,8 @@ class SAEConfig:
                 f"inference is 'threshold' but activation is {self.activation!r:.100}: only 'batch_topk' has that choice, "
                 "leave inference out"
             )
+
+    def _check_normalizer(self) -> None:
         if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not 0 <= self.eps < float("inf"):
             raise ValueError(f"eps is {self.eps!r:.100}: pass a finite number that is not negative")
         if self.normalizer == "standardize" and self.d_model < 2:
@@ -114,11 +133,8 @@ class SAEConfig:
                 raise ValueError(
                     f"time_width is {self.time_width}: an even number of at least 4, half sines, half cosines"
                 )
-        for name in ("transcoder", "skip"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r:.100}: pass True or False")
-        if self.skip and self.activation in PURSUITS:
-            raise ValueError("skip is True but a pursuit reconstructs its input by itself: leave skip out")
+
+    def _check_names(self) -> None:
         statistics = self.statistics
         if not isinstance(statistics, (tuple, list)) or not all(
             isinstance(s, str) and s and "." not in s for s in statistics
@@ -135,13 +151,6 @@ class SAEConfig:
                 f"hookpoint {self.hookpoint!r:.100} ends in ':{said:.40}': after the colon write output, input or diff, and text "
                 "after these (or alone) where a joint block's text is meant"
             )
-        try:
-            plain = json.loads(json.dumps(self.metadata, allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"metadata cannot be JSON ({error}): keep strings, numbers, lists and dicts") from None
-        if not isinstance(plain, dict):
-            raise ValueError(f"metadata is a {type(self.metadata).__name__}: pass a dict")
-        object.__setattr__(self, "metadata", plain)  # as it will read back: tuples are lists, keys are strings
 
     def to_json(self) -> dict[str, Any]:
         values = {**asdict(self), "statistics": list(self.statistics)}

@@ -354,6 +354,10 @@ def load_sae(
     dtype: None gives float32 (float64 if stored so), whatever the file holds.
     k, hookpoint, base_model: in the place of what the files say; most foreign formats do not know the pipeline they were
         trained on, and overcomplete's not their k. `sparsefeat.check(sae, pipe, prompts)` tells whether they fit.
+
+    Raises:
+        FileNotFoundError: nothing is there. OSError: the hub cannot be asked. ValueError: the files are of no known format,
+            damaged, or do not fit what is given; it names the file.
     """
     check_device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

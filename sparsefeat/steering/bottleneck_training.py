@@ -103,6 +103,10 @@ def learn_concepts(
         batch: prompts at a time, at least 2. lr: Adam's, with betas 0.5 and 0.99.
         steps: the window of the schedule that is learned.
         seed: of the pictures and of what is drawn while learning. call: arguments of the pipeline.
+
+    Raises:
+        ValueError: an argument that cannot be, by its name; prompts that show fewer than two values of a concept; none of
+            the call's steps is among `steps`. TypeError: an argument that the pipeline's call does not take.
     """
     images, epochs, batch = whole("images", images), whole("epochs", epochs), whole("batch", batch, 2)
     lr, seed = number("lr", lr, 0, above=True), whole("seed", seed, 0)
@@ -123,12 +127,9 @@ def learn_concepts(
     parts = []
     for group in groups:
         some = [texts[i] for i in group]
-        seen = Shaped(place)
-        with attach(pipe, seen), torch.no_grad():
-            noise = torch.Generator().manual_seed(seed)
-            pipe(some, generator=noise, output_type="latent", **without_guidance(pipe, call))
-        clean = [drawn(pipe, some, seed + image * len(texts) + int(group[0]), call) for image in range(images)]
-        parts.append((some, seen, clean))
+        noises = [seed + image * len(texts) + int(group[0]) for image in range(images)]
+        parts.append((some, *_drawn(pipe, place, some, seed, noises, call)))
+    _, seen, clean = parts[-1]
     root = getattr(pipe, seen.name)
     levels = seen.levels(pipe, "a concept bottleneck")
     within = [i for i in range(len(levels)) if window.has(i, i / len(levels))]
@@ -150,14 +151,13 @@ def learn_concepts(
                 step = within[int(torch.randint(len(within), (), generator=generator))]
                 noise = torch.randn(latents.shape, generator=generator).to(latents)
                 noised = _Noised(session, middle, root, some, seen.given[step], levels[step], latents, noise)
-                if classifier is None:
-                    labels = _labels(prompts, some, concepts)
-                else:
-                    with torch.no_grad():
-                        labels = _confident(classifier(decoded(pipe, latents)), confidence)
-                labels = {concept: label.to(latents.device) for concept, label in labels.items()}
                 with torch.no_grad():
+                    if classifier is None:
+                        labels = _labels(prompts, some, concepts)
+                    else:
+                        labels = _confident(classifier(decoded(pipe, latents)), confidence)
                     plain = noised.clean()
+                labels = {concept: label.to(latents.device) for concept, label in labels.items()}
                 w = middle.seen
                 with torch.enable_grad():
                     loss = _reading(model, w, labels, noised, latents, plain)
@@ -165,17 +165,23 @@ def learn_concepts(
                     if model.decoder is not None:
                         changed, wanted = _intervention(model, model.encoder(w), labels, generator)
                         back = model.decoder(changed)
-                        loss = _cross_entropy(model, model.encoder(back), wanted)
-                        if classifier is not None:
-                            told = classifier(decoded(pipe, noised.clean(back)))
-                            loss = loss + _summed(
-                                [F.cross_entropy(told[c], y) for c, y in wanted.items() if (y >= 0).any()]
-                            )
-                        _descend(optimisers[1], networks, loss)
+                        told = None if classifier is None else classifier(decoded(pipe, noised.clean(back)))
+                        _descend(optimisers[1], networks, _changing(model, back, wanted, told))
             bar.update()
     for network in networks:
         network.requires_grad_(False).eval()
     return model
+
+
+def _drawn(
+    pipe: Any, place: Hookpoint, texts: list[str], seed: int, noises: Sequence[int], call: Mapping[str, Any]
+) -> tuple[Shaped, list[Tensor]]:
+    """What the denoiser is given for the texts without guidance, and their clean latents for each seed of noise."""
+    seen = Shaped(place)
+    with attach(pipe, seen), torch.no_grad():
+        noise = torch.Generator().manual_seed(seed)
+        pipe(texts, generator=noise, output_type="latent", **without_guidance(pipe, call))
+    return seen, [drawn(pipe, texts, one, call) for one in noises]
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +217,16 @@ def _reading(
     back = model.decoder(logits)
     image = noised.clean(back)
     return loss + F.mse_loss(back, w) + F.mse_loss(image, latents.float()) + F.mse_loss(image, plain)
+
+
+def _changing(
+    model: ConceptModel, back: Tensor, wanted: Mapping[str, Tensor], told: Mapping[str, Tensor] | None
+) -> Tensor:
+    """The second loss; told: what the classifier says of the pictures with `back`."""
+    loss = _cross_entropy(model, model.encoder(back), wanted)
+    if told is None:
+        return loss
+    return loss + _summed([F.cross_entropy(told[c], y) for c, y in wanted.items() if (y >= 0).any()])
 
 
 def _adam(networks: Sequence[nn.Module], lr: float) -> torch.optim.Adam:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -108,6 +108,10 @@ def decompose(
             loss on eight held-out draws, looked at every 50 steps, are kept (published: by CLIP's similarity).
         seed: image i has the noise of seed + i; all else is drawn from a generator of seed.
         call: further arguments of the pipeline's call.
+
+    Raises:
+        ValueError: an argument that cannot be, by its name; every word of the dictionary stands in the template; a pipeline
+            whose text is not that of one CLIP. TypeError: an argument that the pipeline's call does not take.
     """
     check_arguments(pipe, call, also=inspect.signature(decompose).parameters)
     if not isinstance(template, str) or template.count("{}") != 1:
@@ -133,7 +137,6 @@ def decompose(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         weigh = nn.Sequential(nn.Linear(vectors.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, 1)).to(vectors)
-    optimiser = torch.optim.Adam(weigh.parameters(), lr=lr)
     around = _tokens(pipe, template.format(""))
     free = [i for i, token in enumerate(ids) if token not in around]
     if not free:
@@ -160,27 +163,40 @@ def decompose(
         chosen = torch.randint(images, (n,), generator=generator)
         return at, chosen, torch.randn(clean[chosen].shape, generator=generator).to(clean)
 
-    held = [draw(batch) for _ in range(VALIDATIONS)]
-    least, kept = torch.inf, copy.deepcopy(weigh.state_dict())
-    with torch.enable_grad(), progress_bar(steps, "decomposing", "steps") as bar:
-        for step in range(steps):
-            if step % VALIDATE_EVERY == 0 or step == steps - 1:
+    _learn(weigh, lr, steps, loss_of, lambda: draw(batch))
+    with torch.no_grad():
+        alpha = weigh(vectors)[:, 0].abs().cpu()
+    return Decomposition(words, alpha, vectors.cpu(), norm).top(len(words))
+
+
+def _learn(
+    network: nn.Module,
+    lr: float,
+    steps: int,
+    loss_of: Callable[[int, Tensor, Tensor], Tensor],
+    draw: Callable[[], tuple[int, Tensor, Tensor]],
+) -> None:
+    """Adam on a fresh draw a step; the network is left as it was where its loss on held-out draws was least."""
+    optimiser = torch.optim.Adam(network.parameters(), lr=lr)
+    held = [draw() for _ in range(VALIDATIONS)]
+    least, kept = torch.inf, copy.deepcopy(network.state_dict())
+    parameters = list(network.parameters())
+    with progress_bar(steps, "decomposing", "steps") as bar:
+        for step in range(steps + 1):
+            if step % VALIDATE_EVERY == 0 or step >= steps - 1:
                 with torch.no_grad():
                     loss = sum(float(loss_of(*one)) for one in held)
                 if loss < least:
-                    least, kept = loss, copy.deepcopy(weigh.state_dict())
-            parameters = list(weigh.parameters())
-            gradients = torch.autograd.grad(loss_of(*draw(batch)), parameters)
+                    least, kept = loss, copy.deepcopy(network.state_dict())
+            if step == steps:
+                break
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(loss_of(*draw()), parameters)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             optimiser.step()
             bar.update()
-    with torch.no_grad():
-        last = sum(float(loss_of(*one)) for one in held)
-        if last >= least:
-            weigh.load_state_dict(kept)
-        alpha = weigh(vectors)[:, 0].abs().cpu()
-    return Decomposition(words, alpha, vectors.cpu(), norm).top(len(words))
+    network.load_state_dict(kept)
 
 
 @register("sparsefeat.steering:ConceptTokens")

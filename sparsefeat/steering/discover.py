@@ -50,6 +50,10 @@ def discover_direction(
         call: further arguments of the pipeline's call; the timesteps trained on are those of its schedule.
 
     Returns the instrument of strength 1, which acts on conditional rows.
+
+    Raises:
+        ValueError: an argument that cannot be, by its name; a place without a grid of (height, width). TypeError: an
+            argument that the pipeline's call does not take.
     """
     check_arguments(pipe, call, also=inspect.signature(discover_direction).parameters)
     (place,) = check_places(at)

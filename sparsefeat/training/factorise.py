@@ -124,6 +124,9 @@ def sobol_importance(
         score: of `[masks, positions, d_model]`, one number each `[masks]`. It is called `designs` (n_latents + 2) times a
             sample, in batches of `designs`.
         designs: points; the published program's 32. seed: they are a scrambled Sobol sequence of it (Halton there).
+
+    Raises:
+        ValueError: naming the argument.
     """
     if not isinstance(rows, Tensor) or rows.ndim != 3 or rows.shape[2] != sae.d_model:
         raise ValueError(

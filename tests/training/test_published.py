@@ -9,13 +9,19 @@ import torch
 from torch import Tensor
 
 import sparsefeat as sf
-from sparsefeat.evaluation.sae_metrics import max_cosines, random_control
+from sparsefeat.evaluation.sae_metrics import random_control
 from sparsefeat.sae import SAE
 from sparsefeat.training import PUBLISHED, Batch, SAETrainer, TensorRows, build_itda, recipe
 
 D, N, K, ACTIVE = 16, 48, 3, 24
 # Rates that a hundred steps need.
 FAST = {"steps": 250, "batch_size": 128, "lr": 2e-2, "log_every": 250}
+
+
+def max_cosines(directions: Tensor, found: Tensor) -> Tensor:
+    """For every row of `directions` its largest cosine with a row of `found`: `[len(directions)]`; 1 is recovered."""
+    first = torch.nn.functional.normalize(directions, dim=-1)
+    return (first @ torch.nn.functional.normalize(found, dim=-1).T).amax(-1)
 
 
 def superposition(n_rows: int) -> tuple[Tensor, Tensor]:

@@ -189,11 +189,7 @@ def train(
     """Train SAEs on collected activations, or on what a pipeline draws meanwhile. Killed at any moment, the same command
     goes on; under `torchrun` the ranks share every batch."""
     presets = preset or ["topk"]
-    for name in presets:
-        if name not in PRESETS:
-            raise ValueError(f"--preset {name!r} is not known; choose one of {', '.join(PRESETS)}")
-    if len(set(presets)) != len(presets):
-        raise ValueError("--preset names one twice; give each once")
+    check_presets(presets)
     transcoding = any(name in TRANSCODERS for name in presets)
     if transcoding:
         check_transcoders(presets, at)
@@ -202,14 +198,7 @@ def train(
         latents, k, train_steps, batch_size, lr, warmup_steps, decay_steps, optimizer, weight_decay, ema, accumulate
     )
     if activations is not None:
-        said = next((name for name in OF_DRAWING if was_given(context, name)), None)
-        if said is not None:
-            option = f"--{said.replace('_', '-')}"
-            raise ValueError(f"{option} is of drawing, and --activations were drawn before; give one of them")
-        if not activations.strip() or not Path(activations).expanduser().is_dir():
-            raise ValueError(
-                f"--activations {activations!r} is no folder; name the one that `sparsefeat collect` wrote"
-            )
+        check_collected(activations, context)
         inputs = None
     else:
         at = check_hookpoints(at)
@@ -291,6 +280,24 @@ def train(
             for line in summaries(found):
                 typer.echo(line)
             typer.echo(f"the page: {write_training_page(out, {one.folder.name: one.entries for one in found})}")
+
+
+def check_presets(presets: list[str]) -> None:
+    for name in presets:
+        if name not in PRESETS:
+            raise ValueError(f"--preset {name!r} is not known; choose one of {', '.join(PRESETS)}")
+    if len(set(presets)) != len(presets):
+        raise ValueError("--preset names one twice; give each once")
+
+
+def check_collected(activations: str, context: typer.Context) -> None:
+    """Refuse what is of drawing beside rows that were drawn before, and a folder that is none."""
+    said = next((name for name in OF_DRAWING if was_given(context, name)), None)
+    if said is not None:
+        option = f"--{said.replace('_', '-')}"
+        raise ValueError(f"{option} is of drawing, and --activations were drawn before; give one of them")
+    if not activations.strip() or not Path(activations).expanduser().is_dir():
+        raise ValueError(f"--activations {activations!r} is no folder; name the one that `sparsefeat collect` wrote")
 
 
 def check_built(given: dict[str, Any], tensorboard: bool) -> None:
