@@ -390,5 +390,7 @@ def test_a_sentence_that_begins_with_an_argument_names_the_option():
     options = {"batch_size": "--batch-size", "k": "--k"}
     said = in_options("batch_size is 4096 but there are 2560 rows: make it smaller", options)
     assert said == "--batch-size is 4096 but there are 2560 rows: make it smaller"
+    said = in_options("no module 'x'; the nearest is y (sparsefeat.hookpoints(pipe) lists all)", options)
+    assert said.endswith("(`sparsefeat hookpoints` lists all)")
     for sentence in ("config.json: k is 99 but n_latents is 24", "the k is 3", "k isolates"):
         assert in_options(sentence, options) == sentence

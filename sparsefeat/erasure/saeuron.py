@@ -363,5 +363,5 @@ class Erase(SavableInstrument):
 
     def __repr__(self) -> str:
         counts = sorted({len(selection) for selection in self.selections.values()})
-        when = f"at each of {len(self.selections)} timesteps" if len(self.selections) > 1 else "at every step"
-        return f"Erase({', '.join(self.concepts)}: {'-'.join(map(str, counts))} latents {when}, at {self.at})"
+        of_step = f" at each of {len(self.selections)} timesteps" if len(self.selections) > 1 else ""
+        return f"Erase({', '.join(self.concepts)}: {'-'.join(map(str, counts))} of the latents{of_step}, at {self.at})"

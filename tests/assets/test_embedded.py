@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
+from PIL import Image
 from safetensors import safe_open
 
 import sparsefeat as sf
@@ -23,6 +26,20 @@ def pipe():
 def images(pipe, prompt="a noto emoji of a fox", steps=3, **options) -> np.ndarray:
     generator = torch.Generator().manual_seed(7)
     return pipe(prompt, num_inference_steps=steps, generator=generator, output_type="np", **options).images
+
+
+def test_it_opens_without_a_word_and_leaves_the_libraries_as_loud_as_they_were(capfd, caplog):
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    load_pipeline()
+    assert "".join(capfd.readouterr()) == ""
+    assert not caplog.records
+    assert [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries] == before
+
+
+def test_one_image_in_the_place_of_a_list_is_refused():
+    with pytest.raises(ValueError, match=r"images is one image; give a list, \[image\]"):
+        judge_images(load_judge(), Image.new("RGB", (64, 64)))
 
 
 def test_every_shipped_weight_is_half_precision_safetensors():

@@ -131,6 +131,10 @@ def test_what_users_get_wrong_is_said(pipe):
         check(sae, pipe, "a fox", at=BLOCK)
     with pytest.raises(ValueError, match="at=None"):
         check(sae, pipe, PROMPTS)
+    with pytest.raises(TypeError, match="sae is StableDiffusionPipeline, not an SAE; open it first"):
+        check(pipe, sae, PROMPTS)
+    with pytest.raises(ValueError, match=rf"{BLOCK} is given as a line of hookpoints\(pipe\); name it, str\(line"):
+        check(sae, pipe, PROMPTS, at=next(line for line in sf.hookpoints(pipe) if str(line.hookpoint) == BLOCK))
     with pytest.raises(ValueError, match="rows=1 must be a whole number of at least 2"):
         check(sae, pipe, PROMPTS, at=BLOCK, rows=1)
 

@@ -7,6 +7,7 @@ import torch
 
 from sparsefeat.features import CollectExamples, Examples, Record, collect_statistics, search
 from sparsefeat.features.scores import area_under_curve
+from sparsefeat.features.search import Found
 from sparsefeat.pipeline import attach
 from sparsefeat.sae import SAE, SAEConfig
 from tests.tiny import pixels, tiny_sd
@@ -91,3 +92,18 @@ def test_errors_name_the_mistake(recorded, sae):
         few.of(4)
     with pytest.raises(ValueError, match="examples are of 12 latents, the SAE has 64"):
         CollectExamples(sae, Examples(12))
+
+
+def test_what_newcomers_give_in_the_place_of_what_is_wanted_is_refused_with_the_remedy(recorded, sae):
+    examples, *_ = recorded
+    with pytest.raises(TypeError, match=r"n_latents is an SAE; give its number of latents, Examples\(sae\.n_latents\)"):
+        Examples(sae)
+    with pytest.raises(ValueError, match=r"concepts=\['a fox'\] must map each prompt to its words"):
+        CollectExamples(sae, examples, ["a fox"])
+    active = examples.active[0].item()
+    with pytest.raises(ValueError, match="a line of a list; give its number"):
+        examples.of(Found(active, 1.0, 1.0, 1.0, None, None))
+    with pytest.raises(ValueError, match=r"the images were added without words, .* give CollectExamples concepts="):
+        Examples(64).name(active)
+    assert str(examples) == "Examples(6 images, 64 latents, the top 2 of each)"
+    assert "tensor" not in str(examples.of(active)[0])
