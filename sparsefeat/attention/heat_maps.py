@@ -28,6 +28,7 @@ from torch import Tensor
 from sparsefeat.arguments import mapping, number, whole
 from sparsefeat.attention.concepts import Concepts, Outputs
 from sparsefeat.attention.encoded import EncodedPrompt
+from sparsefeat.attention.heat_map_arguments import kept_of, names_of, weights_of, words_of
 from sparsefeat.attention.reading import (
     DIRECTIONS,
     KINDS,
@@ -46,7 +47,6 @@ from sparsefeat.pipeline import AttentionCall, Call, Context, Instrument
 from sparsefeat.pipeline.families.family import TextLayout
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 
-_KEPT = ("layers", "heads", "steps")
 SAID_FROM_BYTES = 1 << 23
 MAX_BYTES = 1 << 30
 
@@ -113,18 +113,18 @@ class HeatMaps(Instrument):
             raise ValueError(f"condition={condition!r} is not known; use 'cond' or, for the negative prompt, 'uncond'.")
         self.kind, self.direction, self.condition = kind, direction, condition
         self.reads_unturned: bool = kind == "query_query"
-        self.words: tuple[str | int, ...] | None = _words(words)
-        self.concepts: tuple[str, ...] | None = _names("concepts", concepts, "concepts=['fox', 'snow']")
-        self.layers: tuple[str, ...] | None = _names("layers", layers, "layers='up_blocks.1'")
+        self.words: tuple[str | int, ...] | None = words_of(words)
+        self.concepts: tuple[str, ...] | None = names_of("concepts", concepts, "concepts=['fox', 'snow']")
+        self.layers: tuple[str, ...] | None = names_of("layers", layers, "layers='up_blocks.1'")
         self.window: StepWindow = StepWindow.parse(steps)
         given_weights = mapping("layer_weights", layer_weights or {}, "parts of layers' paths to factors")
         self.layer_weights: dict[str, tuple[float, ...]] = {
-            path: _weights(path, given) for path, given in given_weights.items()
+            path: weights_of(path, given) for path, given in given_weights.items()
         }
         self.step_weights: StepWeights = step_weights
         if step_weights is not None and not callable(step_weights):
             self.step_weights = tuple(number(f"step_weights[{i}]", w, 0) for i, w in enumerate(step_weights))
-        self.keep: tuple[str, ...] = _kept(keep)
+        self.keep: tuple[str, ...] = kept_of(keep)
         self.daam_exact = daam_exact
         self._apart = {*self.keep, "layers", "heads"} if daam_exact else set(self.keep)
         self.max_bytes: int = whole("max_bytes", max_bytes)
@@ -467,36 +467,3 @@ def _grid_of(attended: Attended | Outputs, context: Context) -> tuple[Grid, int]
         f"{attended.call.path} attends from {stop - start} positions, which is not the image grid {grid}; leave this "
         "module out of HeatMaps(layers=...)."
     )
-
-
-def _names(name: str, given: str | Sequence[str] | None, example: str) -> tuple[str, ...] | None:
-    if given is None:
-        return None
-    names = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Sequence) else ()
-    if not names or not all(isinstance(one, str) and one.strip() for one in names):
-        what = "a module path or a list of them" if name == "layers" else "a word or a list of them"
-        raise ValueError(f"{name}={given!r} must be {what}, as in {example}.")
-    return names
-
-
-def _words(given: Sequence[str | int] | None) -> tuple[str | int, ...] | None:
-    """Words, and positions of tokens."""
-    if given is None or isinstance(given, str) or not isinstance(given, Sequence):
-        return _names("words", given, "words=['fox']")
-    places = tuple(whole(f"words[{i}]", word, 0) for i, word in enumerate(given) if not isinstance(word, str))
-    named = [word for word in given if isinstance(word, str)]
-    return (*places, *(_names("words", named, "words=['fox']") or ())) if named or not places else places
-
-
-def _kept(keep: Sequence[str]) -> tuple[str, ...]:
-    wrong = [what for what in ([keep] if isinstance(keep, str) else keep) if what not in _KEPT]
-    if isinstance(keep, str) or wrong:
-        raise ValueError(f"keep={keep!r} must be a list of {', '.join(map(repr, _KEPT))}.")
-    if "heads" in keep and "layers" not in keep:
-        raise ValueError(f"keep={list(keep)!r} keeps heads of different layers in one map; keep 'layers' too.")
-    return tuple(keep)
-
-
-def _weights(path: str, given: float | Sequence[float]) -> tuple[float, ...]:
-    numbers = given if isinstance(given, (Sequence, Tensor)) else [given]
-    return tuple(number(f"layer_weights[{path!r}]", weight, 0) for weight in numbers)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -39,16 +41,17 @@ def draw_precision() -> AbstractContextManager[object]:
     return torch.autocast("cpu", torch.bfloat16) if has_bfloat16() else nullcontext()
 
 
-def versions() -> dict[str, str]:
-    import diffusers
-    import transformers
-
+def versions_of(distributions: Iterable[str]) -> dict[str, str]:
+    """Of sparsefeat, Python, torch, and of those distributions that are installed."""
     import sparsefeat
 
-    return {
-        "sparsefeat": sparsefeat.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
-    }
+    found = {"sparsefeat": sparsefeat.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in distributions:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def versions() -> dict[str, str]:
+    """What pictures depend on."""
+    return versions_of(("diffusers", "transformers"))

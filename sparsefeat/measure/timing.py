@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib.metadata
 import json
 import math
 import multiprocessing
@@ -38,7 +37,7 @@ from typing import Any
 import torch
 from sparsefeat_kernels import tuning_table
 
-from sparsefeat.measure.machine import device_name
+from sparsefeat.measure.machine import device_name, versions_of
 from sparsefeat.whole import write_json
 
 OURS = "sparsefeat"
@@ -169,19 +168,8 @@ def tuning_digest() -> str:
 
 
 def versions() -> dict[str, str]:
-    import sparsefeat
-
-    found = {
-        "sparsefeat": sparsefeat.__version__,
-        "kernels": source_digest(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    for name in VERSIONED:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    """What times depend on."""
+    found = {**versions_of(VERSIONED), "kernels": source_digest()}
     if torch.cuda.is_available():  # a measured table changes what runs: a user without it has other times
         found["tuning"] = tuning_digest()
     return found
