@@ -145,7 +145,7 @@ def test_one_step_of_the_adversary_is_the_pipelines_own(bench):
     assert weights == {name: p.requires_grad for name, p in bench.pipe.unet.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["negative prompt", "UCE", "Concept Steerers", "SLD", "concept lancet"])
+@pytest.mark.parametrize("name", ["negative prompt", "UCE", "exchange", "Concept Steerers", "SLD", "concept lancet"])
 def test_gradients_of_the_adversary_go_through_the_eraser(bench, name):
     words = free_words(bench.pipe, emojicanvas.training_prompts())
     edit = BY_NAME[name].make(bench, FISH, **BY_NAME[name].settings[0])

@@ -87,6 +87,9 @@ def _sld(bench: Bench, target: Target, setting: str, warmup: int) -> Edit:
 def _uce(bench: Bench, target: Target, of: str, preserve: bool) -> Edit:
     others = OBJECTS if target.kind == OBJECT else STYLES
     kept = [emojicanvas.words(name) for name in others if name != target.name] if preserve else []
+    if of == "stand-in":
+        other = Target(target.kind, bench.nearest(target)[0])
+        return Edit((UCE.fit(bench.pipe, bare(target), guide=bare(other), preserve=kept, tokens="onward"),))
     if of == "word":
         return Edit((UCE.fit(bench.pipe, target.words, guide="", preserve=kept, tokens="onward"),))
     return Edit((UCE.fit(bench.pipe, bare(target), guide="an emoji", preserve=kept, tokens="onward"),))
@@ -125,6 +128,12 @@ def _at(bench: Bench, target: Target, place: str) -> list[tuple[SAE, Statistics]
 def _exchange(bench: Bench, target: Target, n_latents: int) -> Edit:
     prompts = emojicanvas.prompts_by_concept(target.words)
     return Edit((Exchange.fit(bench.pipe, bench.text_sae, target.words, prompts, n_latents=n_latents),))
+
+
+def _exchange_and_clamp(bench: Bench, target: Target, factor: float) -> Edit:
+    """What words still bring to the cross-attentions is held down there."""
+    both = _exchange(bench, target, 32).instruments + _clamp(bench, target, "cross", 8, factor).instruments
+    return Edit(both)
 
 
 def _itd(bench: Bench, target: Target, top_m: int, strength: float) -> Edit:
@@ -200,6 +209,7 @@ ERASERS: tuple[Eraser, ...] = (
         _uce,
         (
             {"of": "bare", "preserve": False},
+            {"of": "stand-in", "preserve": False},
             {"of": "word", "preserve": False},
             {"of": "word", "preserve": True},
             {"of": "bare", "preserve": True},
@@ -223,6 +233,7 @@ ERASERS: tuple[Eraser, ...] = (
         ),
     ),
     Eraser("exchange", _exchange, ({"n_latents": 32}, {"n_latents": 64}, {"n_latents": 16})),
+    Eraser("exchange and clamp", _exchange_and_clamp, ({"factor": 0.0}, {"factor": 1.0})),
     Eraser(
         "SAeUron",
         _saeuron,
