@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes is the machine's, and says nothing of what is tested.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 # The files that take longest, the longest in front. They are begun first: what is begun last decides how long one process of
 # `make test` waits for the other.
@@ -19,6 +24,7 @@ LONGEST = (
     "pipeline/test_matrix_unets.py",
     "pipeline/test_matrix_joint.py",
     "test_docs.py",
+    "test_training_guide.py",
     "kernels/test_ahead_of_time_sm_90.py",
     "kernels/test_ahead_of_time_sm_80.py",
     "test_interrupted.py",

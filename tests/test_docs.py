@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -50,8 +51,15 @@ def python_blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
+def run_python_blocks(page: str) -> dict[str, Any]:
+    names: dict[str, Any] = {"__name__": "page"}
+    for block in python_blocks(page):
+        exec(compile(block, page, "exec"), names)
+    return names
+
+
 @pytest.mark.embedded
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/training.md"])  # test_training_guide.py
 def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if page in ("docs/own_pipeline.md", "docs/own_sae.md"):
@@ -63,11 +71,7 @@ def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch, capsys):
         labels = [{"index": str(i), "description": f"what {i:02d} is about"} for i in range(1, N)]
         labels.append({"index": "0", "description": "falling snow, winter"})
         Path("labels.jsonl").write_text("\n".join(map(json.dumps, labels)))
-    if page == "docs/training.md":
-        run_shell_lines(page)
-    names: dict = {"__name__": "page"}
-    for block in python_blocks(page):
-        exec(compile(block, page, "exec"), names)
+    names = run_python_blocks(page)
     if page == "README.md":
         assert len(names["top"]) == 10
         assert names["overlay"].size == names["image"].size
@@ -86,25 +90,6 @@ def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch, capsys):
         assert names["naming"].word == "mono"  # the latent that a search for it finds
         assert len(names["examples"]) == 64
         assert names["found"].p is not None
-
-
-def run_shell_lines(page: str) -> None:
-    """From a pipeline to an SAE with its card, as the page has it; lines on the reader's own files are left out."""
-    for line in (line for of, line in SHELL_LINES if of == page and "my-pipeline" not in line):
-        result = CliRunner().invoke(app, shlex.split(line)[1:])
-        assert result.exit_code == 0, (line, result.output)
-        if line.startswith("sparsefeat sae check"):
-            assert "The SAE fits." in result.output
-    folder = Path("saes/unet.mid_block.attentions.0")
-    card = (folder / "README.md").read_text()
-    assert f'sf.load_sae("{folder}")' in card
-    assert "| hookpoint | `unet.mid_block.attentions.0` |" in card
-    assert Path("saes/index.html").read_text().count("<polyline") > 10
-    assert {path.name for path in Path("codecs").iterdir() if path.is_dir()} == {
-        f"unet.{block}.attentions.0-{preset}"
-        for block in ("mid_block", "up_blocks.0")
-        for preset in ("batch-topk", "matryoshka", "jumprelu")
-    }
 
 
 SHELL_LINES = [
@@ -255,3 +240,15 @@ def test_every_relative_link_and_picture_of_the_readme_exists():
     for target in re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r"`(docs/[a-z_]+\.md)`", text):
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
+
+
+def test_every_file_target_and_module_that_contributing_names_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = re.findall(r"(?<![\w/.])(?:tests|tools|bench|docs|sparsefeat)/[\w/*]+(?:\.\w+)?", text)
+    assert len(paths) > 30
+    for path in paths:
+        assert list(ROOT.glob(path)), path
+    made = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"\bmake ([a-z]+)(?: +#| PYTHON|`)", text)) <= {*made}
+    for module in re.findall(r"python -m ([\w.]+)", text):
+        assert importlib.util.find_spec(module), module

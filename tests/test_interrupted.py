@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from sparsefeat.assets import cross_attention_sae_folders
+from sparsefeat.cli import app
 
 COMMAND = [sys.executable, "-m", "sparsefeat.cli"]
 
@@ -47,7 +49,7 @@ def test_a_command_that_is_ended_leaves_nothing_and_says_so(number, tmp_path):
 
 
 @pytest.mark.embedded
-def test_an_erasure_that_was_fitted_is_kept_when_the_drawing_is_interrupted(tmp_path):
+def test_an_erasure_that_was_fitted_is_kept_when_the_drawing_is_interrupted(tmp_path, monkeypatch):
     (tmp_path / "concepts.json").write_text(json.dumps({"fox": ["a fox"], "owl": ["an owl"]}))
     sae = str(cross_attention_sae_folders()[-1])
     options = ["--concept", "fox", "--concepts", "concepts.json", "--sae", sae, "--save", "fit", "--latents", "2"]
@@ -55,12 +57,9 @@ def test_an_erasure_that_was_fitted_is_kept_when_the_drawing_is_interrupted(tmp_
     wait_for((tmp_path / "fit").exists, process)
     assert end(process, signal.SIGTERM) == "interrupted; the fitted erasure is kept in fit"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["concepts.json", "fit"]
-    again = subprocess.run(
-        [*COMMAND, "erase", "a fox", "--fitted", "fit", "--steps", "1", "--out", "out"],
-        cwd=tmp_path,
-        capture_output=True,
-    )
-    assert again.returncode == 0, again.stderr
+    monkeypatch.chdir(tmp_path)
+    again = CliRunner().invoke(app, ["erase", "a fox", "--fitted", "fit", "--steps", "1", "--out", "out"])
+    assert again.exit_code == 0, again.output
     assert (tmp_path / "out" / "after.png").is_file()
 
 
@@ -119,7 +118,7 @@ def test_training_that_is_ended_saves_says_so_and_goes_on(tmp_path):
 
 
 @pytest.mark.embedded
-def test_collecting_that_is_ended_keeps_what_is_complete_and_says_so(tmp_path):
+def test_collecting_that_is_ended_keeps_what_is_complete_and_says_so(tmp_path, monkeypatch):
     line = ["collect", "--at", "unet.mid_block.attentions.0", "--steps", "2", "--batch", "2", "--rows-per-image", "4"]
     process = start(line, tmp_path)
     store = tmp_path / "activations" / "unet.mid_block.attentions.0-output-image"
@@ -127,7 +126,8 @@ def test_collecting_that_is_ended_keeps_what_is_complete_and_says_so(tmp_path):
     said = end(process, signal.SIGTERM)
     assert said == "interrupted; what is complete is in activations, and the same command goes on from it"
     shards = {path.name: path.read_bytes() for path in store.glob("*.safetensors")}
-    again = subprocess.run([*COMMAND, *line], cwd=tmp_path, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+    monkeypatch.chdir(tmp_path)
+    again = CliRunner().invoke(app, line)
+    assert again.exit_code == 0, again.output
     assert "1,280 rows of width 128" in again.stdout
     assert all((store / name).read_bytes() == content for name, content in shards.items())

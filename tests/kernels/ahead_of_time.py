@@ -19,7 +19,6 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +33,7 @@ from sparsefeat_kernels.tuning import measure as tuning  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from bench.sass import Code, units  # noqa: E402
+from bench.sass import Code, disassembled, units  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -237,24 +236,22 @@ def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[ASTSource, dict
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), options
 
 
-def evidence(compiled: Any, architecture: str, folder: Path) -> dict[str, Any]:
+def evidence(compiled: Any, architecture: str) -> dict[str, Any]:
     found: dict[str, Any] = {"shared": compiled.metadata.shared}
     if architecture == "gfx942":
         found["spills"] = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]))
-        found["registers"] = max(int(n) for n in re.findall(r"\.vgpr_count:\s*(\d+)", compiled.asm["amdgcn"]))
         found["matrix_unit"] = "mfma" in compiled.asm["amdgcn"]
-        return found
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
-    found["registers"] = int(re.findall(r"REG:(\d+)", usage.stdout + usage.stderr)[-1])
-    sass = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    found["spills"] = len(re.findall(r"\b(?:STL|LDL)\b", sass))  # instructions on local memory
-    found["matrix_unit"] = bool(re.search(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", sass))
-    found["copies"] = len(re.findall(r"\bUTMALDG", sass))
-    found["warp_groups"] = len(re.findall(r"\bHGMMA", sass))
-    found["wide_loads"] = len(re.findall(r"\b(?:LDG|LDGSTS)\.[\w.]*128|\bUTMALDG", sass))
     return found
+
+
+def of_instructions(sass: str) -> dict[str, Any]:
+    return {
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),  # instructions on local memory
+        "matrix_unit": bool(re.search(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", sass)),
+        "copies": len(re.findall(r"\bUTMALDG", sass)),
+        "warp_groups": len(re.findall(r"\bHGMMA", sass)),
+        "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.[\w.]*128|\bUTMALDG", sass)),
+    }
 
 
 Launch = tuple[str, str, Any, dict[str, Any]]  # shape, dtype, kernel, arguments
@@ -302,7 +299,7 @@ def main(folder: Path, architecture: str) -> None:
         importlib.import_module(f"sparsefeat_kernels.{name}").backend = lambda: TARGETS[architecture].backend
     copies = TARGETS[architecture].backend == "cuda" and TARGETS[architecture].arch >= 90
     importlib.import_module("sparsefeat_kernels.encode.gpu.tiles").has_copy_engine = lambda: copies
-    seen = set()
+    seen, rows, cubins = set(), [], []
     tuned = ((launch, {"tuned": True}) for launch in tuned_launches(architecture))
     for (shape, dtype, kernel, arguments), more in (*((launch, {}) for launch in all_launches(architecture)), *tuned):
         source, options = specialised(kernel, arguments)
@@ -311,13 +308,22 @@ def main(folder: Path, architecture: str) -> None:
         seen.add(key)
         compiled = triton.compile(source, target=TARGETS[architecture], options=options)
         row = {"architecture": architecture, "kernel": kernel.fn.__name__, "shape": shape, "dtype": dtype} | more
-        row |= evidence(compiled, architecture, folder)
+        row |= evidence(compiled, architecture)
         if architecture == "sm_90" and row["kernel"].endswith("_encode_product_kernel"):
             tile = arguments["BLOCK_ROWS"], arguments["BLOCK_LATENTS"]
             entries = tile[0] * tile[1] / (32 * arguments["num_warps"])  # of a thread
-            of = Code(folder / "kernel.cubin", TOOLS / "cuobjdump").after_product()
-            row |= {"epilogue": units(of)["integer"] / entries, "large": tile[1] > 128}
-        print(json.dumps(row), flush=True)
+            (folder / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+            alone = Code(folder / "kernel.cubin", TOOLS / "cuobjdump")
+            row |= {"epilogue": units(alone.after_product())["integer"] / entries, "large": tile[1] > 128}
+            row["products"] = alone.ops.count("HGMMA")
+        rows.append(row)
+        cubins.append(compiled.asm.get("cubin"))
+    if TARGETS[architecture].backend == "cuda":
+        of = disassembled(
+            cubins, f"SM{TARGETS[architecture].arch}{'a' * copies}", TOOLS / "nvdisasm", folder / "all.bin"
+        )
+        rows = [row | of_instructions(sass) for row, sass in zip(rows, of, strict=True)]
+    print(*map(json.dumps, rows), sep="\n")
 
 
 def key_of(kernel: Any, source: ASTSource, options: dict[str, Any]) -> str:

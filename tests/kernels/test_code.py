@@ -32,7 +32,7 @@ def test_both_forms_answer_alike(code: SparseCode):
     assert torch.equal(code.to("cpu").dense(), DENSE)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**31), st.integers(0, 6), st.integers(0, 8))
 def test_padded_from_dense_goes_back(seed: int, rows: int, n: int):
     z = torch.randint(-2, 3, (rows, n), generator=torch.Generator().manual_seed(seed)).float()

@@ -167,7 +167,7 @@ def test_equality_nan_infinity_and_zeros(path: str, name: str):
 wild = st.floats(width=32) | st.sampled_from([0.0, -0.0, 1.0, -1.0, INF, -INF])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(wild, wild), min_size=1, max_size=90), st.data())
 def test_any_row_of_floats_with_any_thresholds(pairs: list[tuple[float, float]], data: st.DataObject):
     a, threshold = torch.tensor(pairs, dtype=torch.float32).unbind(1)
@@ -176,7 +176,7 @@ def test_any_row_of_floats_with_any_thresholds(pairs: list[tuple[float, float]],
     assert_same(threshold_encode(*inputs, max_active), expected(inputs, max_active))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**31), st.integers(0, 40), st.integers(1, 5), st.integers(1, 300), st.data())
 def test_small_integers_in_wild_shapes_are_exact(seed: int, rows: int, d: int, n: int, data: st.DataObject):
     g = torch.Generator().manual_seed(seed)
@@ -187,7 +187,7 @@ def test_small_integers_in_wild_shapes_are_exact(seed: int, rows: int, d: int, n
     assert_csr_same(threshold_encode_csr(*inputs), expected(inputs, n))
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.integers(0, 2**31), st.integers(0, 5), st.integers(1, 5), st.integers(1, 300), st.data())
 def test_both_paths_give_the_same_bits_on_small_integers(seed: int, rows: int, d: int, n: int, data: st.DataObject):
     g = torch.Generator().manual_seed(seed)

@@ -132,7 +132,7 @@ def test_ties_nan_infinity_and_zeros(path: str, name: str):
 wild = st.floats(width=32) | st.sampled_from([0.0, -0.0, 1.0, -1.0, INF, -INF])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(wild, min_size=1, max_size=90), st.data())
 def test_any_row_of_floats_is_selected_exactly(a: list[float], data: st.DataObject):
     k = data.draw(st.integers(1, len(a)))
@@ -141,7 +141,7 @@ def test_any_row_of_floats_is_selected_exactly(a: list[float], data: st.DataObje
     assert_same(topk_encode(*inputs, k, selection), reference(*(t.double() for t in inputs), k, selection))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**31), st.integers(0, 6), st.integers(1, 5), st.integers(1, 130), st.data())
 def test_small_integers_which_tie_constantly_are_exact(seed: int, rows: int, d: int, n: int, data: st.DataObject):
     g = torch.Generator().manual_seed(seed)

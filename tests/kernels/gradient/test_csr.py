@@ -8,7 +8,7 @@ from sparsefeat_kernels.gradient.csr import latent_major
 from sparsefeat_kernels.gradient.weight_gradient import reference, weight_gradient
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**31), st.integers(0, 9), st.integers(1, 6), st.integers(1, 12))
 def test_every_latent_owns_its_entries_in_row_order(seed: int, rows: int, k: int, n: int):
     g = torch.Generator().manual_seed(seed)

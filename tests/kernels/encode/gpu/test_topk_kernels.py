@@ -108,7 +108,7 @@ def test_ties_nan_infinity_and_zeros(name: str, selection: str):
     assert_same(encode(inputs, 5, selection), expected(inputs, 5, selection))
 
 
-@settings(max_examples=8 if DEVICE == "cuda" else 12, deadline=None)  # a GPU compiles every one
+@settings(max_examples=8 if DEVICE == "cuda" else 12)  # a GPU compiles every one
 @given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 5), st.integers(1, 150), st.data())
 def test_small_integers_which_tie_constantly_are_exact(seed: int, rows: int, d: int, n: int, data: st.DataObject):
     k = data.draw(st.integers(1, min(n, 20)))
@@ -136,7 +136,7 @@ def near(base: float, ulps: int) -> float:
     return struct.unpack("f", struct.pack("i", struct.unpack("i", struct.pack("f", base))[0] + ulps))[0]
 
 
-@settings(max_examples=10 if DEVICE == "cuda" else 30, deadline=None)
+@settings(max_examples=10 if DEVICE == "cuda" else 30)
 @given(st.data())
 def test_values_that_differ_in_the_bits_that_keys_leave_out(data: st.DataObject):
     """Into few groups, around one number, on both sides of where a key's bits change: the k-th, what is left out, and
@@ -154,7 +154,7 @@ def test_values_that_differ_in_the_bits_that_keys_leave_out(data: st.DataObject)
     assert_same(encode(inputs, k, selection), expected(inputs, k, selection))
 
 
-@settings(max_examples=8 if DEVICE == "cuda" else 12, deadline=None)
+@settings(max_examples=8 if DEVICE == "cuda" else 12)
 @given(st.integers(0, 2**31), st.sampled_from([100.0, 4096.0, -4096.0, 1e6]), st.integers(1, 6), st.integers(1, 5))
 def test_a_bias_far_larger_than_what_differs_under_it(seed: int, bias: float, d: int, k: int):
     """Fewer than 16 products of integers and a bias that is a power of two away: the sums are exact, and a key would cut
