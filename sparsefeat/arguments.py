@@ -52,7 +52,7 @@ def latent_number(name: str, given: Any, n_latents: int) -> int:
     """The number of a latent."""
     no_entry(name, given)
     if isinstance(given, bool) or not hasattr(given, "__index__") or not 0 <= given < n_latents:
-        raise ValueError(f"{name}={given!r:.80} is out of range; this SAE has {n_latents} latents, counted from 0.")
+        raise ValueError(f"{name}={given!s:.80} is out of range; this SAE has {n_latents} latents, counted from 0.")
     return operator.index(given)
 
 
