@@ -6,7 +6,7 @@
 # make interop  other programs' SAE files made again by those programs, and compared: docs/interop.md
 # make matrix  every promise of attach in every configuration, over half an hour: docs/pipelines.md
 # make floor   the oldest supported versions, in an environment of their own: docs/pipelines.md too
-# make card    what a GPU machine will do, rehearsed with the Triton it has: kernels compiled, every op interpreted; half an hour
+# make card    what a GPU machine will do, rehearsed with the Triton it has: kernels compiled, every op interpreted; up to an hour
 # make evaluate  the EmojiCanvas benchmark: bench/results/emoji.json
 
 PYTHON ?= python3
@@ -94,8 +94,7 @@ $(FLOOR)/.installed: constraints-floor.txt
 	touch $@
 
 card: $(CARD)/.installed
-	OMP_NUM_THREADS=1 $(CARD)/bin/python -m pytest -q tests/kernels/test_ahead_of_time.py \
-		tests/kernels/test_ahead_of_time_sm_90.py tests/bench/test_predict.py
+	OMP_NUM_THREADS=1 $(CARD)/bin/python -m pytest -q tests/kernels/test_ahead_of_time*.py tests/bench/test_predict.py
 	$(CARD)/bin/python -m bench.predict
 	$(CARD)/bin/python -m bench.gpu smoke --rehearse --out build/card
 
