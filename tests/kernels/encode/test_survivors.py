@@ -360,3 +360,23 @@ def test_the_maxima_of_groups_are_those_of_their_floats(offset: float):
     p[0, :, 0], p[1, :, 1], p[2, :, 2] = 0.0, -0.0, torch.tensor([-0.0, -1.0, 0.0, -torch.inf]).bfloat16()
     p[3, 1, 3], p[4, :, 4] = torch.inf, -torch.inf
     assert torch.equal(survivors.group_maxima(p).float() + 0.0, p.float().sort(1).values[:, -1] + 0.0)
+
+
+@pytest.mark.parametrize("threshold", [-3.0, -0.01, 0.0, 0.7])
+@pytest.mark.parametrize("signed", [False, True])
+def test_an_entry_reaches_where_its_upper_bound_does(threshold: float, signed: bool):
+    """On both sides of 0, where an error that grows with the entry's size moves the border to different sides."""
+    g = torch.Generator().manual_seed(4)
+    p = (3 * torch.randn(11, 4 * 9, generator=g)).bfloat16()
+    p[:, ::5] = torch.linspace(threshold * 0.99, threshold * 1.01, 11).bfloat16()[:, None]
+    size, lost, bounds = torch.rand(11, generator=g), torch.rand(11, generator=g), torch.rand(3, 9, generator=g) / 99
+    row, of_group = (torch.rand(11, 9, generator=g) > 0.2).nonzero(as_tuple=True)
+    found = survivors.entries_that_reach(torch.full((11,), threshold), p, row, of_group, size, lost, bounds, signed)
+    a = p.double().abs() if signed else p.double()
+    margin = lost[:, None].double() * bounds[0] + size[:, None].double() * bounds[1] + bounds[2]
+    over = a + a.abs() * 2.0**-8 + margin.repeat(1, 4) - threshold
+    looked = torch.zeros(11, 9, dtype=torch.bool).index_put_((row, of_group), torch.tensor(True)).repeat(1, 4)
+    reached = torch.zeros(11, 36, dtype=torch.bool).index_put_(found, torch.tensor(True))
+    assert len(found[0]) == reached.sum() == len({*zip(*(t.tolist() for t in found), strict=True)})
+    assert bool((reached >= (looked & (over >= 0))).all())
+    assert bool((reached <= (looked & (over >= -1e-4))).all())
