@@ -50,7 +50,7 @@ def prompts_by_concept(concept: str, name: str = "concept") -> dict[str, list[st
     if hyphenated in STYLES:
         return {style: [prompt(of, style) for of in OBJECTS[::2]] for style in STYLES}
     if hyphenated in OBJECTS:
-        return {words(of): [prompt(of, style) for style in STYLES] for of in OBJECTS}
+        return {concept if of == hyphenated else words(of): [prompt(of, style) for style in STYLES] for of in OBJECTS}
     raise ValueError(
         f"{name} {concept!r} is none of the embedded pipeline's objects and styles; choose one of "
         f"{', '.join((*STYLES, *map(words, OBJECTS)))}"

@@ -11,7 +11,7 @@ from sparsefeat.erasure.random_latents import random_latents
 from sparsefeat.erasure.replace_where import ReplaceWhere
 from sparsefeat.erasure.saeuron import Erase, Selection, select
 from sparsefeat.erasure.safe_latent_diffusion import safe_latent_diffusion
-from sparsefeat.erasure.uce import UCE
+from sparsefeat.erasure.uce import UCE, TextEmbeddings
 
 __all__ = [
     "ESD",
@@ -23,6 +23,7 @@ __all__ = [
     "PosteriorAttenuation",
     "ReplaceWhere",
     "Selection",
+    "TextEmbeddings",
     "clamp_latents",
     "negative_prompt",
     "random_latents",

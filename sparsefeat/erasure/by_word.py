@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsefeat.attribution import cad_erase
 from sparsefeat.erasure.safe_latent_diffusion import safe_latent_diffusion
-from sparsefeat.erasure.uce import UCE
+from sparsefeat.erasure.uce import UCE, TextEmbeddings
 from sparsefeat.steering.saved import SavableInstrument
 
 METHODS = ("cad", "uce", "sld")
@@ -16,7 +16,12 @@ PROMPTS = 4
 
 
 def erase_by_word(
-    pipe: Any, concept: str, method: str = "uce", prompts: Mapping[str, Sequence[str]] | None = None, **call: Any
+    pipe: Any,
+    concept: str,
+    method: str = "uce",
+    prompts: Mapping[str, Sequence[str]] | None = None,
+    texts: TextEmbeddings | None = None,
+    **call: Any,
 ) -> SavableInstrument:
     """The instrument that erases a concept by one of `METHODS`.
 
@@ -24,6 +29,7 @@ def erase_by_word(
         method: "uce", the weights that read the text, in closed form (`UCE`); "cad", the weights that make the concept
             (`cad_erase`); "sld", guidance away from it (`safe_latent_diffusion`), which needs no prompts and no fit.
         prompts: concept -> its prompts, of this concept and of those that are to stay; default the word alone.
+        texts: what "uce" read of this pipeline for earlier concepts, and adds to.
         call: arguments of the pipeline, for the runs of a fit.
     """
     if not concept.strip():
@@ -32,9 +38,14 @@ def erase_by_word(
         raise ValueError(f"method={method!r} is not known; use one of {', '.join(map(repr, METHODS))}.")
     if method == "sld":
         return safe_latent_diffusion(concept, "max")
-    given = prompts or {}
-    own = list(given.get(concept, [concept])[:PROMPTS])
+    own, others = texts_of(concept, prompts)
     if method == "cad":
         return cad_erase(pipe, own, **call)
+    return UCE.fit(pipe, own, preserve=others, texts=texts or TextEmbeddings(pipe, **call))
+
+
+def texts_of(concept: str, prompts: Mapping[str, Sequence[str]] | None) -> tuple[list[str], list[str]]:
+    """What cad and uce look at: prompts of the concept, and for uce one of each that is to stay."""
+    given = prompts or {}
     others = [text for name, texts in given.items() if name != concept for text in texts[:1]]
-    return UCE.fit(pipe, own, preserve=others, **{**call, "num_inference_steps": 1})
+    return list(given.get(concept, [concept])[:PROMPTS]), others

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sparsefeat.arguments import finite, number
 from sparsefeat.attention.seen_prompts import SeenPrompts
 from sparsefeat.attribution.gradients import denoiser_name
-from sparsefeat.pipeline import Call, Context, Instrument, UnknownConditionError, attach, resolve
+from sparsefeat.pipeline import Call, Context, Enough, Instrument, UnknownConditionError, attach, resolve
 from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.pipeline.context import HOW_TO_STATE, UNKNOWN
 from sparsefeat.pipeline.families.registry import family_of
@@ -82,6 +82,40 @@ def text_map(
     return TextMap(tuple(paths), (guide - erase).T.float().cpu(), right.float().cpu())
 
 
+class TextEmbeddings:
+    """What a pipeline's denoiser is given of texts, each read once: what several `UCE.fit` of one pipeline share.
+
+    Args:
+        pipe: any pipeline.
+        modules: as in `UCE.fit`.
+        call: arguments of the pipeline.
+    """
+
+    def __init__(self, pipe: Any, *, modules: Sequence[str] | None = None, **call: Any):
+        check_arguments(pipe, call, also=inspect.signature(UCE.fit).parameters)
+        self.pipe, self.call = pipe, call
+        self.readers = _readers(pipe, modules)
+        """Paths of the weights that read text, by the denoiser's argument."""
+        self._seen = _Embeddings(denoiser_name(pipe), tuple(self.readers))
+
+    def new(self, texts: Sequence[str]) -> list[str]:
+        """Those that are not read yet."""
+        return [text for text in dict.fromkeys(texts) if text not in self._seen.found]
+
+    def of(self, texts: Sequence[str]) -> dict[str, dict[str, _Given]]:
+        """By text and the denoiser's argument; those that are new are read. What was read before an interrupt is kept."""
+        if new := self.new(texts):
+            with attach(self.pipe, self._seen):
+                for text in new:
+                    self._seen.text = text
+                    self.pipe(text, **{"num_inference_steps": 1, "output_type": "latent", **self.call})
+                    if text not in self._seen.found:
+                        raise ValueError(
+                            f"the denoiser of this {type(self.pipe).__name__} was not given the text {text!r}."
+                        )
+        return {text: self._seen.found[text] for text in texts}
+
+
 @register("sparsefeat.erasure:UCE")
 class UCE(SavableInstrument):
     """Instrument: concepts are read as others, by changed weights that come back to the bit. Made by `UCE.fit`.
@@ -116,9 +150,10 @@ class UCE(SavableInstrument):
         tokens: str = "onward",
         modules: Sequence[str] | None = None,
         steps: Steps = None,
+        texts: TextEmbeddings | None = None,
         **call: Any,
     ) -> UCE:
-        """Embed the concepts by one short call of the pipeline, and solve.
+        """Embed the concepts by calls of the pipeline that end where its denoiser begins, and solve.
 
         Args:
             erase: concepts, "fox" or several.
@@ -131,6 +166,7 @@ class UCE(SavableInstrument):
                 encoders one after the other (Stable Diffusion 3), the one way there is.
             modules: paths of Linear modules that are given the text; default, of UNets the keys and values of the
                 cross-attention, of FLUX and Stable Diffusion 3 `context_embedder` and the first layer for the pooled text.
+            texts: what earlier fits read with this pipeline, with its own modules and arguments; this one adds to it.
             call: arguments of the pipeline, such as max_sequence_length, height and width.
 
         Raises:
@@ -147,18 +183,18 @@ class UCE(SavableInstrument):
         if tokens not in ("last", "onward"):
             raise ValueError(f"tokens={tokens!r} is not known; use 'last' or 'onward'.")
         StepWindow.parse(steps)
-        check_arguments(pipe, call, also=inspect.signature(cls.fit).parameters)
-        readers = _readers(pipe, modules)
-        seen = _Embeddings(denoiser_name(pipe), tuple(readers))
-        with attach(pipe, seen):
-            for text in dict.fromkeys([*erased, *guides, *preserved]):
-                seen.text = text
-                pipe(text, **{"num_inference_steps": 1, "output_type": "latent", **call})
+        if texts is None:
+            texts = TextEmbeddings(pipe, modules=modules, **call)
+        elif texts.pipe is not pipe or modules is not None or call:
+            raise ValueError(
+                "texts= is read with a pipeline, modules and arguments of its own; give that pipeline alone."
+            )
+        embedded = texts.of([*erased, *guides, *preserved])
         maps = []
-        for argument, paths in readers.items():
-            of = {text: found[argument] for text, found in seen.found.items() if argument in found}
+        for argument, paths in texts.readers.items():
+            of = {text: given[argument] for text, given in embedded.items() if argument in given}
             counts = {len(given.last) for given in of.values()}
-            if len(of) != len(seen.found) or len(counts) != 1:
+            if len(of) != len(embedded) or len(counts) != 1:
                 raise ValueError(
                     f"the denoiser was not given {argument} of as many encoders for every text; give modules=."
                 )
@@ -283,7 +319,7 @@ class _Embeddings(Instrument):
             return
         if UNKNOWN in context.condition:
             raise UnknownConditionError(f"which rows of {name} are the prompt's cannot be told: {HOW_TO_STATE}")
-        if self.text in self.found or "cond" not in context.condition:
+        if "cond" not in context.condition:
             return
         row = context.condition.index("cond")
         self.found[self.text] = {
@@ -291,6 +327,7 @@ class _Embeddings(Instrument):
             for argument in self.wanted
             if (rows := self._rows(argument, arguments.get(argument), row)) is not None
         }
+        raise Enough
 
     def _rows(self, argument: str, given: Any, row: int) -> _Given | None:
         if not isinstance(given, Tensor) or given.ndim not in (2, 3):

@@ -17,13 +17,13 @@ from sparsefeat.arguments import number, whole
 from sparsefeat.assets.embedded import ERASE_GAMMA, ERASE_LATENTS
 from sparsefeat.attention import HeatMaps, words_of
 from sparsefeat.attention.recording import HeatMapRecording
-from sparsefeat.erasure import Erase, Exchange
+from sparsefeat.erasure import Erase, Exchange, TextEmbeddings
 from sparsefeat.erasure.by_word import METHODS as WITHOUT_SAE
-from sparsefeat.erasure.by_word import erase_by_word
+from sparsefeat.erasure.by_word import erase_by_word, texts_of
 from sparsefeat.explore.edits import BY_SAE, Edit, Source, WordEdit, python_lines, save_edits
-from sparsefeat.features import Examples, Record
+from sparsefeat.features import Examples, Record, Statistics, collect_statistics
 from sparsefeat.features.record import Recording, TopLatent
-from sparsefeat.pipeline import Context, Instrument, attach
+from sparsefeat.pipeline import Call, Context, Instrument, attach
 from sparsefeat.pipeline.call_arguments import check_number_of_steps
 from sparsefeat.pipeline.drawing import draw_all
 from sparsefeat.report import enlarge, overlay
@@ -37,8 +37,15 @@ NAMED_FROM = 16
 """Images without which no word can pass `name_of`: half of them choose it and half try it."""
 AT_ONCE = 4
 """Images of a survey that are drawn in one call, and lost if it is stopped."""
+TEXTS_AT_ONCE = 25
+"""Of those that an erasure reads."""
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
+"""Told what is done, and how many of how many steps of it are."""
+
+
+def untold(what: str, step: int, n_steps: int) -> None:
+    """Nobody is told."""
 
 
 class Stopped(Exception):
@@ -51,17 +58,34 @@ class Stopped(Exception):
 
 
 class Watch(Instrument):
-    """Instrument: tells every completed step, and ends the call if it was stopped."""
+    """Instrument: tells every completed step of the calls that draw `images` in all, and ends a call if it was stopped."""
 
-    def __init__(self, progress: Progress, stop: threading.Event):
+    def __init__(self, what: str, progress: Progress, stop: threading.Event, images: int = 1):
+        self.what: str = what
         self.progress: Progress = progress
         self.stop: threading.Event = stop
+        self.images: int = images
+        self.drawn = 0
+        """Images of completed calls."""
+        self._told = 0
+
+    def begin_call(self, call: Call) -> None:
+        self._now = call.n_images or 1
+        self._tell(0, call.n_steps or 1)
 
     def end_step(self, context: Context) -> None:
-        step, n_steps = (context.step or 0) + 1, context.n_steps or 1
-        self.progress(step, n_steps)
+        self._tell((context.step or 0) + 1, context.n_steps or 1)
+
+    def end_call(self, call: Call) -> None:
+        self.drawn += self._now
+
+    def _tell(self, step: int, n_steps: int) -> None:
+        done, of = self.drawn * n_steps + self._now * step, self.images * n_steps
+        if done != self._told:
+            self._told = done
+            self.progress(self.what, done, of)
         if self.stop.is_set():
-            raise Stopped(step, n_steps)
+            raise Stopped(done, of)
 
 
 @dataclass(frozen=True)
@@ -137,7 +161,7 @@ class Explorer:
         source: how these were opened, for the lines of Python.
         prompts: drawn by `survey`, to have images of other things.
         words: prompt -> the words it may name a latent by; of others, all their words.
-        eraser: the SAE that erases words, by one of `BY_SAE`; it needs `concepts`.
+        eraser: the text encoder's SAE that erases words, by one of `BY_SAE`; it needs `concepts`.
         concepts: a word -> concept -> prompts, of the word and of what is to stay; ValueError for a word it does not know.
     """
 
@@ -173,6 +197,10 @@ class Explorer:
         self._seen: set[Asked] = set()
         self._runs: OrderedDict[Asked, Unedited] = OrderedDict()
         self._fitted: dict[WordEdit, SavableInstrument] = {}
+        self._texts: TextEmbeddings | None = None
+        """What "uce" has read so far."""
+        self._statistics: dict[tuple[str, ...], Statistics] = {}
+        """By the concepts that they compare."""
         self._names: dict[tuple[int, int, int], str | None] = {}
         self._no_maps: str | None = None
         self._running, self._stop = threading.Lock(), threading.Event()
@@ -183,18 +211,19 @@ class Explorer:
             self._stop.set()
 
     @contextmanager
-    def _one_run(self, progress: Progress) -> Iterator[Watch]:
+    def _one_run(self) -> Iterator[None]:
         with self._running:
             self._stop.clear()
-            yield Watch(progress, self._stop)
+            yield
 
-    def draw(self, asked: Asked, progress: Progress = lambda step, n: None) -> Unedited:
+    def draw(self, asked: Asked, progress: Progress = untold) -> Unedited:
         """The image without edits and what is read in it; at once if it was drawn lately."""
         check_number_of_steps(self.pipe, "steps", asked.steps)
-        with self._one_run(progress) as watch:
+        with self._one_run():
             if asked in self._runs:
                 self._runs.move_to_end(asked)
                 return self._runs[asked]
+            watch = Watch("drawing", progress, self._stop)
             images, recordings, maps = self._look(asked, [asked.prompt], [asked.seed], watch)
             drawn = Unedited(asked, images[0], recordings, maps, self._no_maps)
             self._runs[asked] = drawn
@@ -219,6 +248,7 @@ class Explorer:
                 return self._called(given, call, records, maps, watch)
             except (ValueError, RuntimeError) as error:  # it may be of the maps, and the records can do without
                 call["generator"].manual_seed(seeds[0])
+                watch.drawn = 0
                 read = self._called(given, call, records, None, watch)
                 self._no_maps = str(error)
                 return read
@@ -240,7 +270,7 @@ class Explorer:
             examples.add(recording, words)
         self.pictures += [enlarge(image) for image in images]
 
-    def survey(self, n: int, asked: Asked, progress: Progress = lambda step, n: None) -> int:
+    def survey(self, n: int, asked: Asked, progress: Progress = untold) -> int:
         """Draw n more of `prompts`, with the steps and guidance of `asked`, for examples and names; how many there are.
 
         What was drawn before a stop is kept.
@@ -248,11 +278,11 @@ class Explorer:
         whole("n", n)
         if not self.prompts:
             raise ValueError("there are no prompts to draw examples of; start with --prompts FILE, a prompt a line")
-        with self._one_run(progress) as watch:
+        with self._one_run():
+            watch = Watch("looking at other images", progress, self._stop, n)
             for start in range(0, n, AT_ONCE):
                 numbers = range(self.surveyed, self.surveyed + min(AT_ONCE, n - start))
                 prompts = [self.prompts[i % len(self.prompts)] for i in numbers]
-                watch.progress = _part(progress, start, len(prompts), n)
                 images, recordings, _ = self._look(asked, prompts, list(numbers), watch)
                 self._keep(images, recordings, prompts)
                 self.surveyed += len(prompts)
@@ -340,24 +370,24 @@ class Explorer:
                 continue
         return shown
 
-    def edited(self, asked: Asked, edits: Sequence[Edit], progress: Progress = lambda step, n: None) -> Image.Image:
+    def edited(self, asked: Asked, edits: Sequence[Edit], progress: Progress = untold) -> Image.Image:
         """The image of the same prompt and noise with the edits at work."""
         check_number_of_steps(self.pipe, "steps", asked.steps)
         for edit in edits:
             steps = getattr(edit, "steps", None)
             if steps is not None and steps[0] > asked.steps:
                 raise ValueError(f"the edit begins at step {steps[0]} of {asked.steps}; choose an earlier first step")
-        with self._one_run(progress) as watch:
-            instruments = self._instruments(edits, asked, watch)
-            with attach(self.pipe, *instruments, watch):
+        with self._one_run():
+            instruments = self._instruments(edits, asked, progress)
+            with attach(self.pipe, *instruments, Watch("editing", progress, self._stop)):
                 generator = torch.Generator("cpu").manual_seed(asked.seed)
                 return draw_all(self.pipe, asked.prompt, {**asked.settings(), "generator": generator})[0]
 
-    def _instruments(self, edits: Sequence[Edit], asked: Asked, watch: Watch) -> list[SavableInstrument]:
-        return [edit.instrument(self.saes, lambda word: self._erasure(word, asked, watch)) for edit in edits]
+    def _instruments(self, edits: Sequence[Edit], asked: Asked, progress: Progress) -> list[SavableInstrument]:
+        return [edit.instrument(self.saes, lambda word: self._erasure(word, asked, progress)) for edit in edits]
 
-    def _erasure(self, edit: WordEdit, asked: Asked, watch: Watch) -> SavableInstrument:
-        """The fitted erasure of a word; kept, so that it is fitted once."""
+    def _erasure(self, edit: WordEdit, asked: Asked, progress: Progress) -> SavableInstrument:
+        """The fitted erasure of a word; kept, so that it is fitted once, with what was read for it and serves other words."""
         if edit not in self._fitted:
             word = edit.word.strip()
             if not word:
@@ -367,22 +397,40 @@ class Explorer:
                     f"method {edit.method!r} is not among those of this pipeline, {', '.join(self.methods)}"
                 )
             known = None if self.concepts is None else self.concepts(word)
-            with attach(self.pipe, watch):
-                if edit.method in BY_SAE:
-                    assert self.eraser is not None
-                    assert known is not None
-                    self._fitted[edit] = self._by_sae(edit.method, self.eraser, word, known, asked)
-                else:
-                    self._fitted[edit] = erase_by_word(self.pipe, word, edit.method, known, **asked.settings())
+            self._fitted[edit] = self._fit(word, edit.method, known, asked.settings(), progress)
         return self._fitted[edit]
 
-    def _by_sae(
-        self, method: str, sae: SAE, word: str, known: Mapping[str, Sequence[str]], asked: Asked
+    def _fit(
+        self,
+        word: str,
+        method: str,
+        known: Mapping[str, Sequence[str]] | None,
+        call: dict[str, Any],
+        progress: Progress,
     ) -> SavableInstrument:
-        if method == "exchange":
-            return Exchange.fit(self.pipe, sae, word, known, n_latents=ERASE_LATENTS)
-        how: dict[str, Any] = {"n_latents": ERASE_LATENTS, "gamma": ERASE_GAMMA, "magnitude": "scale", "batch_size": 25}
-        return Erase.fit(self.pipe, sae, word, known, **how, **asked.settings())
+        def watch(n: int) -> Watch:
+            return Watch(f"learning what “{word}” is", progress, self._stop, n)
+
+        once = {**call, "num_inference_steps": 1}
+        if method in BY_SAE:
+            assert self.eraser is not None
+            assert known is not None
+            if method == "exchange":
+                return Exchange.fit(self.pipe, self.eraser, word, known, n_latents=ERASE_LATENTS)
+            if tuple(known) not in self._statistics:
+                with attach(self.pipe, watch(len({prompt for of in known.values() for prompt in of}))):
+                    self._statistics[tuple(known)] = collect_statistics(
+                        self.pipe, self.eraser, known, batch_size=TEXTS_AT_ONCE, **once
+                    )
+            return Erase.from_statistics(
+                self.eraser, self._statistics[tuple(known)], word, n_latents=ERASE_LATENTS, gamma=ERASE_GAMMA, magnitude="scale"
+            )  # fmt: skip
+        if method == "uce" and self._texts is None:
+            self._texts = TextEmbeddings(self.pipe, **once)
+        own, others = texts_of(word, known)
+        n = len(self._texts.new([*own, *others, ""])) if method == "uce" and self._texts is not None else len(own)
+        with attach(self.pipe, watch(n)):
+            return erase_by_word(self.pipe, word, method, known, self._texts, **call)
 
     def lines(self, asked: Asked, edits: Sequence[Edit], folder: str, *, loaded: bool = False) -> str:
         """The program that draws the edited image; `loaded`: with all edits from the folder that `save` wrote."""
@@ -391,11 +439,6 @@ class Explorer:
     def save(self, folder: str, asked: Asked, edits: Sequence[Edit]) -> Path:
         """Write the edits for `load_instrument(folder)`, with the program in `edit.py`."""
         place = Path(folder).expanduser().absolute() if str(folder).strip() else folder
-        with self._one_run(lambda step, n: None) as watch:
-            instruments = self._instruments(edits, asked, watch)
+        with self._one_run():
+            instruments = self._instruments(edits, asked, untold)
         return save_edits(place, edits, instruments, self.lines(asked, edits, str(place)))
-
-
-def _part(progress: Progress, before: int, now: int, images: int) -> Progress:
-    """The progress of one call that draws `now` of all images, after `before` of them."""
-    return lambda step, steps: progress(before * steps + now * step, images * steps)

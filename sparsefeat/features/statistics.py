@@ -19,9 +19,10 @@ from sparsefeat.arguments import finite, number, whole
 from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.features.folders import read_folder, write_folder
 from sparsefeat.features.progress import Progress
-from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument, attach
+from sparsefeat.pipeline import Activations, Call, Context, Enough, Hookpoint, Instrument, attach
 from sparsefeat.pipeline.call_arguments import check_arguments
-from sparsefeat.pipeline.hookpoints import resolve
+from sparsefeat.pipeline.families.registry import family_of
+from sparsefeat.pipeline.hookpoints import components, resolve
 from sparsefeat.sae import SAE
 
 Concepts = str | Sequence[str]
@@ -290,7 +291,8 @@ class CollectStatistics(Instrument):
         self.statistics: Statistics = statistics
         self.condition: str = condition
         self.concepts = concepts
-        self._counted = False
+        self.has_counted = False
+        """Anything in this call."""
         self._of_image: list[tuple[int, ...]] = []
         self._call: Call | None = None
 
@@ -315,7 +317,7 @@ class CollectStatistics(Instrument):
                     f"concepts= has {len(of_prompt)} entries for {n_prompts} prompts; give one for each prompt."
                 )
         places = [() if c is None else tuple(self.statistics._places(c).tolist()) for c in of_prompt]
-        self._counted = False
+        self.has_counted = False
         self._of_image = [place for place in places for _ in range(call.images_per_prompt)]
         self._call = call
 
@@ -323,7 +325,7 @@ class CollectStatistics(Instrument):
         of_row = [self._of_image[image] if condition == self.condition else () for condition, image in context.entries]
         if context.recomputing or not any(of_row):
             return
-        self._counted = True
+        self.has_counted = True
         code = activations.code(beside(self.sae, activations, context))
         timestep = OUTSIDE_SCHEDULE if context.timestep is None else context.timestep
         if timestep not in self.statistics.timesteps and self._call is not None:
@@ -336,13 +338,27 @@ class CollectStatistics(Instrument):
             self.statistics.add(code, of_batch[row_batch], timestep)
 
     def end_call(self, call: Call) -> Statistics:
-        if not self._counted and any(self._of_image):
+        if not self.has_counted and any(self._of_image):
             warnings.warn(
                 f"nothing was counted: no row of this call was under condition={self.condition!r}; use 'cond', or turn "
                 "guidance on for 'uncond'",
                 stacklevel=2,
             )
         return self.statistics
+
+
+class _BeforeSteps(Instrument):
+    """Ends each call where a denoiser is about to run, when its texts are counted."""
+
+    def __init__(self, collect: CollectStatistics):
+        self.collect = collect
+
+    def components(self, pipe: Any) -> tuple[str, ...]:
+        return tuple(name for name, root in components(pipe).items() if family_of(root).runs_in_steps)
+
+    def at_component(self, name: str, arguments: Mapping[str, Any], context: Context) -> None:
+        if self.collect.has_counted:
+            raise Enough
 
 
 def collect_statistics(
@@ -364,7 +380,7 @@ def collect_statistics(
         seed: image i of all prompts starts from the generator seeded seed + i, whatever the batch size; None: unseeded.
         statistics: add to these instead of new ones.
         call: arguments of the pipeline, e.g. num_inference_steps, guidance_scale. At a text encoder, which has run
-            before the first step and knows nothing of the others, one step is taken.
+            before the first step, calls end where the denoiser begins.
     """
     check_arguments(pipe, call, also=inspect.signature(collect_statistics).parameters)
     for name, instead in (("prompt", "prompts"), ("generator", "seed")):
@@ -383,9 +399,10 @@ def collect_statistics(
     collect = CollectStatistics(sae, statistics, concepts_of, at=at)
     texts = list(concepts_of)
     options: dict[str, Any] = {"output_type": "latent", **call}
-    if _runs_before_the_steps(pipe, collect.at):
-        options["num_inference_steps"] = 1
-    with Progress(len(texts), "collecting statistics") as progress, attach(pipe, collect, progress):
+    instruments = [collect, progress := Progress(len(texts), "collecting statistics")]
+    if resolve(pipe, collect.at.path).family.stream == "text":
+        instruments.append(_BeforeSteps(collect))
+    with progress, attach(pipe, *instruments):
         for start in range(0, len(texts), batch_size):
             batch = texts[start : start + batch_size]
             if seed is not None:
@@ -410,9 +427,3 @@ def check_prompts(prompts: Any) -> None:
         listed = isinstance(its_prompts, Iterable) and not isinstance(its_prompts, str)
         if not listed or not its_prompts or not all(isinstance(prompt, str) for prompt in its_prompts):
             raise ValueError(f"prompts[{concept!r}]={its_prompts!r:.80} must be a list of one or more prompts.")
-
-
-def _runs_before_the_steps(pipe: Any, at: Hookpoint) -> bool:
-    """Whether this is in a text encoder, and the pipeline takes any number of steps (image-to-image takes a part)."""
-    takes = inspect.signature(type(pipe).__call__).parameters
-    return "num_inference_steps" in takes and "strength" not in takes and resolve(pipe, at.path).family.stream == "text"

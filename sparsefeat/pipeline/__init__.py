@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sparsefeat.pipeline.context import Call, Context, UnknownConditionError
 from sparsefeat.pipeline.hookpoints import Hookpoint, HookpointInfo, UnknownHookpointError, hookpoints, resolve
-from sparsefeat.pipeline.instrument import Activations, AttentionCall, Delta, Instrument, Replace
+from sparsefeat.pipeline.instrument import Activations, AttentionCall, Delta, Enough, Instrument, Replace
 from sparsefeat.pipeline.outcome import HookpointNotReachedError
 from sparsefeat.pipeline.session import Recordings, Session, attach
 
@@ -14,6 +14,7 @@ __all__ = [
     "Call",
     "Context",
     "Delta",
+    "Enough",
     "Hookpoint",
     "HookpointInfo",
     "HookpointNotReachedError",

@@ -141,6 +141,12 @@ class AttentionCall:
         )
 
 
+class Enough(Exception):
+    """Raised by an instrument that has all it wanted of a call: `pipe(...)` ends there, gives None, and counts as complete,
+    but that what it had not reached is no error. In a loop of your own it is raised through to you.
+    """
+
+
 class Instrument:
     """Something attached to a pipeline. Every method may be left out; they are called in this order:
 

@@ -104,6 +104,8 @@ class RunningCall:
     changed: Callable[[], None]
     """What to do when hooks were put on the models, or taken off, in the middle of the call."""
     result: Any = None
+    is_cut_short: bool = False
+    """An instrument had enough of it."""
     over: bool = False
     """The pipeline's own call has ended, though an interrupt may have kept it from being closed."""
     roots: dict[str, RootRun] = field(default_factory=dict)

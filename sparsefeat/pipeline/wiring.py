@@ -32,7 +32,7 @@ from sparsefeat.pipeline.compiled import hooks_guarded
 from sparsefeat.pipeline.context import Call
 from sparsefeat.pipeline.hookpoints import Target
 from sparsefeat.pipeline.hooks import Hook, HookKey
-from sparsefeat.pipeline.instrument import AttentionCall
+from sparsefeat.pipeline.instrument import AttentionCall, Enough
 from sparsefeat.pipeline.knowing.references import ENCODERS
 from sparsefeat.pipeline.outcome import Missing, missing, report, warn_of_silence
 from sparsefeat.pipeline.prompt_words import warn_of_words
@@ -175,7 +175,12 @@ class Wiring:
             check_values(self, arguments)
             warn_of_words(self, arguments, stacklevel=3)
             with wiring.calling(Call.of(self, arguments)) as running:
-                running.result = original(self, *args, **kwargs)
+                try:
+                    running.result = original(self, *args, **kwargs)
+                except Enough:
+                    running.is_cut_short = True
+                    # What diffusers' pipelines end with: models that are offloaded leave the device.
+                    getattr(self, "maybe_free_model_hooks", lambda: None)()
             return running.result
 
         return call
@@ -257,6 +262,8 @@ class Wiring:
             running.close()
             self._running = None  # not before: what an interrupt leaves open here, closing the session closes
             call.forget_objects()
+        if running.is_cut_short:
+            return
         for session in running.sessions:
             warn_of_silence(session, running)
         report(unreached, running.result)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsefeat.erasure import UCE
+from sparsefeat.erasure import UCE, TextEmbeddings
 from sparsefeat.erasure.uce import TextMap
 from sparsefeat.pipeline import attach
 from sparsefeat.steering import load_instrument
@@ -157,6 +157,24 @@ def test_it_is_the_same_from_disk_and_stays_in_its_steps(tmp_path):
     assert not torch.equal(plain, drawn)
     whole = UCE(erase.maps)
     assert not torch.equal(draw(whole), drawn)
+
+
+def test_several_fits_share_what_the_first_read_and_run_no_denoiser(monkeypatch):
+    pipe = tiny_sd()
+    alone = UCE.fit(pipe, "cat", preserve=["fox", "red b"], **CALL)
+    encoded, encode = [], pipe.encode_prompt
+    monkeypatch.setattr(pipe, "encode_prompt", lambda text, *a, **k: encoded.append(text) or encode(text, *a, **k))
+    monkeypatch.setattr(pipe.unet, "forward", None)
+    texts = TextEmbeddings(pipe, **CALL)
+    UCE.fit(pipe, "fox", preserve=["cat", "red b"], texts=texts)
+    assert encoded == ["fox", "", "cat", "red b"]
+    shared = UCE.fit(pipe, "cat", preserve=["fox", "red b"], texts=texts)
+    assert len(encoded) == 4
+    assert torch.equal(shared.maps[0].left, alone.maps[0].left)
+    assert torch.equal(shared.maps[0].right, alone.maps[0].right)
+    for wrong in ({"pipe": tiny_sd()}, {"height": 32}, {"modules": ["unet.mid_block"]}):
+        with pytest.raises(ValueError, match="texts= is read with a pipeline"):
+            UCE.fit(**{"pipe": pipe, "erase": "fox", "texts": texts, **wrong})
 
 
 def test_wrong_inputs_are_refused_in_a_sentence():

@@ -89,7 +89,7 @@ def test_looking_changes_no_bit_and_the_second_look_draws_nothing(explorer):
     seen = []
     drawn = explorer.draw(ASKED, lambda *step: seen.append(step))
     assert drawn.image.tobytes() == expected.tobytes()
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert seen == [("drawing", 1, 4), ("drawing", 2, 4), ("drawing", 3, 4), ("drawing", 4, 4)]
     assert explorer.draw(Asked("a fox", seed=7, steps=4, guidance=3.0), lambda *step: seen.append(step)) is drawn
     assert len(seen) == 4
     assert explorer.draw(Asked("a fox", seed=8, steps=4, guidance=3.0)).image.tobytes() != expected.tobytes()
@@ -230,7 +230,7 @@ def test_stopping_says_where_and_leaves_everything_as_it_was(explorer):
     drawn = explorer.draw(ASKED)
     processors = dict(explorer.pipe.unet.attn_processors)
 
-    def stop_at_two(step, n):
+    def stop_at_two(what, step, n):
         if step == 2:
             explorer.stop()
 
@@ -249,7 +249,7 @@ def test_stopping_says_where_and_leaves_everything_as_it_was(explorer):
 def test_a_survey_that_is_stopped_keeps_what_was_drawn(explorer):
     seen = []
 
-    def stop_in_the_second_batch(step, n):
+    def stop_in_the_second_batch(what, step, n):
         seen.append((step, n))
         if step == 10:
             explorer.stop()
