@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from sparsefeat.assets import (
     GUIDANCE,
@@ -26,119 +23,66 @@ from sparsefeat.assets import (
 )
 from sparsefeat.assets.embedded import ERASE_LATENTS, FOLDER
 from sparsefeat.attention import HeatMaps
+from sparsefeat.demo.made import SHOWN, Demo, Grid, as_image, at, call_of, said
+from sparsefeat.demo.steering import N_STEERED, show_steering, steering_sae
 from sparsefeat.erasure import Exchange
 from sparsefeat.evaluation.before_after import before_after
 from sparsefeat.evaluation.emoji import OBJECT, STYLE, Target
-from sparsefeat.evaluation.generation import STATISTICS, Task, generate, task
-from sparsefeat.evaluation.judge import Judge, Verdicts, judge_images, judge_report, load_judge, shares
+from sparsefeat.evaluation.generation import STATISTICS, Task, task
+from sparsefeat.evaluation.judge import judge_images, judge_report, load_judge
 from sparsefeat.evaluation.overhead import measure_overhead
-from sparsefeat.evaluation.run_emoji import CROSS_ATTENTIONS, TEXT_ENCODER, place_of
-from sparsefeat.features import CollectExamples, CollectStatistics, Examples, Found, Record, Statistics, search
-from sparsefeat.features.chance import LEVEL
+from sparsefeat.evaluation.run_emoji import TEXT_ENCODER, place_of
+from sparsefeat.features import CollectExamples, CollectStatistics, Examples, Record, Statistics
 from sparsefeat.features.progress import Progress
 from sparsefeat.measure.machine import device_name, versions
 from sparsefeat.pipeline import attach
 from sparsefeat.report import check_folder, contact_sheet, overlay, write_page
 from sparsefeat.report.page import convincing
-from sparsefeat.sae import SAE, load_sae
+from sparsefeat.sae import load_sae
 from sparsefeat.steering import Steer
 
 BENCHMARK, OVERHEAD = (FOLDER / "results" / name for name in ("emoji.json", "overhead.json"))
 
-# Shown on the page: noise of a split of its own, so that no statistic has seen it.
-SPLIT = 3
-SHOWN = ("fox", "octopus", "rocket", "pizza", "rose", "castle", "owl", "key")
-ERASED = (Target(OBJECT, emojicanvas.OBJECTS.index("fox")), Target(STYLE, emojicanvas.STYLES.index("mono")))
-TIMES = (-6.0, -3.0, -1.5, 0.0, 1.5, 3.0, 6.0)  # of the latent's mean activation where it is active
 N_FEATURES = 6
-# What a latent is turned up towards: every style and every shown object, each in a drawing of another object in another style.
-TRIED = [(STYLE, name) for name in emojicanvas.STYLES] + [(OBJECT, name) for name in SHOWN]
-N_STEERED = 2 * len(TRIED) + 2 * (len(TIMES) - 2)  # unedited and turned up, and of the two shown all other strengths
-# Drawn in all, for the bar: prompts, the grid, features, steering, two erasures before and after, heat maps, overhead.
-N_IMAGES = 8 + 200 + 1 + N_STEERED + 56 + 3 + 1
+MAPPED = (("rocket", "noto"), ("birthday-cake", "twemoji"), ("owl", "fluent"))
+"""Whose words are mapped."""
+ERASED = (Target(OBJECT, emojicanvas.OBJECTS.index("fox")), Target(STYLE, emojicanvas.STYLES.index("mono")))
 
 
-@dataclass
-class Demo:
-    """What the demo has made so far: the page's `results` and its images by key.
-
-    The first SAE is a whole block's, for features; then come those of cross-attentions, for steering and erasure, and
-    the text encoder's, for erasure.
-    """
-
-    pipe: Any
-    saes: list[SAE]
-    judge: Judge
-    progress: Progress
-    results: dict[str, Any] = field(default_factory=dict)
-    images: dict[str, Image.Image] = field(default_factory=dict)
-
-    def picture(self, key: str, image: Image.Image | Tensor) -> str:
-        self.images[key] = as_image(image) if isinstance(image, Tensor) else image
-        return key
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        self.progress.bar.set_description(name)
-        yield
-        self.results.setdefault("timings", []).append({"name": name, "seconds": time.perf_counter() - started})
-
-    def sure_of(self, kind: str, concept: str, verdicts: Verdicts) -> Tensor:
-        """[n]: how sure the judge is that it sees an object or a style, a share of 1."""
-        objects, styles = shares(self.judge, verdicts)
-        if kind == OBJECT:
-            return objects[:, emojicanvas.OBJECTS.index(concept)]
-        return styles[:, emojicanvas.STYLES.index(concept)]
-
-    def draw(self, tasks: list[Task], **options: Any) -> Tensor:
-        return generate(self.pipe, tasks, n_steps=N_STEPS, guidance=GUIDANCE, **options)
+def prompts_shown() -> list[Task]:
+    """Each object in a style of its own."""
+    styles = emojicanvas.STYLES
+    return [at(name, styles[i % len(styles)]) for i, name in enumerate(SHOWN)]
 
 
-def as_image(pixels: Tensor) -> Image.Image:
-    """float [3, h, w] in [0, 1] as a PIL image."""
-    return Image.fromarray((pixels.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy())
+def every_cell() -> list[Task]:
+    """Every object in every style."""
+    return [task(o, s, STATISTICS) for s in range(len(emojicanvas.STYLES)) for o in range(len(emojicanvas.OBJECTS))]
 
 
-def at(name: str, style: str, repeat: int = 0) -> Task:
-    return task(emojicanvas.OBJECTS.index(name), emojicanvas.STYLES.index(style), SPLIT, repeat)
+def judged_for(target: Target) -> tuple[list[Task], list[Task]]:
+    """What an erasure is looked at on: drawings of the target, and others."""
+    if target.kind == OBJECT:
+        hit = [at(target.name, style, repeat) for repeat in (0, 1) for style in emojicanvas.STYLES]
+        kept = [at(name, style) for name, style in zip(SHOWN[1:7], emojicanvas.STYLES * 2, strict=False)]
+    else:
+        hit = [at(name, target.name) for name in SHOWN]
+        others = [style for style in emojicanvas.STYLES if style != target.name]
+        kept = [at(name, others[i % 3]) for i, name in enumerate(SHOWN[:6])]
+    return hit, kept
 
 
 def draw_prompts(demo: Demo) -> None:
-    """The prompts' images, each object in a style of its own."""
-    styles = emojicanvas.STYLES
-    tasks = [at(name, styles[i % len(styles)]) for i, name in enumerate(SHOWN)]
+    tasks = prompts_shown()
     for i, (t, pixels) in enumerate(zip(tasks, demo.draw(tasks), strict=True)):
         demo.results.setdefault("prompts", []).append(
             {"prompt": t.prompt, "seed": t.seed, "image": demo.picture(f"prompt-{i}", pixels)}
         )
 
 
-@dataclass
-class Survey:
-    """What one pass over the whole grid gave: every object in every style."""
-
-    tasks: list[Task]
-    pixels: list[Tensor]
-    statistics: dict[tuple[int, str], Statistics]
-    """By the SAE's number and the kind of concept."""
-    examples: dict[int, Examples]
-    """By the SAE's number: of the block's and of the one that steers."""
-
-    @property
-    def choosing(self) -> Tensor:
-        """The half of the images on which names are chosen: half of each object's and half of each style's."""
-        return torch.tensor([(t.object + t.style) % 2 == 0 for t in self.tasks])
-
-
-def steering_sae(demo: Demo) -> int:
-    """The last cross-attention's."""
-    return max(i for i, sae in enumerate(demo.saes) if place_of(sae) == CROSS_ATTENTIONS)
-
-
-def survey(demo: Demo) -> Survey:
+def survey(demo: Demo) -> Grid:
     """Draw the grid once: statistics by object and style, and the images that excite each latent most."""
-    tasks = [task(o, s, STATISTICS) for s in range(len(emojicanvas.STYLES)) for o in range(len(emojicanvas.OBJECTS))]
+    tasks = every_cell()
     words = {t.prompt: (emojicanvas.OBJECTS[t.object], emojicanvas.STYLES[t.style]) for t in tasks}
     statistics: dict[tuple[int, str], Statistics] = {}
     instruments: list[Any] = []
@@ -151,10 +95,10 @@ def survey(demo: Demo) -> Survey:
     instruments += [CollectExamples(demo.saes[i], kept, words) for i, kept in examples.items()]
     with attach(demo.pipe, *instruments):
         pixels = demo.draw(tasks)
-    return Survey(tasks, list(pixels), statistics, examples)
+    return Grid(tasks, list(pixels), statistics, examples)
 
 
-def show_features(demo: Demo, surveyed: Survey) -> None:
+def show_features(demo: Demo, surveyed: Grid) -> None:
     """The top features of one image: where each acts, when, in which other images, and its name if it has one."""
     sae, examples = demo.saes[0], surveyed.examples[0]
     subject = at("fox", "noto")
@@ -212,133 +156,16 @@ from sparsefeat.assets import block_sae_folder, load_pipeline
 pipe, sae = load_pipeline(), sf.load_sae(block_sae_folder())
 record = sf.Record(sae)
 with sf.attach(pipe, record) as run:
-    {_call(subject)}
+    {call_of(subject)}
 print(*run[record].top({N_FEATURES}), sep="\\n")""",
     }
-
-
-def _call(t: Task) -> str:
-    """The call that draws a task, as a user writes it."""
-    return (
-        f"pipe({t.prompt!r}, num_inference_steps={N_STEPS}, guidance_scale={GUIDANCE},\n"
-        f"         generator=torch.Generator().manual_seed({t.seed}))"
-    )
-
-
-@dataclass
-class Tried:
-    """A concept that a latent was turned up towards, in a drawing of something else."""
-
-    kind: str
-    concept: str
-    found: Found
-    usual: float
-    subject: Task
-    unedited: Tensor
-    turned_up: Tensor
-    shares: tuple[float, float]
-    """How sure the judge is of the concept, in the unedited image and in the other."""
-
-
-def try_steering(demo: Demo, surveyed: Survey) -> list[Tried]:
-    """For every concept of `TRIED` its most specific latent, turned up as far as any is."""
-    last, tried = steering_sae(demo), []
-    styles = emojicanvas.STYLES
-    subjects = [
-        at(SHOWN[(i + 3) % len(SHOWN)], styles[(i + 1) % len(styles)])  # another object, another style
-        for i in range(len(TRIED))
-    ]
-    unedited = demo.draw(subjects)
-    for (kind, concept), subject, before in zip(TRIED, subjects, unedited, strict=True):
-        statistics = surveyed.statistics[last, kind]
-        found = search(statistics, concept, 1, examples=surveyed.examples[last])[0]
-        usual = float(statistics.mean_active(concept)[found.latent])
-        with attach(demo.pipe, Steer(demo.saes[last], add={found.latent: TIMES[-1] * usual})):
-            after = demo.draw([subject])[0]
-        sure = demo.sure_of(kind, concept, judge_images(demo.judge, torch.stack([before, after])))
-        tried.append(Tried(kind, concept, found, usual, subject, before, after, (float(sure[0]), float(sure[1]))))
-    return tried
-
-
-def show_steering(demo: Demo, surveyed: Survey) -> None:
-    """Two strips, of a style and of an object: of those tried, what the judge came to see most that it had not seen. A latent
-    that chance explains is shown only if chance explains all."""
-    demo.results["steering"] = []
-    last, tried = steering_sae(demo), try_steering(demo, surveyed)
-    for kind in (STYLE, OBJECT):
-        of_kind = [one for one in tried if one.kind == kind]
-        best = max(
-            of_kind, key=lambda one: (one.found.p is not None and one.found.p <= LEVEL, one.shares[1] - one.shares[0])
-        )
-        concept, latent, usual = best.concept, best.found.latent, best.usual
-        drawn = {0.0: best.unedited, TIMES[-1]: best.turned_up}
-        for times in TIMES:
-            if times not in drawn:
-                with attach(demo.pipe, Steer(demo.saes[last], add={latent: times * usual})):
-                    drawn[times] = demo.draw([best.subject])[0]
-        verdicts = judge_images(demo.judge, torch.stack([drawn[times] for times in TIMES]))
-        strip = [
-            {
-                "times": times,
-                "image": demo.picture(f"steer-{concept}-{times:+g}", drawn[times]),
-                "judge_share": float(sure),
-                "verdict": said(verdicts, i),
-            }
-            for i, (times, sure) in enumerate(zip(TIMES, demo.sure_of(kind, concept, verdicts), strict=True))
-        ]
-        demo.results["steering"].append(
-            {
-                "hookpoint": demo.saes[last].config.hookpoint,
-                "latent": latent,
-                "kind": kind,
-                "concept": emojicanvas.words(concept),
-                "auc": best.found.auc,
-                "p": best.found.p,
-                "n_latents": demo.saes[last].n_latents,
-                "usual": usual,
-                "prompt": best.subject.prompt,
-                "strip": strip,
-                "tried": [
-                    {
-                        "concept": emojicanvas.words(one.concept),
-                        "prompt": one.subject.prompt,
-                        "share_before": one.shares[0],
-                        "share_after": one.shares[1],
-                        "p": one.found.p,
-                    }
-                    for one in of_kind
-                ],
-                "curves": {"peaks": surveyed.examples[last].peaks(latent).tolist()},
-                "code": f"""\
-import sparsefeat as sf
-import torch
-from sparsefeat.assets import cross_attention_sae_folders, load_pipeline
-
-pipe, sae = load_pipeline(), sf.load_sae(cross_attention_sae_folders()[-1])
-with sf.attach(pipe, sf.Steer(sae, add={{{latent}: {TIMES[-1] * usual:.4g}}})):
-    image = {_call(best.subject)}.images[0]
-image.save("steered.png")""",
-            }
-        )
-
-
-def said(verdicts: Verdicts, i: int) -> str:
-    """What the judge takes image i for."""
-    name = emojicanvas.words(emojicanvas.OBJECTS[int(verdicts.objects[i])])
-    return f"{name}, {emojicanvas.STYLES[int(verdicts.styles[i])]}"
 
 
 def show_erasure(demo: Demo) -> None:
     """One object and one style erased: before, after, and what the judge says."""
     demo.results["erasure"] = []
     for target in ERASED:
-        if target.kind == OBJECT:
-            hit = [at(target.name, style, repeat) for repeat in (0, 1) for style in emojicanvas.STYLES]
-            kept = [at(name, style) for name, style in zip(SHOWN[1:7], emojicanvas.STYLES * 2, strict=False)]
-        else:
-            hit = [at(name, target.name) for name in SHOWN]
-            others = [style for style in emojicanvas.STYLES if style != target.name]
-            kept = [at(name, others[i % 3]) for i, name in enumerate(SHOWN[:6])]
+        hit, kept = judged_for(target)
         (sae,) = (sae for sae in demo.saes if place_of(sae) == TEXT_ENCODER)
         prompts = emojicanvas.prompts_by_concept(target.words)
         exchange = Exchange.fit(demo.pipe, sae, target.words, prompts, n_latents=ERASE_LATENTS)
@@ -382,7 +209,7 @@ def show_erasure(demo: Demo) -> None:
 
 def show_heat_maps(demo: Demo) -> None:
     maps = HeatMaps()
-    subjects = [at("rocket", "noto"), at("birthday-cake", "twemoji"), at("owl", "fluent")]
+    subjects = [at(name, style) for name, style in MAPPED]
     with attach(demo.pipe, maps) as run:
         pixels = demo.draw(subjects)
     code = f"""\
@@ -392,7 +219,7 @@ from sparsefeat.assets import load_pipeline
 
 pipe, maps = load_pipeline(), sf.HeatMaps()
 with sf.attach(pipe, maps) as run:
-    image = {_call(subjects[0])}.images[0]
+    image = {call_of(subjects[0])}.images[0]
 run[maps].word({emojicanvas.words(emojicanvas.OBJECTS[subjects[0].object])!r}).overlay(image).save("heat-map.png")"""
     for i, t in enumerate(subjects):
         drawn = as_image(pixels[i])
@@ -443,7 +270,9 @@ def run_demo(out: Path, *, force: bool = False) -> Path:
         load_sae(folder) for folder in (block_sae_folder(), *cross_attention_sae_folders(), text_encoder_sae_folder())
     ]
     torch.manual_seed(0)
-    demo = Demo(load_pipeline(), saes, load_judge(), Progress(N_IMAGES, "the demo"))
+    of_one_image = 2  # its features, and what the hook costs
+    n_images = len(prompts_shown()) + len(every_cell()) + N_STEERED + n_erased() + len(MAPPED) + of_one_image
+    demo = Demo(load_pipeline(), saes, load_judge(), Progress(n_images, "the demo"))
     demo.results |= {
         "version": versions()["sparsefeat"],
         "date": date.today().isoformat(),
@@ -466,19 +295,24 @@ def run_demo(out: Path, *, force: bool = False) -> Path:
 
 
 def show_everything(demo: Demo) -> None:
-    with demo.timed("drawing 8 prompts"):
+    with demo.timed(f"drawing {len(prompts_shown())} prompts"):
         draw_prompts(demo)
-    with demo.timed("drawing 200 images with statistics at five SAEs"):
+    with demo.timed(f"drawing {len(every_cell())} images with statistics at {len(demo.saes)} SAEs"):
         surveyed = survey(demo)
     with demo.timed("features of one image"):
         show_features(demo, surveyed)
     with demo.timed(f"{N_STEERED} steered images"):
         show_steering(demo, surveyed)
-    with demo.timed("erasing an object and a style, 56 images"):
+    with demo.timed(f"erasing {len(ERASED)} concepts, {n_erased()} images"):
         show_erasure(demo)
-    with demo.timed("heat maps of 3 images"):
+    with demo.timed(f"heat maps of {len(MAPPED)} images"):
         show_heat_maps(demo)
     show_overhead(demo)
+
+
+def n_erased() -> int:
+    """Images, before and after."""
+    return sum(2 * (len(hit) + len(kept)) for hit, kept in map(judged_for, ERASED))
 
 
 def findings(results: dict[str, Any]) -> list[str]:
