@@ -184,7 +184,7 @@ class SAEChoice:
             if not name.strip() or not (Path(name).expanduser().exists() or HUB_ID.fullmatch(name)):
                 raise ValueError(f"{self.option} {name!r} does not exist; pass a folder, or a hub id OWNER/NAME")
         if not names and self.pipeline is not None:
-            raise ValueError("--pipeline is not the embedded one, so its SAE must be named: add --sae FOLDER")
+            raise ValueError("the pipeline is not the embedded one, so its SAE must be named: add --sae FOLDER")
 
     def places(self) -> list[str]:
         if self.names:

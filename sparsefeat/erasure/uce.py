@@ -93,8 +93,9 @@ class TextEmbeddings:
 
     def __init__(self, pipe: Any, *, modules: Sequence[str] | None = None, **call: Any):
         check_arguments(pipe, call, also=inspect.signature(UCE.fit).parameters)
-        self.pipe, self.call = pipe, call
-        self.readers = _readers(pipe, modules)
+        self.pipe: Any = pipe
+        self.call: dict[str, Any] = call
+        self.readers: dict[str, list[str]] = _readers(pipe, modules)
         """Paths of the weights that read text, by the denoiser's argument."""
         self._seen = _Embeddings(denoiser_name(pipe), tuple(self.readers))
 

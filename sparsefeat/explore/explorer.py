@@ -65,7 +65,7 @@ class Watch(Instrument):
         self.progress: Progress = progress
         self.stop: threading.Event = stop
         self.images: int = images
-        self.drawn = 0
+        self.drawn: int = 0
         """Images of completed calls."""
         self._told = 0
 
@@ -178,6 +178,7 @@ class Explorer:
     ):
         if not saes:
             raise ValueError("saes is empty; give at least one, whose features are looked at")
+        attach(pipe, *(Record(sae) for sae in saes)).close()  # refuses those of other pipelines
         self.pipe: Any = pipe
         self.saes: tuple[SAE, ...] = tuple(saes)
         self.source: Source = source

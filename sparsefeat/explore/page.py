@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import html
 import os
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
@@ -16,6 +17,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import gradio as gr
 from PIL import Image
 
+from sparsefeat.arguments import whole
 from sparsefeat.explore.edits import Edit, LatentEdit, WordEdit, painted, with_edit
 from sparsefeat.explore.explorer import Asked, Explorer, Feature, Stopped, Unedited
 from sparsefeat.report import enlarge
@@ -28,21 +30,34 @@ MORE_IMAGES = 16
 EVERYWHERE, PAINTED = "everywhere", "where I painted"
 ADD, REMOVE = "add it", "take it out"
 METHODS = {
-    "uce": "in the weights that read the text (UCE)",
-    "cad": "in the weights that draw it (CAD)",
-    "sld": "by guidance away from it (SLD)",
-    "exchange": "another concept in its place, by latents of the text encoder's SAE",
-    "saeuron": "by latents of the text encoder's SAE (SAeUron)",
+    "uce": "UCE: in the weights that read the text",
+    "cad": "CAD: in the weights that draw it",
+    "sld": "SLD: by guidance away from it",
+    "exchange": "exchange: another in its place, by latents of the text encoder's SAE",
+    "saeuron": "SAeUron: by latents of the text encoder's SAE",
 }
+FIT = """() => {
+  const fit = () => window.editor?.tools?.get("zoom")?.set_zoom("fit");
+  if (!window.fitted) window.fitted = new ResizeObserver(() => setTimeout(fit, 100));
+  window.fitted.observe(document.querySelector("#before"));
+  setTimeout(fit, 100);
+}"""
+"""Gradio's canvas shows a new image at the zoom of the size that it had before the last change of its size."""
 CSS = (Path(__file__).parent / "page.css").read_text()
 
 P = ParamSpec("P")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tab:
-    """What one browser tab has: the run it looks at, its edits, the latents in the gallery, the one that is chosen."""
+    """What one browser tab has: the run it looks at, its edits, the latents in the gallery, the one that is chosen.
 
+    What is clicked writes into it when it is done. A feature may be chosen while another is drawn, so nothing writes more
+    than it changed.
+    """
+
+    session: str | None = None
+    """Gradio's name of it."""
     drawn: Unedited | None = None
     edits: tuple[Edit, ...] = ()
     sae: int = 0
@@ -71,6 +86,27 @@ def one_sentence(
     return handle
 
 
+def one_run(
+    handler: Callable[Concatenate[Page, Tab, P], dict[Any, Any]],
+) -> Callable[Concatenate[Page, Tab, P], dict[Any, Any]]:
+    """`one_sentence`, of what runs the pipeline for a tab: what was warned of on the way stands below what came of it."""
+    told = one_sentence(handler)
+
+    @functools.wraps(handler)
+    def handle(page: Page, tab: Tab, *given: P.args, **more: P.kwargs) -> dict[Any, Any]:
+        page.at_work = tab
+        try:
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always", UserWarning)
+                shown = told(page, tab, *given, **more)
+        finally:
+            page.at_work = None
+        said = dict.fromkeys(str(one.message) for one in warned if issubclass(one.category, UserWarning))
+        return {**shown, page.status: shown[page.status] + "".join(status(one, "warning") for one in said)}
+
+    return handle
+
+
 def status(sentence: str, kind: str = "done") -> str:
     return f'<p class="{kind}" role="status">{html.escape(sentence)}</p>'
 
@@ -80,6 +116,8 @@ class Page:
 
     def __init__(self, explorer: Explorer, asked: Asked):
         self.explorer, self.asked = explorer, asked
+        self.at_work: Tab | None = None
+        """Whose run is going on."""
         theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
         self.look = {"theme": theme, "css": CSS}
         with gr.Blocks(title="sparsefeat explore", analytics_enabled=False) as self.blocks:
@@ -103,15 +141,19 @@ class Page:
             self.draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=90)
             self.stop = gr.Button("Stop", elem_id="stop", min_width=90)
         with gr.Accordion("Seed, steps, guidance", open=False), gr.Row():
-            self.seed = gr.Number(self.asked.seed, label="Seed", precision=0, min_width=90)
-            self.steps = gr.Number(self.asked.steps, label="Steps", precision=0, min_width=90)
+            self.seed = gr.Number(self.asked.seed, label="Seed", min_width=90)
+            self.steps = gr.Number(self.asked.steps, label="Steps", min_width=90)
             self.guidance = gr.Number(self.asked.guidance, label="Guidance (empty: the pipeline's own)", min_width=90)
         self.status = gr.HTML(status("Write a prompt and press Draw."), elem_id="status")
 
     def _pictures(self) -> None:
+        gr.HTML(
+            "<p>Paint on the first image where an edit acts. The second is of the same prompt and noise, with the edits.</p>",
+            elem_id="hint",
+        )
         with gr.Row(elem_id="pictures"):
             self.before = gr.ImageEditor(
-                label="Before. Paint where an edit acts",
+                label="Before",
                 type="pil",
                 image_mode="RGBA",
                 sources=(),
@@ -126,7 +168,7 @@ class Page:
                 min_width=300,
             )
             self.after = gr.Image(
-                label="After. The same prompt and noise, with the edits",
+                label="After",
                 interactive=False,
                 format="png",
                 buttons=["download"],
@@ -158,8 +200,8 @@ class Page:
                 -STRONGEST, STRONGEST, 0, step=0.5, label="How much, times its usual activation", elem_id="strength"
             )
             with gr.Row():
-                self.first = gr.Number(1, label="First step", precision=0, min_width=90, elem_id="first")
-                self.last = gr.Number(self.asked.steps, label="Last step", precision=0, min_width=90, elem_id="last")
+                self.first = gr.Number(1, label="First step", min_width=90, elem_id="first")
+                self.last = gr.Number(self.asked.steps, label="Last step", min_width=90, elem_id="last")
             self.apply = gr.Button("Steer", variant="primary", elem_id="apply")
             self.examples = gallery("Images that excite it most, of those seen so far", "examples", 6)
 
@@ -186,8 +228,8 @@ class Page:
         asked = [self.prompt, self.seed, self.steps, self.guidance]
         steered = [self.before, self.how, self.where, self.strength, self.first, self.last]
         every = [
-            self.tab, self.status, self.before, self.after, self.features, self.steering, self.about, self.how,
-            self.strength, self.first, self.last, self.examples, self.words, self.word, self.list, self.code,
+            self.status, self.before, self.after, self.features, self.steering, self.about, self.how, self.strength,
+            self.first, self.last, self.examples, self.words, self.word, self.list, self.code,
         ]  # fmt: skip
         # What runs the pipeline waits for one another; all of it goes to the same outputs.
         heavy: dict[str, Any] = {
@@ -200,7 +242,8 @@ class Page:
         light: dict[str, Any] = {"outputs": every, "show_progress": "hidden", "api_visibility": "private"}
         lines = [self.tab, self.folder, self.loaded]
         for event in (self.draw.click, self.prompt.submit):
-            event(self.on_draw, [self.tab, *asked, self.folder, self.loaded], **heavy)
+            drawn = event(self.on_draw, [self.tab, *asked, self.folder, self.loaded], **heavy)
+            drawn.then(None, js=FIT, api_visibility="private")
         for event in (self.apply.click, self.strength.release):
             event(self.on_steer, [*lines, *steered], **heavy)
         for event in (self.erase.click, self.word.submit):
@@ -215,35 +258,35 @@ class Page:
         self.words.select(self.on_word, [self.tab], **light)
         for event in (self.folder.change, self.loaded.change):
             event(self.on_lines, lines, **light)
-        self.stop.click(self.explorer.stop, queue=False, api_visibility="private")
+        self.stop.click(self.on_stop, [self.tab], queue=False, api_visibility="private")
+        self.blocks.load(self.on_open, [self.tab], queue=False, api_visibility="private")
+        self.blocks.unload(self.on_close)
 
     # What clicks do -----------------------------------------------------------------------------------------------------
 
-    @one_sentence
+    @one_run
     def on_draw(
         self, tab: Tab, prompt: str, seed: Any, steps: Any, guidance: Any, folder: str, loaded: bool,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> dict[Any, Any]:  # fmt: skip
-        drawn = self.explorer.draw(_asked(prompt, seed, steps, guidance), _told(progress, "drawing"))
-        after = (
-            drawn.image if not tab.edits else self.explorer.edited(drawn.asked, tab.edits, _told(progress, "editing"))
-        )
-        tab = self._with_features(replace(tab, drawn=drawn, chosen=None))
+        drawn = self.explorer.draw(_asked(prompt, seed, steps, guidance), _told(progress))
+        after = drawn.image if not tab.edits else self.explorer.edited(drawn.asked, tab.edits, _told(progress))
         try:
             words, said = [tuple(one) for one in self.explorer.word_maps(drawn)], "Choose a feature below."
         except ValueError as error:
             words, said = [], str(error)
-        last = drawn.asked.steps
+        shown = tuple(self.explorer.features(drawn, tab.sae))
+        tab.drawn, tab.shown, tab.chosen = drawn, shown, None
         return {
             **self._shown(tab, after, folder, loaded, said),
             self.before: {"background": enlarge(drawn.image, SIDE), "layers": [], "composite": None},
-            self.features: captions(tab.shown),
+            self.features: captions(shown),
             self.steering: gr.update(visible=False),
             self.words: words,
-            self.last: last,
+            self.last: drawn.asked.steps,
         }
 
-    @one_sentence
+    @one_run
     def on_steer(
         self, tab: Tab, folder: str, loaded: bool, editor: Any, how: str, where: str, strength: float, first: Any, last: Any,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
@@ -251,19 +294,20 @@ class Page:
         drawn = tab.run()
         if tab.chosen is None:
             raise ValueError("no feature is chosen; click one in the gallery")
-        if first is None or last is None:
-            raise ValueError("the first or the last step is empty; write both")
+        if strength is None:
+            raise ValueError("how much is empty; write a number, or move the slider")
+        first, last = _whole("the first step", first), _whole("the last step", last)
         mask = None
         if where == PAINTED:
             mask = painted((editor or {}).get("layers") or [], drawn.image.size)
             if mask is None:
                 raise ValueError("nothing is painted; paint on the left image, or choose everywhere")
-        steps = None if (int(first), int(last)) == (1, drawn.asked.steps) else (int(first), int(last))
+        steps = None if (first, last) == (1, drawn.asked.steps) else (first, last)
         amount = None if how == REMOVE else float(strength) * tab.chosen.usual
         edit = LatentEdit(tab.sae, tab.chosen.latent, amount, steps, mask)
         return self._edited(tab, with_edit(tab.edits, edit), folder, loaded, progress)
 
-    @one_sentence
+    @one_run
     def on_erase(
         self, tab: Tab, folder: str, loaded: bool, word: str, method: str,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
@@ -271,7 +315,7 @@ class Page:
         edits = with_edit(tab.edits, WordEdit(word.strip(), method))
         return self._edited(tab, edits, folder, loaded, progress)
 
-    @one_sentence
+    @one_run
     def on_list(
         self, tab: Tab, folder: str, loaded: bool, kept: list[str],
         progress: gr.Progress = gr.Progress(),  # noqa: B008
@@ -279,38 +323,40 @@ class Page:
         edits = tuple(edit for edit in tab.edits if self._label(edit) in kept)
         return self._edited(tab, edits, folder, loaded, progress)
 
-    @one_sentence
+    @one_run
     def on_more(
         self, tab: Tab, prompt: str, seed: Any, steps: Any, guidance: Any,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> dict[Any, Any]:  # fmt: skip
         asked = _asked(prompt or "-", seed, steps, guidance)
-        n = self.explorer.survey(MORE_IMAGES, asked, _told(progress, "looking at other images"))
+        n = self.explorer.survey(MORE_IMAGES, asked, _told(progress))
         said = status(f"{n} images were looked at. Names need some tens of them.")
         if tab.drawn is None:
             return {self.status: said}
-        tab = self._with_features(tab)
+        self._look(tab)
         return {**self._chosen(tab), self.status: said, self.features: captions(tab.shown)}
 
-    @one_sentence
+    @one_run
     def on_save(self, tab: Tab, folder: str, loaded: bool) -> dict[Any, Any]:
         place = self.explorer.save(folder, tab.run().asked, tab.edits)
         return {self.status: status(f"Saved in {place}: sf.load_instrument opens it, and edit.py holds the lines.")}
 
     @one_sentence
     def on_sae(self, tab: Tab, sae: int) -> dict[Any, Any]:
-        tab = replace(tab, sae=sae, chosen=None)
+        tab.sae, tab.chosen = sae, None
         if tab.drawn is not None:
-            tab = self._with_features(tab)
-        return {self.tab: tab, self.features: captions(tab.shown), self.steering: gr.update(visible=False)}
+            self._look(tab)
+        return {self.features: captions(tab.shown), self.steering: gr.update(visible=False)}
 
     @one_sentence
     def on_find(self, tab: Tab, said: str) -> dict[Any, Any]:
-        return self._chosen(replace(tab, chosen=self.explorer.feature(tab.run(), tab.sae, said)))
+        tab.chosen = self.explorer.feature(tab.run(), tab.sae, said)
+        return self._chosen(tab)
 
     @one_sentence
     def on_choose(self, tab: Tab, event: gr.SelectData) -> dict[Any, Any]:
-        return self._chosen(replace(tab, chosen=tab.shown[event.index]))
+        tab.chosen = tab.shown[event.index]
+        return self._chosen(tab)
 
     @one_sentence
     def on_word(self, tab: Tab, event: gr.SelectData) -> dict[Any, Any]:
@@ -320,27 +366,40 @@ class Page:
     def on_lines(self, tab: Tab, folder: str, loaded: bool) -> dict[Any, Any]:
         return {} if tab.drawn is None else {self.code: self._lines(tab, folder, loaded)}
 
+    def on_stop(self, tab: Tab) -> None:
+        """Ends the run of this tab; another's goes on."""
+        if self.at_work is tab:
+            self.explorer.stop()
+
+    def on_open(self, tab: Tab, request: gr.Request) -> None:
+        tab.session = request.session_hash
+
+    def on_close(self, request: gr.Request) -> None:
+        """The tab was closed: nobody waits for its run."""
+        if self.at_work is not None and self.at_work.session == request.session_hash:
+            self.explorer.stop()
+
     # What is shown ------------------------------------------------------------------------------------------------------
 
-    def _with_features(self, tab: Tab) -> Tab:
-        shown = tuple(self.explorer.features(tab.run(), tab.sae))
-        chosen = tab.chosen and self.explorer.feature(tab.run(), tab.sae, tab.chosen.latent)
-        return replace(tab, shown=shown, chosen=chosen)
+    def _look(self, tab: Tab) -> None:
+        """Anew at the latents of the tab's image, and at the one that is chosen."""
+        tab.shown = tuple(self.explorer.features(tab.run(), tab.sae))
+        tab.chosen = tab.chosen and self.explorer.feature(tab.run(), tab.sae, tab.chosen.latent)
 
     def _edited(
         self, tab: Tab, edits: tuple[Edit, ...], folder: str, loaded: bool, progress: gr.Progress
     ) -> dict[Any, Any]:
         drawn = tab.run()
-        image = drawn.image if not edits else self.explorer.edited(drawn.asked, edits, _told(progress, "editing"))
+        image = drawn.image if not edits else self.explorer.edited(drawn.asked, edits, _told(progress))
         said = "Done." if edits else "No edit is at work."
         if edits and image.tobytes() == drawn.image.tobytes():
             said = "The edits changed nothing of this image."
-        return self._shown(replace(tab, edits=edits), image, folder, loaded, said)
+        tab.edits = edits
+        return self._shown(tab, image, folder, loaded, said)
 
     def _shown(self, tab: Tab, after: Image.Image, folder: str, loaded: bool, said: str) -> dict[Any, Any]:
         labels = [self._label(edit) for edit in tab.edits]
         return {
-            self.tab: tab,
             self.status: status(said),
             self.after: enlarge(after, SIDE),
             self.list: gr.update(choices=labels, value=labels),
@@ -350,7 +409,7 @@ class Page:
     def _chosen(self, tab: Tab) -> dict[Any, Any]:
         """The panel of the chosen latent, with the edit that it has."""
         if tab.chosen is None:
-            return {self.tab: tab}
+            return {}
         feature = tab.chosen
         own = LatentEdit(tab.sae, feature.latent, 0.0)
         edit = next((edit for edit in tab.edits if edit.key == own.key), own)
@@ -358,7 +417,6 @@ class Page:
         times = 0.0 if edit.amount is None else edit.amount / feature.usual
         first, last = edit.steps or (1, tab.run().asked.steps)
         return {
-            self.tab: tab,
             self.steering: gr.update(visible=True),
             self.about: about(feature),
             self.how: REMOVE if edit.amount is None else ADD,
@@ -417,10 +475,15 @@ def about(feature: Feature) -> str:
 
 
 def _asked(prompt: str, seed: Any, steps: Any, guidance: Any) -> Asked:
-    if seed is None or steps is None:
-        raise ValueError("seed or steps is empty; write a whole number")
-    return Asked(prompt, int(seed), int(steps), None if guidance is None else float(guidance))
+    return Asked(prompt, _whole("the seed", seed, 0), _whole("steps", steps), guidance)
 
 
-def _told(progress: gr.Progress, what: str) -> Callable[[int, int], None]:
-    return lambda step, n: progress((step, n), desc=what, unit="steps")
+def _whole(name: str, given: Any, low: int = 1) -> int:
+    """A number of a field; beyond 2^53 a browser has no odd ones, and would send another."""
+    if given is None:
+        raise ValueError(f"{name} is empty; write a whole number")
+    return whole(name, int(given) if isinstance(given, float) and given.is_integer() else given, low, 2**53 - 1)
+
+
+def _told(progress: gr.Progress) -> Callable[[str, int, int], None]:
+    return lambda what, step, n_steps: progress((step, n_steps), desc=what, unit="steps")

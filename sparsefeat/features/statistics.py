@@ -291,7 +291,7 @@ class CollectStatistics(Instrument):
         self.statistics: Statistics = statistics
         self.condition: str = condition
         self.concepts = concepts
-        self.has_counted = False
+        self.has_counted: bool = False
         """Anything in this call."""
         self._of_image: list[tuple[int, ...]] = []
         self._call: Call | None = None

@@ -246,6 +246,45 @@ def test_stopping_says_where_and_leaves_everything_as_it_was(explorer):
     assert explorer.edited(ASKED, []).tobytes() == drawn.image.tobytes()
 
 
+CONCEPTS = {"fox": ["a fox", "red fox"], "snow": ["snow", "a snow"], "cat": ["a cat"]}
+
+
+def test_fitting_tells_how_far_it_is_and_what_was_read_before_a_stop_serves_the_next_word(source, monkeypatch):
+    pipe, saes, how = source
+    explorer = Explorer(pipe, saes, how, concepts=lambda word: CONCEPTS)
+    read, encode = [], pipe.encode_prompt
+    monkeypatch.setattr(pipe, "encode_prompt", lambda text, *a, **k: read.append(text) or encode(text, *a, **k))
+    seen = []
+
+    def stop_at_three(what, step, n):
+        seen.append((what, step, n))
+        if step == 3:
+            explorer.stop()
+
+    with pytest.raises(Stopped, match="stopped after 3 of 5 steps"):
+        explorer.edited(ASKED, [WordEdit("fox")], stop_at_three)
+    assert seen == [("learning what “fox” is", i, 5) for i in (1, 2, 3)]
+    assert read == ["a fox", "red fox", ""]
+    explorer.edited(ASKED, [WordEdit("snow")])
+    assert read[3:] == ["snow", "a snow", "a cat", ASKED.prompt]  # what the first read is not read again
+    alone = Explorer(pipe, saes, how, concepts=lambda word: CONCEPTS)
+    drawn = alone.edited(ASKED, [WordEdit("fox")])
+    assert explorer.edited(ASKED, [WordEdit("fox")]).tobytes() == drawn.tobytes()
+
+
+def test_words_of_one_sae_share_the_texts_that_were_read_for_the_first(source, monkeypatch):
+    pipe, saes, how = source
+    eraser = make_sae("text_encoder.encoder.layers.0", seed=3)
+    explorer = Explorer(pipe, saes, how, eraser=eraser, concepts=lambda word: CONCEPTS)
+    read, encode, seen = [], pipe.encode_prompt, []
+    monkeypatch.setattr(pipe, "encode_prompt", lambda text, *a, **k: read.append(text) or encode(text, *a, **k))
+    explorer.edited(ASKED, [WordEdit("fox", "saeuron")], lambda *told: seen.append(told))
+    assert read == [["a fox", "red fox", "snow", "a snow", "a cat"], ASKED.prompt]
+    assert [told for told in seen if told[0] == "editing"] == [("editing", i, 4) for i in (1, 2, 3, 4)]
+    explorer.edited(ASKED, [WordEdit("cat", "saeuron")])
+    assert read[2:] == [ASKED.prompt]
+
+
 def test_a_survey_that_is_stopped_keeps_what_was_drawn(explorer):
     seen = []
 
@@ -315,6 +354,14 @@ WRONG = {
     "no folder": (lambda e, t: e.save(" ", ASKED, [LatentEdit(0, 1, 1.0)]), "the folder is empty"),
     "a folder that is taken": (lambda e, t: e.save(str(t), ASKED, [LatentEdit(0, 1, 1.0)]), "exists already"),
     "no prompts to survey": (lambda e, t: Explorer(e.pipe, e.saes, e.source).survey(3, ASKED), "--prompts FILE"),
+    "an SAE of another hookpoint": (
+        lambda e, t: Explorer(e.pipe, [make_sae("unet.up_blocks.9.attentions.0")], e.source),
+        "unet.up_blocks",
+    ),
+    "an SAE of another width": (
+        lambda e, t: Explorer(e.pipe, [SAE(SAEConfig(d_model=24, n_latents=48, k=5, hookpoint=OF_SD))], e.source),
+        "24",
+    ),
     "no SAE": (lambda e, t: Explorer(e.pipe, [], e.source), "saes is empty"),
     "numbers beyond all bounds": (lambda e, t: e.edited(ASKED, [LatentEdit(0, 1, 3e38)]), "came out as NaN"),
 }

@@ -40,6 +40,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
         process.terminate()
         _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
+    assert said.startswith("opening the embedded pipeline; the address follows\n")
     assert said.strip().endswith("ended; what was saved is kept")
     assert "Traceback" not in said, said
 
@@ -199,6 +200,9 @@ def test_it_fits_the_screen(page: Any, served: tuple[str, Path], width: int) -> 
     says(page, "Choose a feature")
     choose(page)
     page.wait_for_timeout(500)
+    canvas = page.locator("#before canvas").first.bounding_box()
+    shown = 512 * int(page.locator("#before .zoom-number").inner_text().strip("%")) / 100
+    assert 0.7 * min(canvas["width"], canvas["height"]) <= shown <= min(canvas["width"], canvas["height"])
     shots = os.environ.get("EXPLORE_SHOTS", str(served[1]))
     for name in ("Words", "Save", "Features"):
         page.get_by_role("tab", name=name).click()

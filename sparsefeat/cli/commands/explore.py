@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 import threading
 from typing import Annotated
 
@@ -37,6 +38,8 @@ def explore(
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("the page needs Gradio, which is not installed; pip install 'sparsefeat[explore]'")
     others = () if prompts is None else read_prompts(prompts).prompts
+    check_port(port)
+    typer.echo(f"opening {'the embedded pipeline' if pipeline is None else pipeline}; the address follows", err=True)
     pipe, opened = choice.open(), saes.open(device)
     from sparsefeat.explore import Asked, Explorer, Source
     from sparsefeat.explore.page import Page
@@ -75,3 +78,15 @@ def explore(
         explorer.stop()
         page.blocks.close(verbose=False)
         typer.echo("ended; what was saved is kept", err=True)
+
+
+def check_port(port: int | None) -> None:
+    """Raise OSError if another program has it, before the minutes of opening."""
+    if port is None:
+        return
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was left a moment ago is free
+        try:
+            trial.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise OSError(f"--port {port} cannot be opened ({str(error.strerror).lower()}); choose another") from None
