@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import configparser
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -123,6 +126,19 @@ def test_links_are_absolute_where_the_repository_has_an_address():
     assert module.long_description(text, None) == " `docs/a.md` [there](https://example.org) [here](#top)"
 
 
+@pytest.mark.parametrize("constraints", ["constraints.txt", "constraints-3.10.txt"])
+def test_every_requirement_of_every_extra_is_pinned_to_what_the_package_allows(constraints, wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(
+            next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        ).decode()
+    required = [Requirement(line) for line in re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)]
+    assert {"explore", "docs", "collect"} <= set(re.findall(r"^Provides-Extra: (.*)$", metadata, re.MULTILINE))
+    lines = (ROOT / constraints).read_text().splitlines()
+    pinned = {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in lines if "==" in line}
+    assert {r.name for r in required if pinned.get(canonicalize_name(r.name), "0") not in r.specifier} == set()
+
+
 def test_the_wheel_works_outside_the_checkout(wheel, tmp_path):
     """Unpacked elsewhere, with this environment's dependencies, the command finds its code and its assets there."""
     with zipfile.ZipFile(wheel) as archive:
@@ -187,16 +203,20 @@ CHECKERS = {
 }
 
 
+def needs_pyright() -> None:
+    if shutil.which("node") is None:
+        pytest.skip("no node on this machine, which pyright runs on")
+    started = subprocess.run([sys.executable, "-m", "pyright", "--version"], capture_output=True, text=True)
+    if started.returncode:
+        pytest.skip(f"pyright is not to be had here: {started.stderr.strip().splitlines()[-1]}")
+
+
 @pytest.mark.parametrize("checker", CHECKERS)
 def test_a_type_checker_knows_every_name_of_the_wheel_and_refuses_mistakes(checker, installed, tmp_path):
     import sparsefeat
 
     if checker == "pyright":
-        if shutil.which("node") is None:
-            pytest.skip("no node on this machine, which pyright runs on")
-        started = subprocess.run([sys.executable, "-m", "pyright", "--version"], capture_output=True, text=True)
-        if started.returncode:
-            pytest.skip(f"pyright is not to be had here: {started.stderr.strip().splitlines()[-1]}")
+        needs_pyright()
     names = [name for name in sparsefeat.__all__ if name != "__version__"]
     (tmp_path / "users.py").write_text(USERS_FILE + "".join(f"reveal_type(sf.{name})\n" for name in names))
     command = [sys.executable, "-m", checker, *CHECKERS[checker], str(installed), "users.py"]
@@ -208,3 +228,18 @@ def test_a_type_checker_knows_every_name_of_the_wheel_and_refuses_mistakes(check
     assert len(revealed) == len(names) + 1, output
     assert "Session" in revealed[0]
     assert {"Any", "Unknown"}.isdisjoint(revealed), output
+
+
+@pytest.mark.parametrize("package", ["sparsefeat", "sparsefeat_kernels"])
+def test_of_what_is_public_a_type_checker_knows_the_types_of_nineteen_in_twenty(package, installed, tmp_path):
+    """Of the wheel's own: torch and other libraries are not typed throughout, whatever we write. Pyright takes some seconds."""
+    needs_pyright()
+    command = [sys.executable, "-m", "pyright", "--verifytypes", package, "--ignoreexternal", "--outputjson"]
+    found = {
+        **os.environ,
+        "PATH": f"{installed.parent}{os.pathsep}{os.environ['PATH']}",
+    }  # --pythonpath is not heard here
+    output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=found).stdout
+    complete = json.loads(output[output.index("{") :])["typeCompleteness"]
+    assert complete["exportedSymbolCounts"]["withKnownType"] > 300
+    assert complete["completenessScore"] >= 0.95

@@ -1,5 +1,7 @@
-"""What the ops are called, which implementation of one runs, and the one place where Triton is imported.
+"""What the ops are called, which implementation of one runs, and the one place where Triton is asked for.
 
+Triton is imported when a kernel is first asked for: importing it and reading the kernels' sources takes a quarter of the
+time that importing torch takes (`python -m bench.imports`), and most processes launch none.
 Triton is optional: without it, or for tensors that are not on a GPU, every op runs its torch implementation, called the
 CPU path because it is written for a CPU's caches. It is made of plain torch calls in chunks of rows, so it is also what a
 GPU gets: for float64, which has no kernel, and of every op whose kernel has not been found right and faster on such a card
@@ -10,31 +12,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import importlib.util
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-
-try:
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # no Triton on this platform, or one before 3.4: the kernels below are never launched
-    triton = None
-    tl = None
-    TensorDescriptor = None
 
 __all__ = [
     "INTERPRETED",
     "NAMESPACE",
     "PROVEN",
     "TRITON_AVAILABLE",
-    "TRITON_VERSION",
-    "TensorDescriptor",
     "backend",
     "block_bytes",
     "force_triton",
@@ -48,7 +42,9 @@ __all__ = [
     "registered",
     "row_chunks",
     "sum_dtype",
+    "tensor_descriptor",
     "tl",
+    "triton_version",
 ]
 
 NAMESPACE = "sparsefeat"  # every op is NAMESPACE::its name
@@ -56,8 +52,17 @@ registered = getattr(torch.ops, NAMESPACE)
 # The same ops for those who call them; see `_direct`.
 ops: Any = SimpleNamespace()
 
-TRITON_AVAILABLE = triton is not None
-TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2])) if TRITON_AVAILABLE else (0, 0)
+
+def _triton_is_here() -> bool:
+    """Of version 3.4 or later, which is the first that has tensor descriptors of the host's."""
+    found = importlib.util.find_spec("triton")
+    places = (found and found.submodule_search_locations) or ()
+    return any(Path(place, "tools", "tensor_descriptor.py").is_file() for place in places)
+
+
+TRITON_AVAILABLE = _triton_is_here()
+# `triton.language`, in the globals of a kernel from when it is made.
+tl: Any = None
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # What no card has run is not the default on one. By backend and op: the record in bench/results with which
@@ -73,14 +78,59 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 _UNSPECIALISED = ("k", "n_rules", "places", "rows", "segment_length")
 
 
+class _Kernel:
+    """What `triton.jit` makes of a function, made when somebody first asks for it, together with all others: kernels call
+    each other by the names in their modules, which from then on are Triton's own."""
+
+    waiting: ClassVar[list[_Kernel]] = []
+    _making = threading.RLock()
+
+    def __init__(self, function: Callable[..., Any], **options: Any):
+        self.function, self.options, self.made = function, options, None
+        _Kernel.waiting.append(self)
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self._kernel()[grid]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernel(), name)
+
+    def _kernel(self) -> Any:
+        if self.made is None:
+            triton = importlib.import_module("triton")
+            with _Kernel._making:
+                for kernel in _Kernel.waiting:
+                    kernel.made = triton.jit(kernel.function, **kernel.options)
+                for kernel in _Kernel.waiting:
+                    names = kernel.function.__globals__
+                    names |= {name: value.made for name, value in names.items() if isinstance(value, _Kernel)}
+                    names["tl"] = triton.language
+                _Kernel.waiting.clear()
+        return self.made
+
+
 def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the plain function where Triton is not installed."""
-    return triton.jit(function) if TRITON_AVAILABLE else function
+    """`triton.jit`, once the kernel is asked for, or the plain function where Triton is not installed."""
+    return _Kernel(function) if TRITON_AVAILABLE else function
 
 
 def jit_over_rows(function: Callable[..., Any]) -> Any:
     """`jit` of a kernel over rows of a code: one program, however many there are."""
-    return triton.jit(function, do_not_specialize=_UNSPECIALISED) if TRITON_AVAILABLE else function
+    return _Kernel(function, do_not_specialize=_UNSPECIALISED) if TRITON_AVAILABLE else function
+
+
+@functools.cache
+def triton_version() -> tuple[int, ...]:
+    """Its first two numbers; (0, 0) without it."""
+    if not TRITON_AVAILABLE:
+        return 0, 0
+    return tuple(map(int, importlib.import_module("triton").__version__.split(".")[:2]))
+
+
+def tensor_descriptor(t: torch.Tensor, block: list[int]) -> Any:
+    """What a kernel reads blocks of `t` through."""
+    descriptors = importlib.import_module("triton.tools.tensor_descriptor")
+    return descriptors.TensorDescriptor(t, list(t.shape), list(t.stride()), block)
 
 
 def implementation(op: str, x: torch.Tensor) -> Literal["torch", "triton"]:
@@ -180,7 +230,7 @@ def backend() -> Literal["cuda", "hip"]:
 
 def has_copy_engine() -> bool:
     """Whether the current GPU reads tiles through tensor descriptors: compute capability 9.0 and later."""
-    target = triton.runtime.driver.active.get_current_target()
+    target = importlib.import_module("triton").runtime.driver.active.get_current_target()
     return target.backend == "cuda" and target.arch >= 90
 
 

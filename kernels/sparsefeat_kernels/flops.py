@@ -2,7 +2,7 @@
 
 The convention is torch's own: a multiply-add is 2 FLOPs and nothing else counts (no bias, no comparison, no sum). A
 formula sees shapes, so that a padded code counts with its padding; the gradients count through the ops they call. The
-formulas are registered when the package is imported:
+formulas are registered with the package and torch's counter, whichever is imported last:
 
     >>> from torch.utils.flop_counter import FlopCounterMode
     >>> with FlopCounterMode(display=False) as counter:
@@ -13,15 +13,16 @@ formulas are registered when the package is imported:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 # Imported for their registrations: a formula is given to an op that exists.
 from .decode import auxk_decode, sparse_decode, sparse_edit  # noqa: F401
 from .dispatch import registered
 from .encode import auxk, pursuit, threshold, topk  # noqa: F401
+from .flop_formulas import register_flop_formula
 from .gradient import weight_gradient  # noqa: F401
 
 
@@ -115,7 +116,7 @@ def matching_pursuit_flops(x: torch.Size, D: torch.Size, k: int, method: str, *_
     return rows * (k * 2 * D[0] * d + steps)
 
 
-for formula, counted in {
+FORMULAS: dict[Callable[..., int], tuple[Any, ...]] = {
     encode_flops: (
         registered.topk_encode,
         registered.topk_encode_prefiltered,
@@ -133,5 +134,6 @@ for formula, counted in {
     csr_grad_x_flops: (registered.threshold_encode_csr_grad_x,),
     csr_grad_weights_flops: (registered.threshold_encode_csr_grad_weights,),
     matching_pursuit_flops: (registered.matching_pursuit,),
-}.items():
+}
+for formula, counted in FORMULAS.items():
     register_flop_formula(list(counted))(formula)

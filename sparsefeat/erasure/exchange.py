@@ -14,7 +14,7 @@ place of the weights: a row in which none of F is active is left as it is, to th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sparsefeat_kernels import SparseCode
@@ -48,7 +48,7 @@ class Exchange(SavableInstrument):
         at: hookpoint; default the SAE's.
     """
 
-    kept = ("latents", "change", "concepts")
+    kept: ClassVar[tuple[str, ...]] = ("latents", "change", "concepts")
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sparsefeat_kernels.dispatch import TRITON_AVAILABLE, TRITON_VERSION
+from sparsefeat_kernels.dispatch import TRITON_AVAILABLE, triton_version
 
 from bench import predict
 
@@ -37,7 +37,7 @@ def of_program(each: str) -> dict:
     return json.loads(done.stdout)
 
 
-@pytest.mark.skipif(not TRITON_AVAILABLE or TRITON_VERSION < (3, 6), reason="needs Triton 3.6 or later")
+@pytest.mark.skipif(not TRITON_AVAILABLE or triton_version() < (3, 6), reason="needs Triton 3.6 or later")
 @pytest.mark.parametrize("op", predict.OPS)
 def test_this_design_costs_what_was_asked_for(op):
     for shape, found in of_program(f"{{s: p.predicted(s, {op!r}) for s in p.SHAPES}}").items():
@@ -46,7 +46,7 @@ def test_this_design_costs_what_was_asked_for(op):
         assert min(found.values()) > 0
 
 
-@pytest.mark.skipif(not TRITON_AVAILABLE or TRITON_VERSION < (3, 6), reason="needs Triton 3.6 or later")
+@pytest.mark.skipif(not TRITON_AVAILABLE or triton_version() < (3, 6), reason="needs Triton 3.6 or later")
 def test_maps_of_few_positions_are_shared_out_over_the_multiprocessors():
     """38 us of 64 programs, were the 20 heads of SDXL at 32 x 32 in series."""
     found = of_program("{str(s): p.maps(*s) for s in p.MAPS}")

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import implementation, jit, next_power_of_2, ops, register, registered, tl
+from ..flop_formulas import register_flop_formula
 from .scores import (
     add_to_group,
     additive,

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import (
     block_bytes,
@@ -21,6 +20,7 @@ from ..dispatch import (
     sum_dtype,
     tl,
 )
+from ..flop_formulas import register_flop_formula
 from ..threads import conducted, each, shares, threads, together
 from .scores import BLOCK_BYTES, arguments, check_device, check_query_and_key
 from .tiles import (

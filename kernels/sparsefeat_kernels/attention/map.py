@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import backend, implementation, jit, next_power_of_2, ops, register, registered, tl
+from ..flop_formulas import register_flop_formula
 from .flash import flash
 from .map_cpu import attention_map_cpu
 from .scores import arguments, check_accumulator, check_device, check_query_and_key, check_tokens, dense_probabilities

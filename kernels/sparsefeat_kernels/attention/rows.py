@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import implementation, jit, next_power_of_2, ops, register, registered, sum_dtype, tl
+from ..flop_formulas import register_flop_formula
 from .scores import additive, arguments, check_device, check_query_and_key, dense_probabilities, score_blocks
 from .tiles import LOG2_E, aligned, load_tile, mask_argument, softmax_start, softmax_step, tile_scores
 

@@ -50,7 +50,7 @@ FULL = ("SAeUron", "Concept Steerers, SD 1.5")  # also measured in float32
 
 # Products: rows, latents, columns, warps, stages. The first of each is the default; the others trade shared memory for
 # fewer loads (256 wide) or a deeper pipeline, and a tile's size for more programs at once (64 high).
-PRODUCTS = {
+PRODUCTS: dict[str, tuple[tuple[int, ...], ...]] = {
     "bfloat16": (
         (128, 128, 64, 8, 3),
         (128, 256, 64, 8, 4),

@@ -18,7 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dispatch import INTERPRETED, TRITON_VERSION, TensorDescriptor, backend, has_copy_engine, jit, row_chunks, tl
+from ...dispatch import (
+    INTERPRETED,
+    backend,
+    has_copy_engine,
+    jit,
+    row_chunks,
+    tensor_descriptor,
+    tl,
+    triton_version,
+)
 
 __all__ = [
     "LARGE_TILE",
@@ -51,7 +60,7 @@ def default_tile(dtype: torch.dtype) -> dict[str, int]:
 
 def precision(dtype: torch.dtype) -> str:
     """Of the product, for `tl.dot`. The interpreter has no parts, nor have versions before 3.6."""
-    parts = dtype == torch.float32 and not (IEEE or INTERPRETED) and TRITON_VERSION >= (3, 6)
+    parts = dtype == torch.float32 and not (IEEE or INTERPRETED) and triton_version() >= (3, 6)
     return "bf16x6" if parts else "ieee"
 
 
@@ -67,10 +76,7 @@ def operands(x: Tensor, W: Tensor, tile: Mapping[str, int]) -> tuple[Any, Any, b
     if not (INTERPRETED or has_copy_engine()) or not (readable(x) and readable(W)):
         return x, W, False
     heights = tile["BLOCK_ROWS"], tile["BLOCK_LATENTS"]
-    found = [
-        TensorDescriptor(t, list(t.shape), list(t.stride()), [height, tile["BLOCK_D"]])
-        for t, height in zip((x, W), heights, strict=True)
-    ]
+    found = [tensor_descriptor(t, [height, tile["BLOCK_D"]]) for t, height in zip((x, W), heights, strict=True)]
     return *found, True
 
 
