@@ -62,6 +62,27 @@ def test_embedded_assets_stay_within_sixteen_mebibytes():
     assert total <= 16 * 2**20, f"{total / 2**20:.1f} MiB"
 
 
+def test_every_file_that_says_a_version_or_a_python_says_the_same():
+    import sparsefeat
+
+    project = (ROOT / "pyproject.toml").read_text()
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    versions = {
+        sparsefeat.__version__,
+        *re.findall(r'^version = "(.*)"$', project, re.MULTILINE),
+        *re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE),
+        re.findall(r"^## (\S+)", changelog, re.MULTILINE)[0],
+    }
+    assert len(versions) == 1
+    pythons = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert re.findall(r'"(3\.\d+)"', workflow) == pythons
+    assert ".ci/run" in workflow
+    assert f'requires-python = ">={pythons[0]}"' in project
+    for guide in ("README.md", "docs/stability.md"):
+        assert f"Python {pythons[0]} to {pythons[-1]}" in (ROOT / guide).read_text()
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
