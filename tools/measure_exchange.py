@@ -11,7 +11,7 @@ import json
 from train_autoencoder import ROOT
 
 from sparsefeat.assets import GUIDANCE, N_STEPS, load_pipeline, text_encoder_sae_folder
-from sparsefeat.evaluation.emoji import EmojiBenchmark, all_targets, allowed_mean, real_features, write_json
+from sparsefeat.evaluation.emoji import EmojiBenchmark, all_targets, allowed_mean, real_features
 from sparsefeat.evaluation.judge import load_judge
 from sparsefeat.evaluation.run_emoji import (
     EXCHANGE_LATENTS,
@@ -22,6 +22,7 @@ from sparsefeat.evaluation.run_emoji import (
     validation_targets,
 )
 from sparsefeat.sae import load_sae
+from sparsefeat.whole import write_json
 
 RESULTS = ROOT / "bench" / "results" / "emoji.json"
 NAME = "exchange"
