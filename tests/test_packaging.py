@@ -178,12 +178,15 @@ def test_the_wheel_works_outside_the_checkout(wheel, tmp_path):
 
 # A user's file: what is right passes, and each kind of mistake is an error on its own line.
 USERS_FILE = """\
+import numpy as np
 import sparsefeat as sf
 
 sae = sf.load_sae("folder")
 with sf.attach(object(), sf.Record(sae), sf.Steer(sae, scale={1: 2.0})) as run:
     reveal_type(run)
 sf.presets.sdxl_unbox.icon(sae, 3)
+sf.Steer(sae, add={1: 2.0}, mask=np.zeros((8, 8)))
+sf.Steer(sae, add={1: 2.0}, mask=[[0.0, 1.0]])
 sf.Record(3)  # wrong
 sf.Steer(sae, scal={1: 2.0})  # wrong
 sf.nothing  # wrong

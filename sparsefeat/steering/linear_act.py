@@ -100,7 +100,7 @@ class LinearAcT(SavableInstrument):
 
     def __init__(
         self,
-        maps: Mapping[str | Hookpoint, NeuronMaps],
+        maps: Mapping[str, NeuronMaps] | Mapping[Hookpoint, NeuronMaps] | Mapping[str | Hookpoint, NeuronMaps],
         *,
         method: Method = "linear",
         strength: float = 1.0,

@@ -27,7 +27,7 @@ from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.pipeline.step_window import Steps
 from sparsefeat.steering.first_visits import check_places, check_prompts
 from sparsefeat.steering.vectors import AddVector, bin_of
-from sparsefeat.steering.where import Mask
+from sparsefeat.steering.where import GivenMask
 from sparsefeat.whole import as_path, whole_folder
 
 
@@ -87,7 +87,7 @@ class PrincipalDirections:
         amounts: Mapping[int, float],
         *,
         steps: Steps = None,
-        mask: Mask = None,
+        mask: GivenMask = None,
         condition: str = "cond",
     ) -> AddVector:
         """An instrument that moves along directions: number of the component -> amount, in standard deviations."""

@@ -19,6 +19,7 @@ from sparsefeat.sae import SAE
 from sparsefeat.steering.code_rule import CodeRule, code_edit
 from sparsefeat.steering.saved import SavableInstrument, register
 from sparsefeat.steering.where import (
+    GivenMask,
     Mask,
     check_condition,
     condition_signs,
@@ -68,7 +69,7 @@ class Steer(SavableInstrument):
         set: Mapping[Any, float] | None = None,
         clamp: Mapping[Any, tuple[float | None, float | None]] | None = None,
         steps: Steps = None,
-        mask: Mask = None,
+        mask: GivenMask = None,
         condition: str = "cond",
         at: str | Hookpoint | None = None,
     ):

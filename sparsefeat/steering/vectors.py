@@ -13,7 +13,7 @@ from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.steering.first_visits import check_places
 from sparsefeat.steering.saved import SavableInstrument, register
-from sparsefeat.steering.where import Mask, check_condition, condition_signs, mask_of_rows
+from sparsefeat.steering.where import GivenMask, Mask, check_condition, condition_signs, mask_of_rows
 
 
 @register("sparsefeat.steering:AddVector")
@@ -35,7 +35,7 @@ class AddVector(SavableInstrument):
         strength: float = 1.0,
         *,
         steps: Steps = None,
-        mask: Mask = None,
+        mask: GivenMask = None,
         condition: str = "cond",
     ):
         if not isinstance(vector, Tensor) or vector.ndim not in (1, 2, 3, 4) or not vector.numel():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,6 +15,7 @@ from sparsefeat.arguments import mask_map
 from sparsefeat.pipeline import Context
 
 Mask: TypeAlias = Tensor | Callable[[Context], Tensor] | None
+GivenMask: TypeAlias = Mask | np.ndarray | Image.Image | Sequence[Sequence[float]]
 
 # The factor of a row's edit by its condition. "cond+uncond-" is base_both of sdxl-unbox: guidance then sees the edit
 # from both sides.

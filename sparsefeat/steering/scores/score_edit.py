@@ -23,7 +23,7 @@ from sparsefeat.steering.scores.predictions import Moment, Predictions, wide
 from sparsefeat.steering.scores.rules import Compose, ConceptAlgebra, Rule, ScaleConcept, Slider, Views
 from sparsefeat.steering.scores.safe import SafeGuidance
 from sparsefeat.steering.scores.texts import Texts
-from sparsefeat.steering.where import Mask, mask_of_rows
+from sparsefeat.steering.where import GivenMask, Mask, mask_of_rows
 
 _RULES = {rule.__name__: rule for rule in (Compose, ConceptAlgebra, SafeGuidance, ScaleConcept, Slider, Views)}
 _CHAINS = {chain.__name__: chain for chain in (Langevin, Hamiltonian)}
@@ -52,7 +52,7 @@ class ScoreEdit(SavableInstrument):
         *,
         corrections: Langevin | Hamiltonian | None = None,
         steps: Steps = None,
-        mask: Mask = None,
+        mask: GivenMask = None,
     ):
         if not isinstance(rule, Rule):
             raise ValueError(f"rule is {type(rule).__name__}; give one, as in Compose({{'snow': 1.0}}).")
