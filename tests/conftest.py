@@ -1,6 +1,5 @@
 """Shared by all tests. The first lines decide, before anything imports Triton, whether its kernels are interpreted."""
 
-import gc
 import os
 
 import torch
@@ -38,12 +37,6 @@ LONGEST = (
     "evaluation/test_evaluate_saes.py",
     "assets/test_training_tools.py",
 )
-
-
-def pytest_collection_finish() -> None:
-    """What was imported stays: searching all of it for garbage, again and again, is a fifth of the time of small tests."""
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

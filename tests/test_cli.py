@@ -394,3 +394,15 @@ def test_a_sentence_that_begins_with_an_argument_names_the_option():
     assert said.endswith("(`sparsefeat hookpoints` lists all)")
     for sentence in ("config.json: k is 99 but n_latents is 24", "the k is 3", "k isolates"):
         assert in_options(sentence, options) == sentence
+
+
+@pytest.mark.embedded
+def test_the_embedded_transformer_is_called_joint_and_brings_its_own_saes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = runner.invoke(app, ["features", "a noto emoji of a fox", "--pipeline", "joint", "--steps", "2", "--json"])
+    assert result.exit_code == 0, result.output
+    assert "transformer_blocks" in result.output
+    (tmp_path / "joint").mkdir()  # a folder of that name is ./joint
+    result = runner.invoke(app, ["features", "a noto emoji of a fox", "--pipeline", "./joint", "--sae", "x/y"])
+    assert result.exit_code == 2
+    assert "'./joint' has no model_index.json" in result.output

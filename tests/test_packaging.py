@@ -57,9 +57,9 @@ def test_every_public_name_resolves_and_an_unknown_one_lists_them():
         sparsefeat.load_say  # noqa: B018
 
 
-def test_embedded_assets_stay_within_sixteen_mebibytes():
+def test_embedded_assets_stay_within_28_mebibytes():
     total = sum(path.stat().st_size for path in (ROOT / "sparsefeat" / "assets").rglob("*") if path.is_file())
-    assert total <= 16 * 2**20, f"{total / 2**20:.1f} MiB"
+    assert total <= 28 * 2**20, f"{total / 2**20:.1f} MiB"
 
 
 def test_every_file_that_says_a_version_or_a_python_says_the_same():

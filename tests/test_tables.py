@@ -36,7 +36,7 @@ def test_every_results_file_of_the_embedded_pipeline_names_its_weights():
     files = {write_tables.TABLES[name][0] for name in write_tables.OF_THE_PIPELINE}
     measured = ROOT / "bench" / "results"
     found = {path.name: json.loads(path.read_text()) for path in measured.glob("*.json")}
-    files |= {"scenes.json", *(name for name in found if name.startswith("training-"))}
+    files |= {name for name in found if name.startswith("training-")}
     assert {name for name in files if len(found[name].get("fingerprint", "")) != 12} == set()
 
 

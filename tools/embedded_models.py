@@ -25,6 +25,7 @@ from diffusers import (
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from training_data import NOTHING, Batch
 from training_run import half
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -79,7 +80,7 @@ def _clip_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextC
 class Denoiser(Protocol):
     """What training needs of a family: a module from latents and tokens to a loss, and the pipeline made of it."""
 
-    def loss(self, clean: Tensor, tokens: Tensor) -> Tensor: ...
+    def loss(self, batch: Batch) -> Tensor: ...
 
     def pipeline(self, tokenizer: CLIPTokenizer, vae: AutoencoderTiny) -> Any: ...
 
@@ -130,8 +131,9 @@ class UNetDenoiser(nn.Module):
             steps_offset=1,
         )
 
-    def loss(self, clean: Tensor, tokens: Tensor) -> Tensor:
-        """Mean squared error of v at uniform timesteps. `clean` [n, 4, 16, 16], `tokens` int64 [n, MAX_TOKENS]."""
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean squared error of v at uniform timesteps."""
+        clean, tokens = batch.clean, batch.tokens
         timesteps = (spread(len(clean), clean.device) * 1000).long()
         alphas: Tensor = self.alphas  # type: ignore[assignment]
         signal = alphas[timesteps].sqrt().view(-1, 1, 1, 1)
@@ -189,6 +191,9 @@ class RepeatedZeros:
         return (image, mixed[:, n_image:]) if attn.context_pre_only else (image, attn.to_add_out(mixed[:, n_image:]))
 
 
+TOLD = 0.1  # the weight of the cross-entropy beside the error of the velocity
+
+
 class JointDenoiser(nn.Module):
     """Two small CLIP text models and an `SD3Transformer2DModel` of 8 blocks at patch 1: 16x16 image tokens.
 
@@ -217,13 +222,19 @@ class JointDenoiser(nn.Module):
             pos_embed_max_size=32,
             qk_norm="rms_norm",
         )
+        self.regions = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, NOTHING + 1))  # of training alone
+        self.middle: list[Tensor] = []
+        self.transformer.transformer_blocks[3].register_forward_hook(lambda *args: self.middle.append(args[-1][1]))
 
     @staticmethod
     def scheduler() -> FlowMatchEulerDiscreteScheduler:
         return FlowMatchEulerDiscreteScheduler(shift=2.0)
 
-    def loss(self, clean: Tensor, tokens: Tensor) -> Tensor:
-        """Mean squared error of the velocity `noise - clean`. Shapes as for the UNet."""
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean squared error of the velocity `noise - clean`, and cross-entropy of what the middle of the transformer
+        says is drawn where: features that are told what they must hold are learned much sooner (the idea of REPA,
+        arXiv 2410.06940, with the exact masks in place of another model's features)."""
+        clean, tokens = batch.clean, batch.tokens
         n = len(clean)
         normal = torch.erfinv((2 * spread(n, clean.device) - 1).clamp(-0.9999, 0.9999)) * math.sqrt(2)
         sigma = torch.sigmoid(normal + 0.5).view(-1, 1, 1, 1)  # shifted towards noise, where the text decides
@@ -234,7 +245,9 @@ class JointDenoiser(nn.Module):
         hidden = torch.cat([hidden, hidden.new_zeros(n, 1, WIDTH)], 1)
         pooled = torch.cat([text.text_embeds for text in texts], -1)
         predicted = self.transformer(noisy, hidden, pooled, sigma.view(-1) * 1000, return_dict=False)[0]
-        return F.mse_loss(predicted.float(), noise - clean)
+        said = self.regions(self.middle.pop()).float()
+        told = F.cross_entropy(said.flatten(0, 1), batch.regions.flatten())
+        return F.mse_loss(predicted.float(), noise - clean) + TOLD * told
 
     def train(self, mode: bool = True) -> JointDenoiser:
         if mode:

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 from embedded_models import FAMILIES, build_tokenizer, export
+from torch import nn
 from train_autoencoder import OUT as VAE
 from train_autoencoder import ROOT
-from training_data import Bank
+from training_data import SINGLE, Bank
 from training_run import Averaged, TrainingRun
 
 from sparsefeat.measure.machine import has_bfloat16
@@ -52,6 +53,35 @@ class Clock:
         self.before, self.started = state["seconds"], time.monotonic()
 
 
+class Optimizers:
+    """Muon (Jordan et al. 2024, at the step sizes of AdamW: arXiv 2502.16982) for the matrices within blocks, AdamW for
+    everything else: embeddings, norms, biases, convolutions, the first and last layers."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        named = list(denoiser.named_parameters())
+        inner = {name for name, p in named if p.ndim == 2 and ("blocks." in name or ".layers." in name)}
+        matrices = [p for name, p in named if name in inner]
+        others = [p for name, p in named if name not in inner]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True),
+        ]
+
+    def step(self, lr: float) -> None:
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = lr
+            part.step()
+            part.zero_grad()
+
+    def state_dict(self) -> dict:
+        return {str(i): part.state_dict() for i, part in enumerate(self.parts)}
+
+    def load_state_dict(self, state: dict) -> None:
+        for i, part in enumerate(self.parts):
+            part.load_state_dict(state[str(i)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("family", choices=FAMILIES)
@@ -60,6 +90,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "training", help="checkpoints, exports, data")
     parser.add_argument("--vae", type=Path, default=VAE)
     parser.add_argument("--batch", type=int, default=0, help="default 32 on a CPU, 512 on a GPU")
+    parser.add_argument("--single", type=float, default=SINGLE, help="share of single drawings, the rest being scenes")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--average", type=float, default=0.999, help="decay of the averaged weights")
     parser.add_argument(
@@ -80,7 +111,7 @@ def main() -> None:
         denoiser.load(arguments.start_from)
     denoiser.to(device, memory_format=torch.channels_last).train()
     bank = Bank.open(arguments.folder / "bank.safetensors", arguments.vae, tokenizer, device)
-    optimizer = torch.optim.AdamW(denoiser.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = Optimizers(denoiser)
     average, clock = Averaged(denoiser, arguments.average), Clock()
     parts = {"denoiser": denoiser, "optimizer": optimizer, "average": average, "clock": clock}
     run = TrainingRun(out.with_suffix(".pt"), 10**9, parts, arguments.checkpoint_every)
@@ -104,15 +135,12 @@ def main() -> None:
         done = clock.seconds / (60 * arguments.minutes)
         if done >= 1:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, done, arguments.lr)
-        clean, tokens = bank.batch(batch)
+        drawn = bank.batch(batch, arguments.single)
         with torch.autocast(device, torch.bfloat16) if lower else nullcontext():
-            loss = denoiser.loss(clean, tokens)
+            loss = denoiser.loss(drawn)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(learning_rate(step, done, arguments.lr))
         average.update()
         if count == 20:  # the first steps compile and warm up
             warm = time.monotonic()

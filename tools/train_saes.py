@@ -2,6 +2,7 @@
 
     python tools/train_saes.py                               # into the package; minutes on two cores; resumable
     python tools/train_saes.py --out build/saes              # beside it, and compared with what the package carries
+    python tools/train_saes.py --pipeline sparsefeat/assets/joint
 
 What came of it, and of the SAEs that the package carries on the same held-out rows, is written to --results.
 
@@ -24,7 +25,7 @@ from train_autoencoder import ROOT
 from training_run import save_atomically
 
 from sparsefeat.assets import GUIDANCE, emojicanvas, load_pipeline, weights_fingerprint
-from sparsefeat.assets.embedded import EMBEDDED_NAME, PIPELINE, SAES
+from sparsefeat.assets.embedded import EMBEDDED_NAME, JOINT, JOINT_NAME, JOINT_SAES, PIPELINE, SAES
 from sparsefeat.evaluation.generation import STATISTICS, TEST, held_out, whole_grid
 from sparsefeat.evaluation.results import measured_here, measured_on_embedded
 from sparsefeat.evaluation.run_emoji import activation_rows
@@ -45,6 +46,10 @@ HOOKPOINTS = (
     "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2",
     "text_encoder.encoder.layers.0",
 )
+
+# Of the joint pipeline: the image's rows after its fourth block, up to which training told it what is drawn where, and
+# after the sixth.
+JOINT_HOOKPOINTS = ("transformer.transformer_blocks.3", "transformer.transformer_blocks.5")
 
 # Rows of cross-attention are of the few prompts there are, and are learned by heart: small batches, whose noise keeps from that,
 # explain rows of other prompts better than large ones, longer or shorter training, or none of the auxiliary loss.
@@ -71,8 +76,8 @@ def text_rows(pipe: Any, hookpoints: Sequence[str], prompts: Sequence[str]) -> l
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", type=Path, default=PIPELINE)
-    parser.add_argument("--out", type=Path, default=SAES)
-    parser.add_argument("--hookpoints", nargs="+", default=list(HOOKPOINTS))
+    parser.add_argument("--out", type=Path, help="default: where the package carries those of this pipeline")
+    parser.add_argument("--hookpoints", nargs="+", help="default: those that the package carries")
     parser.add_argument("--expansion", type=int, default=8, help="latents, as a multiple of the width")
     parser.add_argument("--active", type=int, default=8, help="k is the width divided by this")
     parser.add_argument("--steps", type=int, default=1000)
@@ -81,10 +86,16 @@ def main() -> None:
         type=Path,
         help="rows and checkpoints, in a folder named for the pipeline's weights; default: build/training/saes-EXPANSION-ACTIVE",
     )
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "retrained.json")
+    parser.add_argument("--results", type=Path, help="default: bench/results/retrained.json, or joint_saes.json")
     arguments = parser.parse_args()
 
+    arguments.pipeline = arguments.pipeline.resolve()
     pipe = load_pipeline(arguments.pipeline)
+    joint = hasattr(pipe, "transformer")
+    carried_in = JOINT_SAES if joint else SAES
+    out = arguments.out or carried_in
+    hookpoints = arguments.hookpoints or list(JOINT_HOOKPOINTS if joint else HOOKPOINTS)
+    results_to = arguments.results or ROOT / "bench" / "results" / ("joint_saes.json" if joint else "retrained.json")
     seen = [t for repeat in (0, 1) for t in whole_grid(STATISTICS, repeat) if not held_out(t)]
     unseen = [t for t in whole_grid(TEST) if held_out(t)]
     folder = arguments.work or ROOT / "build" / "training" / f"saes-{arguments.expansion}-{arguments.active}"
@@ -93,7 +104,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     collected = {}
     for name, tasks, rows_per_image in (("seen", seen, 40), ("unseen", unseen, 64)):
-        caches = {h: folder / "rows" / f"{h}-{name}.pt" for h in arguments.hookpoints}
+        caches = {h: folder / "rows" / f"{h}-{name}.pt" for h in hookpoints}
         missing = [h for h, cache in caches.items() if not cache.is_file()]
         texts = [h for h in missing if h.startswith("text_encoder")]
         drawn = [h for h in missing if h not in texts]
@@ -104,8 +115,8 @@ def main() -> None:
         for hookpoint, found in rows.items():
             save_atomically(caches[hookpoint], found)
         collected[name] = [torch.load(cache, weights_only=True) for cache in caches.values()]
-    for hookpoint, rows, held in zip(arguments.hookpoints, collected["seen"], collected["unseen"], strict=True):
-        name, width = hookpoint.removeprefix("unet."), rows.shape[1]
+    for hookpoint, rows, held in zip(hookpoints, collected["seen"], collected["unseen"], strict=True):
+        name, width = hookpoint.removeprefix("unet.").removeprefix("transformer."), rows.shape[1]
         of_text = hookpoint.startswith("text_encoder")
         steps = min(arguments.steps, TEXT_STEPS) if of_text else arguments.steps
         config = SAEConfig(
@@ -113,7 +124,7 @@ def main() -> None:
             n_latents=width * arguments.expansion,
             k=width // arguments.active,
             hookpoint=f"{hookpoint}:output",
-            base_model=EMBEDDED_NAME,
+            base_model=JOINT_NAME if joint else EMBEDDED_NAME,
             metadata={"training_rows": len(rows), "training_steps": steps},
         )
         training = TrainConfig(
@@ -125,11 +136,9 @@ def main() -> None:
             checkpoint_every=200,
         )
         sae = SAETrainer(SAE(config), rows, training, folder / name).fit()
-        carried = load_sae(SAES / name) if (SAES / name).is_dir() else None
-        sae.save(arguments.out / name, dtype=torch.float16, overwrite=True)
-        found, before = (
-            None if one is None else measure_sae(one, held) for one in (load_sae(arguments.out / name), carried)
-        )
+        carried = load_sae(carried_in / name) if (carried_in / name).is_dir() else None
+        sae.save(out / name, dtype=torch.float16, overwrite=True)
+        found, before = (None if one is None else measure_sae(one, held) for one in (load_sae(out / name), carried))
         assert found is not None
         components = pca_fvu(held, width // arguments.active)
         results.append(
@@ -148,9 +157,9 @@ def main() -> None:
     seconds, of_processor = time.perf_counter() - started, time.process_time() - cpu
     print(f"{seconds:.0f} s, {of_processor:.0f} s of processor time", flush=True)
     write_json(
-        arguments.results,
+        results_to,
         {
-            **(measured_on_embedded() if arguments.pipeline == PIPELINE else measured_here()),
+            **(measured_on_embedded(joint) if arguments.pipeline in (PIPELINE, JOINT) else measured_here()),
             "seconds": seconds,
             "processor_seconds": of_processor,
             "saes": results,

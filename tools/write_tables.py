@@ -31,11 +31,15 @@ from sparsefeat.measure.speed_table import (
 from sparsefeat.training import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = tuple(ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/card.md", "docs/training.md"))
+PAGES = tuple(
+    ROOT / f"{name}.md"
+    for name in ("README", *(f"docs/{page}" for page in ("attention", "benchmarks", "card", "embedded", "training")))
+)
 MEASURED = ROOT / "bench" / "results"
 CARRIED = ROOT / "sparsefeat" / "assets" / "results"
 EMOJI, OVERHEAD, ITD = "emoji.json", "overhead.json", "itd.json"
 CODECS, RETRAINED, OPTIMIZERS = "codecs.json", "retrained.json", "optimizers.json"
+SCENES, OF_JOINT = "scenes.json", "joint_saes.json"
 CARD = "card.json"
 
 
@@ -199,6 +203,43 @@ def retrained(results: dict[str, Any]) -> str:
     return f"{table(head, rows)}\n\n{cost} {where(results, 'python tools/train_saes.py --out build/saes')}"
 
 
+def of_joint(results: dict[str, Any]) -> str:
+    rows = [
+        [f"`{s['hookpoint']}`", f"{s['fvu']:.3f}", f"{s['fvu_pca']:.3f}", percent(s["dead"])] for s in results["saes"]
+    ]
+    command = "python tools/train_saes.py --pipeline sparsefeat/assets/joint"
+    return f"{table(['hookpoint', 'FVU', 'FVU, PCA with k', 'dead'], rows)}\n\n{where(results, command)}"
+
+
+def scenes(results: dict[str, Any]) -> str:
+    rows = [
+        [row["pipeline"], row["split"], row["method"], *_scored(row)]
+        for row in results["rows"]
+        if row.get("miou") is not None or "note" in row
+    ]
+    head = ["pipeline", "pictures", "maps", "mIoU", "of the oracle's", "accuracy", "mAP", "s a picture", "MB"]
+    without = ", ".join(
+        f"{row['pipeline']}, {row['split']}: {row['seconds']:.2f} s"
+        for row in results["rows"]
+        if row["method"] == "no maps"
+    )
+    size = f"{results['n_pictures']} pictures of each kind; a call without maps, a picture: {without}."
+    return f"{table(head, rows)}\n\n{size} {where(results, 'sparsefeat evaluate scenes')}"
+
+
+def _scored(row: dict[str, Any]) -> list[str]:
+    if "note" in row:
+        return [f"refuses: {row['note'].partition(chr(10))[0]}", "", "", "", "", ""]
+    return [
+        f"{row['miou']:.3f}",
+        f"{row['share_of_oracle']:.0%}",
+        f"{row['accuracy']:.3f}",
+        f"{row['map']:.3f}",
+        f"{row['seconds']:.2f}",
+        f"{row['peak_bytes'] / 1e6:.0f}",
+    ]
+
+
 def optimizers(results: dict[str, Any]) -> str:
     rates = sorted({run["lr"] for run in results["runs"]})
     found = {(run["hookpoint"], run["optimizer"], run["lr"]): run["fvu"] for run in results["runs"]}
@@ -271,13 +312,15 @@ TABLES = {
     "codecs": (CODECS, codecs),
     "retrained": (RETRAINED, retrained),
     "optimizers": (OPTIMIZERS, optimizers),
+    "joint-saes": (OF_JOINT, of_joint),
+    "scenes": (SCENES, scenes),
     "card": (CARD, card_header),
     **{f"card-{section}": (CARD, partial(card_markdown, section=section)) for section in COLUMNS},
 }
 
 
 # Those of the embedded pipeline that say so where it is another by now; of the card the first does.
-OF_THE_PIPELINE = ("generation", "saes", "erasure", "codecs", "retrained", "optimizers", "card")
+OF_THE_PIPELINE = ("generation", "saes", "erasure", "codecs", "retrained", "optimizers", "joint-saes", "scenes", "card")
 
 
 def said(content: str, results: dict[str, Any]) -> str:

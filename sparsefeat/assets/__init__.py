@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sparsefeat.assets.embedded import (
     GUIDANCE,
+    JOINT,
     N_STEPS,
     block_sae_folder,
     cross_attention_sae_folders,
@@ -16,6 +17,7 @@ from sparsefeat.assets.embedded import (
 
 __all__ = [
     "GUIDANCE",
+    "JOINT",
     "N_STEPS",
     "block_sae_folder",
     "cross_attention_sae_folders",

@@ -1,7 +1,8 @@
-"""The embedded default: a trained text-to-image pipeline with its sparse autoencoders, offline and small.
+"""The embedded pipelines: trained text-to-image models with their sparse autoencoders, offline and small.
 
-A real `StableDiffusionPipeline`, trained on EmojiCanvas and EmojiScenes (`tools/train_pipeline.py`). Everything that works on it works
-on Stable Diffusion by changing the folder's name.
+The default is a real `StableDiffusionPipeline`, its sibling with joint attention a `StableDiffusion3Pipeline`; both were
+trained on EmojiCanvas and EmojiScenes (`tools/train_pipeline.py`). Everything that works on one of them works on Stable
+Diffusion by changing the folder's name.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ FOLDER = Path(__file__).parent
 
 PIPELINE = FOLDER / "pipeline"
 SAES = FOLDER / "saes"
+JOINT = FOLDER / "joint"
+JOINT_SAES = FOLDER / "joint_saes"
 
 # What the embedded SAEs say they are of.
 EMBEDDED_NAME = "EmojiCanvas pipeline embedded in sparsefeat"
+JOINT_NAME = "EmojiCanvas joint pipeline embedded in sparsefeat"
 
 # One guidance scale and one number of steps for everything that is shown or measured on the embedded pipeline.
 N_STEPS = 20
@@ -47,17 +51,19 @@ def weights_fingerprint(*folders: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def embedded_fingerprint() -> str:
-    """`weights_fingerprint` of everything that is measured here: the pipeline's files, the SAEs' and the judges'.
+def embedded_fingerprint(joint: bool = False) -> str:
+    """`weights_fingerprint` of everything that is measured here: the pipeline's files, the SAEs' and the judges'; with
+    `joint` those of the joint pipeline too.
 
     Figures that were measured under another fingerprint are of other weights.
     """
-    return weights_fingerprint(PIPELINE, SAES, FOLDER / "judge", FOLDER / "pixel_judge")
+    both = (JOINT, JOINT_SAES) if joint else ()
+    return weights_fingerprint(PIPELINE, SAES, FOLDER / "judge", FOLDER / "pixel_judge", *both)
 
 
-def sae_folders() -> list[Path]:
-    """The folders of the embedded SAEs, each for `sf.load_sae`."""
-    return sorted(folder.parent for folder in SAES.glob("*/config.json"))
+def sae_folders(of: Path = SAES) -> list[Path]:
+    """The folders of the embedded SAEs, each for `sf.load_sae`; with JOINT_SAES those of the joint pipeline."""
+    return sorted(folder.parent for folder in of.glob("*/config.json"))
 
 
 def block_sae_folder() -> Path:

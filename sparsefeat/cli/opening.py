@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 from sparsefeat.assets.embedded import (
     EMBEDDED_NAME,
     GUIDANCE,
+    JOINT,
+    JOINT_NAME,
+    JOINT_SAES,
     N_STEPS,
     PIPELINE,
     block_sae_folder,
@@ -28,6 +31,14 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 DEVICE = re.compile(r"(cpu|cuda|xpu|mps)(:\d+)?")
 HOOKPOINT = re.compile(r"\w+(\.\w+)*(:(output|input|diff))?(:(image|text))?(:\d+-\d*)?")
+
+
+JOINT_CHOICE = "joint"
+
+
+def is_embedded(name: str | None) -> bool:
+    """Whether that is a pipeline that the package carries: the default, or "joint" ("./joint" is a folder)."""
+    return name is None or name == JOINT_CHOICE
 
 
 def check_device(device: str) -> None:
@@ -71,7 +82,7 @@ class PipelineChoice:
 
     def __post_init__(self) -> None:
         check_device(self.device)
-        if self.name is not None:
+        if self.name is not None and not self.embedded:
             folder = Path(self.name).expanduser()
             if not self.name.strip() or not (folder.exists() or HUB_ID.fullmatch(self.name)):
                 raise ValueError(
@@ -81,23 +92,33 @@ class PipelineChoice:
                 raise ValueError(
                     f"{self.option} {self.name!r} has no model_index.json; pass the folder of a diffusers pipeline"
                 )
-        folder = PIPELINE if self.name is None else Path(self.name).expanduser()
         try:
-            scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+            scheduler = json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text())
         except (OSError, ValueError):  # on the hub, or damaged: told when the pipeline is opened
             scheduler = {}
         most = most_steps(str(scheduler.get("_class_name")), scheduler.get("num_train_timesteps"))
         check_steps("num_inference_steps", self.n_steps, most)
 
     @property
+    def embedded(self) -> bool:
+        return is_embedded(self.name)
+
+    @property
+    def folder(self) -> Path:
+        """Where it is, if it is a folder."""
+        if self.name is None:
+            return PIPELINE
+        return JOINT if self.embedded else Path(self.name).expanduser()
+
+    @property
     def n_steps(self) -> int:
-        return self.steps or (N_STEPS if self.name is None else 50)
+        return self.steps or (N_STEPS if self.embedded else 50)
 
     def open(self) -> Any:
         quiet_libraries()
         check_usable(self.device)
-        if self.name is None:
-            return load_pipeline().to(self.device)
+        if self.name is None or self.embedded:
+            return load_pipeline(self.folder).to(self.device)
         import torch
         from diffusers import DiffusionPipeline
 
@@ -125,9 +146,10 @@ class PipelineChoice:
 
     def code(self) -> tuple[tuple[str, ...], str]:
         """What `open` does, as Python: the lines of its imports, and the expression."""
-        if self.name is None:
+        if self.name is None or self.embedded:
             moved = "" if self.device == "cpu" else f".to({self.device!r})"
-            return ("from sparsefeat.assets import load_pipeline",), f"load_pipeline(){moved}"
+            which, names = ("", "load_pipeline") if self.name is None else ("JOINT", "JOINT, load_pipeline")
+            return (f"from sparsefeat.assets import {names}",), f"load_pipeline({which}){moved}"
         folder = Path(self.name).expanduser()
         place, dtype = str(folder.absolute()) if folder.exists() else self.name, _dtype(self.device)
         opened = f"DiffusionPipeline.from_pretrained({place!r}).to({self.device!r}, torch.{dtype})"
@@ -144,14 +166,16 @@ class PipelineChoice:
     ) -> dict[str, Any]:
         """Arguments of every call of the pipeline."""
         options: dict[str, Any] = {"num_inference_steps": self.n_steps}
-        if guidance is not None or self.name is None:
+        if guidance is not None or self.embedded:
             options["guidance_scale"] = GUIDANCE if guidance is None else guidance
         return options | {name: side for name, side in (("height", height), ("width", width)) if side is not None}
 
     @property
     def base_model(self) -> str:
         """What an SAE says it is of."""
-        return EMBEDDED_NAME if self.name is None else self.name
+        if self.name is None:
+            return EMBEDDED_NAME
+        return JOINT_NAME if self.embedded else self.name
 
 
 @dataclass(frozen=True)
@@ -160,7 +184,8 @@ class SAEChoice:
 
     names: without any the embedded ones: "all", that of the last "attention", that and the block's to "explore", or the
         "text" encoder's.
-    pipeline: what they will be attached to; the embedded SAEs are of the embedded pipeline alone.
+    pipeline: what they will be attached to; the embedded SAEs are of the embedded pipelines alone. Of the joint one there
+        are those of the blocks, whatever is asked for.
     option: how the command's user names them, for the sentences.
     """
 
@@ -183,12 +208,14 @@ class SAEChoice:
         for name in names:
             if not name.strip() or not (Path(name).expanduser().exists() or HUB_ID.fullmatch(name)):
                 raise ValueError(f"{self.option} {name!r} does not exist; pass a folder, or a hub id OWNER/NAME")
-        if not names and self.pipeline is not None:
+        if not names and not is_embedded(self.pipeline):
             raise ValueError("the pipeline is not the embedded one, so its SAE must be named: add --sae FOLDER")
 
     def places(self) -> list[str]:
         if self.names:
             return self.names
+        if self.pipeline is not None:
+            return [str(folder) for folder in sae_folders(JOINT_SAES)]
         embedded = {
             "all": sae_folders(),
             "explore": [block_sae_folder(), cross_attention_sae_folders()[-1]],
@@ -214,8 +241,9 @@ class SAEChoice:
         """What `open` does, as Python: the lines of its imports, and an expression for each SAE."""
         more = "" if device == "cpu" else f", device={device!r}"
         if not self.names:
-            opened = tuple(f"sf.load_sae(SAES / {Path(place).name!r}{more})" for place in self.places())
-            return ("from sparsefeat.assets.embedded import SAES",), opened
+            of = "SAES" if self.pipeline is None else "JOINT_SAES"
+            opened = tuple(f"sf.load_sae({of} / {Path(place).name!r}{more})" for place in self.places())
+            return (f"from sparsefeat.assets.embedded import {of}",), opened
         lines = []
         for place, inside in self._within():
             folder = Path(place).expanduser()

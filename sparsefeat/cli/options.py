@@ -65,7 +65,12 @@ class Condition(str, Enum):
     signed = "cond+uncond-"
 
 
-Pipeline = Annotated[str | None, typer.Option(help="A diffusers folder or hub id. Default: the embedded pipeline.")]
+Pipeline = Annotated[
+    str | None,
+    typer.Option(
+        help="A diffusers folder or hub id, or joint: the embedded transformer. Default: the embedded UNet pipeline."
+    ),
+]
 Saes = Annotated[list[str] | None, typer.Option("--sae", help="An SAE folder or hub id; may be given more than once.")]
 Subfolders = Annotated[
     list[str] | None,
@@ -81,7 +86,7 @@ At = Annotated[
     str | None, typer.Option(help="The hookpoint, `path[:output|input|diff][:text]`. Default: the SAE's own.")
 ]
 Steps = Annotated[
-    int | None, typer.Option(min=1, help="Denoising steps. Default: 20 for the embedded pipeline, else 50.")
+    int | None, typer.Option(min=1, help="Denoising steps. Default: 20 for the embedded pipelines, else 50.")
 ]
 Guidance = Annotated[float | None, typer.Option(callback=finite, help="Guidance scale. Default: the pipeline's own.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")]

@@ -17,11 +17,12 @@ def measured_here() -> dict[str, Any]:
     return {"device": device_name(), "date": date.today().isoformat(), "versions": versions()}
 
 
-def measured_on_embedded() -> dict[str, Any]:
-    """What stands first in a file of results of the embedded pipeline: `measured_here()`, and the weights' `fingerprint`."""
-    return {**measured_here(), "fingerprint": embedded_fingerprint()}
+def measured_on_embedded(joint: bool = False) -> dict[str, Any]:
+    """What stands first in a file of results of the embedded pipeline, or of both: `measured_here()`, and the weights'
+    `fingerprint`."""
+    return {**measured_here(), "fingerprint": embedded_fingerprint(joint)}
 
 
 def stale(results: Mapping[str, Any]) -> bool:
     """Whether results of the embedded pipeline are of other weights than the package has now, or do not say of which."""
-    return results.get("fingerprint") != embedded_fingerprint()
+    return results.get("fingerprint") not in (embedded_fingerprint(), embedded_fingerprint(joint=True))

@@ -9,7 +9,7 @@ from sparsefeat.assets import emojiscenes
 from sparsefeat.attention import HeatMaps
 from sparsefeat.attention.reading import KINDS
 from sparsefeat.evaluation import peer_maps, scenes
-from sparsefeat.evaluation.pixel_judge import PixelJudge, pixel_judge_report
+from sparsefeat.evaluation.pixel_judge import PixelJudge
 from sparsefeat.pipeline import attach
 from sparsefeat.pipeline.image_to_image import image_to_image
 from sparsefeat.sae import SAE
@@ -25,7 +25,7 @@ def evaluate_scenes(
     saes: Sequence[SAE] = (),
     n: int = 100,
     said: Callable[[str], object] = lambda line: None,
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """Every method on every split: real scenes of held-out pairs, and what the pipeline draws from their
     captions. `n` pictures a split are scored; thresholds are chosen on as many other real ones and half as many drawn ones, the SAEs' latents on EmojiCanvas' real drawings. Other
     packages' maps are measured where they are installed; what one of them cannot do is a `note` in its row.
@@ -65,12 +65,7 @@ def evaluate_scenes(
                 )
             rows.append(line)
             said(f"{split}: {method.name}: {line['miou']} of {line['oracle_miou']}, {line['seconds']} s")
-    report = pixel_judge_report()
-    return {
-        "n_pictures": n,
-        "pixel_judge_miou": report["held_out_pairs_real"]["miou"],
-        "rows": rows,
-    }
+    return rows
 
 
 def _of_attention(pipe: Any) -> list[scenes.Method]:

@@ -1,4 +1,4 @@
-"""The embedded pipeline opens, is small, and obeys the promises of `attach` like any other."""
+"""The embedded pipelines open, are small, and obey the promises of `attach` like any other."""
 
 from __future__ import annotations
 
@@ -14,13 +14,25 @@ from safetensors import safe_open
 
 import sparsefeat as sf
 from sparsefeat.assets import emojicanvas, load_pipeline, sae_folders
-from sparsefeat.assets.embedded import FOLDER, PIPELINE
+from sparsefeat.assets.embedded import FOLDER, JOINT, JOINT_SAES, PIPELINE, SAES
 from sparsefeat.evaluation.judge import judge_images, load_judge
+
+SAES_OF = {PIPELINE: SAES, JOINT: JOINT_SAES}
+
+
+@pytest.fixture(scope="module", params=SAES_OF, ids=lambda folder: folder.name)
+def folder(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    return load_pipeline()
+def pipe(folder):
+    return load_pipeline(folder)
+
+
+@pytest.fixture(scope="module")
+def saes(folder):
+    return [sf.load_sae(one) for one in sae_folders(SAES_OF[folder])]
 
 
 def images(pipe, prompt="a noto emoji of a fox", steps=3, **options) -> np.ndarray:
@@ -78,10 +90,9 @@ def test_every_word_of_a_prompt_is_one_token(pipe, name):
 
 
 @pytest.mark.embedded
-def test_neutral_edits_are_bit_identical(pipe):
+def test_neutral_edits_are_bit_identical(pipe, saes):
     before = images(pipe)
-    for folder in sae_folders():
-        sae = sf.load_sae(folder)
+    for sae in saes:
         latents = range(0, sae.n_latents, 100)
         for edit in (
             sf.Steer(sae, scale=dict.fromkeys(latents, 1.0), condition="both"),
@@ -93,11 +104,9 @@ def test_neutral_edits_are_bit_identical(pipe):
 
 
 @pytest.mark.embedded
-def test_saes_know_their_hookpoint_and_fit_it(pipe):
-    folders = sae_folders()
-    assert len(folders) >= 2
-    for folder in folders:
-        sae = sf.load_sae(folder)
+def test_saes_know_their_hookpoint_and_fit_it(pipe, saes):
+    assert len(saes) >= 2
+    for sae in saes:
         assert sae.n_latents >= 8 * sae.d_model
         assert sae.config.k is not None
         assert sae.config.k <= sae.d_model / 8

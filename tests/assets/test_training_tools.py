@@ -25,6 +25,12 @@ def tokens_of(tokenizer, prompts: list[str]) -> torch.Tensor:
     return tokenizer(prompts, padding="max_length", max_length=32, return_tensors="pt").input_ids
 
 
+def batch_of(tokenizer, latents: torch.Tensor, prompts: list[str]):
+    from training_data import Batch
+
+    return Batch(latents, tokens_of(tokenizer, prompts), torch.zeros(len(latents), 16, 16, dtype=torch.int64))
+
+
 def test_every_word_of_every_caption_is_one_token_and_the_longest_scene_fits(tokenizer):
     captions = [scene.caption for scene in emojiscenes.scenes(600, n_objects=(2, 3, 4), related=0.5)]
     captions += [emojicanvas.prompt(name, style) for name in emojicanvas.OBJECTS for style in emojicanvas.STYLES]
@@ -55,7 +61,7 @@ def test_one_zero_token_in_training_is_the_pipelines_256(tokenizer):
         lambda module, args: seen.update(hidden=args[1], pooled=args[2])
     )
     with torch.no_grad():
-        joint.loss(latents, tokens_of(tokenizer, prompts))
+        joint.loss(batch_of(tokenizer, latents, prompts))
         handle.remove()
         trained = joint.transformer(latents, seen["hidden"], seen["pooled"], sigmas, return_dict=False)[0]
         pipe = joint.eval().pipeline(tokenizer, AutoencoderTiny.from_pretrained(PIPELINE / "vae").float())
@@ -118,13 +124,39 @@ def test_every_place_in_a_batch_learns_all_noise_levels(family, tokenizer, monke
 
     def no_denoising(noisy, *arguments, **_):
         seen.append(arguments[0] if family == "unet" else arguments[2])
+        if family == "joint":
+            denoiser.middle.append(torch.zeros(8, 256, 128))
         return (torch.zeros_like(noisy),)
 
     monkeypatch.setattr(denoiser.unet if family == "unet" else denoiser.transformer, "forward", no_denoising)
+    batch = batch_of(tokenizer, torch.zeros(8, 4, 16, 16), ["", *["a noto emoji of a fox"] * 7])
     with torch.no_grad():
-        for _ in range(30):
-            denoiser.loss(torch.zeros(8, 4, 16, 16), tokens_of(tokenizer, ["", *["a noto emoji of a fox"] * 7]))
+        for _ in range(100):
+            denoiser.loss(batch)
     levels = torch.stack(seen).float()  # [batch, place]
     assert (levels.amin(0) < 250).all(), levels.amin(0)
     assert (levels.amax(0) > 850).all(), levels.amax(0)
     assert (levels.sort(1).values.diff(dim=1) > 0).all(), "levels of one batch are spread out"
+
+
+def test_regions_say_what_is_drawn_where(monkeypatch):
+    """Outside an object's region there is little of its drawing, and in scenes it lies within the object's square."""
+    import training_data
+
+    monkeypatch.setattr(training_data, "N_SCENES", 40)
+    regions = training_data.build_regions()
+    canvas = emojicanvas.load().on_white()
+    n_styles, n_objects = canvas.shape[:2]
+    for style in range(n_styles):
+        for index in range(0, n_objects, 7):
+            region = regions["singles"][style, index, 0]
+            assert set(region.unique().tolist()) == {style * n_objects + index, training_data.NOTHING}
+            empty = (region == training_data.NOTHING).repeat_interleave(4, 0).repeat_interleave(4, 1).numpy()
+            ink = 255 - canvas[style, index].astype(float).min(-1)
+            assert ink[empty].sum() < 0.15 * ink.sum(), (style, index)
+    for region, scene in zip(regions["scenes"], emojiscenes.scenes(40), strict=True):
+        for part in scene.placed:
+            cells = (region == scene.style * n_objects + part.object).nonzero() * 4 + 2
+            assert len(cells) >= 5, scene
+            assert (cells >= torch.tensor([part.top, part.left]) - 2).all(), scene
+            assert (cells <= torch.tensor([part.top, part.left]) + part.size + 2).all(), scene

@@ -10,7 +10,7 @@ import typer
 
 from sparsefeat.assets import emojicanvas
 from sparsefeat.cli.failures import keeping
-from sparsefeat.cli.opening import PipelineChoice, check_hookpoint
+from sparsefeat.cli.opening import PipelineChoice, check_hookpoint, is_embedded
 from sparsefeat.cli.options import Device, Guidance, Pipeline, Seed, Steps, eighths, path
 from sparsefeat.inputs import Inputs, read_images, read_prompts
 from sparsefeat.whole import check_writable
@@ -154,6 +154,6 @@ def read_inputs(
         return read_images(images, limit)
     if prompts is not None:
         return read_prompts(prompts, column, split, limit)
-    if pipeline is not None:
+    if not is_embedded(pipeline):
         raise ValueError("--prompts is missing; name a file of prompts for this pipeline, or --images")
     return Inputs(emojicanvas.training_prompts()[:limit])

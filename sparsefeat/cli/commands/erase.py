@@ -12,7 +12,7 @@ import typer
 from sparsefeat.assets.embedded import ERASE_GAMMA, ERASE_LATENTS
 from sparsefeat.cli.drawing import draw_before_and_after
 from sparsefeat.cli.failures import keeping
-from sparsefeat.cli.opening import PipelineChoice, SAEChoice, check_hookpoint
+from sparsefeat.cli.opening import PipelineChoice, SAEChoice, check_hookpoint, is_embedded
 from sparsefeat.cli.options import At, Device, Guidance, Out, Pipeline, Saes, Seed, Steps, Subfolders, finite, path
 from sparsefeat.whole import whole_folder
 
@@ -95,7 +95,7 @@ def erase(
         folders = fitted_folders(fitted)
     else:
         assert concept is not None
-        needs_others = method in BY_SAE or pipeline is None or concepts is not None
+        needs_others = method in BY_SAE or is_embedded(pipeline) or concepts is not None
         given = concept_prompts(concept, concepts, pipeline) if needs_others else {concept: [concept]}
         saes = SAEChoice(sae, subfolder, pipeline, "text") if method in BY_SAE else None
         if save_to is not None:
@@ -162,7 +162,7 @@ def concept_prompts(concept: str, concepts: Path | None, pipeline: str | None) -
     """Prompts by concept: from the file, or for the embedded pipeline its objects or its styles."""
     if concepts is not None:
         return read_concepts(concept, concepts)
-    if pipeline is not None:
+    if not is_embedded(pipeline):
         raise ValueError("--concepts is needed for this pipeline: a JSON file that maps each concept to its prompts")
     from sparsefeat.assets.emojicanvas import prompts_by_concept
 

@@ -62,7 +62,7 @@ def explore(
         )
     else:
         explorer = Explorer(pipe, opened, Source((*own_imports, *sae_imports), pipe_line, sae_lines), prompts=others)
-    first = canvas.prompt("fox", "noto") if pipeline is None else "a fox"
+    first = canvas.prompt("fox", "noto") if choice.embedded else "a fox"
     settings = choice.call_settings(guidance)
     page = Page(explorer, Asked(first, seed, choice.n_steps, settings.get("guidance_scale")))
     try:

@@ -199,7 +199,7 @@ def write_pages(
 
     with keeping(kept):
         sae = saes.open(choice.device)[0]
-        during = draw_precision if choice.name is None else nullcontext
+        during = draw_precision if choice.embedded else nullcontext
         index = write_feature_pages(
             out, choice.open(), sae, concepts, at=at, steer=steer, batch_size=batch, seed=seed, during=during, **call
         )

@@ -13,14 +13,11 @@ def maps_rows(bench: Bench) -> list[Row]:
     saes = [bench.block_sae, bench.cross_saes[-1]]
     found = bench.kept(
         "maps/scenes",
-        lambda: evaluate_scenes(
-            bench.pipe,
-            "embedded",
-            load_pixel_judge(),
-            saes,
-            bench.budget.n_pictures,
-            said=bench.said,
-        ),
+        lambda: {
+            "rows": evaluate_scenes(
+                bench.pipe, "embedded", load_pixel_judge(), saes, bench.budget.n_pictures, said=bench.said
+            )
+        },
     )
     rows = []
     for row in found["rows"]:

@@ -9,7 +9,7 @@ import typer
 
 from sparsefeat.assets import emojicanvas
 from sparsefeat.cli.failures import keeping
-from sparsefeat.cli.opening import PipelineChoice, SAEChoice, check_hookpoint
+from sparsefeat.cli.opening import PipelineChoice, SAEChoice, check_hookpoint, is_embedded
 from sparsefeat.cli.options import (
     Device,
     Guidance,
@@ -82,7 +82,7 @@ def saes(
 def _inputs(prompts: str | None, column: str | None, limit: int | None, pipeline: str | None) -> Inputs:
     if prompts is not None:
         return read_prompts(prompts, column, None, limit)
-    if pipeline is not None:
+    if not is_embedded(pipeline):
         raise ValueError("--prompts is missing; name a file of prompts for this pipeline")
     grid = [emojicanvas.prompt(o, s) for o in emojicanvas.OBJECTS[:EMBEDDED_OBJECTS] for s in emojicanvas.STYLES]
     return Inputs(tuple(grid[:limit]))
