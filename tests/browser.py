@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 FLAGS = ("--no-sandbox", "--disable-quic", "--disable-background-networking", "--enable-unsafe-swiftshader")
-PATIENCE_MS = 120_000  # a loaded machine takes a while for what takes a second
+PATIENCE_MS = 600_000  # a loaded machine takes a while for what takes a second
 
 
 def _path() -> str:

@@ -17,6 +17,7 @@ from PIL import Image
 
 import sparsefeat.demo as demo
 from sparsefeat.assets.emojicanvas import OBJECTS, STYLES
+from sparsefeat.demo import made, run
 from sparsefeat.evaluation.judge import judge_images, load_judge, shares
 from sparsefeat.features.progress import Progress
 from sparsefeat.report.page import picture
@@ -28,8 +29,9 @@ STEPS = 3
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bars: list[Progress] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "N_STEPS", STEPS)
-        patch.setattr(demo, "Progress", lambda *given: bars.append(Progress(*given)) or bars[-1])
+        for module in (made, run):
+            patch.setattr(module, "N_STEPS", STEPS)
+        patch.setattr(run, "Progress", lambda *given: bars.append(Progress(*given)) or bars[-1])
         folder = demo.run_demo(tmp_path_factory.mktemp("demo") / "page").parent
     assert bars[0].bar.n == bars[0].bar.total == bars[0].drawn  # as many images as it said
     return folder

@@ -153,7 +153,8 @@ def test_regions_say_what_is_drawn_where(monkeypatch):
             assert set(region.unique().tolist()) == {style * n_objects + index, training_data.NOTHING}
             empty = (region == training_data.NOTHING).repeat_interleave(4, 0).repeat_interleave(4, 1).numpy()
             ink = 255 - canvas[style, index].astype(float).min(-1)
-            assert ink[empty].sum() < 0.15 * ink.sum(), (style, index)
+            lines = emojicanvas.STYLES[style] == "mono"  # thin ones cover less than half of a cell
+            assert ink[empty].sum() < (0.45 if lines else 0.15) * ink.sum(), (style, index)
     for region, scene in zip(regions["scenes"], emojiscenes.scenes(40), strict=True):
         for part in scene.placed:
             cells = (region == scene.style * n_objects + part.object).nonzero() * 4 + 2
