@@ -237,12 +237,12 @@ run[maps].word({emojicanvas.words(emojicanvas.OBJECTS[subjects[0].object])!r}).o
 def show_overhead(demo: Demo) -> None:
     """How long the hook of a Steer takes, and the step it runs in, for one image with guidance."""
     sae = demo.saes[0]
-    steer = Steer(sae, scale={0: 0.5})
+    steer = Steer(sae, add={0: 1.0})
     measured = measure_overhead(demo.pipe, steer.at.path, steer, lambda: demo.draw([at("fox", "noto")]))
     middle = sorted(measured.step_s)[len(measured.step_s) // 2]
     hook = sorted(measured.hook_s)[len(measured.hook_s) // 2]
     demo.results["timings"].append({"name": "one denoising step, one image with guidance", "seconds": middle})
-    demo.results["timings"].append({"name": "of which Steer(scale) at one hookpoint", "seconds": hook})
+    demo.results["timings"].append({"name": "of which Steer(add) at one hookpoint", "seconds": hook})
 
 
 def overhead_elsewhere() -> dict[str, Any] | None:
