@@ -14,6 +14,14 @@ from sparsefeat.assets import emojicanvas, emojiscenes, load_pipeline
 from sparsefeat.assets.embedded import PIPELINE
 
 
+@pytest.fixture(autouse=True)
+def flash_attention():
+    """Training turns the flash kernel off in its process; other tests of this one have it."""
+    before = torch.backends.cuda.flash_sdp_enabled()
+    yield
+    torch.backends.cuda.enable_flash_sdp(before)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     from embedded_models import build_tokenizer
