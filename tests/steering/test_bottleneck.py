@@ -226,7 +226,8 @@ def test_one_batch_of_learning_is_that_of_the_formulas(pipe, decoder):
 
 
 def test_an_edit_is_read_as_what_was_set(pipe):
-    learned = learn_concepts(pipe, AT, LABELLED, epochs=50, batch=3, lr=1e-3, steps=[3], guidance_scale=1.0, **CALL)
+    # At 50 epochs an edit is half learned, and rounding decides which half.
+    learned = learn_concepts(pipe, AT, LABELLED, epochs=150, batch=3, lr=1e-3, steps=[3], guidance_scale=1.0, **CALL)
     w = seen_at(pipe)[3].movedim(1, -1).flatten(1)
     assert float(learned.read(w)["colour"].sum()) == pytest.approx(1)
     for colour, index in (("red", 0), ("blue", 1)):
