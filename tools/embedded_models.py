@@ -94,6 +94,29 @@ def spread(n: int, device: torch.device) -> Tensor:
     return ((order + torch.rand(n, device=device)) / n).clamp(max=1 - 2**-24)
 
 
+TOLD = 0.1  # the weight of the cross-entropy beside the denoiser's own error
+
+
+class Regions(nn.Module):
+    """Cross-entropy of what one layer says is drawn where, of training alone.
+
+    Features that are told what they must hold are learned much sooner (the idea of REPA, arXiv 2410.06940, with the
+    exact masks in place of another model's features).
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, NOTHING + 1))
+        self.seen: list[Tensor] = []
+        layer.register_forward_hook(lambda *args: self.seen.append(args[-1]))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """After the layer ran: its last output, fp [n, WIDTH, 16, 16] or the image tokens of a pair (text, image)."""
+        output = self.seen.pop()
+        tokens = output[1] if isinstance(output, tuple) else output.flatten(2).mT
+        return TOLD * F.cross_entropy(self.head(tokens).float().flatten(0, 1), batch.regions.flatten())
+
+
 class UNetDenoiser(nn.Module):
     """CLIP text model of 2 layers and a UNet of channels (64, 128) with cross-attention at both levels.
 
@@ -116,6 +139,7 @@ class UNetDenoiser(nn.Module):
             attention_head_dim=(2, 4),  # diffusers' name for the number of heads: 32 channels each
             norm_num_groups=16,
         )
+        self.regions = Regions(self.unet.up_blocks[0])
         self.register_buffer("alphas", self.scheduler().alphas_cumprod, persistent=False)
 
     @staticmethod
@@ -132,7 +156,7 @@ class UNetDenoiser(nn.Module):
         )
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean squared error of v at uniform timesteps."""
+        """Mean squared error of v at uniform timesteps, and what the first block up is told."""
         clean, tokens = batch.clean, batch.tokens
         timesteps = (spread(len(clean), clean.device) * 1000).long()
         alphas: Tensor = self.alphas  # type: ignore[assignment]
@@ -142,7 +166,7 @@ class UNetDenoiser(nn.Module):
         noisy = (signal * clean + sigma * noise).contiguous(memory_format=torch.channels_last)
         hidden = self.text(tokens).last_hidden_state
         predicted = self.unet(noisy, timesteps, hidden, return_dict=False)[0].float()
-        return F.mse_loss(predicted, signal * noise - sigma * clean)
+        return F.mse_loss(predicted, signal * noise - sigma * clean) + self.regions(batch)
 
     def pipeline(self, tokenizer: CLIPTokenizer, vae: AutoencoderTiny) -> StableDiffusionPipeline:
         return StableDiffusionPipeline(
@@ -191,9 +215,6 @@ class RepeatedZeros:
         return (image, mixed[:, n_image:]) if attn.context_pre_only else (image, attn.to_add_out(mixed[:, n_image:]))
 
 
-TOLD = 0.1  # the weight of the cross-entropy beside the error of the velocity
-
-
 class JointDenoiser(nn.Module):
     """Two small CLIP text models and an `SD3Transformer2DModel` of 8 blocks at patch 1: 16x16 image tokens.
 
@@ -222,18 +243,14 @@ class JointDenoiser(nn.Module):
             pos_embed_max_size=32,
             qk_norm="rms_norm",
         )
-        self.regions = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, NOTHING + 1))  # of training alone
-        self.middle: list[Tensor] = []
-        self.transformer.transformer_blocks[3].register_forward_hook(lambda *args: self.middle.append(args[-1][1]))
+        self.regions = Regions(self.transformer.transformer_blocks[3])
 
     @staticmethod
     def scheduler() -> FlowMatchEulerDiscreteScheduler:
         return FlowMatchEulerDiscreteScheduler(shift=2.0)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean squared error of the velocity `noise - clean`, and cross-entropy of what the middle of the transformer
-        says is drawn where: features that are told what they must hold are learned much sooner (the idea of REPA,
-        arXiv 2410.06940, with the exact masks in place of another model's features)."""
+        """Mean squared error of the velocity `noise - clean`, and what the fourth block is told."""
         clean, tokens = batch.clean, batch.tokens
         n = len(clean)
         normal = torch.erfinv((2 * spread(n, clean.device) - 1).clamp(-0.9999, 0.9999)) * math.sqrt(2)
@@ -245,9 +262,7 @@ class JointDenoiser(nn.Module):
         hidden = torch.cat([hidden, hidden.new_zeros(n, 1, WIDTH)], 1)
         pooled = torch.cat([text.text_embeds for text in texts], -1)
         predicted = self.transformer(noisy, hidden, pooled, sigma.view(-1) * 1000, return_dict=False)[0]
-        said = self.regions(self.middle.pop()).float()
-        told = F.cross_entropy(said.flatten(0, 1), batch.regions.flatten())
-        return F.mse_loss(predicted.float(), noise - clean) + TOLD * told
+        return F.mse_loss(predicted.float(), noise - clean) + self.regions(batch)
 
     def train(self, mode: bool = True) -> JointDenoiser:
         if mode:
