@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def read_sae(
     each in the place of what the files say unless None."""
     found = detect(place)
     config, tensors = found.read(place, Given(k=given["k"]))
+    _tell_contradictions(config, given)
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     shapes = config.tensor_shapes()
     if {name: tuple(t.shape) for name, t in tensors.items()} != shapes:
@@ -36,6 +38,33 @@ def read_sae(
     # A copy: safetensors hands out views of the mapped file, which a later save into the same folder would replace. One
     # tensor at a time, each let go of when it is copied: of a large SAE no two whole copies are held.
     return config, {name: _cast(place, name, tensors.pop(name), device, dtype) for name in list(tensors)}
+
+
+def _tell_contradictions(config: SAEConfig, given: Mapping[str, Any]) -> None:
+    """One warning for each thing of which the files say one thing and the caller another: one of the two is wrong."""
+    for name, same in (("hookpoint", _same_place), ("base_model", _same_model)):
+        stated = getattr(config, name)
+        if stated is not None and isinstance(given[name], str) and not same(stated, given[name]):
+            warnings.warn(
+                f"the SAE's files state {name} {stated!r}, and {given[name]!r} was given, which is used; leave it out "
+                "unless the files are wrong",
+                stacklevel=4,
+            )
+
+
+def _same_place(stated: str, given: str) -> bool:
+    """Whether both may be one place: a language model's file does not know under which name a pipeline has the model."""
+    (path, *stated_said), (place, *given_said) = stated.split(":"), given.split(":")
+    if path.rpartition(".")[2].startswith("hook_"):  # TransformerLens's names are of no module
+        return True
+    tensors = [[word for word in said if word not in ("output", "image")] for said in (stated_said, given_said)]
+    inner = path.removeprefix("model.")
+    return tensors[0] == tensors[1] and (place == inner or place.endswith(f".{inner}"))
+
+
+def _same_model(stated: str, given: str) -> bool:
+    """Repositories of one name are copies."""
+    return stated.rpartition("/")[2].lower() == given.rpartition("/")[2].lower()
 
 
 def _cast(

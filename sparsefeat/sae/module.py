@@ -353,11 +353,12 @@ def load_sae(
         within either, `revision` a branch, tag or commit of the hub.
     dtype: None gives float32 (float64 if stored so), whatever the file holds.
     k, hookpoint, base_model: in the place of what the files say; most foreign formats do not know the pipeline they were
-        trained on, and overcomplete's not their k. `sparsefeat.check(sae, pipe, prompts)` tells whether they fit.
+        trained on, and overcomplete's not their k. `sparsefeat.check(sae, pipe, prompts)` tells whether they fit. A
+        hookpoint or base model other than the one that the files state is used with a warning that names both.
 
     Raises:
-        FileNotFoundError: nothing is there. OSError: the hub cannot be asked. ValueError: the files are of no known format,
-            damaged, or do not fit what is given; it names the file.
+        FileNotFoundError: nothing is there. OSError: the hub cannot be asked. TypeError: `source` is no path. ValueError:
+            the files are of no known format, damaged, or do not fit what is given; it names the file.
     """
     check_device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,41 @@ def test_a_config_that_is_wrong_is_named_with_its_path(folder):
     (folder / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="holds a list"):
         load_sae(folder)
+
+
+@pytest.mark.parametrize(
+    ("stated", "given", "contradicts"),
+    [
+        ("unet.up_blocks.1.attentions.1", "unet.up_blocks.1.attentions.1", False),
+        ("unet.up_blocks.1.attentions.1", "unet.up_blocks.1.attentions.1:output:image", False),
+        ("unet.up_blocks.1.attentions.1", "unet.up_blocks.2.attentions.1", True),
+        ("unet.up_blocks.1.attentions.1", "unet.up_blocks.1.attentions.1:diff", True),
+        ("transformer.transformer_blocks.1.ff", "transformer.transformer_blocks.1.ff:text", True),
+        ("layers.1", "text_encoder.encoder.layers.1", False),  # of the model alone, which the pipeline has
+        ("layers.1", "text_encoder.encoder.layers.11", True),
+        ("model.layers.9", "text_encoder.layers.9", False),
+        ("model.layers.9", "text_encoder.layers.19", True),
+        ("blocks.3.hook_resid_post", "text_encoder.layers.3", False),  # which names no module at all
+        (None, "unet.mid_block", False),
+    ],
+)
+def test_another_hookpoint_than_the_files_state_is_used_with_one_warning_of_both(folder, stated, given, contradicts):
+    reconfigure(folder, hookpoint=stated, base_model="one/model")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        config = load_sae(folder, hookpoint=given, base_model="a-copy/Model").config
+    assert (config.hookpoint, config.base_model) == (given, "a-copy/Model")
+    assert len(told) == contradicts
+    for one in told:
+        assert f"state hookpoint {stated!r}, and {given!r} was given, which is used" in str(one.message)
+        assert one.filename == __file__  # the caller's line
+
+
+def test_another_model_than_the_files_state_is_used_with_one_warning_of_both(folder):
+    reconfigure(folder, base_model="stabilityai/sdxl-turbo")
+    with pytest.warns(UserWarning, match="state base_model 'stabilityai/sdxl-turbo', and 'a/b' was given") as told:
+        assert load_sae(folder, base_model="a/b").config.base_model == "a/b"
+    assert len(told) == 1
 
 
 def test_an_unset_threshold_is_said(folder):

@@ -39,7 +39,8 @@ def test_a_name_fetches_its_files_and_brings_its_place(tmp_path, monkeypatch):
     assert asked["repo"] == "surokpro2/sdxl-saes"
     assert f"{entry.subfolder}/state_dict.pth" in asked["patterns"]
     assert (config.hookpoint, config.base_model) == ("unet.up_blocks.0.attentions.1:diff", "stabilityai/sdxl-turbo")
-    assert load_sae("sdxl-unbox/up.0.1", hookpoint="unet.mid_block").config.hookpoint == "unet.mid_block"
+    with pytest.warns(UserWarning, match="and 'unet.mid_block' was given"):
+        assert load_sae("sdxl-unbox/up.0.1", hookpoint="unet.mid_block").config.hookpoint == "unet.mid_block"
 
 
 def test_a_single_file_is_fetched_with_what_lies_beside_it(tmp_path, monkeypatch):
@@ -84,7 +85,8 @@ def test_verify_measures_a_stand_in_beside_what_is_published_of_it(monkeypatch):
             ["sae", "verify", "stand/in", "a noto emoji of a fox", "--weights", str(folder), "--steps", "2", "--json"],
         )
         assert done.exit_code == (0 if agrees else 1), done.output
-        told = json.loads(done.output)
+        assert "state base_model" in done.stderr  # the stand-in is of another pipeline, and that is said
+        told = json.loads(done.stdout)
         assert told["agrees"] == agrees
         assert told["published"] == {"l0": l0}
         assert 0 < told["measured"]["fvu"] < 1

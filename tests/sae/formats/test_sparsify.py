@@ -66,9 +66,11 @@ def test_hookpoint_and_model_come_from_the_runs_folders(tmp_path):
     (run / "config.json").write_text(json.dumps({"model": "tiny/model", "ctx_len": 64}))
     config = load_sae(place).config
     assert (config.hookpoint, config.base_model) == ("transformer.layers.3", "tiny/model")
-    assert load_sae(run, subfolder="transformer.layers.3", hookpoint="unet.mid_block:diff").config.hookpoint == (
-        "unet.mid_block:diff"
-    )
+    with pytest.warns(
+        UserWarning, match=r"state hookpoint 'transformer\.layers\.3', and 'unet\.mid_block:diff' was given"
+    ):
+        other = load_sae(run, subfolder="transformer.layers.3", hookpoint="unet.mid_block:diff")
+    assert other.config.hookpoint == "unet.mid_block:diff"
     (place / "seed1").mkdir()
     for name in ("cfg.json", "sae.safetensors"):
         (place / name).rename(place / "seed1" / name)
