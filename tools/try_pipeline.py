@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from PIL import Image
 
 from sparsefeat.assets import GUIDANCE, N_STEPS, emojicanvas, emojiscenes, load_pipeline
@@ -28,7 +28,9 @@ def as_uint8(images: torch.Tensor) -> np.ndarray:
     return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def draw_scenes(pipe: StableDiffusionPipeline, captions: list[str], batch: int = 20) -> np.ndarray:
+def draw_scenes(
+    pipe: StableDiffusionPipeline | StableDiffusion3Pipeline, captions: list[str], batch: int = 20
+) -> np.ndarray:
     """uint8 [n, 64, 64, 3], scene i from noise of seed i."""
     parts = []
     for start in range(0, len(captions), batch):

@@ -12,10 +12,11 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+if TYPE_CHECKING:  # from their own files: mypy takes what diffusers itself exports for a stand-in that cannot be called
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 
 FOLDER = Path(__file__).parent
 
@@ -101,10 +102,17 @@ def _quiet_loading() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
-def load_pipeline(folder: Path | str = PIPELINE, **options: Any) -> StableDiffusionPipeline:
-    """`DiffusionPipeline.from_pretrained(folder)` in fp32, quiet. Raises FileNotFoundError with the remedy.
+@overload
+def load_pipeline(folder: Path | str, **options: Any) -> StableDiffusionPipeline | StableDiffusion3Pipeline: ...
+@overload
+def load_pipeline(**options: Any) -> StableDiffusionPipeline: ...
+def load_pipeline(folder: Path | str = PIPELINE, **options: Any) -> StableDiffusionPipeline | StableDiffusion3Pipeline:
+    """`DiffusionPipeline.from_pretrained(folder)` in fp32, quiet: the embedded one, JOINT, or one that the tools trained.
 
     A joint pipeline (`StableDiffusion3Pipeline`) without a third text encoder is opened without one.
+
+    Raises:
+        FileNotFoundError: no pipeline is there.
     """
     import torch
     from diffusers import DiffusionPipeline
