@@ -290,6 +290,9 @@ class AttendAndExcite(MapGuidance):
             latent is moved before its usual move.
 
     Source: Chefer et al., "Attend-and-Excite", SIGGRAPH 2023; the constants are those of its code.
+
+    Raises:
+        ValueError: an argument that cannot be, by its name.
     """
 
     MOST_MOVES = 20
@@ -334,6 +337,9 @@ class AStar(MapGuidance):
     The paper leaves the threshold and the step size open; here they are the map's mean and Attend-and-Excite's.
 
     Source: Agarwal et al., "A-STAR", ICCV 2023.
+
+    Raises:
+        ValueError: an argument that cannot be, by its name.
     """
 
     def begin_call(self, call: Call) -> None:

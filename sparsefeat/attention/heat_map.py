@@ -25,7 +25,11 @@ class HeatMap:
         return f"HeatMap({self.label!r}, {' x '.join(map(str, self.values.shape))})"
 
     def frame(self, index: int) -> HeatMap:
-        """The map of one (latent) frame of a video."""
+        """The map of one (latent) frame of a video.
+
+        Raises:
+            ValueError: the map is an image's, or has no such frame.
+        """
         if self.values.ndim != 3:
             raise ValueError(
                 f"frame={index} was asked of the map of {self.label!r}, which is an image's; leave it out."
@@ -34,7 +38,11 @@ class HeatMap:
         return HeatMap(self.values[index], self.label)
 
     def resized(self, size: tuple[int, int]) -> Tensor:
-        """The map on `size` = (height, width), bicubic, not below zero."""
+        """The map on `size` = (height, width), bicubic, not below zero.
+
+        Raises:
+            ValueError: `size` is not two whole numbers.
+        """
         size = sides("size", size)
         if tuple(self.values.shape[-2:]) == size:
             return self.values
@@ -49,11 +57,20 @@ class HeatMap:
         return (values - low) / (high - low)
 
     def mask(self, threshold: float = 0.4, size: tuple[int, int] | None = None) -> Tensor:
-        """Bool, of the values' shape: where the scaled map exceeds `threshold` (0.4 is DAAM's for its segmentation)."""
+        """Bool, of the values' shape: where the scaled map exceeds `threshold` (0.4 is DAAM's for its segmentation).
+
+        Raises:
+            ValueError: `threshold` is not from 0 to 1, or `size` not two whole numbers.
+        """
         return self.scaled(size) > number("threshold", threshold, 0, 1)
 
     def overlay(self, image: Image.Image, strength: float = 0.5, colors: str = "turbo") -> Image.Image:
-        """`image` with the map laid over it in the colours of a matplotlib colour map."""
+        """`image` with the map laid over it in the colours of a matplotlib colour map.
+
+        Raises:
+            TypeError: `image` is no PIL image.
+            ValueError: the map has frames; `strength` is not from 0 to 1; colours that matplotlib has not.
+        """
         if not isinstance(image, Image.Image):
             raise TypeError(f"image is {type(image).__name__}, not a PIL image; give one, PIL.Image.open(path).")
         if self.values.ndim != 2:

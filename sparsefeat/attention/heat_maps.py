@@ -440,6 +440,9 @@ class HeatMaps(Instrument):
         Attach both, `attach(pipe, maps, Steer(sae, ..., mask=maps.mask("fox")))`. Values are min-max scaled to [0, 1],
         or 0 and 1 by `threshold`. During the first step nothing is completed and the mask is zero; so is that of
         an image whose prompt does not have the word, among several prompts.
+
+        Raises:
+            ValueError: `threshold` is not a finite number. In the call: the maps are not attached.
         """
         self._is_mask = True
         if threshold is not None:
@@ -447,7 +450,11 @@ class HeatMaps(Instrument):
         return WordMask(self, word, threshold, occurrence)
 
     def so_far(self, what: str) -> HeatMapRecording | None:
-        """The maps of the call that is going on, over its completed steps; None where there is none yet."""
+        """The maps of the call that is going on, over its completed steps; None where there is none yet.
+
+        Raises:
+            ValueError: the maps are not attached.
+        """
         if self._call is None:
             raise ValueError(
                 f"{what} of HeatMaps that are not attached; attach them with the Steer, attach(pipe, maps, steer)."

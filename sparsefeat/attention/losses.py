@@ -26,7 +26,11 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
 
 
 def mean_overlap(maps: Tensor) -> Tensor:
-    """The mean `overlap` of all pairs of maps [words, h, w]; a metric of a picture's words."""
+    """The mean `overlap` of all pairs of maps [words, h, w]; a metric of a picture's words.
+
+    Raises:
+        ValueError: there are fewer than two maps.
+    """
     pairs = list(itertools.combinations(range(len(maps)), 2))
     if not pairs:
         raise ValueError(f"maps has shape {list(maps.shape)}; an overlap needs two maps at least")

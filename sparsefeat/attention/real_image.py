@@ -45,7 +45,11 @@ def read_image(
         samples: draws of noise, whose maps are averaged. seed: of the first; the next has seed + 1.
         arguments: for the image-to-image pipeline's call, such as `guidance_scale`, `height` and `width`.
 
-    Returns one recording of one image. Raises ValueError where diffusers has no image-to-image pipeline for these models.
+    Returns one recording of one image.
+
+    Raises:
+        TypeError: `image` or `maps` is no such thing; an argument that the pipeline's call does not take.
+        ValueError: diffusers has no image-to-image pipeline for these models.
 
     Example:
         found = sf.read_image(pipe, sf.HeatMaps(concepts=["fox", "snow"]), Image.open("fox.png"), "a fox")

@@ -55,6 +55,11 @@ class HeatMapRecording:
 
     @property
     def n_images(self) -> int:
+        """How many images the call made.
+
+        Raises:
+            ValueError: as `grid`.
+        """
         return len(self._any().total)
 
     def _any(self) -> MapSum:
@@ -66,13 +71,21 @@ class HeatMapRecording:
 
     @property
     def grid(self) -> Grid:
-        """The largest grid that was read, (h, w) or (frames, h, w): the size of every map."""
+        """The largest grid that was read, (h, w) or (frames, h, w): the size of every map.
+
+        Raises:
+            ValueError: no attention to the text was seen in the call.
+        """
         self._any()
         return max((part.grid for part in self.sums), key=positions)
 
     @property
     def device(self) -> torch.device:
-        """Where the maps are."""
+        """Where the maps are.
+
+        Raises:
+            ValueError: as `grid`.
+        """
         return self._any().total.device
 
     @property
@@ -108,6 +121,9 @@ class HeatMapRecording:
                 steps, so that a pixel's values are a part of a distribution over the keys. "tokens": divided at every
                 pixel by the sum over the prompt's own tokens (special ones and padding left out) + 1e-6.
             layer, step, head: the maps of one layer (its path), step or head alone, where `keep=` kept them apart.
+
+        Raises:
+            ValueError: an image that there is not; a layer, step or head that was not kept apart; another `normalize`.
         """
         self._check_image(image)
         for name, asked, kept in (("layer", layer, self.layers), ("step", step, self.steps)):
@@ -143,7 +159,11 @@ class HeatMapRecording:
         step: int | None = None,
         head: int | None = None,
     ) -> HeatMap:
-        """The mean of the maps of tokens named by their positions among the text's."""
+        """The mean of the maps of tokens named by their positions among the text's.
+
+        Raises:
+            ValueError: tokens that are none, or have no map; as `tensor`.
+        """
         if (
             not isinstance(tokens, Sequence)
             or isinstance(tokens, str)
@@ -180,6 +200,9 @@ class HeatMapRecording:
     ) -> HeatMap:
         """The map of a word or phrase: the mean over its tokens, of all its occurrences unless one is named. Of concepts, the
         map of one of them.
+
+        Raises:
+            ValueError: the word is not in the image's prompt, or the prompt is not known; as `tensor`.
         """
         tokens = self._indices(word, image, occurrence)
         return HeatMap(self.map(tokens, image, normalize, layer=layer, step=step, head=head).values, word)
@@ -202,7 +225,11 @@ class HeatMapRecording:
         return torch.stack([torch.zeros_like(known) if one is None else one for one in found])
 
     def tokens(self, image: int = 0, normalize: Normalization = "none") -> tuple[HeatMap, ...]:
-        """One map for each token of the prompt, start and end tokens included, labelled with the token's text."""
+        """One map for each token of the prompt, start and end tokens included, labelled with the token's text.
+
+        Raises:
+            ValueError: the prompt is not known; as `tensor`.
+        """
         maps = self.tensor(image, normalize)
         if self.concepts is not None:
             return tuple(HeatMap(values, concept) for values, concept in zip(maps, self.concepts, strict=True))

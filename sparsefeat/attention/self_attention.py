@@ -54,6 +54,9 @@ class SelfAttention(Instrument):
 
     Memory: 4 positions^2 bytes an image for all layers and steps together (4 MiB of 32 x 32), and of a layer on another
     grid, while it attends, 4 MiB more and its rows on the common grid.
+
+    Raises:
+        ValueError: an argument that cannot be, by its name.
     """
 
     def __init__(
@@ -200,7 +203,11 @@ class SelfAttentionRecording:
     grid: tuple[int, int]
 
     def affinity(self, image: int = 0) -> Tensor:
-        """[positions, positions]: row i is what position i attends to, and sums to 1."""
+        """[positions, positions]: row i is what position i attends to, and sums to 1.
+
+        Raises:
+            ValueError: an image that there is not.
+        """
         if not 0 <= image < len(self.means):
             raise ValueError(
                 f"image={image} is out of range; the call made {len(self.means)} image(s), counted from 0."
@@ -213,6 +220,10 @@ class SelfAttentionRecording:
         what it attends to. Several times follow the attention further.
 
         A word's map is refined by it (AttenCraft); a seed, a map that is 1 at a point, spreads to what belongs to it.
+
+        Raises:
+            TypeError: `maps` is no tensor.
+            ValueError: maps of another shape or not finite; an image that there is not.
         """
         whole("times", times)
         _check_maps("maps", maps)
@@ -227,7 +238,11 @@ class SelfAttentionRecording:
         return found if maps.ndim == 3 else found[0]
 
     def seed(self, y: float, x: float, image: int = 0, times: int = 1) -> Tensor:
-        """`propagate` of a point: y and x from 0 to 1, the top left corner to the bottom right one."""
+        """`propagate` of a point: y and x from 0 to 1, the top left corner to the bottom right one.
+
+        Raises:
+            ValueError: y or x is not from 0 to 1; an image that there is not.
+        """
         for name, place in (("y", y), ("x", x)):
             if not 0 <= place <= 1:
                 raise ValueError(f"{name}={place!r} must be from 0 to 1, a share of the image's side.")
@@ -246,6 +261,10 @@ class SelfAttentionRecording:
            as the least alike positions that met in the first grouping.
 
         Masks do not overlap. What is left out belongs to none.
+
+        Raises:
+            TypeError: `foreground` is no tensor.
+            ValueError: it is not one finite map; an argument that cannot be, by its name.
         """
         rows = self.affinity(image).double().clamp(min=1e-12)
         labels, limit = partition(rows, whole("fewest", fewest))

@@ -43,6 +43,9 @@ class CorrectionBySimilarities(WordEmbeddings):
         strength: alpha; 0 changes nothing.
         window: gamma, in tokens to either side; the start token is never in it.
         quantile: of S, the share of entries that are left out. The paper leaves it open; 0.9 is ours.
+
+    Raises:
+        ValueError: an argument that cannot be, by its name.
     """
 
     def __init__(self, words: Sequence[str], strength: float = 0.25, window: int = 5, quantile: float = 0.9):
@@ -84,6 +87,9 @@ class CrossTokenNMS(OfWords):
     Args:
         words: at least two.
         layers: parts of the paths of cross-attention modules; default all.
+
+    Raises:
+        ValueError: fewer than two words.
     """
 
     def __init__(self, words: Sequence[str], layers: Sequence[str] | None = None):

@@ -70,7 +70,13 @@ class Circuit:
     """Of upstream and downstream latents, where their SAEs have some."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """As JSON, or where `path` ends in .svg as a picture."""
+        """As JSON, or where `path` ends in .svg as a picture.
+
+        Raises:
+            TypeError: `path` is no path.
+            ValueError: it is empty.
+            OSError: it cannot be written.
+        """
         path = as_path(path, "path", "a file")
         text = self.svg() if path.suffix.lower() == ".svg" else json.dumps(asdict(self), indent=1, ensure_ascii=False)
         with written_plainly(path, "path"):
@@ -78,7 +84,11 @@ class Circuit:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Circuit:
-        """What `save` wrote as JSON."""
+        """What `save` wrote as JSON.
+
+        Raises:
+            ValueError: the file holds no circuit.
+        """
         try:
             told = json.loads(Path(path).read_text(encoding="utf-8"))
             edges = tuple(Edge(**edge) for edge in told.pop("edges"))
@@ -205,6 +215,7 @@ def circuit(
     `attribute_latents` takes.
 
     Raises:
+        TypeError: an SAE that is none; an argument that the pipeline's call does not take.
         ValueError: the second block does not depend on the first; no edge is left.
     """
     window = StepWindow.parse(steps)

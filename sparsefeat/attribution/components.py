@@ -164,6 +164,7 @@ def attribute_weights(
     to erase.
 
     Raises:
+        TypeError: an argument that the pipeline's call does not take.
         ValueError: no guidance, modules that cannot be read, or a gradient that is not finite.
     """
     prompts = prompts_of("prompts", prompts)
@@ -221,6 +222,9 @@ def cad_erase(
         ratio: share of every row that goes, rounded down, so that rows shorter than 1 / ratio lose nothing.
         steps: when the weights are 0; default all.
         options: modules, seed and the pipeline's own arguments, see `attribute_weights`.
+
+    Raises:
+        ValueError: `ratio` is not above 0 and up to 1; as `attribute_weights`.
     """
     return _cad(pipe, prompts, "erase", ratio, steps, options)
 
@@ -228,5 +232,9 @@ def cad_erase(
 def cad_amplify(
     pipe: Any, prompts: str | Sequence[str], *, ratio: float = AMPLIFY_RATIO, steps: Steps = None, **options: Any
 ) -> WeightMask:
-    """CAD-Amplify: a mask of the weights that keep the concept down; arguments as of `cad_erase`, and concept, latents."""
+    """CAD-Amplify: a mask of the weights that keep the concept down; arguments as of `cad_erase`, and concept, latents.
+
+    Raises:
+        ValueError: as `cad_erase`.
+    """
     return _cad(pipe, prompts, "amplify", ratio, steps, options)

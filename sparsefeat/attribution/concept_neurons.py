@@ -81,6 +81,10 @@ def cones(
         modules: as of `attribute_weights`; default the keys and values of the text.
         steps: when the neurons are shut; default all.
         call: arguments of the pipeline. Its num_inference_steps are the passes (published: 50 to 1000).
+
+    Raises:
+        TypeError: an argument that the pipeline's call does not take.
+        ValueError: an argument that cannot be, by its name; no weight is above the threshold.
     """
     words = prompts_of("concept", [concept])
     number("threshold", threshold, 0)

@@ -168,6 +168,7 @@ def attribute_latents(
     Instruments of other sessions are not at work in the runs that are attributed.
 
     Raises:
+        TypeError: `sae` is no SAE; an argument that the pipeline's call does not take.
         ValueError: a hookpoint outside the denoiser, a latent that is not there, no guidance.
 
     Example:

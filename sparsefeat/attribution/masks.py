@@ -28,6 +28,9 @@ class WeightMask(SavableInstrument):
         masks: path of a module -> bool of its weight's shape, True where the weight becomes 0.
         concept: a name, for the record.
         steps: window of steps as in `Steer`; default all.
+
+    Raises:
+        ValueError: a mask that is no tensor of booleans; none of them zeroes anything.
     """
 
     def __init__(self, masks: Mapping[str, Tensor], concept: str = "", *, steps: Steps = None):
@@ -60,7 +63,12 @@ class WeightMask(SavableInstrument):
         return flat.reshape(self.shapes[path])
 
     def union(self, later: WeightMask) -> WeightMask:
-        """What either of them zeroes, in this one's steps (Cones' way to erase several concepts)."""
+        """What either of them zeroes, in this one's steps (Cones' way to erase several concepts).
+
+        Raises:
+            TypeError: `later` is no WeightMask.
+            ValueError: it is of another model.
+        """
         if not isinstance(later, WeightMask):
             raise TypeError(f"later is {type(later).__name__}, not a WeightMask; make one, cad_erase(...).")
         masks = {path: self.mask(path) for path in self.shapes}

@@ -24,6 +24,7 @@ def clamp_latents(
         options: condition, steps, mask, at of `Steer`; condition is "both" by default.
 
     Raises:
+        TypeError: `sae` or `statistics` is no such thing.
         ValueError: the statistics are of another SAE, have no such concept or no other; no latent is more active with it.
     """
     hookpoint_of(sae, options.get("at"))

@@ -57,6 +57,10 @@ class ESD(SavableInstrument):
         changes: path of a module -> its change.
         concept: a name, for the record.
         steps: window of steps as in `Steer`; default all.
+
+    Raises:
+        TypeError: a change is no LowRank.
+        ValueError: there is none, or its numbers are not finite.
     """
 
     def __init__(self, changes: Mapping[str, LowRank], concept: str = "", *, steps: Steps = None):
@@ -97,6 +101,10 @@ class ESD(SavableInstrument):
             modules: as of `attribute_weights`; default "attn2" of UNets (the paper's ESD-x), "attn" of transformers.
             steps: when the changes are on, once trained; default all.
             call: arguments of the pipeline, which needs guidance (the paper's: guidance_scale=3, 50 steps).
+
+        Raises:
+            TypeError: an argument that the pipeline's call does not take.
+            ValueError: an argument that cannot be, by its name; a run without guidance.
         """
         if not isinstance(concept, str) or not concept.strip():
             raise ValueError(f"concept={concept!r} must be the prompt of a concept, as 'a fox'.")

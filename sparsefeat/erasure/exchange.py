@@ -46,6 +46,10 @@ class Exchange(SavableInstrument):
         concepts: what is erased and what stands in its place, for the record.
         condition: rows that are edited, as in `Steer`.
         at: hookpoint; default the SAE's.
+
+    Raises:
+        TypeError: `sae` is no SAE.
+        ValueError: an argument that cannot be, by its name; `change` has not a finite row for each latent.
     """
 
     kept: ClassVar[tuple[str, ...]] = ("latents", "change", "concepts")
@@ -100,6 +104,7 @@ class Exchange(SavableInstrument):
             call: arguments of the calls that it will run in that say how prompts are encoded, such as max_sequence_length.
 
         Raises:
+            TypeError: `sae` is no SAE.
             ValueError: names the argument: a concept that is not in `prompts`, not as many prompts for it as for its stand-in, or
                 none of the latents is more active with it than without.
         """

@@ -56,6 +56,10 @@ class InterpretThenDeactivate(SavableInstrument):
         gate_reduce: "mean" or "max_token", above. The published code takes the mean for tau and for the gate with
             artistic styles; with celebrities the largest token for tau and the mean for the gate, which do not compare.
         at: hookpoint; default the SAE's.
+
+    Raises:
+        TypeError: `sae` is no SAE; `latents` is no list.
+        ValueError: an argument that cannot be, by its name.
     """
 
     kept: ClassVar[tuple[str, ...]] = ("latents", "strength", "tau", "gate_reduce")
@@ -117,6 +121,10 @@ class InterpretThenDeactivate(SavableInstrument):
                 depends on it), complex_human_instruction (Sana), prompt_template (HunyuanVideo).
 
         Memory: the SAE's weights, the kernel's scratch (64 MiB), and two numbers a latent; no dense code of a batch.
+
+        Raises:
+            TypeError: `sae` is no SAE; an argument that the pipeline's call does not take.
+            ValueError: an argument that cannot be, by its name; no prompt to erase.
         """
         hookpoint_of(sae, at)
         for name, prompts in (("erase", erase), ("remain", remain)):

@@ -40,6 +40,9 @@ class ConceptLancet(SavableInstrument):
         strength: 1 takes the whole share.
         center: [d_model] subtracted from rows before they are decomposed; `fit` gives the mean.
         condition, steps: as in `Steer`.
+
+    Raises:
+        ValueError: an argument that cannot be, by its name; directions that are zero or not of one width.
     """
 
     def __init__(
@@ -96,6 +99,9 @@ class ConceptLancet(SavableInstrument):
             at: a layer of a text encoder, as in "text_encoder.encoder.layers.0".
             prompts: concept -> its prompts, at least two concepts.
             options: k, strength, condition, steps.
+
+        Raises:
+            ValueError: fewer than two concepts, or one without prompts; a hookpoint that is not there.
         """
         check_prompts(prompts)
         if len(prompts) < 2:

@@ -79,6 +79,11 @@ class PosteriorAttenuation(SavableInstrument):
         posterior: [F, bins], P(concept | activation), from `Histograms.posterior`.
         concept: a name, for the record.
         condition, steps, at: as in `Steer`; condition "cond+uncond-" has no meaning here.
+
+    Raises:
+        TypeError: `sae` is no SAE.
+        ValueError: an argument that cannot be, by its name; `posterior` is not of these latents, or not of
+            probabilities.
     """
 
     kept: ClassVar[tuple[str, ...]] = ("latents", "posterior", "concept")
@@ -136,6 +141,11 @@ class PosteriorAttenuation(SavableInstrument):
             n_latents: how many are attenuated.
             prior: P(concept), 0 to 1; default the same for every concept. Higher takes more away.
             batch_size, seed, call: of the runs; see `collect_statistics`.
+
+        Raises:
+            TypeError: `sae` is no SAE; an argument that the pipeline's call does not take.
+            ValueError: an argument that cannot be, by its name; a concept that is no key of `prompts`, or the only one;
+                no latent is more active with it.
         """
         hookpoint_of(sae, at)
         check_arguments(pipe, call, also=inspect.signature(cls.fit).parameters)

@@ -33,6 +33,10 @@ class ReplaceWhere(SavableInstrument):
             unconditional prompt, which has to be in the same run of the denoiser.
         condition: rows that are looked at and replaced, "cond" or, with source="patch", "uncond" or "both".
         steps, at: as in `Steer`.
+
+    Raises:
+        TypeError: `sae` is no SAE.
+        ValueError: an argument that cannot be, by its name; a latent that the SAE has not.
     """
 
     def __init__(

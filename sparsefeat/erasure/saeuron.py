@@ -136,6 +136,10 @@ class Erase(SavableInstrument):
         condition: rows that are edited; "both" as in the paper ("cond", "uncond" as in `Steer`).
         steps: window of steps as in `Steer`; default all.
         at: hookpoint; default the SAE's.
+
+    Raises:
+        TypeError: `sae` is no SAE, or a selection no Selection.
+        ValueError: an argument that cannot be, by its name; a latent that the SAE has not.
     """
 
     def __init__(
@@ -199,6 +203,11 @@ class Erase(SavableInstrument):
                 against all others; where two select one latent at a timestep, the one named later decides its edit.
             percentile, n_latents, gamma, magnitude: see `select`.
             options: error, condition, steps, at of `Erase`.
+
+        Raises:
+            TypeError: `sae` or `statistics` is no such thing.
+            ValueError: statistics that are empty, of another SAE, or without the concept or others; an argument that
+                cannot be, by its name.
         """
         hookpoint_of(sae, options.get("at"))
         check_statistics(statistics)
@@ -273,6 +282,10 @@ class Erase(SavableInstrument):
             call: arguments of the pipeline, such as num_inference_steps and guidance_scale.
 
         The statistics can be kept and used for several targets: `collect_statistics`, then `Erase.from_statistics`.
+
+        Raises:
+            TypeError: `sae` is no SAE; an argument that the pipeline's call does not take.
+            ValueError: an argument that cannot be, by its name; a target that is no key of `prompts`, or the only one.
         """
         # All that can be refused is refused before the minutes of drawing.
         hookpoint_of(sae, at)
@@ -328,7 +341,12 @@ class Erase(SavableInstrument):
         return Delta(change)
 
     def union(self, later: Erase) -> Erase:
-        """Both erasures in one, with this one's settings; where both edit a latent at a timestep, the later decides."""
+        """Both erasures in one, with this one's settings; where both edit a latent at a timestep, the later decides.
+
+        Raises:
+            TypeError: `later` is no Erase.
+            ValueError: it is of another SAE or hookpoint.
+        """
         if not isinstance(later, Erase):
             raise TypeError(f"later is {type(later).__name__}, not an Erase; make one, Erase.fit(...).")
         if later.sae is not self.sae or later.at != self.at:

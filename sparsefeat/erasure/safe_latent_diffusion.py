@@ -22,6 +22,9 @@ def safe_latent_diffusion(concept: str, setting: str = "medium", *, steps: Steps
         concept: what is to be kept away, in words.
         setting: "weak", "medium", "strong" or "max", the published ones, made for 50 steps: `warmup` counts steps.
         steps: window of steps as in `Steer`. options: of `SafeGuidance`, in the place of the setting's.
+
+    Raises:
+        ValueError: a setting that there is not; as `SafeGuidance`.
     """
     if setting not in SETTINGS:
         raise ValueError(f"setting={setting!r} is not known; use one of {', '.join(map(repr, SETTINGS))}.")

@@ -128,6 +128,9 @@ class UCE(SavableInstrument):
         maps: how the weights change, one for each of the denoiser's text arguments.
         concepts: names, for the record.
         steps: window of steps as in `Steer`; default all.
+
+    Raises:
+        ValueError: there is no map.
     """
 
     def __init__(self, maps: Sequence[TextMap], concepts: Sequence[str] = (), *, steps: Steps = None):

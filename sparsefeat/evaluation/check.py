@@ -80,6 +80,7 @@ def check(
     Returns: a `Check`, false if something is wrong. Warns with `CheckWarning` in that case.
 
     Raises:
+        TypeError: `sae` is no SAE; an argument that the pipeline's call does not take.
         ValueError: an argument that cannot be, by its name; an SAE that depends on the timestep; a
             hookpoint of another width.
     """

@@ -13,6 +13,10 @@ class Splice(Instrument):
     """Instrument: every row becomes its reconstruction, in all conditions and all steps.
 
     The harshest test of an SAE: whatever it loses, the rest of the model has to do without.
+
+    Raises:
+        TypeError: `sae` is no SAE.
+        ValueError: it is a transcoder, or does not know its hookpoint.
     """
 
     def __init__(self, sae: SAE, at: str | Hookpoint | None = None) -> None:

@@ -28,7 +28,11 @@ from sparsefeat.sae import SAE
 
 @dataclass(frozen=True)
 class Blindspots:
-    """Mean activations of every latent in every image, `[images, n_latents]`: of real ones and of generated ones."""
+    """Mean activations of every latent in every image, `[images, n_latents]`: of real ones and of generated ones.
+
+    Raises:
+        ValueError: other shapes, not the same latents, or numbers that are not finite.
+    """
 
     real: Tensor
     generated: Tensor
@@ -51,13 +55,21 @@ class Blindspots:
         return self.difference.sigmoid()
 
     def suppressed(self, below: float = 0.1) -> list[int]:
-        """The latents that generated images lack, the most missing first."""
+        """The latents that generated images lack, the most missing first.
+
+        Raises:
+            ValueError: `below` is not from 0 to 0.5.
+        """
         number("below", below, 0, 0.5)
         order = self.delta.argsort(stable=True)
         return order[self.delta[order] < below].tolist()
 
     def exaggerated(self, above: float = 0.9) -> list[int]:
-        """The latents that they have too much of, the most first."""
+        """The latents that they have too much of, the most first.
+
+        Raises:
+            ValueError: `above` is not from 0.5 to 1.
+        """
         number("above", above, 0.5, 1)
         order = self.delta.argsort(descending=True, stable=True)
         return order[self.delta[order] > above].tolist()
@@ -69,7 +81,11 @@ class Blindspots:
         return float((around**3).mean() / around.square().mean().sqrt().clamp_min(1e-300) ** 3)
 
     def correlation(self, other: Blindspots) -> float:
-        """Pearson's r of two pipelines' deltas, of the same SAE."""
+        """Pearson's r of two pipelines' deltas, of the same SAE.
+
+        Raises:
+            ValueError: `other` has another number of latents.
+        """
         if self.delta.shape != other.delta.shape:
             raise ValueError(
                 f"other is of {len(other.delta)} latents and this of {len(self.delta)}; compare those of one SAE."
@@ -77,7 +93,11 @@ class Blindspots:
         return float(torch.corrcoef(torch.stack([self.delta, other.delta]))[0, 1])
 
     def distances(self) -> Tensor:
-        """[images], fp64: |z' - z| of each pair, given in the same order; near 0 is a copy of the real image."""
+        """[images], fp64: |z' - z| of each pair, given in the same order; near 0 is a copy of the real image.
+
+        Raises:
+            ValueError: there are not as many real images as generated ones.
+        """
         if len(self.real) != len(self.generated):
             raise ValueError(
                 f"there are {len(self.real)} real images and {len(self.generated)} generated ones; distances need pairs."
@@ -104,6 +124,10 @@ class Blindspots:
             noise: the share of the schedule that they are noised to, as in `read_image`.
             seed: pair i is drawn and noised from seed + i.
             call: further arguments of the pipeline's call.
+
+        Raises:
+            TypeError: an argument that the pipeline's call does not take; `sae` is no SAE.
+            ValueError: an argument that cannot be, by its name; not as many images as prompts.
         """
         check_arguments(pipe, call, also=inspect.signature(cls.of).parameters)
         place = hookpoint_of(sae, at)

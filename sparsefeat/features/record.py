@@ -107,6 +107,11 @@ class Record(Instrument):
             step), of all calls of a session together. Past it, codes go to `store`; without one the codes of the earliest
             calls are let go, with a warning, and a call that is larger by itself stops with an error.
         store: folder for the codes past `max_bytes`; each call writes into a folder of its own inside it.
+
+    Raises:
+        TypeError: `sae` is no SAE, or `store` no path.
+        ValueError: an argument that cannot be, by its name; an SAE that does not know its hookpoint, or with NaN in its
+            weights.
     """
 
     def __init__(
@@ -248,12 +253,20 @@ class Recording:
         return tuple(self.timesteps)
 
     def prompt(self, image: int) -> str | None:
-        """The prompt of an image."""
+        """The prompt of an image.
+
+        Raises:
+            ValueError: an image that was not recorded.
+        """
         self._check_image(image)
         return self.prompts[image // self.images_per_prompt] if self.prompts else None
 
     def codes(self, step: int | None = None, image: int | None = None) -> SparseCode:
-        """The codes of one step (default: the first recorded), of one image or of all in order; row = position."""
+        """The codes of one step (default: the first recorded), of one image or of all in order; row = position.
+
+        Raises:
+            ValueError: a step or image that was not recorded; a recording without positions.
+        """
         self._need_positions("codes")
         step = self.steps[0] if step is None and None not in self.timesteps else step
         images = self.images if image is None else (image,)
@@ -263,16 +276,27 @@ class Recording:
         """fp32 map of one latent over the image [height, width] (or [positions] where there is no grid).
 
         At one step, or the mean over all. Its mean is the latent's `score` for this image.
+
+        Raises:
+            ValueError: a latent, step or image that is not there; a recording without positions.
         """
         return self.maps([latent], image, step)[0]
 
     def heat(self, latent: int, image: int = 0, step: int | None = None) -> HeatMap:
-        """`map` of one latent as a heat map: its picture over the image, and its mask, `rec.heat(12).mask(0.5)`."""
+        """`map` of one latent as a heat map: its picture over the image, and its mask, `rec.heat(12).mask(0.5)`.
+
+        Raises:
+            ValueError: as `map`.
+        """
         values = self.map(latent, image, step)
         return HeatMap(values, self.names.get(latent) or f"latent {latent}")
 
     def maps(self, latents: Sequence[int], image: int = 0, step: int | None = None) -> Tensor:
-        """`map` of several latents, [latents, height, width]."""
+        """`map` of several latents, [latents, height, width].
+
+        Raises:
+            ValueError: as `map`.
+        """
         self._need_positions("map")
         for one in latents:
             latent_number("latent", one, self.n_latents)
@@ -297,6 +321,9 @@ class Recording:
 
         score = mean over positions and steps, of one image or averaged over all: the score of sdxl-unbox (arXiv
         2410.22366), a sum over steps, divided by their number. With `step`, of that step alone. Latents that are active nowhere are left out.
+
+        Raises:
+            ValueError: `n` is below 1; a step or image that was not recorded.
         """
         whole("n", n)
         images = self.images if image is None else (image,)

@@ -14,6 +14,9 @@ def normalized_mean_difference(target: Tensor, others: Tensor, eps: float = 1e-8
     Args:
         target, others: [..., n_latents] mean activations over *all* positions (zeros included) with and without the
             concept. The result sums to 0 over the latents; it is positive where the latent's share is larger with it.
+
+    Raises:
+        ValueError: numbers that are not finite; a negative `eps`.
     """
     target, others = finite("target", target).double(), finite("others", others).double()
     number("eps", eps, 0)
@@ -37,7 +40,11 @@ def strictly_above_quantile(scores: Tensor, percentile: float) -> Tensor:
 
 
 def area_under_curve(positive: Tensor, negative: Tensor) -> float:
-    """Probability that a draw of `positive` exceeds one of `negative`, ties counted half (the area under the ROC)."""
+    """Probability that a draw of `positive` exceeds one of `negative`, ties counted half (the area under the ROC).
+
+    Raises:
+        ValueError: one of the two is empty, or not finite.
+    """
     if not len(positive) or not len(negative):
         raise ValueError(
             f"the area needs both kinds of examples; got {len(positive)} positive, {len(negative)} negative."

@@ -62,6 +62,10 @@ class Examples:
 
     Size: 12 bytes for each latent and place, the maps of the images that hold a place (half precision: 512 bytes at
     16 x 16), and 8 bytes for each latent active somewhere in an image (for the area under the curve).
+
+    Raises:
+        TypeError: `n_latents` is an SAE.
+        ValueError: an argument that cannot be, by its name.
     """
 
     def __init__(self, n_latents: int, top: int = 9, latents: Sequence[int] | None = None):
@@ -98,6 +102,9 @@ class Examples:
         Args:
             recording: with positions.
             concepts: of each image of the recording, for `area_under_curve`.
+
+        Raises:
+            ValueError: `concepts` has not an entry for each image; a recording without positions.
         """
         if concepts is not None and len(concepts) != recording.n_images:
             raise ValueError(
@@ -131,7 +138,11 @@ class Examples:
             self._maps[latent, number] = one.clone()
 
     def of(self, latent: int) -> list[Example]:
-        """The examples of a latent, highest score first."""
+        """The examples of a latent, highest score first.
+
+        Raises:
+            ValueError: a latent that is not there, or of which no examples are kept.
+        """
         if not self.allowed[latent_number("latent", latent, self.n_latents)]:
             raise ValueError(f"latent={latent} is not among those that examples are kept of; name it in latents=.")
         pairs = zip(self._image[latent].tolist(), self._score[latent].tolist(), strict=True)
@@ -165,7 +176,11 @@ class Examples:
             yield part
 
     def has(self, concept: str) -> Tensor:
-        """bool [images]: whether the image was added with the concept."""
+        """bool [images]: whether the image was added with the concept.
+
+        Raises:
+            ValueError: all images were added with the concept, or none.
+        """
         has = torch.tensor([concept in names for names in self.concepts])
         if not has.any() or has.all():
             raise ValueError(
@@ -174,12 +189,20 @@ class Examples:
         return has
 
     def area_under_curve(self, latent: int, concept: str) -> float:
-        """How well the latent's largest activation tells images with the concept from those without (0.5: not)."""
+        """How well the latent's largest activation tells images with the concept from those without (0.5: not).
+
+        Raises:
+            ValueError: as `has`.
+        """
         has, peaks = self.has(concept), self.peaks(latent)
         return area_under_curve(peaks[has], peaks[~has])
 
     def name(self, latent: int, words: Sequence[str] | None = None, choosing: Tensor | None = None) -> Naming:
-        """The word (default: of all concepts) that fits a latent best, and whether it is more than chance: `name_of`."""
+        """The word (default: of all concepts) that fits a latent best, and whether it is more than chance: `name_of`.
+
+        Raises:
+            ValueError: the images were added without words.
+        """
         known = tuple(dict.fromkeys(c for names in self.concepts for c in names)) if words is None else tuple(words)
         if not known:
             raise ValueError(
@@ -223,6 +246,10 @@ class CollectExamples(Instrument):
         sae, at: as in `Record`; codes of one call are held until it ends.
         examples: where they go.
         concepts: prompt -> concept (or several), for `Examples.area_under_curve`.
+
+    Raises:
+        TypeError: `sae` or `examples` is no such thing.
+        ValueError: examples of another number of latents; an argument that cannot be, by its name.
     """
 
     def __init__(
@@ -283,6 +310,9 @@ def search(
         timestep: look at one timestep (the nearest there is); default all pooled.
         others: concepts to compare with; default all others, pooled.
         examples: images with this concept and without, for the area under the curve and what chance gives.
+
+    Raises:
+        ValueError: the concept is not in the statistics, or alone there; `n` is below 1.
     """
     whole("n", n)
     against = statistics.others(concept) if others is None else tuple(others)

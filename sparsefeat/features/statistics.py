@@ -68,6 +68,9 @@ class Statistics:
 
     Size: concepts x timesteps x n_latents x 12 bytes (20 x 50 x 20,480: 234 MiB); printed before it is
     allocated, from 1 MiB on.
+
+    Raises:
+        ValueError: an argument that cannot be, by its name.
     """
 
     def __init__(self, concepts: Iterable[str], n_latents: int, timesteps: Iterable[float] = ()):
@@ -89,7 +92,11 @@ class Statistics:
         return n * len(self.concepts) * (self.n_latents * 12 + 8)
 
     def reserve(self, timesteps: Iterable[float]) -> None:
-        """Make room for these timesteps, saying first how much it takes."""
+        """Make room for these timesteps, saying first how much it takes.
+
+        Raises:
+            ValueError: a timestep that is not finite.
+        """
         new = [t for t in dict.fromkeys(number("timestep", t) for t in timesteps) if t not in self._blocks]
         if not new:
             return
@@ -109,6 +116,9 @@ class Statistics:
             code: padded or CSR, of any device.
             concept: [rows] index into `concepts` of each row; negative: skip the row.
             timestep: of the rows.
+
+        Raises:
+            ValueError: the code has another number of latents.
         """
         if code.n_latents != self.n_latents:
             raise ValueError(
@@ -125,7 +135,12 @@ class Statistics:
         block.rows += torch.bincount(concept[concept >= 0].long(), minlength=len(self.concepts))
 
     def merge(self, *others: Statistics) -> Statistics:
-        """New statistics of the rows of this one and the others, over the union of concepts and timesteps."""
+        """New statistics of the rows of this one and the others, over the union of concepts and timesteps.
+
+        Raises:
+            TypeError: one of them is no Statistics.
+            ValueError: they are of different numbers of latents.
+        """
         parts = (self, *others)
         for part in others:
             check_statistics(part)
@@ -144,7 +159,11 @@ class Statistics:
         return merged
 
     def nearest(self, timestep: float) -> float:
-        """The timestep of these statistics that is nearest to `timestep` (of two equally near ones the smaller)."""
+        """The timestep of these statistics that is nearest to `timestep` (of two equally near ones the smaller).
+
+        Raises:
+            ValueError: they are empty, or `timestep` is not finite.
+        """
         if not self._blocks:
             raise ValueError(
                 "these statistics are empty; collect some first, with CollectStatistics or collect_statistics."
@@ -153,44 +172,76 @@ class Statistics:
         return min(self.timesteps, key=lambda t: (abs(t - wanted), t))
 
     def others(self, *concepts: str) -> tuple[str, ...]:
-        """All concepts but these."""
+        """All concepts but these.
+
+        Raises:
+            ValueError: a concept that is not there.
+        """
         self._places(concepts)
         return tuple(c for c in self.concepts if c not in concepts)
 
     def total(self, concepts: Concepts, timestep: float | None = None) -> Tensor:
-        """fp64 [n_latents]: sum of the activations over the rows of these concepts, at one timestep or all."""
+        """fp64 [n_latents]: sum of the activations over the rows of these concepts, at one timestep or all.
+
+        Raises:
+            ValueError: a concept or timestep that is not there.
+        """
         total = sum(
             (block.total[places].double().sum(0) for block, places in self._pooled(concepts, timestep)), self._zeros()
         )
         return finite("the statistics' total", total)
 
     def count(self, concepts: Concepts, timestep: float | None = None) -> Tensor:
-        """fp64 [n_latents]: number of rows in which the latent was active."""
+        """fp64 [n_latents]: number of rows in which the latent was active.
+
+        Raises:
+            ValueError: as `total`.
+        """
         return sum(
             (block.count[places].double().sum(0) for block, places in self._pooled(concepts, timestep)), self._zeros()
         )
 
     def rows(self, concepts: Concepts, timestep: float | None = None) -> int:
-        """Number of rows seen."""
+        """Number of rows seen.
+
+        Raises:
+            ValueError: as `total`.
+        """
         return sum(int(block.rows[places].sum()) for block, places in self._pooled(concepts, timestep))
 
     def maximum(self, concepts: Concepts, timestep: float | None = None) -> Tensor:
-        """fp32 [n_latents]: the largest activation; 0 where there was none."""
+        """fp32 [n_latents]: the largest activation; 0 where there was none.
+
+        Raises:
+            ValueError: as `total`.
+        """
         largest = torch.stack(
             [block.maximum[places].amax(0) for block, places in self._pooled(concepts, timestep)]
         ).amax(0)
         return largest.masked_fill(largest == -torch.inf, 0)
 
     def mean(self, concepts: Concepts, timestep: float | None = None) -> Tensor:
-        """fp64 [n_latents]: mean over all rows, active or not. Several concepts are pooled row by row."""
+        """fp64 [n_latents]: mean over all rows, active or not. Several concepts are pooled row by row.
+
+        Raises:
+            ValueError: as `total`.
+        """
         return self.total(concepts, timestep) / max(1, self.rows(concepts, timestep))
 
     def mean_active(self, concepts: Concepts, timestep: float | None = None) -> Tensor:
-        """fp64 [n_latents]: mean over the rows where the latent is active; 0 where it never was."""
+        """fp64 [n_latents]: mean over the rows where the latent is active; 0 where it never was.
+
+        Raises:
+            ValueError: as `total`.
+        """
         return self.total(concepts, timestep) / self.count(concepts, timestep).clamp(min=1)
 
     def frequency(self, concepts: Concepts, timestep: float | None = None) -> Tensor:
-        """fp64 [n_latents]: share of the rows in which the latent is active."""
+        """fp64 [n_latents]: share of the rows in which the latent is active.
+
+        Raises:
+            ValueError: as `total`.
+        """
         return self.count(concepts, timestep) / max(1, self.rows(concepts, timestep))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -198,6 +249,7 @@ class Statistics:
 
         Raises:
             FileExistsError: `folder` holds statistics of other concepts or another SAE's width.
+            TypeError: it is no path. ValueError: it is empty, or what it holds is damaged. OSError: it cannot be written.
         """
         if (Path(folder) / "statistics.json").is_file():
             earlier, _ = read_folder(folder, "statistics")
@@ -219,6 +271,11 @@ class Statistics:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Statistics:
+        """What `save` wrote.
+
+        Raises:
+            FileNotFoundError: there are none in `folder`. TypeError: it is no path. ValueError: they are damaged.
+        """
         config, tensors = read_folder(folder, "statistics")
         statistics = cls(config["concepts"], int(config["n_latents"]))
         shape = (len(statistics.concepts), statistics.n_latents)
@@ -269,6 +326,10 @@ class CollectStatistics(Instrument):
             the prompt's text, which also serves several calls. None: do not count this prompt.
         at: hookpoint; default the SAE's.
         condition: rows to count (SAeUron: the conditional half only).
+
+    Raises:
+        TypeError: `sae` or `statistics` is no such thing.
+        ValueError: statistics of another number of latents; an argument that cannot be, by its name.
     """
 
     def __init__(
@@ -381,6 +442,10 @@ def collect_statistics(
         statistics: add to these instead of new ones.
         call: arguments of the pipeline, e.g. num_inference_steps, guidance_scale. At a text encoder, which has run
             before the first step, calls end where the denoiser begins.
+
+    Raises:
+        TypeError: `sae` is no SAE; an argument that the pipeline's call does not take.
+        ValueError: an argument that cannot be, by its name; a hookpoint that is not there (`UnknownHookpointError`).
     """
     check_arguments(pipe, call, also=inspect.signature(collect_statistics).parameters)
     for name, instead in (("prompt", "prompts"), ("generator", "seed")):

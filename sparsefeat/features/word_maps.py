@@ -42,6 +42,9 @@ class WordCorrelations:
     with a map of zeros: a latent that is active there as well is no latent of the word.
 
     Memory: 8 n_latents (words + 2) bytes.
+
+    Raises:
+        ValueError: an argument that cannot be, by its name.
     """
 
     def __init__(self, n_latents: int, words: Sequence[str]):
@@ -57,7 +60,11 @@ class WordCorrelations:
         self._xy = torch.zeros(n_latents, len(words), dtype=torch.float64)
 
     def add(self, recording: Recording, maps: HeatMapRecording) -> None:
-        """All images of one call, each with the maps of those of the words that its prompt has."""
+        """All images of one call, each with the maps of those of the words that its prompt has.
+
+        Raises:
+            ValueError: as `add_maps`.
+        """
         for image in recording.images:
             prompt = (recording.prompt(image) or "").casefold()
             here = [word for word in self.words if word.casefold() in prompt]
@@ -70,7 +77,11 @@ class WordCorrelations:
             self.add_maps(recording, found, image)
 
     def add_maps(self, recording: Recording, maps: Mapping[str, Tensor], image: int = 0) -> None:
-        """One image with the map [h, w] of each word that is in it: a mask, where one is known."""
+        """One image with the map [h, w] of each word that is in it: a mask, where one is known.
+
+        Raises:
+            ValueError: a word that is not counted; positions without a grid; a map that is not [h, w].
+        """
         unknown = set(maps) - set(self.words)
         if unknown:
             raise ValueError(f"maps has {', '.join(sorted(unknown))}; the words are {', '.join(self.words)}.")
@@ -89,7 +100,11 @@ class WordCorrelations:
         self._xy[latents] += x @ y.T
 
     def correlations(self) -> Tensor:
-        """fp64 [n_latents, words]; 0 for a latent that was active nowhere, and for a word that was nowhere."""
+        """fp64 [n_latents, words]; 0 for a latent that was active nowhere, and for a word that was nowhere.
+
+        Raises:
+            ValueError: no image was added.
+        """
         if not self.positions:
             raise ValueError("no image was added; add a recording and its maps first.")
         n = self.positions
@@ -102,7 +117,11 @@ class WordCorrelations:
         return torch.where(scale > 1e-12, together / scale.clamp(min=1e-300), 0)
 
     def latents(self, word: str, n: int = 10) -> list[WordLatent]:
-        """The n latents that go with a word most, the highest first, equal ones by index."""
+        """The n latents that go with a word most, the highest first, equal ones by index.
+
+        Raises:
+            ValueError: a word that is not counted; `n` below 1; no image was added.
+        """
         if word not in self.words:
             raise ValueError(f"word={word!r} is not one of {', '.join(self.words)}.")
         of_word = self.correlations()[:, self.words.index(word)]
@@ -110,7 +129,11 @@ class WordCorrelations:
         return [WordLatent(int(i), float(of_word[i])) for i in order if of_word[i] > 0]
 
     def names(self, least: float = 0.3) -> dict[int, str]:
-        """Latent -> the word that it goes with most, of the latents whose correlation is at least that."""
+        """Latent -> the word that it goes with most, of the latents whose correlation is at least that.
+
+        Raises:
+            ValueError: `least` is not from -1 to 1; no image was added.
+        """
         number("least", least, -1, 1)
         highest, of = self.correlations().max(1)
         return {int(i): self.words[int(of[i])] for i in (highest >= least).nonzero()[:, 0]}

@@ -31,6 +31,9 @@ class Hookpoint:
     the text, and from the audio, in blocks that carry several; the only stream of a module need not be named. `rows`,
     [start, stop) of a sequence [batch, rows, width], is for modules of which sparsefeat does not know the rows, and is
     believed: `"transformer.blocks.3:77-4173"`, or `"…:77-"` to the end.
+
+    Raises:
+        ValueError: a path, io, stream or rows that cannot be.
     """
 
     path: str
@@ -58,6 +61,9 @@ class Hookpoint:
         """`Hookpoint.parse("unet.mid_block.attentions.0:diff")`; without a colon the output is meant, and `stream`.
 
         `Hookpoint.parse("transformer.transformer_blocks.18:output:text")`, or `":text"`, is a joint block's text stream.
+
+        Raises:
+            ValueError: the text is no hookpoint.
         """
         if isinstance(text, HookpointInfo):
             raise ValueError(f"{text.hookpoint} is given as a line of hookpoints(pipe); name it, str(line.hookpoint)")
@@ -130,6 +136,9 @@ def hookpoints(pipe: Any) -> list[HookpointInfo]:
 
     Parts of these blocks work too, by their path ("transformer_blocks.0.attn.to_q"). Of any other module, and where the
     stream is "unknown", the hookpoint has to state its rows.
+
+    Raises:
+        TypeError: `pipe` is no pipeline.
     """
     check_pipeline(pipe)
     found = []
@@ -168,6 +177,9 @@ def resolve(pipe: Any, path: str) -> Target:
     The component may be left out ("mid_block.attentions.0" is looked for in the denoiser), names of other library
     versions are understood, places of a language model ("model.layers.12") are looked for in the text encoders, and what
     wrappers put into names ("_orig_mod", "base_layer") makes no difference.
+
+    Raises:
+        UnknownHookpointError: there is none, or several; a ValueError, which names the nearest.
     """
     plain = _plain(path)
     parts = components(pipe)

@@ -42,6 +42,11 @@ def attach(
         layout: which conditions one denoising step runs, for a pipeline of which that cannot be told: the chunks of one
             run of the denoiser, ("uncond", "cond"), or one such tuple for each run, [("cond",), ("uncond",)]. A call
             whose texts say otherwise is refused.
+
+    Raises:
+        TypeError: `pipe` is no pipeline, or an instrument no Instrument.
+        ValueError: no instrument, or one twice; a hookpoint that is not there (the nearest are named) or of another
+            width; a `layout` that cannot be.
     """
     if isinstance(pipe, (list, tuple)):
         return _attach_to_each(pipe, instruments, layout)
@@ -205,6 +210,10 @@ class Session:
         Modules that are hooked may only run inside `pipe(...)` or inside this. `guidance` says whether the denoiser's
         batch is [uncond, cond], or that it runs on one and then on the other, the conditional first; the steps are
         those of `pipe.scheduler`. `pipe` says which of the session's pipelines it is, where there are several.
+
+        Raises:
+            RuntimeError: the session is closed.
+            ValueError: it is not attached to `pipe`.
         """
         if self._wiring is None:
             raise RuntimeError("the session is closed; attach again")

@@ -30,7 +30,11 @@ STEPS = (0, 1, 2, 3, 4)
 
 @dataclass(frozen=True)
 class Rectangle:
-    """A mask over image tokens: 1 in rows `top` to `bottom` - 1 and columns `left` to `right` - 1 of the grid."""
+    """A mask over image tokens: 1 in rows `top` to `bottom` - 1 and columns `left` to `right` - 1 of the grid.
+
+    Raises:
+        ValueError: it is empty; or, in the call, beyond the image.
+    """
 
     top: int
     left: int
@@ -64,6 +68,10 @@ def steer(
 
     rectangle: (top, left, bottom, right) in tokens (16 pixels each), the last two exclusive; None for the whole image.
     at: default the SAE's own hookpoint, else the paper's.
+
+    Raises:
+        ValueError: as `Steer`; an empty rectangle.
+    TypeError: `sae` is no SAE.
     """
     where = at or sae.config.hookpoint or HOOKPOINT
     mask = None if rectangle is None else Rectangle(*rectangle)

@@ -32,6 +32,9 @@ def erase(
 
     erase, remain: prompts; for nudity the paper has `NUDITY` against 50 captions of COCO, and no gate.
     options: of `InterpretThenDeactivate.fit`, in the place of the paper's.
+
+    Raises:
+        ValueError: another `kind`; as `InterpretThenDeactivate.fit`.
     """
     if kind not in TOP_M:
         raise ValueError(f"kind={kind!r} is not known; use one of {', '.join(TOP_M)}.")

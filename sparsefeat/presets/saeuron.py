@@ -34,7 +34,11 @@ GAMMAS = (-1.0, -5.0, -10.0, -15.0, -20.0, -25.0, -30.0)
 
 
 def load(source: str | Path, kind: str, **options: Any) -> SAE:
-    """One of the published SAEs: `kind` is "object" or "style". source, options: of `load_sae`."""
+    """One of the published SAEs: `kind` is "object" or "style". source, options: of `load_sae`.
+
+    Raises:
+        ValueError: another `kind`; as `load_sae`.
+    """
     if kind not in HOOKPOINTS:
         raise ValueError(f'kind={kind!r} is not known; use "object" or "style".')
     return load_sae(source, **{"hookpoint": HOOKPOINTS[kind], "base_model": BASE_MODEL, **options})

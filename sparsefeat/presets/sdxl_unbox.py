@@ -40,6 +40,9 @@ def load(source: str | Path, block: str, **options: Any) -> SAE:
 
     source: a folder with `config.json`, `state_dict.pth` and, for `paint`, `mean.pt`, or a hub id with `subfolder`.
     options: of `load_sae`.
+
+    Raises:
+        ValueError: another `block`; as `load_sae`.
     """
     if block not in HOOKPOINTS:
         raise ValueError(f"block={block!r} is not one of {', '.join(HOOKPOINTS)}.")
@@ -58,13 +61,20 @@ def paint(
 
     mask: [H, W] over the image, averaged over each cell of the grid. strength: -40 to 40 in the app.
     guidance: "both" or "cond", see `GUIDANCE`. steps: as in `Steer`.
+
+    Raises:
+        ValueError: another `guidance`; the SAE came without `mean.pt`; as `Steer`.
     """
     amount = number("strength", strength) * mean_activation(sae, latent)
     return Steer(sae, add_map={latent: mask_map("mask", mask) * amount}, condition=_condition(guidance), steps=steps)
 
 
 def add(sae: SAE, latent: int, value: float, *, guidance: str = "both", steps: Steps = None) -> Steer:
-    """`value` of the latent's direction at every position."""
+    """`value` of the latent's direction at every position.
+
+    Raises:
+        ValueError: another `guidance`; as `Steer`.
+    """
     return Steer(sae, add={latent: number("value", value)}, condition=_condition(guidance), steps=steps)
 
 
@@ -72,6 +82,9 @@ def icon(sae: SAE, latent: int, value: float | None = None) -> Overwrite:
     """A feature icon: the block writes the latent and nothing else. Draw with an empty prompt.
 
     value: default the latent's mean activation times k, the paper's.
+
+    Raises:
+        ValueError: `value` is not finite, or not given and the SAE came without `mean.pt`.
     """
     if value is None:
         value = mean_activation(sae, latent) * (sae.config.k or 1)

@@ -53,6 +53,9 @@ class SAEConfig:
     hookpoint: where the activations come from, `path[:output|input|diff][:image|text]`, the image where a block has both
         and it is not said; base_model: whose activations they are.
     metadata: anything else worth keeping that JSON can hold.
+
+    Raises:
+        ValueError: a value that cannot be, by its name; values that contradict each other.
     """
 
     d_model: int
@@ -160,7 +163,11 @@ class SAEConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> SAEConfig:
-        """The inverse of `to_json`; unknown and missing keys are refused by name."""
+        """The inverse of `to_json`; unknown and missing keys are refused by name.
+
+        Raises:
+            ValueError: unknown or missing keys; as the class.
+        """
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

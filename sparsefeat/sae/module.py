@@ -51,6 +51,9 @@ class SAE(nn.Module):
     >>> code = sae.encode(torch.randn(3, 5, 8))          # SparseCode of 15 rows
     >>> code.values.shape, sae.decode(code).shape
     (torch.Size([15, 4]), torch.Size([15, 8]))
+
+    Raises:
+        TypeError: `config` is no SAEConfig.
     """
 
     W_enc: nn.Parameter
@@ -127,6 +130,10 @@ class SAE(nn.Module):
         encodes of many rows in evaluation mode go through the kernel's certified prefilter with weights that are
         prepared once: a bf16 copy of the encoder (half the size of `W_enc`) is kept as long as the SAE lives, and made
         again when the weights have changed.
+
+        Raises:
+            TypeError: `x` is no tensor of real numbers.
+            ValueError: another width; a `k` that this activation cannot have.
         """
         _check_tensor(x)
         config = self.config
@@ -170,6 +177,10 @@ class SAE(nn.Module):
         """The reconstruction `[rows, d_model]` in the SAE's dtype, or in the shape of `like`, the activations encoded.
 
         An SAE that normalises every row by its own scale needs `like`, to put it back, and so does one with a skip.
+
+        Raises:
+            TypeError: `code` is no SparseCode.
+            ValueError: it is of another number of latents; `like` is needed, or has another width.
         """
         if not isinstance(code, SparseCode):
             raise TypeError(f"code is {type(code).__name__}, not a SparseCode: pass what encode(x) gives")
@@ -178,7 +189,12 @@ class SAE(nn.Module):
         return self.denormalize(sparse_decode(code.values, code.indices, self.W_dec, self.b_out), like)
 
     def normalize(self, x: Tensor) -> Tensor:
-        """n(x) above, `[rows, d_model]` in the SAE's dtype: what `b_pre` is subtracted from."""
+        """n(x) above, `[rows, d_model]` in the SAE's dtype: what `b_pre` is subtracted from.
+
+        Raises:
+            TypeError: `x` is no tensor of real numbers.
+            ValueError: another width; the SAE depends on the timestep, and was not told it.
+        """
         rows = self._rows(x)
         if self.config.normalizer == "timestep":
             scale, shift = self._modulation(rows)
@@ -196,7 +212,11 @@ class SAE(nn.Module):
         return self
 
     def denormalize(self, out: Tensor, like: Tensor | None = None) -> Tensor:
-        """n^-1 above, the last part of `decode`: of `z W_dec + b_out [rows, d_model]`; the skip, if any, is added."""
+        """n^-1 above, the last part of `decode`: of `z W_dec + b_out [rows, d_model]`; the skip, if any, is added.
+
+        Raises:
+            ValueError: `like` is needed, or has another width.
+        """
         config = self.config
         if like is None and (config.normalizer in ROW_SCALED or config.skip):
             what = f"normalizer {config.normalizer!r}" if config.normalizer in ROW_SCALED else "a skip"
@@ -213,12 +233,21 @@ class SAE(nn.Module):
         return out.view(like.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Encode and decode: the reconstruction of `x`, in its shape and the SAE's dtype."""
+        """Encode and decode: the reconstruction of `x`, in its shape and the SAE's dtype.
+
+        Raises:
+            TypeError: as `encode`.
+            ValueError: as `encode`.
+        """
         return self.decode(self.encode(x), like=x)
 
     def row_scale(self, x: Tensor) -> Tensor | None:
         """`[rows, 1]` if the normaliser has a scale for every row, else None: a change of the code times the decoder
-        rows is multiplied by it in activations."""
+        rows is multiplied by it in activations.
+
+        Raises:
+            ValueError: `x` has another width.
+        """
         if self.config.normalizer not in ROW_SCALED:
             return None
         return row_scale(self._rows(x), self.config.normalizer)
@@ -255,7 +284,11 @@ class SAE(nn.Module):
         return self.names.find(named) if isinstance(named, str) else named
 
     def statistic(self, name: str) -> Tensor:
-        """Numbers kept for every latent, `[n_latents]`: one of `config.statistics`."""
+        """Numbers kept for every latent, `[n_latents]`: one of `config.statistics`.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
         if name not in self.config.statistics:
             known = ", ".join(self.config.statistics) or "none"
             raise ValueError(f"this SAE has no statistic {name!r} (it has {known}): collect it from activations")
@@ -263,7 +296,12 @@ class SAE(nn.Module):
 
     def directions(self, latents: Tensor | list[int]) -> Tensor:
         """What one unit of each of `latents` adds to the activations, `[len(latents), d_model]`: the decoder rows, turned
-        back from the components of a PCA normaliser; of the other normalisers `row_scale` is not yet in them."""
+        back from the components of a PCA normaliser; of the other normalisers `row_scale` is not yet in them.
+
+        Raises:
+            TypeError: `latents` are no whole numbers.
+            ValueError: a latent that is not there.
+        """
         try:
             index = torch.as_tensor(latents, dtype=torch.long, device=self.device)
         except (TypeError, ValueError, RuntimeError):
@@ -276,7 +314,13 @@ class SAE(nn.Module):
         return self.W_dec[index] if pca is None else pca.directions(self.W_dec[index])
 
     def save(self, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
-        """Write `config.json` and `sae.safetensors` into `folder`; see `sparsefeat.sae.formats.native.write`."""
+        """Write `config.json` and `sae.safetensors` into `folder`; see `sparsefeat.sae.formats.native.write`.
+
+        Raises:
+            TypeError: `folder` is no path.
+            ValueError: it is empty, or holds another SAE.
+            OSError: it cannot be written.
+        """
         written = native.write(as_path(folder), self.config, self.state_dict(), dtype=dtype, overwrite=overwrite)
         if self.names:
             self.names.write(written / NAMES)

@@ -30,6 +30,9 @@ class Names(Mapping[int, str]):
     >>> names = Names({3: "foxes and other canids", 7: "snow"})
     >>> names[7], names.find("foxes")
     ('snow', 3)
+
+    Raises:
+        ValueError: a latent that is no number, a name that is no text.
     """
 
     def __init__(self, names: Mapping[int, str] | None = None) -> None:
@@ -52,7 +55,11 @@ class Names(Mapping[int, str]):
         return f"Names({len(self)} latents)"
 
     def find(self, said: str) -> int:
-        """The latent called so: by the whole name, or else by words that stand in one name alone; case does not matter."""
+        """The latent called so: by the whole name, or else by words that stand in one name alone; case does not matter.
+
+        Raises:
+            ValueError: no latent is called so, or several.
+        """
         wanted = said.strip().casefold()
         if not wanted:
             raise ValueError("the name of a latent is empty: write what it says")
@@ -82,6 +89,10 @@ class Names(Mapping[int, str]):
 
         Objects and columns have the latent under `index`, `latent` or `feature` and its name under `description`,
         `name`, `label` or `explanation`; the first of a latent counts. CSV without a header is latent, name.
+
+        Raises:
+            OSError: it is no file that can be read.
+            ValueError: it is no list of latents and names, or larger than one.
         """
         path = Path(path)
         must_be_file(path)
@@ -104,6 +115,10 @@ class Names(Mapping[int, str]):
         """Labels of these latents from Neuronpedia's public API, one question a latent; answers are kept in `cache`.
 
         source: `MODEL/SOURCE`, such as "gemma-2-2b/20-gemmascope-res-16k". Nothing else here uses the network.
+
+        Raises:
+            OSError: Neuronpedia cannot be asked.
+            ValueError: `source` is not MODEL/SOURCE.
         """
         model, layer = model_and_source(source)
         kept = Path(cache) / f"{model}--{layer}.json" if cache is not None else None

@@ -205,6 +205,9 @@ class ConceptTokens(SavableInstrument):
 
     Args:
         decomposition: of `decompose`, its `top`, or `scaled`. word: of one token of the tokenizer.
+
+    Raises:
+        ValueError: `decomposition` is none; `word` is no text.
     """
 
     condition = "cond"

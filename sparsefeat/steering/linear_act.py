@@ -96,6 +96,9 @@ class LinearAcT(SavableInstrument):
         method: "linear", "gaussian" or "mean": how maps were fitted, which on feature maps says what is moved.
         strength: 0 (nothing) to 1 (the whole way).
         steps, condition: as in `Steer`; by default all steps and all rows, as published.
+
+    Raises:
+        ValueError: an argument that cannot be, by its name.
     """
 
     def __init__(
@@ -148,6 +151,10 @@ class LinearAcT(SavableInstrument):
             strength, steps, condition: of the instrument; the estimate is always of strength 1 in all rows.
             seed, batch: prompt i of either set has the noise of seed + i; so many are run at once.
             call: further arguments of the pipeline's call.
+
+        Raises:
+            TypeError: an argument that the pipeline's call does not take.
+            ValueError: an argument that cannot be, by its name; not as many prompts of either set.
         """
         check_arguments(pipe, call, also=inspect.signature(cls.fit).parameters)
         places = check_places(at)

@@ -66,6 +66,10 @@ class PrincipalDirections:
             whole: of whole maps, which needs more prompts than directions; else of positions.
             seed, batch: prompt i has the noise of seed + i; so many are drawn at once.
             call: further arguments of the pipeline's call.
+
+        Raises:
+            TypeError: an argument that the pipeline's call does not take.
+            ValueError: an argument that cannot be, by its name.
         """
         check_arguments(pipe, call, also=inspect.signature(cls.fit).parameters)
         (place,) = check_places(at)
@@ -90,7 +94,11 @@ class PrincipalDirections:
         mask: GivenMask = None,
         condition: str = "cond",
     ) -> AddVector:
-        """An instrument that moves along directions: number of the component -> amount, in standard deviations."""
+        """An instrument that moves along directions: number of the component -> amount, in standard deviations.
+
+        Raises:
+            ValueError: a component that is not there, an amount that is not finite.
+        """
         n = self.std.shape[1]
         if not isinstance(amounts, Mapping) or not amounts:
             raise ValueError(f"amounts={amounts!r} must be component -> amount, as in {{0: 2.0}}.")
@@ -105,6 +113,7 @@ class PrincipalDirections:
 
         Raises:
             FileExistsError: something is in `folder`; earlier directions are replaced with `overwrite`.
+            TypeError: `folder` is no path. ValueError: it is empty. OSError: it cannot be written.
         """
         tensors = {name: getattr(self, name) for name in _FIELDS}
         with whole_folder(as_path(folder), replace="directions.json" if overwrite else None) as unfinished:
@@ -112,6 +121,11 @@ class PrincipalDirections:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> PrincipalDirections:
+        """What `save` wrote.
+
+        Raises:
+            FileNotFoundError: there are none in `folder`. TypeError: it is no path. ValueError: they are damaged.
+        """
         config, tensors = read_folder(as_path(folder), "directions")
         try:
             return cls(Hookpoint.parse(*config["at"]), *(tensors[name] for name in _FIELDS))

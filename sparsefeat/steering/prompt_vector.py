@@ -40,6 +40,10 @@ class PromptVector(Instrument):
         at: hookpoints, one an encoder, in the order of the SAE's columns; default the SAE's.
         condition: "cond+uncond-" (default, the paper's for Stable Diffusion and SDXL), or as in `Steer`; without guidance
             there are conditional prompts alone.
+
+    Raises:
+        TypeError: `sae` is no SAE.
+        ValueError: an argument that cannot be, by its name.
     """
 
     def __init__(

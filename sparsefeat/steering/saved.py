@@ -40,6 +40,7 @@ class SavableInstrument(Instrument):
 
         Raises:
             FileExistsError: something is in `folder`; an earlier instrument is replaced with `overwrite`.
+            TypeError: `folder` is no path. ValueError: it is empty; the instrument cannot be saved, and says why.
             OSError: it cannot be written; then nothing was.
         """
         config, tensors = _whole(self)
@@ -109,7 +110,8 @@ def load_instrument(folder: str | os.PathLike[str], sae: SAE | None = None) -> S
 
     Raises:
         FileNotFoundError: no instrument there, or it was saved without its SAE and none is given.
-        ValueError: a kind that is not known, or another SAE than it was made with.
+        TypeError: `folder` is no path.
+        ValueError: damaged files, a kind that is not known, or another SAE than it was made with.
     """
     folder = as_path(folder)
     description, tensors = read_folder(folder, "instrument")

@@ -57,6 +57,11 @@ class Steer(SavableInstrument):
         condition: "cond" (default), "uncond", "cond+uncond-" (added to the conditional half, subtracted from the
             unconditional one) or "both" (added to every row). Without guidance all rows are conditional.
         at: hookpoint; default the SAE's.
+
+    Raises:
+        TypeError: `sae` is no SAE.
+        ValueError: an argument that cannot be, by its name; nothing to edit; a latent that the SAE has not, or in two
+            edits that exclude each other.
     """
 
     def __init__(

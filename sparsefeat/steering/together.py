@@ -23,6 +23,9 @@ class Together(SavableInstrument):
 
     Args:
         instruments: in the order in which they act at one hookpoint. To save them each must be one that can be saved.
+
+    Raises:
+        ValueError: none is given.
     """
 
     def __init__(self, *instruments: Instrument):

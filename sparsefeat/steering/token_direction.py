@@ -42,6 +42,9 @@ class TokenDirection(WordEmbeddings, SavableInstrument):
         strength: factor; below 0 turns it round.
         growth: how fast it grows (the published factor), above 0; None: the same at every step.
         steps: as in `Steer`.
+
+    Raises:
+        ValueError: an argument that cannot be, by its name; `direction` is no finite vector.
     """
 
     kept: ClassVar[tuple[str, ...]] = ("words", "direction", "strength", "growth")
@@ -80,6 +83,10 @@ class TokenDirection(WordEmbeddings, SavableInstrument):
 
         sae: of the text encoder's last output, which the denoiser is given ("text_encoder.final_layer_norm" of SD 1.5,
         "text_encoder_2.encoder.final_layer_norm" of FLUX).
+
+        Raises:
+            TypeError: `sae` is no SAE.
+            ValueError: an argument that cannot be, by its name; no latent tells the sentences of a pair apart.
         """
         at = hookpoint_of(sae, None)
         if isinstance(pairs, str) or not pairs or not all(_is_pair(pair) for pair in pairs):

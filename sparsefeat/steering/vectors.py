@@ -26,6 +26,9 @@ class AddVector(SavableInstrument):
             another grid). A dimension of bins before either splits the schedule into as many equal parts.
         strength: factor; below 0 turns it round.
         steps, mask, condition: as in `Steer`.
+
+    Raises:
+        ValueError: an argument that cannot be, by its name; numbers that are not finite.
     """
 
     def __init__(

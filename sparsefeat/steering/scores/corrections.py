@@ -27,6 +27,9 @@ class Langevin:
     Args:
         steps: of the chain, each a run of the denoiser for every prompt.
         size: above 0. seed: image i's noise is that of seed + i.
+
+    Raises:
+        ValueError: an argument that cannot be, by its name.
     """
 
     steps: int = 4
@@ -53,6 +56,9 @@ class Hamiltonian:
         v <- v + h / 2 s(x),   x <- x + h v,   v <- v + h / 2 s(x)
 
     There is no step of acceptance: it needs energies, which models of scores have not.
+
+    Raises:
+        ValueError: an argument that cannot be, by its name.
     """
 
     steps: int = 2

@@ -14,7 +14,11 @@ from sparsefeat.steering.scores.levels import predicts
 
 @dataclass(frozen=True)
 class Inversion:
-    """`latents` [steps, images, channels, height, width]: those from which step i of a run of as many steps begins."""
+    """`latents` [steps, images, channels, height, width]: those from which step i of a run of as many steps begins.
+
+    Raises:
+        ValueError: `latents` is no tensor of five dimensions, or not finite.
+    """
 
     latents: Tensor
 
@@ -31,7 +35,11 @@ class Inversion:
         return self.latents[0]
 
     def at(self, step: int, n_steps: int, like: Tensor) -> Tensor:
-        """Those of one step, of the shape and dtype of the latents there."""
+        """Those of one step, of the shape and dtype of the latents there.
+
+        Raises:
+            ValueError: the call has other steps, or latents of another shape.
+        """
         if n_steps != len(self.latents) or self.latents.shape[1:] != like.shape:
             raise ValueError(
                 f"the inversion has {len(self.latents)} steps of {list(self.latents.shape[1:])} and this call {n_steps} of "
@@ -47,6 +55,9 @@ class Inversion:
         Args:
             pipe: Stable Diffusion or SDXL, whose scheduler predicts noise or v; run it afterwards with a DDIMScheduler.
             call: further arguments of the pipeline's call.
+
+        Raises:
+            ValueError: a pipeline or scheduler that DDIM does not invert; an argument that cannot be, by its name.
         """
         import diffusers  # takes seconds, and whoever has a pipeline has it already
 

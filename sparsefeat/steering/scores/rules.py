@@ -50,6 +50,9 @@ class Compose(Rule):
 
     Args:
         weights: prompt -> weight, beside the call's own prompt, which has weight 1.
+
+    Raises:
+        ValueError: weights that do not map the texts of prompts to finite numbers.
     """
 
     weights: Mapping[str, float]
@@ -83,6 +86,9 @@ class Slider(Rule):
         positive, negative: the two ends. The published sliders act from a tenth to a quarter of the schedule on, so that
             the image keeps its composition: `ScoreEdit(..., steps=(0.2, 1.0))`.
         scale: below 0 towards `negative`.
+
+    Raises:
+        ValueError: a prompt that is no text; `scale` is not finite.
     """
 
     positive: str
@@ -119,6 +125,10 @@ class ScaleConcept(Rule):
     Args:
         concept: c. omega, gamma, exit_steps: the paper's are 5, 3, 15 (faces 3, 3, 15).
         inversion: of the image; with `exit_steps` above 0.
+
+    Raises:
+        ValueError: an argument that cannot be, by its name; `exit_steps` without an inversion, or one without the
+            other.
     """
 
     concept: str
@@ -175,6 +185,9 @@ class ConceptAlgebra(Rule):
         span: prompts that differ in the concept alone, two at least; more span more of it.
         keep: 0.9, 0.5 for styles in the published programs. They stop at a timestep: `ScoreEdit(..., steps=...)`.
         gamma: 0 (nothing) to 1.
+
+    Raises:
+        ValueError: an argument that cannot be, by its name; fewer than two prompts in `span`.
     """
 
     target: str
@@ -239,6 +252,9 @@ class Views(Rule):
     Args:
         views: view -> its prompt; views are "flip" (upside down), "mirror", "rotate90" (counter-clockwise), "rotate180",
             "rotate270" and "negative" (of the latents). The call's own prompt is seen upright.
+
+    Raises:
+        ValueError: a view that there is not, a prompt that is no text.
     """
 
     views: Mapping[str, str]

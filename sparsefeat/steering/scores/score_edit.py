@@ -44,6 +44,9 @@ class ScoreEdit(SavableInstrument):
         rule: `Compose`, `Slider`, `ScaleConcept`, `ConceptAlgebra` or `Views`.
         corrections: `Langevin(...)` or `Hamiltonian(...)`, which move the latents before each step of the window.
         steps, mask: as in `Steer`; the mask weighs what is added at each position.
+
+    Raises:
+        ValueError: a rule, corrections or a mask of another kind; an argument that cannot be, by its name.
     """
 
     def __init__(

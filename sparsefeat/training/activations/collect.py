@@ -107,6 +107,10 @@ class CollectActivations(Instrument):
     ...         for prompt in prompts[collect.images_done:]:
     ...             pipe(prompt)
     >>> SAETrainer(SAE(config), collect.reader(), TrainConfig(steps=10_000)).fit()
+
+    Raises:
+        ValueError: an argument that cannot be, by its name; a store there that holds other rows.
+        OSError: the folder is a file, or cannot be written.
     """
 
     def __init__(
@@ -240,7 +244,11 @@ class CollectActivations(Instrument):
         return recording
 
     def collected(self, hookpoint: Hookpoint | str | None = None) -> CollectedRows:
-        """What is in memory for a hookpoint (which may be left out if there is one), over all calls."""
+        """What is in memory for a hookpoint (which may be left out if there is one), over all calls.
+
+        Raises:
+            ValueError: the hookpoint is not one of these, or nothing was collected there; the rows are in a store.
+        """
         chosen = self._choose(hookpoint)
         if self.folder is not None:
             raise ValueError(f"the rows are in a store at {store_of(self.folder, chosen)}: use reader()")
@@ -250,7 +258,11 @@ class CollectActivations(Instrument):
         return self._kept[chosen][0]
 
     def reader(self, hookpoint: Hookpoint | str | None = None) -> ShardReader:
-        """A reader of what is on disk for a hookpoint, without the shard in hand: `close` first to have all."""
+        """A reader of what is on disk for a hookpoint, without the shard in hand: `close` first to have all.
+
+        Raises:
+            ValueError: the hookpoint is not one of these; the rows are in memory.
+        """
         chosen = self._choose(hookpoint)
         if self.folder is None:
             raise ValueError("the rows are in memory: use collected(), or pass folder= for a store")

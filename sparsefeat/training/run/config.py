@@ -36,6 +36,10 @@ class TrainConfig:
     start: where the directions begin: "random", or "rows" of the data, with which fewer latents die; see `initialise`.
     seed: of the start values and of the order of the rows.
     checkpoint_every, log_every: in steps.
+
+    Raises:
+        TypeError: `objective` is no Objective.
+        ValueError: an argument that cannot be, by its name; values that contradict each other.
     """
 
     steps: int

@@ -49,6 +49,11 @@ class SAETrainer:
 
     >>> trainer = SAETrainer(SAE(SAEConfig(128, 1024, k=16)), activations, TrainConfig(steps=2000), folder="runs/mid")
     >>> sae = trainer.fit()                       # the same lines after an interruption go on from the checkpoint
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: rows of another width than the SAE's; a checkpoint of another config.
+        OSError: the folder cannot be written.
     """
 
     def __init__(
@@ -102,11 +107,19 @@ class SAETrainer:
         return self.metrics.entries
 
     def fit(self, progress: bool = True) -> SAE:
-        """Train to the last step; the SAE, in evaluation mode. Ctrl-C and SIGTERM end the step in hand, save and leave."""
+        """Train to the last step; the SAE, in evaluation mode. Ctrl-C and SIGTERM end the step in hand, save and leave.
+
+        Raises:
+            FloatingPointError: the weights have NaN or Inf. OSError: a checkpoint cannot be written.
+        """
         return fit_together([self], progress)[0]
 
     def train_step(self, batch: Batch | Tensor, measure: bool = False) -> dict[str, float] | None:
-        """One optimiser step on this rank's part of a batch; its figures if `measure`, which waits for the device."""
+        """One optimiser step on this rank's part of a batch; its figures if `measure`, which waits for the device.
+
+        Raises:
+            FloatingPointError: the weights have NaN or Inf.
+        """
         learner, config = self.learner, self.config
         dead = learner.dead()
         self.optimizer.zero_grad(set_to_none=True)
@@ -152,7 +165,12 @@ class SAETrainer:
         return measured
 
     def checkpoint(self) -> None:
-        """Write everything `fit` needs to go on, whole or not at all."""
+        """Write everything `fit` needs to go on, whole or not at all.
+
+        Raises:
+            FloatingPointError: the weights have NaN or Inf.
+            OSError: it cannot be written.
+        """
         self._check_finite()
         if self.folder is not None and self._saved != self.step:
             self._saved = self.step
