@@ -7,7 +7,9 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,7 @@ from sparsefeat.evaluation.card.bench import adjacent_tasks
 from sparsefeat.evaluation.card.edit import LearnedWords
 from sparsefeat.evaluation.card.erasers import ERASERS, bare, prompts_with, prompts_without
 from sparsefeat.evaluation.card.erasing import Unit, erb, measured
+from sparsefeat.evaluation.card.forked import at_once
 from sparsefeat.evaluation.card.result import Row
 from sparsefeat.evaluation.emoji import OBJECT, STYLE, Target, tasks_for
 from sparsefeat.evaluation.generation import STATISTICS, TEST, VALIDATION, task
@@ -45,6 +48,7 @@ TINY = dataclasses.replace(
     n_other=2,
     n_adjacent=1,
     n_validation=1,
+    n_inverted=3,
     n_steps=2,
     attack_steps=2,
     n_steered=1,
@@ -212,12 +216,56 @@ def test_a_tokenizer_without_free_letters_is_refused(bench):
 
 def test_an_eraser_that_leaves_most_images_is_given_no_learned_words(bench):
     found = unit([0, 0, 1, 0], [1], [1], [1])._replace(paraphrased=torch.tensor([1, 1, 1, 1, 0, 0, 1, 1]).bool())
-    shown = dataclasses.replace(TINY, n_target=4)
     weak = types.SimpleNamespace(eraser=Eraser("weak", None), chosen={OBJECT: {}}, unit=lambda target: (found, {}))
-    on = types.SimpleNamespace(**{**vars(bench), "budget": shown, "call": bench.call, "verdicts": None})
-    (row,) = attacked_rows(on, [weak])
-    assert (row.metric, row.value, row.n) == ("adversarial UA", 0.25, 4)
-    assert "bound from above" in row.note
+    (row,) = attacked_rows(bench, [weak])
+    assert (row.metric, row.value, row.n, row.bound) == ("adversarial UA", 0.25, 4, True)
+
+
+def test_an_eraser_that_the_budget_spares_is_given_no_learned_words(bench):
+    found = unit([1, 1], [1], [1], [1])
+    spared = types.SimpleNamespace(
+        eraser=Eraser(QUICK.spared[0], None), chosen={OBJECT: {}}, unit=lambda target: (found, {})
+    )
+    (row,) = attacked_rows(bench, [spared])
+    assert (row.metric, row.value, row.bound) == ("adversarial UA", 1.0, True)
+
+
+@pytest.mark.parametrize("eraser", QUICK.spared)
+def test_who_is_spared_is_no_baseline_that_is_published(eraser):
+    assert not BY_NAME[eraser].baseline or eraser == "as many random latents"
+
+
+def test_what_is_done_at_once_is_done_once_in_other_processes_and_is_left_where_there_is_one_thread(tmp_path):
+    def part(i):
+        (tmp_path / f"{i}-{os.getpid()}").write_text("")
+        if i == 1:
+            raise ValueError("told, and left to who misses what it was to make")
+
+    threads = torch.get_num_threads()
+    try:
+        for n, made in ((1, []), (2, ["0", "1", "2"])):
+            torch.set_num_threads(n)
+            at_once([partial(part, i) for i in range(3)])
+            found = [path.name.split("-") for path in sorted(tmp_path.iterdir())]
+            assert [i for i, _ in found] == made
+            assert str(os.getpid()) not in [pid for _, pid in found]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_settings_share_is_made_once_and_its_seconds_count_for_each(bench):
+    made = []
+
+    def make():
+        made.append(time.process_time())
+        while time.process_time() < made[0] + 0.05:
+            pass
+        return 7
+
+    tasks = [task(FISH.index, 0, TEST, 90)]
+    seconds = [bench.verdicts(f"once-{i}", tasks, lambda: (bench.once("a", make), Edit())[1])[1] for i in "ab"]
+    assert len(made) == 1
+    assert all(one["made"] >= 0.05 for one in seconds)
 
 
 # ------------------------------------------------------------------------------------------------------- the whole run
@@ -252,10 +300,10 @@ def test_a_killed_card_goes_on_where_it_was_and_says_what_it_measured(tmp_path):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "card.json").exists()
-    assert len(list((tmp_path / "parts").rglob("*.safetensors"))) == 3
+    assert len(list((tmp_path / "parts").rglob("*.json"))) == 3
     heard: list[str] = []
     rows = card(tmp_path, heard.append)
-    assert len(heard) == len(set(heard)) == len(list((tmp_path / "parts").rglob("*.safetensors"))) - 3
+    assert len(heard) == len(set(heard)) == len(list((tmp_path / "parts").rglob("*.json"))) - 3
     again: list[str] = []
     assert card(tmp_path, again.append) == rows == load_card(tmp_path / "card.json")
     assert again == []

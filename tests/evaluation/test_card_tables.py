@@ -36,6 +36,20 @@ def test_a_table_names_best_and_worst_and_is_not_ahead_inside_the_intervals():
     assert "20.0%: ahead outside" in card_markdown(results(ahead), "erasers")
 
 
+def test_a_bound_is_said_to_be_one_and_wins_nothing_for_ours():
+    bounded = [*ROWS, {**row("ItD", "adversarial UA", 0.9, [0.8, 1.0]), "bound": True}]
+    text = card_markdown(results(bounded), "erasers")
+    assert "| ItD | 70 [60, 80] | ≤ 90 [80, 100] |" in text
+    assert "Under the adversary SAeUron keeps 50.0%" in text
+
+
+def test_an_adversary_that_does_not_count_decides_nothing():
+    weak = [*ROWS[:-1], row("SAeUron", "adversarial UA", 0.5, [0.31, 0.7], note="it is too weak")]
+    text = card_markdown(results(weak), "erasers")
+    assert "Under the adversary" not in text
+    assert "it is too weak" in text
+
+
 def test_what_was_not_measured_and_what_has_reservations_is_said():
     assert card_markdown(results(ROWS), "maps") == "Not measured yet."
     given = [row("Slider", "else per unit", None, section="steerers", of="style mono", note="it rises too little")]

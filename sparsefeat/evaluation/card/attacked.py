@@ -3,7 +3,8 @@
     inverted UA     UA where the learned words stand in the place of the target's
     adversarial UA  share of noises with which none of the plain prompt, its paraphrases and the learned words bring it back
 
-An eraser that leaves most images as they are is given no learned words: plain prompts and paraphrases say enough.
+An eraser that leaves most images as they are is given no learned words, nor one that the budget spares: plain prompts and
+paraphrases alone say what its adversarial UA is at most.
 
 The learned words are learned from pictures of other noise. Against the negative prompt they have to bring back
 `STRONG_ENOUGH` of the images, or the adversary is too weak to count, and its rows say so.
@@ -11,25 +12,21 @@ The learned words are learned from pictures of other noise. Against the negative
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsefeat.assets import emojicanvas
-from sparsefeat.evaluation.card.adversary import (
-    N_VECTORS,
-    Trajectory,
-    first_vectors,
-    free_words,
-    invert,
-    trajectory,
-)
+from sparsefeat.evaluation.card.adversary import N_VECTORS, first_vectors, free_words, invert, trajectory
 from sparsefeat.evaluation.card.bench import Bench
 from sparsefeat.evaluation.card.budget import ATTACK_STEPS
 from sparsefeat.evaluation.card.edit import Edit, LearnedWords
-from sparsefeat.evaluation.card.erasing import Erasing, path_of, right
+from sparsefeat.evaluation.card.erasing import Erasing, paraphrase, path_of, right
+from sparsefeat.evaluation.card.forked import at_once
 from sparsefeat.evaluation.card.result import Row
 from sparsefeat.evaluation.emoji import OBJECT, Target, tasks_for
 from sparsefeat.evaluation.generation import STATISTICS, TEST, Task, task
@@ -39,10 +36,13 @@ STRONG_ENOUGH = 0.8
 CALIBRATION = "negative prompt"
 N_LEARNED_FROM = 8
 WORTH_ATTACKING = 0.5
-NOT_TRIED = "erasers that leave more than half of the target's images are given no learned words: their adversarial UA is a bound from above"
 
-Verdict = tuple[Tensor | None, Tensor]
-"""bool [n] each: with the learned words the target is gone (None: they were not tried), and with everything it is."""
+
+class Verdict(NamedTuple):
+    """bool [n] each: with the learned words the target is gone (None: none were learned), and with everything it is."""
+
+    inverted: Tensor | None
+    both: Tensor
 
 
 def attacked_rows(bench: Bench, erasings: Sequence[Erasing]) -> list[Row]:
@@ -53,23 +53,37 @@ def attacked_rows(bench: Bench, erasings: Sequence[Erasing]) -> list[Row]:
         (one for one in erasings if one.eraser.name != "unedited"), key=lambda one: one.eraser.name != CALIBRATION
     )
     for target in bench.budget.attacked:
-        aim, worded = _aim(bench, target, words)
-        for erasing in order:
-            name = erasing.eraser.name
-            results.setdefault(name, []).append(_under(bench, erasing, target, aim, worded, words))
+        learned = _learned(bench, [one for one in order if _worth(bench, one, target)], target, words)
+        for one in order:
+            name = one.eraser.name
+            results.setdefault(name, []).append(_under(bench, one, target, learned.get(name)))
     note = _reservation(bench, results.get(CALIBRATION, []))
     rows = []
     seed = tasks_for(bench.budget.attacked[0], TEST, 1, 0)[0].seed
     for name, found in results.items():
-        learned_against = [inverted for inverted, _ in found if inverted is not None]
-        bound = "" if len(learned_against) == len(found) else NOT_TRIED
-        for metric, parts in (("inverted UA", learned_against), ("adversarial UA", [both for _, both in found])):
+        learned_against = [one.inverted for one in found if one.inverted is not None]
+        bound = len(learned_against) < len(found)
+        for metric, parts in (("inverted UA", learned_against), ("adversarial UA", [one.both for one in found])):
             if parts:
                 value = float(torch.stack([part.double().mean() for part in parts]).mean())
                 ci = interval(torch.stack([share_draws(part, i) for i, part in enumerate(parts)]).mean(0))
-                n, said = sum(map(len, parts)), "; ".join(filter(None, (bound, note)))
-                rows.append(Row("erasers", name, OBJECT, metric, value, ci, n, seed, said))
+                n = sum(map(len, parts))
+                rows.append(Row("erasers", name, OBJECT, metric, value, ci, n, seed, note, bound))
     return rows
+
+
+def _worth(bench: Bench, erasing: Erasing, target: Target) -> bool:
+    """Whether words are learned against it."""
+    name = erasing.eraser.name
+    if name == CALIBRATION:
+        return True
+    return name not in bench.budget.spared and float(_plain(erasing, target)[0].double().mean()) >= WORTH_ATTACKING
+
+
+def _plain(erasing: Erasing, target: Target) -> tuple[Tensor, Tensor]:
+    """bool [n] each: with the plain prompt the target is gone, and with its paraphrases too."""
+    unit, _ = erasing.unit(target)
+    return unit.gone, unit.gone & unit.paraphrased.reshape(-1, len(unit.gone)).all(0)
 
 
 def _reservation(bench: Bench, calibrated: Sequence[Verdict]) -> str:
@@ -78,17 +92,10 @@ def _reservation(bench: Bench, calibrated: Sequence[Verdict]) -> str:
         return f"the adversary had {bench.budget.attack_steps} steps in the place of {ATTACK_STEPS}"
     if not calibrated:
         return f"the adversary was not tried against the {CALIBRATION}"
-    back = float(torch.cat([~inverted for inverted, _ in calibrated if inverted is not None]).double().mean())
+    back = float(torch.cat([~one.inverted for one in calibrated if one.inverted is not None]).double().mean())
     if back < STRONG_ENOUGH:
         return f"the adversary is too weak to count: it brings back {back:.0%} against the {CALIBRATION}"
     return ""
-
-
-def _aim(bench: Bench, target: Target, words: Sequence[str]) -> tuple[Trajectory, list[str]]:
-    styles = len(emojicanvas.STYLES)
-    learned = [task(target.index, i % styles, STATISTICS, i // styles) for i in range(N_LEARNED_FROM)]
-    aim = trajectory(bench.pipe, [t.prompt for t in learned], [t.seed for t in learned], bench.call)
-    return aim, [worded_with(t, words) for t in learned]
 
 
 def worded_with(t: Task, words: Sequence[str]) -> str:
@@ -96,24 +103,51 @@ def worded_with(t: Task, words: Sequence[str]) -> str:
     return f"a {emojicanvas.STYLES[t.style]} emoji of a {' '.join(words)}"
 
 
-def _under(
-    bench: Bench, erasing: Erasing, target: Target, aim: Trajectory, worded: Sequence[str], words: Sequence[str]
-) -> Verdict:
-    setting = erasing.chosen[target.kind]
-    tasks = [t for t in tasks_for(target, TEST, bench.budget.n_target, 0) if target.shows(t)]
+def _learned(
+    bench: Bench, erasings: Sequence[Erasing], target: Target, words: Sequence[str]
+) -> dict[str, LearnedWords]:
+    """The words that were learned against each eraser, by its name."""
+    styles, steps = len(emojicanvas.STYLES), bench.budget.attack_steps
+    shown = [task(target.index, i % styles, STATISTICS, i // styles) for i in range(N_LEARNED_FROM)]
+    keys = {one.eraser.name: path_of(one.eraser, target, one.chosen[target.kind], f"words-{steps}") for one in erasings}
 
-    def learned() -> Edit:
-        edit = erasing.edit(target)
+    def learn(erasing: Erasing) -> list[list[float]]:
+        aim = bench.once(
+            ("aim", target),
+            lambda: trajectory(bench.pipe, [t.prompt for t in shown], [t.seed for t in shown], bench.call),
+        )
+        worded = [worded_with(t, words) for t in shown]
         start = first_vectors(bench.pipe, N_VECTORS, seed=target.index)
-        steps = bench.budget.attack_steps
-        vectors, _ = invert(bench.pipe, edit, aim, worded, words, start, steps=steps, call=bench.call)
-        return replace(edit, words=LearnedWords(vectors, words))
+        edit = erasing.edit(target)
+        return invert(bench.pipe, edit, aim, worded, words, start, steps=steps, call=bench.call)[0].tolist()
 
-    unit, _ = erasing.unit(target)
-    plain = unit.gone & unit.paraphrased.reshape(-1, len(tasks)).all(0)
-    if erasing.eraser.name != CALIBRATION and float(unit.gone.double().mean()) < WORTH_ATTACKING:
-        return None, plain
-    key = path_of(erasing.eraser, target, setting, f"inverted-{bench.budget.attack_steps}")
-    said, _ = bench.verdicts(key, tasks, learned, worded=lambda t: worded_with(t, words))
-    inverted = ~right(said, tasks)[0]
-    return inverted, inverted & plain
+    def kept(erasing: Erasing) -> list[list[float]]:
+        return bench.kept(keys[erasing.eraser.name], lambda: learn(erasing))
+
+    missing = [one for one in erasings if not bench.has(keys[one.eraser.name])]
+    for one in missing:
+        one.edit(target)  # fitted here, where all threads are at work and what comes next has it too
+    at_once([partial(kept, one) for one in missing])
+    return {one.eraser.name: LearnedWords(torch.tensor(kept(one)), words) for one in erasings}
+
+
+def _under(bench: Bench, erasing: Erasing, target: Target, learned: LearnedWords | None) -> Verdict:
+    plain = _plain(erasing, target)[1]
+    if learned is None:
+        return Verdict(None, plain)
+    words = learned.words
+
+    def gone(part: str, tasks: Sequence[Task], edit: Callable[[], Edit], worded: Callable[[Task], str]) -> Tensor:
+        key = path_of(erasing.eraser, target, erasing.chosen[target.kind], part)
+        return ~right(bench.verdicts(key, tasks, edit, worded=worded)[0], tasks)[0]
+
+    tasks = tasks_for(target, TEST, bench.budget.n_inverted, 0)
+    more = tasks[len(plain) :]
+    if more:
+        own = partial(erasing.edit, target)
+        parts = [gone("more", more, own, lambda t: t.prompt)]
+        parts += [gone(f"more-{i}", more, own, partial(paraphrase, target, i)) for i in range(2)]
+        plain = torch.cat([plain, torch.stack(parts).all(0)])
+    under = f"inverted-{bench.budget.attack_steps}"
+    inverted = gone(under, tasks, lambda: replace(erasing.edit(target), words=learned), lambda t: worded_with(t, words))
+    return Verdict(inverted, inverted & plain)

@@ -16,7 +16,8 @@ class Budget:
     """objects, styles: indices of what is erased. n_target, n_other: images of it and of others, for each target.
     n_adjacent: images of each of the five nearest concepts. n_validation: images of the target, and as many others, on which
     a method's settings are chosen. n_settings: at most how many settings are tried. n_attacked: of how many objects the
-    adversary is set on every eraser. n_steered: images at every dose. n_explained: images that latents are taken from.
+    adversary is set on erasers. n_inverted: images of each of them, at least n_target. spared: names of erasers against which no
+    words are learned. n_steered: images at every dose. n_explained: images that latents are taken from.
     n_pictures: pictures of each kind that maps are scored on. n_drawn: images that dictionaries are measured on.
     """
 
@@ -29,10 +30,12 @@ class Budget:
     n_validation: int
     n_settings: int
     n_attacked: int
+    n_inverted: int
     n_steered: int
     n_explained: int
     n_pictures: int
     n_drawn: int
+    spared: tuple[str, ...] = ()
     attack_steps: int = ATTACK_STEPS
     n_steps: int = N_STEPS
 
@@ -55,10 +58,12 @@ QUICK = Budget(
     n_validation=4,
     n_settings=2,
     n_attacked=1,
+    n_inverted=24,
     n_steered=8,
     n_explained=2,
     n_pictures=10,
     n_drawn=80,
+    spared=("CAD-Erase", "as many random latents", "ItD", "Concept Steerers", "APP", "replace where"),
 )
 FULL = Budget(
     "full",
@@ -70,6 +75,7 @@ FULL = Budget(
     n_validation=8,
     n_settings=4,
     n_attacked=3,
+    n_inverted=40,
     n_steered=24,
     n_explained=8,
     n_pictures=100,

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sparsefeat.assets import emojicanvas
-from sparsefeat.attribution import cad_erase
+from sparsefeat.attribution import attribute_weights
 from sparsefeat.erasure import (
     ESD,
     UCE,
@@ -84,15 +85,15 @@ def _sld(bench: Bench, target: Target, setting: str, warmup: int) -> Edit:
     return Edit((safe_latent_diffusion(target.words, setting, warmup=warmup),))
 
 
-def _uce(bench: Bench, target: Target, of: str, preserve: bool) -> Edit:
+def _uce(bench: Bench, target: Target, of: str, preserve: bool, tokens: str = "onward") -> Edit:
     others = OBJECTS if target.kind == OBJECT else STYLES
     kept = [emojicanvas.words(name) for name in others if name != target.name] if preserve else []
     if of == "stand-in":
         other = Target(target.kind, bench.nearest(target)[0])
-        return Edit((UCE.fit(bench.pipe, bare(target), guide=bare(other), preserve=kept, tokens="onward"),))
+        return Edit((UCE.fit(bench.pipe, bare(target), guide=bare(other), preserve=kept, tokens=tokens),))
     if of == "word":
-        return Edit((UCE.fit(bench.pipe, target.words, guide="", preserve=kept, tokens="onward"),))
-    return Edit((UCE.fit(bench.pipe, bare(target), guide="an emoji", preserve=kept, tokens="onward"),))
+        return Edit((UCE.fit(bench.pipe, target.words, guide="", preserve=kept, tokens=tokens),))
+    return Edit((UCE.fit(bench.pipe, bare(target), guide="an emoji", preserve=kept, tokens=tokens),))
 
 
 def _esd(bench: Bench, target: Target, lr: float, iterations: int) -> Edit:
@@ -100,7 +101,11 @@ def _esd(bench: Bench, target: Target, lr: float, iterations: int) -> Edit:
 
 
 def _cad(bench: Bench, target: Target, ratio: float, modules: str) -> Edit:
-    return Edit((cad_erase(bench.pipe, prompts_with(target), ratio=ratio, modules=modules, **bench.call),))
+    prompts = prompts_with(target)
+    scores = bench.once(
+        ("CAD", target, modules), lambda: attribute_weights(bench.pipe, prompts, modules=modules, **bench.call)
+    )
+    return Edit((scores.mask(ratio, concept=target.words),))
 
 
 def _saeuron(bench: Bench, target: Target, place: str, n_latents: int, gamma: float) -> Edit:
@@ -159,6 +164,7 @@ def _app(bench: Bench, target: Target, n_latents: int) -> Edit:
         target.name,
         prompts_by_concept(target),
         n_latents=n_latents,
+        batch_size=50,
         num_inference_steps=1,  # the text encoder runs before the steps
         output_type="latent",
     )
@@ -216,6 +222,7 @@ ERASERS: tuple[Eraser, ...] = (
         ),
         baseline=True,
     ),
+    Eraser("UCE, last token", partial(_uce, tokens="last"), baseline=True, like="UCE"),
     Eraser(
         "ESD",
         _esd,

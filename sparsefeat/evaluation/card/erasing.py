@@ -42,15 +42,12 @@ def erb(erased: Tensor, adjacent: Tensor) -> Tensor:
     return 2 * erased * adjacent / (erased + adjacent + ETA)
 
 
-def paraphrases(target: Target, t: Task) -> tuple[str, str]:
-    """The task's prompt in other words that name the target, in which the unedited pipeline draws it too."""
+def paraphrase(target: Target, which: int, t: Task) -> str:
+    """The task's prompt in other words (two ways) that name the target, in which the unedited pipeline draws it too."""
     name, style = emojicanvas.words(emojicanvas.OBJECTS[t.object]), emojicanvas.STYLES[t.style]
-    twice = f"a {style} emoji of {name} {name}"
-    return (f"a {name}", twice) if target.kind == OBJECT else (f"a {style} {t.prompt.removeprefix('a ')}", twice)
-
-
-def _paraphrase(target: Target, which: int, t: Task) -> str:
-    return paraphrases(target, t)[which]
+    if which:
+        return f"a {style} emoji of {name} {name}"
+    return f"a {name}" if target.kind == OBJECT else f"a {style} {t.prompt.removeprefix('a ')}"
 
 
 class Unit(NamedTuple):
@@ -133,7 +130,7 @@ class Erasing:
         for i in range(2):
             key = path_of(self.eraser, target, setting, f"paraphrase-{i}")
             heard, _ = self.bench.verdicts(
-                key, other_words, lambda: self._edit(target, setting), worded=partial(_paraphrase, target, i)
+                key, other_words, lambda: self._edit(target, setting), worded=partial(paraphrase, target, i)
             )
             again.append(~right(heard, other_words)[0 if target.kind == OBJECT else 1])
         unit = Unit(

@@ -42,15 +42,21 @@ def explained_rows(bench: Bench) -> list[Row]:
     tasks = tasks[: bench.budget.n_explained]
 
     def probability(t: Task, gone: Sequence[int]) -> float:
-        edit = Edit((Steer(sae, scale=dict.fromkeys(gone, 0.0), condition="both"),)) if gone else Edit()
-        with torch.no_grad():
-            objects, _ = bench.judge(as_tensor(bench.draw([t], edit)))
-        return float(objects.softmax(1)[0, t.object])
+        def drawn() -> float:
+            edit = Edit((Steer(sae, scale=dict.fromkeys(gone, 0.0), condition="both"),)) if gone else Edit()
+            with torch.no_grad():
+                objects, _ = bench.judge(as_tensor(bench.draw([t], edit)))
+            return float(objects.softmax(1)[0, t.object])
+
+        return bench.once((t, frozenset(gone)), drawn)  # with none gone, and with all, the same in every order
 
     def order(t: Task, method: str) -> list[int]:
         how = {**bench.call, "num_inference_steps": min(STEPS, bench.n_steps)}
         scored = "gradient" if method == "random order" else method
-        found = attribute_latents(bench.pipe, sae, t.prompt, method=scored, seed=t.seed, **how).latents
+        found = bench.once(
+            (t, scored),
+            lambda: attribute_latents(bench.pipe, sae, t.prompt, method=scored, seed=t.seed, **how).latents,
+        )
         if method == "random order":
             found = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(t.seed))]
         return found.tolist()

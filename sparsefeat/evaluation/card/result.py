@@ -16,7 +16,7 @@ from sparsefeat.whole import write_json
 @dataclass(frozen=True)
 class Row:
     """One figure. section: "erasers", "steerers", ...; of: what it was measured on; ci: 95 %, where there is one;
-    n: how many images (or rows, or maps) it rests on; seed: of the first image's noise.
+    n: how many images (or rows, or maps) it rests on; seed: of the first image's noise. bound: the figure is at most that.
     """
 
     section: str
@@ -28,6 +28,7 @@ class Row:
     n: int
     seed: int
     note: str = ""
+    bound: bool = False
 
 
 def write_card(path: Path, rows: Sequence[Row], budget: str, chosen: dict[str, Any]) -> None:
