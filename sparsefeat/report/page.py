@@ -209,6 +209,11 @@ def identifier(value: float) -> str:
     return str(int(value)) if float(value).is_integer() else str(value)
 
 
+def breakable(path: str) -> Markup:
+    """A hookpoint that breaks before its names where the line is too short for it, not within them."""
+    return Markup(".<wbr>").join(re.split(r"\.(?=\D)", str(path)))
+
+
 def share(value: float) -> str:
     """A share of 1 as percent with one decimal: 0.9123 is 91.2 %."""
     return f"{value * 100:.1f} %".replace(".0 %", " %").replace("-", "−")
@@ -309,6 +314,7 @@ def project_facts() -> dict[str, Any]:
 _FILTERS = {
     "number": _or_dash(significant),
     "identifier": _or_dash(identifier),
+    "breakable": breakable,
     "share": _or_dash(share),
     "share_precisely": _or_dash(share_precisely),
     "signed": _or_dash(signed),
