@@ -11,19 +11,19 @@ import torch
 from sparsefeat.assets import GUIDANCE, emojicanvas
 from sparsefeat.attribution import cad_amplify, cad_erase
 from sparsefeat.evaluation.emoji import OBJECT, Target, tasks_for
-from sparsefeat.evaluation.generation import TEST, generate
+from sparsefeat.evaluation.generation import TEST, Task, generate
 from sparsefeat.evaluation.judge import Judge, as_tensor
 from sparsefeat.pipeline import attach
 
 
 @dataclass(frozen=True)
 class Effect:
-    """own, others: the share of pictures in which the judge sees the object that was asked for, of prompts with the target
-    and without; log_own, log_others: the mean logarithm of the probability that it gives that object.
+    """prompts: those of `own`. own, others: the share of pictures in which the judge sees the target (own), or the object that was
+    asked for (others, of prompts without the target); log_own, log_others: the mean logarithm of the probability that it gives it.
     """
 
     name: str
-    guidance: float
+    prompts: str
     own: float
     log_own: float
     others: float
@@ -31,22 +31,25 @@ class Effect:
 
 
 @torch.no_grad()
-def _seen(
-    pipe: Any, judge: Judge, target: Target, n: int, n_steps: int, guidance: float, name: str, mask: Any
-) -> Effect:
+def _seen(pipe: Any, judge: Judge, target: Target, n: int, n_steps: int, named: bool, name: str, mask: Any) -> Effect:
     tasks = tasks_for(target, TEST, n, n)
+
+    def worded(t: Task) -> str:
+        return t.prompt if named or not target.shows(t) else emojicanvas.prompt(None, emojicanvas.STYLES[t.style])
+
     during = None if mask is None else lambda _: attach(pipe, mask)
-    told = judge(as_tensor(generate(pipe, tasks, n_steps=n_steps, guidance=guidance, during=during)))[0].log_softmax(1)
+    images = generate(pipe, tasks, n_steps=n_steps, guidance=GUIDANCE, worded=worded, during=during)
+    told = judge(as_tensor(images))[0].log_softmax(1)
     wanted = torch.tensor([task.object for task in tasks])
     right = (told.argmax(1) == wanted).float()
     logs = told.gather(1, wanted[:, None])[:, 0]
     means = [float(part.mean()) for part in (right[:n], logs[:n], right[n:], logs[n:])]
-    return Effect(name, guidance, *means)
+    return Effect(name, "that name it" if named else "of a style alone", *means)
 
 
 def effects_of_weights(pipe: Any, judge: Judge, name: str, *, images: int = 8, n_steps: int = 10) -> Iterator[Effect]:
-    """Pictures as they are and with the weights erased, at the pipeline's guidance; and as they are and with the weights
-    amplified, without guidance, where there is something to be made stronger. On noise that no default was chosen on.
+    """Pictures as they are and with the weights erased, of prompts that name the object; and as they are and with the weights
+    amplified, of prompts that leave it open. On noise that no default was chosen on.
 
     Raises:
         ValueError: an object that EmojiCanvas has not.
@@ -56,6 +59,6 @@ def effects_of_weights(pipe: Any, judge: Judge, name: str, *, images: int = 8, n
     target = Target(OBJECT, emojicanvas.OBJECTS.index(name))
     prompts = [emojicanvas.prompt(name, style) for style in emojicanvas.STYLES]
     call: dict[str, Any] = {"num_inference_steps": n_steps, "guidance_scale": GUIDANCE}
-    for guidance, edit, fit in ((GUIDANCE, "CAD-Erase", cad_erase), (1.0, "CAD-Amplify", cad_amplify)):
-        yield _seen(pipe, judge, target, images, n_steps, guidance, "untouched", None)
-        yield _seen(pipe, judge, target, images, n_steps, guidance, edit, fit(pipe, prompts, **call))
+    for named, edit, fit in ((True, "CAD-Erase", cad_erase), (False, "CAD-Amplify", cad_amplify)):
+        yield _seen(pipe, judge, target, images, n_steps, named, "untouched", None)
+        yield _seen(pipe, judge, target, images, n_steps, named, edit, fit(pipe, prompts, **call))

@@ -177,10 +177,15 @@ def test_erasing_lowers_the_distance_from_nothing_and_is_the_same_from_disk(pipe
         load_instrument(tmp_path / "mask", sae=sf.SAE(sf.SAEConfig(d_model=4, n_latents=8, k=2)))
 
 
-def test_amplifying_takes_what_raises_the_models_loss(pipe):
-    mask = cad_amplify(pipe, "a fox", ratio=0.05, seed=1, concept="fox", **CALL)
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
+def test_amplifying_takes_what_raises_the_models_loss_without_the_concepts_word(name):
+    pipe = tiny_sd() if name == "sd" else families()[name].build()
+    call = {**CALL, "height": 32, "width": 32}
+    mask = cad_amplify(pipe, "a fox", ratio=0.05, seed=1, **call)
     assert mask.n_zeroed > 0
-    scores = attribute_weights(pipe, "a fox", objective="amplify", concept="fox", seed=1, **CALL)
+    scores = attribute_weights(pipe, "a fox", objective="amplify", concept="", seed=1, **call)
+    named = attribute_weights(pipe, "a fox", objective="amplify", concept="a fox", seed=1, **call)
+    assert scores.losses != named.losses
     for path in mask.shapes:
         assert (scores.scores[path][mask.mask(path)] > 0).all()
 

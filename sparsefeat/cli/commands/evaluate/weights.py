@@ -20,11 +20,11 @@ def weights(
     from sparsefeat.evaluation.judge import load_judge
     from sparsefeat.evaluation.weights import effects_of_weights
 
-    typer.echo(f"{'':<12} guidance   {name + ' seen (log p)':<22} others seen (log p)")
+    typer.echo(f"{'':<12} {'prompts':<17} {name + ' seen (log p)':<22} others seen (log p)")
     pipe = load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     for one in effects_of_weights(pipe, load_judge(), name, images=images, n_steps=steps):
         typer.echo(
-            f"{one.name:<12} {one.guidance:>8g}   {f'{one.own:.0%} ({one.log_own:.2f})':<22} "
+            f"{one.name:<12} {one.prompts:<17} {f'{one.own:.0%} ({one.log_own:.2f})':<22} "
             f"{one.others:.0%} ({one.log_others:.2f})"
         )
