@@ -71,6 +71,7 @@ ONE_WIDE_HEAD = (1, 1, 4096, 512, 1, 300)
 SHAPED = (
     "_threshold_encode_product_kernel",
     "_topk_encode_product_kernel",
+    "_topk_encode_repair_kernel",
     "_topk_encode_select_kernel",
 )
 # In fp32: products, whose tiles are others.

@@ -20,6 +20,7 @@ __all__ = [
     "largest_keys",
     "ordered",
     "relu_in_order",
+    "relu_keys",
     "store_broken",
     "store_code",
 ]
@@ -100,21 +101,30 @@ def largest_keys(keys, K: tl.constexpr, LOG_K: tl.constexpr, HALVINGS: tl.conste
 
 
 @jit
-def store_code(top, values_ptr, indices_ptr, row, k, RELU: tl.constexpr, SIGNED: tl.constexpr, BLOCK_K: tl.constexpr):
+def relu_keys(top, k, K: tl.constexpr):
+    """A row's k largest `entry_key`s after the ReLU, descending: what it makes equal goes by index too."""
+    inside = tl.arange(0, K) < k
+    if tl.min(tl.where(inside, top, 0x7FFFFFFFFFFFFFFF), axis=0) >> 32 <= 0:  # elsewhere it changes nothing
+        keys = entry_key(ordered(tl.maximum(_value_of(top), 0.0)), index_of(top), 0)
+        top = tl.sort(tl.where(inside, keys, -1), descending=True)  # keys of values >= 0 are not negative
+    return top
+
+
+@jit
+def _value_of(key):
+    bits = (key >> 32).to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@jit
+def store_code(top, values_ptr, indices_ptr, row, k, SIGNED: tl.constexpr, BLOCK_K: tl.constexpr):
     """Values and latents of one row from its k largest `entry_key`s, descending."""
     place = tl.arange(0, BLOCK_K)
-    latent = index_of(top)  # [BLOCK_K]
-    bits = (top >> 32).to(tl.int32)
-    value = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    value = _value_of(top)  # [BLOCK_K]
     if SIGNED:
         value = tl.where((top & 1) == 1, -value, value)
-    if RELU:  # what the ReLU makes equal goes by index too
-        keys = entry_key(ordered(tl.maximum(value, 0.0)), latent, 0)
-        keys = tl.sort(tl.where(place < k, keys, -1), descending=True)  # keys of values >= 0 are not negative
-        latent = index_of(keys)
-        value = (keys >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     tl.store(values_ptr + row * k + place, value, mask=place < k)
-    tl.store(indices_ptr + row * k + place, latent.to(tl.int32), mask=place < k)
+    tl.store(indices_ptr + row * k + place, index_of(top).to(tl.int32), mask=place < k)
 
 
 @jit

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import jit, jit_over_rows, next_power_of_2, tl
-from ..keys import entry_key, index_of, largest_keys, ordered, store_broken, store_code
+from ..keys import entry_key, index_of, largest_keys, ordered, relu_keys, store_broken, store_code
 from .groups import GROUP, floor_of, group_of, larger, latent_of
 
 __all__ = [
@@ -43,6 +43,7 @@ LARGEST_K = 128
 COUNTED = 256  # maxima that are bisected
 MOST_GROUPS = 8192  # of one program of the selection
 REPAIRING = 264  # programs that share the rows of the list: two on each of the 132 multiprocessors of an H100
+REPAIRED_BYTES = 8 << 10  # of weights at a time: a thread does with 128 registers, and two programs fit
 MOST_SUSPECTS = 16  # that a row writes down
 
 
@@ -71,24 +72,26 @@ class SelectSizes:
             "num_warps": max(1, min(4, block_groups // 2048)),
         }
 
-    @functools.cached_property
-    def repair_blocks(self) -> dict[str, int]:
-        """Of as many latents at a time as a list of keys has, and 4,096 products."""
-        repaired = max(2, self.block_k // GROUP)
-        return {
-            "REPAIRED": repaired,
-            "BLOCK_K": self.block_k,
-            "LOG_K": self.block_k.bit_length() - 1,
-            "HALVINGS": (repaired * GROUP // self.block_k).bit_length() - 1,
-            "BLOCK_D": 256 // repaired,
-            "num_warps": 8,  # of k = 32 the compiler makes 1,560 instructions for 2,480 of 4, which spill on sm_100
-        }
-
 
 @functools.cache
 def sizes_of(n_groups: int, k: int) -> SelectSizes:
     """One object for every pair, which works its blocks out once: a call's host time is made of such things."""
     return SelectSizes(n_groups, k)
+
+
+@functools.cache
+def repair_blocks(k: int, itemsize: int) -> dict[str, int]:
+    """Of as many latents at a time as a list of keys has, and REPAIRED_BYTES of their weights."""
+    block_k = next_power_of_2(max(k, 2))
+    repaired = max(1, block_k // GROUP)
+    return {
+        "REPAIRED": repaired,
+        "BLOCK_K": block_k,
+        "LOG_K": block_k.bit_length() - 1,
+        "HALVINGS": (repaired * GROUP // block_k).bit_length() - 1,
+        "BLOCK_D": REPAIRED_BYTES // (repaired * GROUP * itemsize),
+        "num_warps": 8,  # of k = 32 the compiler makes 1,560 instructions for 2,480 of 4, which spill on sm_100
+    }
 
 
 def entries_of(k: int) -> int:
@@ -149,23 +152,14 @@ def _of_both(a, b, BLOCK_K: tl.constexpr, LOG_K: tl.constexpr):
 
 
 @jit
-def _keep(
-    top, state_ptr, values_ptr, indices_ptr, row, k,
-    RELU: tl.constexpr, SIGNED: tl.constexpr, LAST: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """A row's k largest: its code where no chunk follows, else its state."""
-    if LAST:
-        if (tl.max(top, axis=0) >> 32) == 0x7FFFFFFF:
-            store_broken(values_ptr, indices_ptr, row, k, BLOCK_K)
-        elif RELU:
-            if tl.min(tl.where(tl.arange(0, BLOCK_K) < k, top, 0x7FFFFFFFFFFFFFFF), axis=0) >> 32 > 0:
-                store_code(top, values_ptr, indices_ptr, row, k, False, SIGNED, BLOCK_K)  # the ReLU changes nothing
-            else:
-                store_code(top, values_ptr, indices_ptr, row, k, True, SIGNED, BLOCK_K)
-        else:
-            store_code(top, values_ptr, indices_ptr, row, k, False, SIGNED, BLOCK_K)
+def _finish(top, values_ptr, indices_ptr, row, k, RELU: tl.constexpr, SIGNED: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The code of a row from the keys of its k largest."""
+    if (tl.max(top, axis=0) >> 32) == 0x7FFFFFFF:
+        store_broken(values_ptr, indices_ptr, row, k, BLOCK_K)
     else:
-        tl.store(state_ptr + row * BLOCK_K + tl.arange(0, BLOCK_K), top)
+        if RELU:
+            top = relu_keys(top, k, BLOCK_K)
+        store_code(top, values_ptr, indices_ptr, row, k, SIGNED, BLOCK_K)
 
 
 @jit_over_rows
@@ -263,8 +257,10 @@ def _topk_encode_select_kernel(
         else:
             rest = tl.where(plainly, before, rest)
         tl.store(state_ptr + row * BLOCK_K + tl.arange(0, BLOCK_K), rest)
+    elif LAST:
+        _finish(top, values_ptr, indices_ptr, row, k, RELU, SIGNED, BLOCK_K)
     else:
-        _keep(top, state_ptr, values_ptr, indices_ptr, row, k, RELU, SIGNED, LAST, BLOCK_K)
+        tl.store(state_ptr + row * BLOCK_K + tl.arange(0, BLOCK_K), top)
 
 
 @jit_over_rows
@@ -334,7 +330,13 @@ def _topk_encode_repair_kernel(
             if HALVINGS > 0:
                 keys = largest_keys(keys, BLOCK_K, LOG_K, HALVINGS)
             top = _of_both(top, keys, BLOCK_K, LOG_K)
-        _keep(top, state_ptr, values_ptr, indices_ptr, row, k, RELU, SIGNED, LAST, BLOCK_K)
+        tl.store(state_ptr + row * BLOCK_K + tl.arange(0, BLOCK_K), top)
+    if LAST:  # in a loop of its own: what that keeps in registers would be in the way of the one above
+        tl.debug_barrier()  # other warps read what these wrote
+        for i in range(tl.program_id(0), tl.load(count_ptr), tl.num_programs(0)):
+            row = tl.load(list_ptr + i).to(tl.int64)
+            top = tl.load(state_ptr + row * BLOCK_K + tl.arange(0, BLOCK_K))
+            _finish(top, values_ptr, indices_ptr, row, k, RELU, SIGNED, BLOCK_K)
 
 
 @dataclass(frozen=True)
@@ -385,5 +387,5 @@ def launch_repair(
     _topk_encode_repair_kernel[(min(REPAIRING, x.shape[0]),)](
         x, W, b_pre, bias, *to.arguments, sizes.k, *W.shape, sizes.n_groups, first_latent, *x.stride(), *W.stride(),
         b_pre.stride(0), CENTRED=x.dtype == torch.float32, MOST_SUSPECTS=MOST_SUSPECTS, **constants,
-        **sizes.repair_blocks,
+        **repair_blocks(sizes.k, W.itemsize),
     )  # fmt: skip
