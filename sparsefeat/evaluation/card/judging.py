@@ -10,6 +10,7 @@ from sparsefeat.evaluation.card.result import Row
 from sparsefeat.evaluation.diffusion_classifier import diffusion_classifier
 from sparsefeat.evaluation.intervals import interval, share_draws
 from sparsefeat.evaluation.judge import judge_images
+from sparsefeat.measure.machine import draw_precision
 
 N_LEVELS = 4
 
@@ -26,7 +27,9 @@ def judges_rows(bench: Bench) -> list[Row]:
         found = []
         for image, style in zip(images, styles, strict=True):
             prompts = [emojicanvas.prompt(name, emojicanvas.STYLES[style]) for name in emojicanvas.OBJECTS]
-            found.append(int(diffusion_classifier(bench.pipe, image[None], prompts, n_levels=N_LEVELS).argmin()))
+            with draw_precision():  # as it draws
+                errors = diffusion_classifier(bench.pipe, image[None], prompts, n_levels=N_LEVELS)
+            found.append(int(errors.argmin()))
         return found
 
     said = {
