@@ -48,6 +48,13 @@ def whole(name: str, given: Any, low: int = 1, high: float = math.inf) -> int:
     return value
 
 
+def truth(name: str, given: Any) -> bool:
+    """True or False: any text is true to Python, "no" too."""
+    if not isinstance(given, bool):
+        raise ValueError(f"{name}={given!r:.80} must be True or False.")
+    return given
+
+
 def latent_number(name: str, given: Any, n_latents: int) -> int:
     """The number of a latent."""
     no_entry(name, given)
@@ -141,6 +148,9 @@ def image_map(name: str, given: Any) -> Tensor:
 
     Taken: tensors, arrays, nested lists, booleans (0 and 1) and PIL images in black and white or grey, whose white is 1.
     """
+    for kind, remedy in (("scaled", ".scaled()"), ("word", "[word]"), ("so_far", ".mask(word)")):  # HeatMap and its kin
+        if hasattr(given, kind):
+            raise ValueError(f"{name} is {type(given).__name__}, of which one map is meant; give its {remedy}.")
     if hasattr(given, "getbands"):  # PIL
         if given.mode not in ("1", "L"):
             raise ValueError(f"{name} is a PIL image of mode {given.mode!r}; give one in grey, image.convert('L').")

@@ -102,7 +102,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, said, tmp_path, mo
     ("name", "said"),
     [
         ("an-empty-folder", "has no model_index.json; pass the folder of a diffusers pipeline"),
-        ("nothere", "does not exist; pass a diffusers folder, or a hub id OWNER/NAME"),
+        ("nothere", "does not exist; pass a diffusers folder, a hub id OWNER/NAME, or joint"),
     ],
 )
 def test_a_pipeline_that_cannot_be_opened_is_named_with_what_it_should_be(name, said, tmp_path, monkeypatch):

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from sparsefeat.whole import as_path
+
 if TYPE_CHECKING:  # from their own files: mypy takes what diffusers itself exports for a stand-in that cannot be called
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
@@ -112,15 +114,21 @@ def load_pipeline(folder: Path | str = PIPELINE, **options: Any) -> StableDiffus
     A joint pipeline (`StableDiffusion3Pipeline`) without a third text encoder is opened without one.
 
     Raises:
-        FileNotFoundError: no pipeline is there.
+        FileNotFoundError: no pipeline is there. TypeError: `folder` is no path. ValueError: it is empty, or damaged.
     """
     import torch
     from diffusers import DiffusionPipeline
 
-    index = Path(folder) / "model_index.json"
+    index = as_path(folder) / "model_index.json"
     if not index.is_file():
-        raise FileNotFoundError(f"no pipeline in {folder}; train it with `python tools/train_pipeline.py`")
-    if json.loads(index.read_text())["_class_name"] == "StableDiffusion3Pipeline":
+        raise FileNotFoundError(
+            f"no pipeline in {folder}; give a diffusers folder, or train one: `python tools/train_pipeline.py`"
+        )
+    try:
+        kind = json.loads(index.read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is damaged ({error}); copy the pipeline again") from error
+    if kind == "StableDiffusion3Pipeline":
         # diffusers requires both of these of SD3's pipeline, and writes neither where it is absent.
         options = {
             name: None for name in ("text_encoder_3", "tokenizer_3") if not (index.parent / name).is_dir()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
@@ -33,8 +33,7 @@ def words_of(given: Sequence[str | int] | None) -> tuple[str | int, ...] | None:
 
 def kept_of(keep: Sequence[str]) -> tuple[str, ...]:
     """Some of `KEPT`; heads only with layers."""
-    wrong = [what for what in ([keep] if isinstance(keep, str) else keep) if what not in KEPT]
-    if isinstance(keep, str) or wrong:
+    if isinstance(keep, str) or not isinstance(keep, Collection) or not all(what in KEPT for what in keep):
         raise ValueError(f"keep={keep!r} must be a list of {', '.join(map(repr, KEPT))}.")
     if "heads" in keep and "layers" not in keep:
         raise ValueError(f"keep={list(keep)!r} keeps heads of different layers in one map; keep 'layers' too.")

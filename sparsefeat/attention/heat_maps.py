@@ -442,11 +442,13 @@ class HeatMaps(Instrument):
         an image whose prompt does not have the word, among several prompts.
 
         Raises:
-            ValueError: `threshold` is not a finite number. In the call: the maps are not attached.
+            ValueError: `word` is none, or `threshold` not from 0 to 1. In the call: the maps are not attached.
         """
         self._is_mask = True
+        if not isinstance(word, str) or not word.strip():
+            raise ValueError(f"word={word!r:.80} is no word; name a word of the prompt.")
         if threshold is not None:
-            number("threshold", threshold)
+            number("threshold", threshold, 0, 1)
         return WordMask(self, word, threshold, occurrence)
 
     def so_far(self, what: str) -> HeatMapRecording | None:

@@ -14,6 +14,7 @@ from sparsefeat.attention.heat_maps import HeatMaps
 from sparsefeat.attention.recording import HeatMapRecording
 from sparsefeat.attention.sums import MapSum, Part, add_up
 from sparsefeat.pipeline import Instrument, Session, attach
+from sparsefeat.pipeline.call_arguments import check_pipeline
 from sparsefeat.pipeline.image_to_image import WITH_ONE, image_to_image
 
 SCHEDULE = 50
@@ -78,6 +79,7 @@ def run_noised(
     session has a call for every sample.
     """
     noise, samples = number("noise", noise, 0, 1, above=True), whole("samples", samples)
+    check_pipeline(pipe)
     if image is None or isinstance(image, (str, bytes, os.PathLike)):
         raise TypeError(f"image is {type(image).__name__}, not an image; open one, PIL.Image.open(path).")
     try:

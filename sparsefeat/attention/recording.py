@@ -254,7 +254,7 @@ class HeatMapRecording:
         return self.prompts[image // self.images_per_prompt]
 
     def _check_image(self, image: int) -> None:
-        if not 0 <= image < self.n_images:
+        if not isinstance(image, int) or not 0 <= image < self.n_images:
             raise ValueError(f"image={image} is out of range; the call made {self.n_images} image(s), counted from 0.")
 
     def _tokens(self, image: int) -> tuple[Token, ...]:

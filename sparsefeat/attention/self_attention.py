@@ -27,8 +27,9 @@ from sparsefeat_kernels import attention_map_
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsefeat.arguments import finite, sides, whole
+from sparsefeat.arguments import finite, number, sides, whole
 from sparsefeat.attention.clusters import merged, partition
+from sparsefeat.attention.heat_map_arguments import names_of
 from sparsefeat.pipeline import AttentionCall, Call, Context, Instrument
 from sparsefeat.pipeline.attention_seam import bypass
 from sparsefeat.pipeline.families.registry import family_of
@@ -67,9 +68,7 @@ class SelfAttention(Instrument):
     ):
         if condition not in ("cond", "uncond"):
             raise ValueError(f"condition={condition!r} is not known; use 'cond' or 'uncond'.")
-        self.layers: tuple[str, ...] | None = (
-            None if layers is None else (layers,) if isinstance(layers, str) else tuple(layers)
-        )
+        self.layers: tuple[str, ...] | None = names_of("layers", layers, "layers='up_blocks.1'")
         self.grid: tuple[int, int] | None = None if grid is None else sides("grid", grid)
         self.condition = condition
         self.begin_call(Call())
@@ -244,8 +243,7 @@ class SelfAttentionRecording:
             ValueError: y or x is not from 0 to 1; an image that there is not.
         """
         for name, place in (("y", y), ("x", x)):
-            if not 0 <= place <= 1:
-                raise ValueError(f"{name}={place!r} must be from 0 to 1, a share of the image's side.")
+            number(name, place, 0, 1)
         point = self.means.new_zeros(self.grid)
         point[min(int(y * self.grid[0]), self.grid[0] - 1), min(int(x * self.grid[1]), self.grid[1] - 1)] = 1
         return self.propagate(point, image, times)

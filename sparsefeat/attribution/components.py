@@ -126,7 +126,8 @@ class OnLatents(EachStep):
 
 
 def prompts_of(name: str, given: str | Sequence[str]) -> list[str]:
-    prompts = [given] if isinstance(given, str) else list(given)
+    several = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
+    prompts: list[Any] = list(given) if several else [given]
     if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
         raise ValueError(f"{name}={given!r} must be a prompt of the concept, or a list of prompts.")
     return prompts

@@ -43,6 +43,8 @@ def weight_paths(pipe: Any, modules: str | Sequence[str]) -> list[str]:
     Raises:
         ValueError: there is none, or one whose weight cannot be read (LoRA, quantised).
     """
+    if not isinstance(modules, (str, Sequence)) or not modules:
+        raise ValueError(f"modules={modules!r:.80} must be a part of a path, as 'ff', or a list of paths.")
     if not isinstance(modules, str):
         paths = [resolve(pipe, path).path for path in modules]
     else:

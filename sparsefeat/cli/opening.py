@@ -86,7 +86,7 @@ class PipelineChoice:
             folder = Path(self.name).expanduser()
             if not self.name.strip() or not (folder.exists() or HUB_ID.fullmatch(self.name)):
                 raise ValueError(
-                    f"{self.option} {self.name!r} does not exist; pass a diffusers folder, or a hub id OWNER/NAME"
+                    f"{self.option} {self.name!r} does not exist; pass a diffusers folder, a hub id OWNER/NAME, or joint"
                 )
             if folder.exists() and not (folder / "model_index.json").is_file():
                 raise ValueError(

@@ -13,6 +13,7 @@ place of the weights: a row in which none of F is active is left as it is, to th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ from sparsefeat.features.prompts import OwnTokens, layer_outputs_and_tokens
 from sparsefeat.features.scores import normalized_mean_difference
 from sparsefeat.features.statistics import OUTSIDE_SCHEDULE, Statistics, check_prompts
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint
+from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.sae import SAE
 from sparsefeat.steering.saved import SavableInstrument, register
 from sparsefeat.steering.steer import row_weights
@@ -66,8 +68,8 @@ class Exchange(SavableInstrument):
     ):
         self.at: Hookpoint = hookpoint_of(sae, at)
         self.sae: SAE = reconstructing(sae)
+        sae.directions(latents)  # names a latent that does not exist
         self.latents: Tensor = torch.as_tensor(latents, dtype=torch.int64)
-        sae.directions(self.latents)  # names a latent that does not exist
         self.change: Tensor = finite("change", change).detach().float().cpu()
         if self.change.shape != (len(self.latents), sae.d_model) or len(self.latents.unique()) != len(self.latents):
             raise ValueError(
@@ -104,16 +106,18 @@ class Exchange(SavableInstrument):
             call: arguments of the calls that it will run in that say how prompts are encoded, such as max_sequence_length.
 
         Raises:
-            TypeError: `sae` is no SAE.
+            TypeError: `sae` is no SAE; an argument that the pipeline's call does not take.
             ValueError: names the argument: a concept that is not in `prompts`, not as many prompts for it as for its stand-in, or
                 none of the latents is more active with it than without.
         """
-        where = hookpoint_of(reconstructing(sae), at)
+        where = hookpoint_of(sae, at)
+        reconstructing(sae)
+        check_arguments(pipe, call, also=inspect.signature(cls.fit).parameters)
         check_condition(condition)
         whole("n_latents", n_latents, 1, sae.n_latents)
         check_prompts(prompts)
         for argument, name in (("target", target), ("into", into)):
-            if name not in prompts and not (argument == "into" and name is None):
+            if (not isinstance(name, str) or name not in prompts) and not (argument == "into" and name is None):
                 raise ValueError(f"{argument}={name!r} must be a key of prompts={list(prompts)}.")
         if len(prompts) < 2 or into == target:
             raise ValueError(f"prompts={list(prompts)} must have another concept to stand in the place of {target!r}.")

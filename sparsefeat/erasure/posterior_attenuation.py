@@ -101,6 +101,7 @@ class PosteriorAttenuation(SavableInstrument):
     ):
         self.at: Hookpoint = hookpoint_of(sae, at)
         self.sae: SAE = reconstructing(sae)
+        sae.directions(latents)  # names a latent that does not exist
         self.latents: Tensor = torch.as_tensor(latents, dtype=torch.int64).cpu()
         sae.directions(self.latents)  # names a latent that does not exist
         if posterior.shape != (len(self.latents), len(EDGES) + 1):

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparsefeat.arguments import finite, number, whole
+from sparsefeat.arguments import finite, mapping, number, whole
 from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
 from sparsefeat.features.scores import normalized_mean_difference, strictly_above_quantile
 from sparsefeat.features.statistics import (
@@ -30,6 +30,7 @@ from sparsefeat.features.statistics import (
     check_prompts,
     check_statistics,
     collect_statistics,
+    concepts_of,
 )
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint
 from sparsefeat.pipeline.call_arguments import check_arguments
@@ -155,7 +156,7 @@ class Erase(SavableInstrument):
     ):
         if not selections:
             raise ValueError("selections={} is empty; give one for at least one timestep.")
-        for timestep, selection in selections.items():
+        for timestep, selection in mapping("selections", selections, "timesteps to selections").items():
             number("timestep", timestep)
             if not isinstance(selection, Selection):
                 raise TypeError(
@@ -211,7 +212,7 @@ class Erase(SavableInstrument):
         """
         hookpoint_of(sae, options.get("at"))
         check_statistics(statistics)
-        concepts = (concept,) if isinstance(concept, str) else tuple(concept)
+        concepts = concepts_of("concept", concept)
         if statistics.n_latents != sae.n_latents:
             raise ValueError(
                 f"statistics have {statistics.n_latents} latents, the SAE {sae.n_latents}; use those of this SAE."

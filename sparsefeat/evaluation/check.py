@@ -88,6 +88,7 @@ def check(
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts is {prompts!r}: pass a list with at least one prompt")
     whole("rows", rows, 2)  # an FVU needs two
+    whole("seed", seed, 0)
     if sae.config.normalizer == "timestep":
         raise ValueError(
             "the SAE depends on the timestep, which rows do not say: record it with attach, which knows the step"

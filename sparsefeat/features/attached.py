@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from typing import Any
 
 from torch import Tensor
 
@@ -15,15 +16,20 @@ from sparsefeat.sae import SAE
 _FINITE: weakref.WeakKeyDictionary[SAE, list[tuple[int, int]]] = weakref.WeakKeyDictionary()
 
 
+def check_sae(sae: Any, called: str = "sae") -> None:
+    """Refuse what is no SAE, such as the name of one."""
+    if not isinstance(sae, SAE):
+        name = os.fspath(sae) if isinstance(sae, (str, os.PathLike)) else None
+        what, opened = (type(sae).__name__, "folder or hub id") if name is None else (repr(name), name)
+        raise TypeError(f"{called} is {what}, not an SAE; open it first, sparsefeat.load_sae({opened!r}).")
+
+
 def hookpoint_of(sae: SAE, at: str | Hookpoint | None, called: str = "sae") -> Hookpoint:
     """`at`, or where the SAE says that it belongs. `called`: the argument's name, for errors.
 
     Refuses what is no SAE, such as the name of one, an SAE with NaN or infinity in its weights, and one whose codes would depend on what else is in the batch (BatchTopK in training mode).
     """
-    if not isinstance(sae, SAE):
-        name = os.fspath(sae) if isinstance(sae, (str, os.PathLike)) else None
-        what, opened = (type(sae).__name__, "folder or hub id") if name is None else (repr(name), name)
-        raise TypeError(f"{called} is {what}, not an SAE; open it first, sparsefeat.load_sae({opened!r}).")
+    check_sae(sae, called)
     if sae.training and sae.config.activation == "batch_topk":
         raise ValueError(
             f"{called} is in training mode, where BatchTopK shares its k among all rows of a batch; call sae.eval() first."

@@ -131,8 +131,10 @@ class Blindspots:
         """
         check_arguments(pipe, call, also=inspect.signature(cls.of).parameters)
         place = hookpoint_of(sae, at)
+        if isinstance(prompts, str) or not isinstance(images, Sequence):
+            raise ValueError("images and prompts must be lists, an image and its caption at the same place.")
         images = list(images)
-        if isinstance(prompts, str) or len(images) != len(prompts) or not images:
+        if len(images) != len(prompts) or not images:
             raise ValueError(
                 f"images has {len(images)} entries and prompts {len(prompts)}; give a caption for each image."
             )

@@ -185,6 +185,3 @@ def _check(sae: SAE, statistics: Statistics, examples: Examples | None, images: 
     if images is not None and len(images) != (0 if examples is None else len(examples)):
         taken = "there are no examples" if examples is None else f"examples took in {len(examples)}"
         raise ValueError(f"images= has {len(images)} images, {taken}; give each image of the examples, in their order.")
-    for latent in sae.names:
-        if not 0 <= latent < sae.n_latents:
-            raise ValueError(f"sae.names names latent {latent}, the SAE has {sae.n_latents}; take that name out.")

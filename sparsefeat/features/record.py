@@ -15,7 +15,7 @@ import torch
 from sparsefeat_kernels import SparseCode
 from torch import Tensor
 
-from sparsefeat.arguments import latent_number, whole
+from sparsefeat.arguments import latent_number, truth, whole
 from sparsefeat.attention import HeatMap
 from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument
@@ -130,8 +130,7 @@ class Record(Instrument):
         self.store: str | os.PathLike[str] | None = store
         if condition not in CONDITIONS:
             raise ValueError(f"condition={condition!r} is not known; use one of {', '.join(map(repr, CONDITIONS))}.")
-        if not isinstance(positions, bool):
-            raise ValueError(f"positions={positions!r:.80} must be True or False.")
+        truth("positions", positions)
         whole("max_bytes", max_bytes, 0)
         if store is not None:
             as_path(store, "store")
@@ -298,6 +297,8 @@ class Recording:
             ValueError: as `map`.
         """
         self._need_positions("map")
+        if isinstance(latents, str) or not isinstance(latents, (Sequence, Tensor)):
+            raise ValueError(f"latents={latents!r:.80} must be a list of latents; of one, .map({latents!r:.80}).")
         for one in latents:
             latent_number("latent", one, self.n_latents)
         self._check_image(image)

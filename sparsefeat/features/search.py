@@ -13,7 +13,7 @@ from sparsefeat.features.attached import hookpoint_of
 from sparsefeat.features.chance import LATENTS_AT_ONCE, Naming, best_of_latents, name_of
 from sparsefeat.features.record import Record, Recording
 from sparsefeat.features.scores import area_under_curve, normalized_mean_difference
-from sparsefeat.features.statistics import Concepts, Statistics
+from sparsefeat.features.statistics import Concepts, Statistics, check_statistics, concepts_of
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument
 from sparsefeat.sae import SAE
 
@@ -104,8 +104,13 @@ class Examples:
             concepts: of each image of the recording, for `area_under_curve`.
 
         Raises:
+            TypeError: `recording` is none.
             ValueError: `concepts` has not an entry for each image; a recording without positions.
         """
+        if not isinstance(recording, Recording):
+            raise TypeError(f"recording is {type(recording).__name__}, not a Recording; give a Record's, run[record].")
+        if isinstance(concepts, str):
+            raise ValueError(f"concepts={concepts!r} must be a list, one entry for each image.")
         if concepts is not None and len(concepts) != recording.n_images:
             raise ValueError(
                 f"concepts= has {len(concepts)} entries for {recording.n_images} images; give one for each."
@@ -114,7 +119,7 @@ class Examples:
             number = len(self.prompts)
             self.prompts.append(recording.prompt(image))
             given = None if concepts is None else concepts[n]
-            self.concepts.append(() if given is None else (given,) if isinstance(given, str) else tuple(given))
+            self.concepts.append(concepts_of(f"concepts[{n}]", given))
             latents, score, peak = recording.pooled(image)
             self._peaks.append((latents.to(torch.int32), peak.float()))
             kept = self.allowed[latents]
@@ -265,7 +270,10 @@ class CollectExamples(Instrument):
         if examples.n_latents != sae.n_latents:
             raise ValueError(f"examples are of {examples.n_latents} latents, the SAE has {sae.n_latents}.")
         if concepts is not None:
-            mapping("concepts", concepts, 'each prompt to its words, {"a red fox": ["red", "fox"]}')
+            for prompt, its in mapping(
+                "concepts", concepts, 'each prompt to its words, {"a red fox": ["red", "fox"]}'
+            ).items():
+                concepts_of(f"concepts[{prompt!r}]", its)
         self.sae: SAE = sae
         self.examples: Examples = examples
         self.concepts: Mapping[str, Concepts | None] | None = concepts
@@ -312,9 +320,15 @@ def search(
         examples: images with this concept and without, for the area under the curve and what chance gives.
 
     Raises:
+        TypeError: `statistics` or `examples` is no such thing.
         ValueError: the concept is not in the statistics, or alone there; `n` is below 1.
     """
     whole("n", n)
+    check_statistics(statistics)
+    if examples is not None and not isinstance(examples, Examples):
+        raise TypeError(f"examples is {type(examples).__name__}, not Examples; give those that CollectExamples filled.")
+    if others is not None and (isinstance(others, str) or not isinstance(others, Sequence) or not others):
+        raise ValueError(f"others={others!r:.80} must be a list of concepts, or left out for all others.")
     against = statistics.others(concept) if others is None else tuple(others)
     if not against:
         raise ValueError(f"concept={concept!r} is the only one in the statistics; collect prompts without it too.")

@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.pipeline.families.registry import family_of
 from sparsefeat.pipeline.hookpoints import components, resolve
 from sparsefeat.sae import SAE
+from sparsefeat.whole import as_path
 
 Concepts = str | Sequence[str]
 
@@ -75,7 +75,8 @@ class Statistics:
 
     def __init__(self, concepts: Iterable[str], n_latents: int, timesteps: Iterable[float] = ()):
         self.concepts: tuple[str, ...] = tuple(concepts)
-        if isinstance(concepts, str) or not self.concepts or len(set(self.concepts)) != len(self.concepts):
+        named = self.concepts and all(isinstance(name, str) for name in self.concepts)
+        if isinstance(concepts, str) or not named or len(set(self.concepts)) != len(self.concepts):
             raise ValueError(f"concepts={concepts!r} must be one or more different names, as a list.")
         self.n_latents: int = whole("n_latents", n_latents)
         self._blocks: dict[float, _Block] = {}
@@ -97,6 +98,8 @@ class Statistics:
         Raises:
             ValueError: a timestep that is not finite.
         """
+        if not isinstance(timesteps, Iterable) or isinstance(timesteps, str):
+            raise ValueError(f"timesteps={timesteps!r:.80} must be a list of numbers.")
         new = [t for t in dict.fromkeys(number("timestep", t) for t in timesteps) if t not in self._blocks]
         if not new:
             return
@@ -118,11 +121,22 @@ class Statistics:
             timestep: of the rows.
 
         Raises:
-            ValueError: the code has another number of latents.
+            TypeError: `code` is no SparseCode.
+            ValueError: it has another number of latents; `concept` is not of its rows, or names none of the concepts.
         """
+        if not isinstance(code, SparseCode):
+            raise TypeError(f"code is {type(code).__name__}, not a SparseCode; give what sae.encode(x) gives.")
         if code.n_latents != self.n_latents:
             raise ValueError(
                 f"the code has {code.n_latents} latents, these statistics {self.n_latents}; use the same SAE."
+            )
+        if not isinstance(concept, Tensor) or concept.shape != (code.rows,) or concept.is_floating_point():
+            raise ValueError(
+                f"concept={concept!r:.60} must be a tensor of whole numbers, one for each of {code.rows} rows."
+            )
+        if concept.numel() and int(concept.max()) >= len(self.concepts):
+            raise ValueError(
+                f"concept has {int(concept.max())}; these statistics have {len(self.concepts)}, counted from 0."
             )
         self.reserve([timestep])
         block = self._blocks[float(timestep)]
@@ -251,7 +265,7 @@ class Statistics:
             FileExistsError: `folder` holds statistics of other concepts or another SAE's width.
             TypeError: it is no path. ValueError: it is empty, or what it holds is damaged. OSError: it cannot be written.
         """
-        if (Path(folder) / "statistics.json").is_file():
+        if (as_path(folder) / "statistics.json").is_file():
             earlier, _ = read_folder(folder, "statistics")
             if (earlier.get("concepts"), earlier.get("n_latents")) != (list(self.concepts), self.n_latents):
                 raise FileExistsError(
@@ -295,7 +309,8 @@ class Statistics:
         )
 
     def _places(self, concepts: Concepts) -> Tensor:
-        names = (concepts,) if isinstance(concepts, str) else tuple(concepts)
+        several = isinstance(concepts, Iterable) and not isinstance(concepts, str)
+        names = tuple(concepts) if several else (concepts,)
         unknown = ", ".join(repr(name) for name in names if name not in self.concepts)
         if unknown or not names:
             known = ", ".join(self.concepts)
@@ -304,7 +319,7 @@ class Statistics:
 
     def _pooled(self, concepts: Concepts, timestep: float | None) -> list[tuple[_Block, Tensor]]:
         places = self._places(concepts)
-        if timestep is not None and float(timestep) not in self._blocks:
+        if timestep is not None and number("timestep", timestep) not in self._blocks:
             known = ", ".join(f"{t:g}" for t in self.timesteps) or "none"
             raise ValueError(
                 f"timestep={timestep} has no statistics (there are: {known}); look one up with .nearest()."
@@ -350,6 +365,8 @@ class CollectStatistics(Instrument):
             )
         self.sae: SAE = sae
         self.statistics: Statistics = statistics
+        for named in concepts.values() if isinstance(concepts, Mapping) else concepts:
+            self._places(named)
         self.condition: str = condition
         self.concepts = concepts
         self.has_counted: bool = False
@@ -359,6 +376,10 @@ class CollectStatistics(Instrument):
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (self.at,)
+
+    def _places(self, named: Concepts | None) -> tuple[int, ...]:
+        names = concepts_of("concept", named)
+        return tuple(self.statistics._places(names).tolist()) if names else ()
 
     def begin_call(self, call: Call) -> None:
         if isinstance(self.concepts, Mapping):
@@ -377,7 +398,7 @@ class CollectStatistics(Instrument):
                 raise ValueError(
                     f"concepts= has {len(of_prompt)} entries for {n_prompts} prompts; give one for each prompt."
                 )
-        places = [() if c is None else tuple(self.statistics._places(c).tolist()) for c in of_prompt]
+        places = [self._places(c) for c in of_prompt]
         self.has_counted = False
         self._of_image = [place for place in places for _ in range(call.images_per_prompt)]
         self._call = call
@@ -484,11 +505,22 @@ def check_statistics(given: Any) -> None:
         )
 
 
+def concepts_of(name: str, given: Any) -> tuple[str, ...]:
+    """The concepts of one prompt: a text, several, or None for none."""
+    several = isinstance(given, Iterable) and not isinstance(given, (str, bytes))
+    names = () if given is None else tuple(given) if several else (given,)
+    if not all(isinstance(one, str) for one in names):
+        raise ValueError(f"{name}={given!r:.80} must be a concept's name, a list of names, or None.")
+    return names
+
+
 def check_prompts(prompts: Any) -> None:
     """Refuse what does not map concepts to lists of prompts."""
     if not isinstance(prompts, Mapping) or not prompts:
         raise ValueError(f"prompts={prompts!r:.80} must map concepts to their prompts, {{'fox': ['a fox', …], …}}.")
     for concept, its_prompts in prompts.items():
+        if not isinstance(concept, str):
+            raise ValueError(f"prompts has the concept {concept!r:.80}; name each by a text.")
         listed = isinstance(its_prompts, Iterable) and not isinstance(its_prompts, str)
         if not listed or not its_prompts or not all(isinstance(prompt, str) for prompt in its_prompts):
             raise ValueError(f"prompts[{concept!r}]={its_prompts!r:.80} must be a list of one or more prompts.")

@@ -48,7 +48,8 @@ class WordCorrelations:
     """
 
     def __init__(self, n_latents: int, words: Sequence[str]):
-        if isinstance(words, str) or not words or len(set(words)) != len(words):
+        texts = isinstance(words, Sequence) and all(isinstance(word, str) and word.strip() for word in words)
+        if isinstance(words, str) or not texts or not words or len(set(words)) != len(words):
             raise ValueError(f"words={words!r} must be a list of different words, as in ['fox', 'rocket'].")
         self.words: tuple[str, ...] = tuple(words)
         self.n_latents: int = whole("n_latents", n_latents)
@@ -63,8 +64,12 @@ class WordCorrelations:
         """All images of one call, each with the maps of those of the words that its prompt has.
 
         Raises:
+            TypeError: one of the two is no such recording.
             ValueError: as `add_maps`.
         """
+        for name, given, kind in (("recording", recording, Recording), ("maps", maps, HeatMapRecording)):
+            if not isinstance(given, kind):
+                raise TypeError(f"{name} is {type(given).__name__}, not a {kind.__name__}; give what a session keeps.")
         for image in recording.images:
             prompt = (recording.prompt(image) or "").casefold()
             here = [word for word in self.words if word.casefold() in prompt]

@@ -48,7 +48,11 @@ def check_arguments(pipe: Any, names: Iterable[str], also: Iterable[str] = ()) -
     for name in names:
         if name in named or (takes_more and name in inspect.unwrap(call).__code__.co_consts):
             continue  # it is in the signature, or the function reads it by name from its **kwargs
-        near = difflib.get_close_matches(name, [*named, *also], n=1, cutoff=0.6)
+        parts = set(
+            name.split("_")
+        )  # num_steps: those of num_inference_steps, though "timesteps" has more letters of it
+        near = [known for known in (*named, *also) if parts < set(known.split("_"))] if len(parts) > 1 else []
+        near = near or difflib.get_close_matches(name, [*named, *also], n=1, cutoff=0.6)
         if takes_more and not near and not type(pipe).__module__.startswith("diffusers."):
             continue  # somebody's own class, which may hand its **kwargs on
         remedy = f"did you mean {near[0]}?" if near else f"it takes {', '.join(named)}"
@@ -70,8 +74,14 @@ def check_values(pipe: Any, arguments: Mapping[str, Any]) -> None:
     steps = arguments.get("num_inference_steps")
     if steps is not None and arguments.get("timesteps") is None and arguments.get("sigmas") is None:
         check_number_of_steps(pipe, "num_inference_steps", whole("num_inference_steps", steps))
-    if isinstance(arguments.get("guidance_scale"), str):
-        raise ValueError(f"guidance_scale={arguments['guidance_scale']!r} must be a number.")
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    for name in ("num_inference_steps", "guidance_scale"):
+        default = parameters[name].default if name in parameters else None
+        if name in arguments and isinstance(arguments[name], (str, type(None))) and isinstance(default, (int, float)):
+            raise ValueError(f"{name}={arguments[name]!r} must be a number; leave it out for {default}.")
+    for name, given in arguments.items():
+        if name.startswith("callback_on") and name.endswith("_end") and given is not None and not callable(given):
+            raise ValueError(f"{name}={given!r:.80} must be a function.")
     for one in _entries(arguments.get("generator")):
         if isinstance(one, (int, float, str)):
             raise ValueError(f"generator={one!r} must be a torch.Generator, as in torch.Generator().manual_seed(0).")

@@ -44,9 +44,12 @@ class Hookpoint:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path.strip():
             raise ValueError(f"path={self.path!r} is no module's path; name one, as in 'unet.mid_block.attentions.0'")
+        if ":" in self.path:
+            raise ValueError(f"path={self.path!r} has more than the path; read it by Hookpoint.parse({self.path!r})")
         if self.rows is not None:
-            start, stop = self.rows
-            if start < 0 or (stop is not None and stop <= start):
+            start, stop = self.rows if isinstance(self.rows, (tuple, list)) and len(self.rows) == 2 else (-1, None)
+            whole_numbers = all(isinstance(n, int) for n in (start, 0 if stop is None else stop))
+            if not whole_numbers or start < 0 or (stop is not None and stop <= start):
                 raise ValueError(
                     f"rows={self.rows!r} of hookpoint {self.path!r} are not (start, stop) with 0 <= start < stop, stop "
                     "None for the end of the sequence"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsefeat.arguments import number
+from sparsefeat.features.attached import check_sae
 from sparsefeat.pipeline import Context, Hookpoint
 from sparsefeat.sae import SAE
 from sparsefeat.steering import Steer
@@ -73,6 +74,9 @@ def steer(
         ValueError: as `Steer`; an empty rectangle.
     TypeError: `sae` is no SAE.
     """
+    check_sae(sae)
+    if rectangle is not None and len(rectangle) != 4:
+        raise ValueError(f"rectangle={rectangle!r:.80} must be (top, left, bottom, right).")
     where = at or sae.config.hookpoint or HOOKPOINT
     mask = None if rectangle is None else Rectangle(*rectangle)
     return Steer(sae, add={latent: number("strength", strength)}, mask=mask, steps=list(steps), at=where)

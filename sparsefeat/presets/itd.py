@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparsefeat.erasure import InterpretThenDeactivate
+from sparsefeat.features.attached import check_sae
 from sparsefeat.sae import SAE
 
 BASE_MODEL = "CompVis/stable-diffusion-v1-4"
@@ -34,8 +35,10 @@ def erase(
     options: of `InterpretThenDeactivate.fit`, in the place of the paper's.
 
     Raises:
+        TypeError: `sae` is no SAE.
         ValueError: another `kind`; as `InterpretThenDeactivate.fit`.
     """
+    check_sae(sae)
     if kind not in TOP_M:
         raise ValueError(f"kind={kind!r} is not known; use one of {', '.join(TOP_M)}.")
     settings = {

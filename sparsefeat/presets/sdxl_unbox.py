@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsefeat.arguments import mask_map, number
+from sparsefeat.arguments import latent_number, mask_map, number
 from sparsefeat.evaluation.splice import Splice
+from sparsefeat.features.attached import check_sae
 from sparsefeat.pipeline.step_window import Steps
 from sparsefeat.sae import SAE, load_sae
 from sparsefeat.steering import FeatureTransport, Overwrite, Steer
@@ -50,8 +51,14 @@ def load(source: str | Path, block: str, **options: Any) -> SAE:
 
 
 def mean_activation(sae: SAE, latent: int) -> float:
-    """The latent's mean activation where it is active, from the `mean.pt` that came with the SAE."""
-    return float(sae.statistic("mean_nonzero")[latent])
+    """The latent's mean activation where it is active, from the `mean.pt` that came with the SAE.
+
+    Raises:
+        TypeError: `sae` is no SAE.
+        ValueError: it came without `mean.pt`, or has no such latent.
+    """
+    check_sae(sae)
+    return float(sae.statistic("mean_nonzero")[latent_number("latent", latent, sae.n_latents)])
 
 
 def paint(

@@ -27,8 +27,9 @@ def read_sae(
     each in the place of what the files say unless None."""
     found = detect(place)
     config, tensors = found.read(place, Given(k=given["k"]))
-    _tell_contradictions(config, given)
+    stated = config
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+    _tell_contradictions(stated, config)
     shapes = config.tensor_shapes()
     if {name: tuple(t.shape) for name, t in tensors.items()} != shapes:
         raise ValueError(f"the {found.name} reader gave tensors that do not fit its config: report this as a bug")
@@ -40,13 +41,13 @@ def read_sae(
     return config, {name: _cast(place, name, tensors.pop(name), device, dtype) for name in list(tensors)}
 
 
-def _tell_contradictions(config: SAEConfig, given: Mapping[str, Any]) -> None:
+def _tell_contradictions(files: SAEConfig, used: SAEConfig) -> None:
     """One warning for each thing of which the files say one thing and the caller another: one of the two is wrong."""
     for name, same in (("hookpoint", _same_place), ("base_model", _same_model)):
-        stated = getattr(config, name)
-        if stated is not None and isinstance(given[name], str) and not same(stated, given[name]):
+        stated, given = getattr(files, name), getattr(used, name)
+        if stated is not None and not same(stated, given):
             warnings.warn(
-                f"the SAE's files state {name} {stated!r}, and {given[name]!r} was given, which is used; leave it out "
+                f"the SAE's files state {name} {stated!r}, and {given!r} was given, which is used; leave it out "
                 "unless the files are wrong",
                 stacklevel=4,
             )
@@ -83,6 +84,9 @@ def _cast(
 
 def place_of(source: str | Path, revision: str | None, subfolder: str | None) -> Path:
     local = as_path(source, "source", "a folder or a hub id 'owner/name'")
+    for name, given in (("revision", revision), ("subfolder", subfolder)):
+        if given is not None and not isinstance(given, str):
+            raise TypeError(f"{name} is {given!r:.80}: pass it as text")
     if local.is_file() and subfolder is None:
         return local
     if local.is_dir():

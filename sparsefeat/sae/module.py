@@ -63,8 +63,7 @@ class SAE(nn.Module):
     b_out: nn.Parameter
     W_skip: nn.Parameter
     threshold: Tensor | None
-    names: Names = Names()
-    """Of latents, as far as they have any: `sae.names = sf.Names.read(path)`; saved with the SAE."""
+    _names: Names = Names()
     timestep: float | Tensor | None = None
     """Of an SAE with normalizer "timestep": what `encode` encodes at; see `at_timestep`."""
     pca_basis: Tensor | None
@@ -121,6 +120,22 @@ class SAE(nn.Module):
         where = "" if c.hookpoint is None else f", hookpoint={c.hookpoint!r}"
         return f"{c.n_latents} latents x {c.d_model}, {c.activation}{k}, normalizer={c.normalizer!r}{where}"
 
+    @property
+    def names(self) -> Names:
+        """Of latents, as far as they have any: `sae.names = sf.Names.read(path)`; saved with the SAE.
+
+        Raises:
+            ValueError: what is set does not map latents to names, or names a latent that is not there.
+        """
+        return self._names
+
+    @names.setter
+    def names(self, given: Names | Mapping[int, str]) -> None:
+        given = given if isinstance(given, Names) else Names(given)
+        if (last := max(given, default=0)) >= self.n_latents:
+            raise ValueError(f"names has latent {last}; this SAE has latents 0 to {self.n_latents - 1}.")
+        self._names = given
+
     def encode(self, x: Tensor, k: int | None = None) -> SparseCode:
         """The code of `x [..., d_model]`, over its rows flattened; `x` is cast to the SAE's dtype.
 
@@ -137,8 +152,10 @@ class SAE(nn.Module):
         """
         _check_tensor(x)
         config = self.config
-        if k is not None and (config.k is None or not 1 <= k <= config.n_latents):
-            raise ValueError(f"k is {k} for a {config.activation!r} SAE of {config.n_latents} latents: leave it out")
+        if k is not None and config.k is None:
+            raise ValueError(f"k is {k!r} but a {config.activation!r} code has none: leave it out")
+        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= config.n_latents):
+            raise ValueError(f"k is {k!r}: pass a whole number from 1 to {config.n_latents}")
         if k is not None and config.activation == "groupmax" and config.n_latents % k:
             raise ValueError(f"k is {k} but n_latents is {config.n_latents}: groupmax needs k equal groups")
         weights = (self.W_enc, self.b_enc, self.b_pre)
@@ -186,6 +203,8 @@ class SAE(nn.Module):
             raise TypeError(f"code is {type(code).__name__}, not a SparseCode: pass what encode(x) gives")
         if code.n_latents != self.n_latents:
             raise ValueError(f"the code has {code.n_latents} latents, this SAE {self.n_latents}: use its own")
+        if like is not None and len(self._rows(like)) != code.rows:
+            raise ValueError(f"like has shape {list(like.shape)}, the code {code.rows} rows: pass what was encoded")
         return self.denormalize(sparse_decode(code.values, code.indices, self.W_dec, self.b_out), like)
 
     def normalize(self, x: Tensor) -> Tensor:
@@ -303,9 +322,12 @@ class SAE(nn.Module):
             ValueError: a latent that is not there.
         """
         try:
-            index = torch.as_tensor(latents, dtype=torch.long, device=self.device)
+            index = torch.as_tensor(latents, device=self.device)
         except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"latents is {latents!r:.80}: pass a list of whole numbers") from None
+            index = None
+        if index is None or (index.numel() and (index.is_floating_point() or index.dtype == torch.bool)):
+            raise TypeError(f"latents is {latents!r:.80}: pass a list of whole numbers")
+        index = index.long()
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.n_latents:
             raise ValueError(
                 f"latents run from {int(index.min())} to {int(index.max())}: choose in 0 to {self.n_latents - 1}"

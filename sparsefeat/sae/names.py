@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsefeat.arguments import mapping, whole
+from sparsefeat.arguments import mapping, whole, wholes
 from sparsefeat.sae.files import must_be_file, shown
+from sparsefeat.whole import as_path
 
 NAMES = "names.json"  # beside the SAE, if its latents have names
 
@@ -60,9 +61,10 @@ class Names(Mapping[int, str]):
         Raises:
             ValueError: no latent is called so, or several.
         """
+        if not isinstance(said, str) or not said.strip():
+            what = "is empty" if isinstance(said, str) else f"is {said!r}, no text"
+            raise ValueError(f"the name of a latent {what}: write what it says")
         wanted = said.strip().casefold()
-        if not wanted:
-            raise ValueError("the name of a latent is empty: write what it says")
         exact = [latent for latent, name in self.items() if name.casefold() == wanted]
         found = exact or [latent for latent, name in self.items() if wanted in name.casefold()]
         if len(found) == 1:
@@ -91,10 +93,12 @@ class Names(Mapping[int, str]):
         `name`, `label` or `explanation`; the first of a latent counts. CSV without a header is latent, name.
 
         Raises:
-            OSError: it is no file that can be read.
+            TypeError: `path` is no path. OSError: it is no file that can be read.
             ValueError: it is no list of latents and names, or larger than one.
         """
-        path = Path(path)
+        path = as_path(path, "path", "a file")
+        if not path.exists():
+            raise FileNotFoundError(f"path {path} does not exist; name a file of latents and names")
         must_be_file(path)
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             content = file.read(LARGEST + 1)
@@ -121,6 +125,7 @@ class Names(Mapping[int, str]):
             ValueError: `source` is not MODEL/SOURCE.
         """
         model, layer = model_and_source(source)
+        latents = wholes("latents", latents)
         kept = Path(cache) / f"{model}--{layer}.json" if cache is not None else None
         names = dict(cls.read(kept)) if kept is not None and kept.exists() else {}
         for latent in latents:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from sparsefeat.arguments import truth
 from sparsefeat.features.folders import read_folder, write_folder
 from sparsefeat.pipeline import Hookpoint, Instrument
 from sparsefeat.pipeline.step_window import StepWindow
@@ -43,6 +44,8 @@ class SavableInstrument(Instrument):
             TypeError: `folder` is no path. ValueError: it is empty; the instrument cannot be saved, and says why.
             OSError: it cannot be written; then nothing was.
         """
+        truth("include_sae", include_sae)
+        truth("overwrite", overwrite)
         config, tensors = _whole(self)
         kind = next(kind for kind, cls in _KINDS.items() if cls is type(self))
         folder = as_path(folder)
@@ -110,7 +113,7 @@ def load_instrument(folder: str | os.PathLike[str], sae: SAE | None = None) -> S
 
     Raises:
         FileNotFoundError: no instrument there, or it was saved without its SAE and none is given.
-        TypeError: `folder` is no path.
+        TypeError: `folder` is no path, or `sae` no SAE.
         ValueError: damaged files, a kind that is not known, or another SAE than it was made with.
     """
     folder = as_path(folder)
@@ -122,6 +125,8 @@ def load_instrument(folder: str | os.PathLike[str], sae: SAE | None = None) -> S
     if kind not in _KINDS:
         raise ValueError(f"{folder} holds an instrument of kind {kind!r}; known are {', '.join(sorted(_KINDS))}.")
     made_with = description.get("sae")
+    if sae is not None and not isinstance(sae, SAE):
+        raise TypeError(f"sae is {type(sae).__name__}, not an SAE; open it first, sparsefeat.load_sae(folder).")
     if made_with is None and sae is not None:
         raise ValueError(f"{folder} holds an instrument that has no SAE; leave sae= out.")
     if made_with is not None and sae is None:

@@ -28,7 +28,7 @@ CONDITIONS: dict[str, dict[str, float]] = {
 
 
 def check_condition(condition: str) -> str:
-    if condition not in CONDITIONS:
+    if not isinstance(condition, str) or condition not in CONDITIONS:
         raise ValueError(f"condition={condition!r} is not known; use one of {', '.join(map(repr, CONDITIONS))}.")
     return condition
 

@@ -101,7 +101,7 @@ def test_propagation_is_a_product_with_the_affinity():
     torch.testing.assert_close(recording.seed(1, 1), first[:, 11].reshape(3, 4))
     coarse = recording.propagate(torch.ones(6, 8))
     torch.testing.assert_close(coarse, torch.ones(3, 4))
-    with pytest.raises(ValueError, match=r"y=1\.5 must be from 0 to 1"):
+    with pytest.raises(ValueError, match=r"y=1\.5 must be a finite number from 0 to 1"):
         recording.seed(1.5, 0)
     with pytest.raises(ValueError, match=r"image=2 is out of range; the call made 2 image"):
         recording.affinity(2)

@@ -97,6 +97,10 @@ def erase(
         assert concept is not None
         needs_others = method in BY_SAE or is_embedded(pipeline) or concepts is not None
         given = concept_prompts(concept, concepts, pipeline) if needs_others else {concept: [concept]}
+        if into is not None and (into == concept or into not in given):
+            what = "--concept itself" if into == concept else "none of the concepts"
+            others = ", ".join(other for other in given if other != concept)
+            raise ValueError(f"--into {into!r} is {what}; choose one of {others}")
         saes = SAEChoice(sae, subfolder, pipeline, "text") if method in BY_SAE else None
         if save_to is not None:
             check_apart(save_to, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsefeat.arguments import finite, whole
+from sparsefeat.pipeline.call_arguments import check_pipeline
 from sparsefeat.steering.scores.levels import predicts
 
 
@@ -57,11 +59,15 @@ class Inversion:
             call: further arguments of the pipeline's call.
 
         Raises:
+            TypeError: `pipe` is no pipeline, or `image` no image.
             ValueError: a pipeline or scheduler that DDIM does not invert; an argument that cannot be, by its name.
         """
         import diffusers  # takes seconds, and whoever has a pipeline has it already
 
         whole("steps", steps)
+        check_pipeline(pipe)
+        if image is None or isinstance(image, (str, bytes, int, os.PathLike)):
+            raise TypeError(f"image is {type(image).__name__}, not an image; open one, PIL.Image.open(path).")
         if getattr(pipe, "unet", None) is None or predicts(pipe.scheduler) not in ("epsilon", "v_prediction"):
             raise ValueError(
                 f"{type(pipe).__name__} with a {type(pipe.scheduler).__name__} is not inverted by DDIM; take a pipeline with a "

@@ -64,6 +64,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
             whole(name, getattr(self, name))
+        whole("seed", self.seed, 0)
         whole("accumulate", self.accumulate, 1, self.batch_size)
         for name in ("lr", "grad_clip"):
             if getattr(self, name) is not None:
