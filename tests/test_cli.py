@@ -59,6 +59,7 @@ def test_every_command_explains_itself(command):
         (["erase", "an emoji of a fox", "--concept", "zebra"], "zebra"),
         (["erase", "an emoji of a fox", "--concept", "fox", "--method", "guess"], "--method 'guess' is not known"),
         (["erase", "a fox", "--concept", "fox", "--method", "cad", "--gamma", "-1"], "--gamma is of --method saeuron"),
+        (["erase", "a fox", "--concept", "fox", "--pipeline", "joint"], "--pipeline joint needs --into"),
         (
             ["erase", "a fox", "--concept", "fox", "--method", "uce", "--latents", "8"],
             "--latents is of --method exchange and saeuron",

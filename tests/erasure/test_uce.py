@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparsefeat.erasure import UCE, TextEmbeddings
+from sparsefeat.erasure.by_word import erase_by_word
 from sparsefeat.erasure.uce import TextMap
 from sparsefeat.pipeline import attach
 from sparsefeat.steering import load_instrument
@@ -200,3 +201,17 @@ def test_wrong_inputs_are_refused_in_a_sentence():
     pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_k"]))
     with pytest.raises(ValueError, match="carries an adapter"):
         UCE.fit(pipe, "fox", **CALL)
+
+
+def test_by_word_a_concept_is_read_as_the_one_that_takes_its_place():
+    pipe = tiny_sd()
+    prompts = {"fox": ["a fox", "red fox"], "dog": ["a dog", "red dog"], "cat": ["a cat"]}
+    found = erase_by_word(pipe, "fox", "uce", prompts, into="dog", **CALL)
+    wanted = UCE.fit(pipe, ["a fox", "red fox"], guide=["a dog", "red dog"], preserve=["a dog", "a cat"], **CALL)
+    assert isinstance(found, UCE)
+    for one, other in zip(found.maps, wanted.maps, strict=True):
+        assert torch.equal(one.left, other.left)
+        assert torch.equal(one.right, other.right)
+    for method, into in (("sld", "dog"), ("uce", "fox"), ("uce", "owl")):
+        with pytest.raises(ValueError, match=f"into='{into}' must be another concept"):
+            erase_by_word(pipe, "fox", method, prompts, into=into, **CALL)

@@ -12,7 +12,7 @@ import typer
 from sparsefeat.assets.embedded import ERASE_GAMMA, ERASE_LATENTS
 from sparsefeat.cli.drawing import draw_before_and_after
 from sparsefeat.cli.failures import keeping
-from sparsefeat.cli.opening import PipelineChoice, SAEChoice, check_hookpoint, is_embedded
+from sparsefeat.cli.opening import JOINT_CHOICE, PipelineChoice, SAEChoice, check_hookpoint, is_embedded
 from sparsefeat.cli.options import At, Device, Guidance, Out, Pipeline, Saes, Seed, Steps, Subfolders, finite, path
 from sparsefeat.whole import whole_folder
 
@@ -38,11 +38,14 @@ def erase(
         str | None,
         typer.Option(
             help="exchange, by a text encoder's SAE: another concept takes its place; saeuron, by any SAE; or without one: cad, "
-            "uce (weights), sld (guidance). Default: exchange with the embedded pipeline as it is, else saeuron."
+            "uce (weights), sld (guidance). Default: exchange with the embedded pipeline as it is, uce with joint, else saeuron."
         ),
     ] = None,
     into: Annotated[
-        str | None, typer.Option(help="Of exchange: what takes its place. Default: what is most like it.")
+        str | None,
+        typer.Option(
+            help="Of exchange and uce: what takes its place. Default: what is most like it (exchange), nothing (uce)."
+        ),
     ] = None,
     latents: Annotated[
         int | None, typer.Option(min=1, help=f"Latents a step, at each SAE. Default: {ERASE_LATENTS}.")
@@ -69,6 +72,13 @@ def erase(
     if method is None:
         own = (pipeline, concepts, fitted, gamma, sae, subfolder, at)
         method = "exchange" if into is not None or all(one is None for one in own) else "saeuron"
+        if pipeline == JOINT_CHOICE and all(one is None for one in (*own[1:], latents)):
+            if into is None:
+                raise ValueError(
+                    "--pipeline joint needs --into, what takes the concept's place, such as owl: with latents of its SAEs taken "
+                    "out the picture breaks; or choose with --method"
+                )
+            method = "uce"
     if method not in METHODS:
         raise ValueError(f"--method {method!r} is not known; choose one of {', '.join(METHODS)}")
     choice = PipelineChoice(pipeline, device, steps)
@@ -76,7 +86,7 @@ def erase(
     folders: list[Path] = []
     of_saes = {"--latents": latents, "--sae": sae, "--subfolder": subfolder, "--at": at}
     of_latents = {**of_saes, "--gamma": gamma, "--into": into}
-    owners = {**dict.fromkeys(of_saes, BY_SAE), "--gamma": ("saeuron",), "--into": ("exchange",)}
+    owners = {**dict.fromkeys(of_saes, BY_SAE), "--gamma": ("saeuron",), "--into": ("exchange", "uce")}
     ignored = [option for option, by in owners.items() if of_latents[option] is not None and method not in by]
     if ignored and fitted is None:
         by = " and ".join(owners[ignored[0]])
@@ -126,7 +136,7 @@ def erase(
                 call = choice.call_options(guidance, seed)
                 del call["generator"]  # every image of the fit has its own
                 if saes is None:
-                    instruments = [erase_by_word(pipe, concept, method, given, **call)]
+                    instruments = [erase_by_word(pipe, concept, method, given, into=into, **call)]
                 elif method == "exchange":
                     instruments = [
                         Exchange.fit(pipe, one, concept, given, into=into, n_latents=n_latents, at=at)
