@@ -68,7 +68,10 @@ def test_every_command_explains_itself(command):
             ["erase", "a fox", "--concept", "fox", "--method", "saeuron", "--into", "owl"],
             "--into is of --method exchange",
         ),
-        (["erase", "an emoji of a fox", "--concept", "fox", "--into", "zebra"], "--into 'zebra' must be a key"),
+        (
+            ["erase", "an emoji of a fox", "--concept", "fox", "--into", "zebra"],
+            "--into 'zebra' is none of the concepts",
+        ),
         (["features", "a fox", "--pipeline", "some/model"], "--sae"),
         (["circuit", "a fox", "--sae", str(block_sae_folder())], "--sae must be given twice"),
         (["circuit", "a fox", "--steps", "2", "--step", "2"], "none of the 2 steps"),
