@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 import torch
 
-from sparsefeat.features import Examples, Statistics, area_under_curve, name_of, search
+from sparsefeat.features import Examples, Recording, Statistics, area_under_curve, name_of, search
 from sparsefeat.features.chance import best_of_latents, midranks
 
 OBJECTS, STYLES = tuple(f"object {i}" for i in range(20)), ("oil", "ink", "chalk", "pixel")
@@ -113,13 +113,12 @@ def test_the_best_of_many_latents_reaches_high_areas_by_chance_and_a_real_one_do
 
 
 def test_a_search_says_what_chance_gives() -> None:
-    class Recorded:
+    class Recorded(Recording):
         """What `Examples.add` asks of a recording: one image, three latents."""
 
-        n_images, images = 1, (0,)
-
         def __init__(self, peaks: torch.Tensor):
-            self.peaks = peaks
+            super().__init__(n_latents=3)
+            self.images, self.peaks = (0,), peaks
 
         def prompt(self, image: int) -> None:
             return None
@@ -133,7 +132,7 @@ def test_a_search_says_what_chance_gives() -> None:
     examples = Examples(3, top=1)
     rows = torch.stack([noise(1) + 2 * of("ink"), noise(2), noise(3)], 1)
     for peaks, concepts in zip(rows, CONCEPTS, strict=True):
-        examples.add(Recorded(peaks), [concepts])  # type: ignore[arg-type]
+        examples.add(Recorded(peaks), [concepts])
     assert torch.equal(torch.cat(list(examples.peaks_of_all())), rows.T)
     statistics = Statistics(["ink", "oil"], 3, timesteps=[1.0])
     statistics._blocks[1.0].total[:] = torch.tensor([[3.0, 2.0, 1.0], [1.0, 1.0, 1.0]])
