@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import html
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import gradio as gr
 from PIL import Image
+from starlette.requests import ClientDisconnect
 
 from sparsefeat.arguments import whole
 from sparsefeat.explore.edits import Edit, LatentEdit, WordEdit, painted, with_edit
@@ -446,7 +448,13 @@ class Page:
             server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,
             footer_links=[], run_history=False, enable_monitoring=False, mcp_server=False, pwa=False, **self.look,
         )  # fmt: skip
+        logging.getLogger("uvicorn.error").addFilter(_not_of_a_closed_tab)
         return address
+
+
+def _not_of_a_closed_tab(record: logging.LogRecord) -> bool:
+    """A tab that is closed while it sends what was painted is no error."""
+    return record.exc_info is None or record.exc_info[0] is not ClientDisconnect
 
 
 def gallery(label: str, name: str, columns: int) -> gr.Gallery:

@@ -183,10 +183,15 @@ def test_mistakes_are_one_sentence_and_a_run_is_stopped(page: Any) -> None:
     says(page, "nothing is painted")
     page.get_by_text("Seed, steps, guidance").click()
     page.get_by_label("Steps", exact=True).fill("900")
+    # The field's own event and the button's both say that nothing is painted, the later one perhaps after the stop.
+    page.evaluate(
+        "window.heard = []; new MutationObserver(() => heard.push(document.querySelector('#status').innerText))"
+        ".observe(document.body, {childList: true, subtree: true, characterData: true})"
+    )
     draw(page)
     page.wait_for_function(r"/\d\s*\/\s*900 steps/.test(document.body.innerText)")
     page.locator("#stop").click()
-    says(page, "of 900 steps; everything is as it was")
+    page.wait_for_function("heard.some(said => said.includes('of 900 steps; everything is as it was'))")
 
 
 @pytest.mark.parametrize("width", [360, 1440])
