@@ -34,7 +34,7 @@ Bound = Callable[[Tensor, slice, survivors.RoundedRows, Tensor], Tensor]
 @contextmanager
 def bounded_by(bound: Bound) -> Iterator[list[int]]:
     """The op takes a row's bound from `bound(product, which rows, they, groups' bounds)`; how many survive, call by call."""
-    own, seen, counts = survivors._survivors, 0, []
+    own, seen, counts = survivors.survivors_of, 0, []
 
     def told(
         p: Tensor, rows: survivors.RoundedRows, bounds: Tensor, k: int, signed: bool
@@ -46,18 +46,18 @@ def bounded_by(bound: Bound) -> Iterator[list[int]]:
         reach = survivors.group_margins(top, rows.size, rows.lost, bounds).add_(top)
         threshold = bound(p, here, rows, bounds)
         row, group = (reach >= threshold[:, None]).nonzero(as_tuple=True)
-        proved = rows.provable & (torch.bincount(row, minlength=len(p)) <= survivors._most_groups(n_groups, k))
+        proved = rows.provable & (torch.bincount(row, minlength=len(p)) <= survivors.most_groups(n_groups, k))
         if not bool(proved.all()):
             row, group = row[proved[row]], group[proved[row]]
         found = survivors.entries_that_reach(threshold, p, row, group, rows.size, rows.lost, bounds, signed)
         counts.append(len(found[0]))
         return *found, proved
 
-    survivors._survivors = told  # type: ignore[assignment]
+    survivors.survivors_of = told  # type: ignore[assignment]
     try:
         yield counts
     finally:
-        survivors._survivors = own  # type: ignore[assignment]
+        survivors.survivors_of = own  # type: ignore[assignment]
 
 
 def known(values: Tensor) -> Bound:

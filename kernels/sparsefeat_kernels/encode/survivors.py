@@ -26,7 +26,9 @@ __all__ = [
     "group_bounds",
     "group_margins",
     "group_maxima",
+    "most_groups",
     "rounded_group",
+    "survivors_of",
     "topk_of_rounded",
     "topk_prefiltered_cpu",
 ]
@@ -50,7 +52,7 @@ def rounded_group(n_latents: int, k: int) -> int | None:
     return next(fitting, None)
 
 
-def _most_groups(n_groups: int, k: int) -> int:
+def most_groups(n_groups: int, k: int) -> int:
     """Groups that may be left in a row that is proved."""
     a_k, few = SURVIVING_GROUPS
     return min(n_groups, max(a_k * k, min(few, n_groups // 4)))
@@ -108,7 +110,7 @@ class _Search:
         # Groups are strided: latents that are trained together (the first of a Matryoshka dictionary) fall into
         # different ones, and the maximum over a group is an elementwise one of long vectors.
         bounds = group_bounds(self.encoder, self.group)
-        most = _most_groups(p.shape[1] // self.group, self.k) * self.group
+        most = most_groups(p.shape[1] // self.group, self.k) * self.group
         block = max(1, CANDIDATES // threads() // most)
         found = [
             _Found(slice(chunk.start + first, chunk.start + min(first + block, share.stop)))
@@ -119,7 +121,7 @@ class _Search:
         def search(one: _Found) -> None:
             some = slice(one.rows.start - chunk.start, one.rows.stop - chunk.start)
             signed = self.selection == "signed"
-            one.row, one.latent, proved = _survivors(p[some], part.part(some), bounds, self.k, signed)
+            one.row, one.latent, proved = survivors_of(p[some], part.part(some), bounds, self.k, signed)
             self.proved[one.rows] = proved
 
         return found, each(search, found)
@@ -185,7 +187,7 @@ def topk_of_rounded(
     return values, indices
 
 
-def _survivors(p: Tensor, rows: RoundedRows, bounds: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
+def survivors_of(p: Tensor, rows: RoundedRows, bounds: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(row, latent) of every entry that may be among its row's k largest, rows ascending; and [rows] whether that could
     be told. Of the other rows nothing is returned.
 
@@ -203,7 +205,7 @@ def _survivors(p: Tensor, rows: RoundedRows, bounds: Tensor, k: int, signed: boo
         lower = lower.view(len(p), COARSER, -1).amax(1)
     threshold = lower.topk(k, dim=1, sorted=False).values.amin(1)
     row, of_group = (margin.add_(top) >= threshold[:, None]).nonzero(as_tuple=True)
-    proved = rows.provable & (torch.bincount(row, minlength=len(p)) <= _most_groups(n_groups, k))
+    proved = rows.provable & (torch.bincount(row, minlength=len(p)) <= most_groups(n_groups, k))
     if not bool(proved.all()):
         kept = proved[row]
         row, of_group = row[kept], of_group[kept]
