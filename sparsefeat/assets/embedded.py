@@ -47,7 +47,7 @@ def weights_fingerprint(*folders: Path) -> str:
         for file in sorted(
             file
             for file in folder.rglob("*")
-            if file.suffix in (".safetensors", ".json", ".txt") and file.name != "report.json"
+            if file.suffix in (".safetensors", ".bin", ".json", ".txt", ".model") and file.name != "report.json"
         ):
             digest.update(f"{file.relative_to(folder.parent).as_posix()}\0".encode())
             digest.update(hashlib.sha256(file.read_bytes()).digest())

@@ -75,10 +75,13 @@ def _averaged(records: Sequence[Any], guidance: bool) -> Tensor:
     return torch.stack(maps).mean(0)
 
 
+PEERS = {"daam": daam_package, "attention_map_diffusers": attention_map_diffusers}
+"""The methods, by the name of the package that each needs."""
+
+
 def installed() -> tuple[list[Method], list[str]]:
     """The methods whose packages are there, and the names of the packages that are not."""
-    methods = {"daam": daam_package, "attention_map_diffusers": attention_map_diffusers}
-    there = {name: importlib.util.find_spec(name) is not None for name in methods}
-    return [make() for name, make in methods.items() if there[name]], [
+    there = {name: importlib.util.find_spec(name) is not None for name in PEERS}
+    return [make() for name, make in PEERS.items() if there[name]], [
         name for name, is_there in there.items() if not is_there
     ]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 
 from sparsefeat.assets import emojiscenes
 from sparsefeat.attention import HeatMaps
 from sparsefeat.attention.reading import KINDS
 from sparsefeat.evaluation import peer_maps, scenes
+from sparsefeat.evaluation.parts import Parts
 from sparsefeat.evaluation.pixel_judge import PixelJudge
 from sparsefeat.pipeline import attach
 from sparsefeat.pipeline.image_to_image import image_to_image
@@ -22,14 +26,22 @@ def evaluate_scenes(
     pipe: Any,
     name: str,
     judge: PixelJudge,
-    saes: Sequence[SAE] = (),
-    n: int = 100,
+    saes: Sequence[SAE],
+    n: int,
+    parts: Parts,
     said: Callable[[str], object] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Every method on every split: real scenes of held-out pairs, and what the pipeline draws from their
-    captions. `n` pictures a split are scored; thresholds are chosen on as many other real ones and half as many drawn ones, the SAEs' latents on EmojiCanvas' real drawings. Other
-    packages' maps are measured where they are installed; what one of them cannot do is a `note` in its row.
+    captions. `n` pictures a split are scored; thresholds are chosen on as many other real ones and half as many drawn ones,
+    the SAEs' latents on EmojiCanvas' real drawings. Other packages' maps are measured where they are installed; what one of
+    them cannot do is a `note` in its row. A row is a part, kept under the pipeline's `name`.
+
+    Raises:
+        ValueError: two of the SAEs are of one hookpoint, by which their rows are named.
     """
+    at = [sae.config.hookpoint for sae in saes]
+    if len(set(at)) < len(at):
+        raise ValueError(f"saes= has two of one hookpoint, of {', '.join(map(str, at))}; measure one at a time.")
     shown = image_to_image(pipe)[0]
     real = scenes.real(n, emojiscenes.TRAIN, FIT), scenes.real(n, emojiscenes.HELD_OUT, SCORED)
     drawn = scenes.generated(-(-n // 2), emojiscenes.TRAIN, FIT), scenes.generated(n, emojiscenes.HELD_OUT, SCORED)
@@ -37,22 +49,23 @@ def evaluate_scenes(
         ("real scenes, held-out pairs", shown, *real, None),
         ("drawn scenes, held-out pairs", pipe, *drawn, judge),
     ]
-    chosen = [(sae, scenes.latents_of_objects(shown, sae, scenes.real_drawings())) for sae in saes]
     peers, absent = peer_maps.installed()
     for package in absent:
         said(f"{package} is not installed: no row of it")
+
     rows = []
     for split, own, fit, test, masked_by in splits:
-        methods = [scenes.nothing(), scenes.chance(), *_of_attention(own)]
-        for sae, latent in chosen:
-            missing = {index for picture in (*fit, *test) for index in picture.objects} - set(latent)
-            if missing:
-                said(f"{split}: {sae.config.hookpoint} has no latent for {len(missing)} objects; left out")
-            else:
-                methods.append(scenes.latents(f"a latent an object, {sae.config.hookpoint}", sae, latent))
-        for method in (*methods, *peers):
+        asked = {index for picture in (*fit, *test) for index in picture.objects}
+        of_saes = (_of_latents(shown, name, sae, asked, parts) for sae in saes)  # chosen when it is their turn
+        for method in chain((scenes.nothing(), scenes.chance(), *_of_attention(own)), of_saes, peers):
+            if isinstance(method, str):
+                said(f"{split}: {method}")
+                continue
             try:
-                line = scenes.row(own, name, method, split, fit, test, masked_by)
+                line = parts.kept(
+                    _key(name, split, method.name),
+                    partial(scenes.row, own, name, method, split, fit, test, masked_by),
+                )
             except Exception as error:
                 if method not in peers:
                     raise
@@ -66,6 +79,20 @@ def evaluate_scenes(
             rows.append(line)
             said(f"{split}: {method.name}: {line['miou']} of {line['oracle_miou']}, {line['seconds']} s")
     return rows
+
+
+def _of_latents(shown: Any, name: str, sae: SAE, asked: set[int], parts: Parts) -> scenes.Method | str:
+    """The SAE's latents of these objects; a sentence where it has none of one."""
+    at = sae.config.hookpoint
+    kept = parts.kept(_key(name, at), lambda: scenes.latents_of_objects(shown, sae, scenes.real_drawings()))
+    latent = {int(o): index for o, index in kept.items()}
+    if missing := asked - set(latent):
+        return f"{at} has no latent for {len(missing)} objects; left out"
+    return scenes.latents(f"a latent an object, {at}", sae, latent)
+
+
+def _key(*names: str | None) -> str:
+    return "/".join(("maps", *(re.sub(r"\W+", "-", str(name)) for name in names)))
 
 
 def _of_attention(pipe: Any) -> list[scenes.Method]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
-from sparsefeat.assets import emojicanvas, emojiscenes
+from sparsefeat.assets import emojicanvas, emojiscenes, load_pipeline
+from sparsefeat.assets.embedded import PIPELINE
 from sparsefeat.attention import HeatMaps
-from sparsefeat.evaluation import scenes
+from sparsefeat.cli import app
+from sparsefeat.evaluation import peer_maps, scenes
 from sparsefeat.evaluation.eager_daam import EagerDAAM
 from sparsefeat.evaluation.pixel_judge import load_pixel_judge
 from sparsefeat.pipeline import attach
@@ -78,8 +84,6 @@ def test_a_method_that_knows_the_mask_is_the_oracle_and_nothing_is_worse_than_ch
 
 @pytest.mark.embedded
 def test_a_row_of_the_embedded_pipeline_has_every_column():
-    from sparsefeat.assets import load_pipeline
-
     pipe = load_pipeline()
     fit, test = scenes.real(4, emojiscenes.TRAIN, 1), scenes.real(4, emojiscenes.HELD_OUT, 2)
     own = image_to_image(pipe)[0]
@@ -99,3 +103,61 @@ def test_a_row_of_the_embedded_pipeline_has_every_column():
     assert all(0.05 < float(mask.mean()) < 0.9 for mask in masks)  # the judge sees what was asked for
     assert masks[0].shape[-2:] == (64, 64)
     assert len(emojicanvas.OBJECTS) == 50
+
+
+@pytest.mark.embedded
+def test_an_interrupted_run_goes_on_from_its_rows_and_takes_none_of_another_run(tmp_path, monkeypatch):
+    shutil.copytree(PIPELINE, tmp_path / "own")
+    monkeypatch.chdir(tmp_path)
+    pipe, pixel_judge = load_pipeline(), load_pixel_judge()
+    monkeypatch.setattr("sparsefeat.assets.load_pipeline", lambda folder: pipe)
+    monkeypatch.setattr("sparsefeat.evaluation.pixel_judge.load_pixel_judge", lambda: pixel_judge)
+    measured, asked = [], []
+
+    def row(pipe, name, method, split, *pictures):
+        if len(measured) == ends:
+            raise KeyboardInterrupt
+        measured.append((split, method.name))
+        numbers = dict.fromkeys(("miou", "oracle_miou", "seconds"), len(measured) / 100)
+        return {"pipeline": name, "method": method.name, "split": split, **numbers}
+
+    def refuses(*_):
+        asked.append(1)
+        raise RuntimeError("not of this model")
+
+    monkeypatch.setattr(scenes, "row", row)
+    monkeypatch.setattr(peer_maps, "installed", lambda: ([], []))
+    line = ["evaluate", "scenes", "--pipeline", "own", "--out", "out.json", "--work", "work"]
+    ends = 3
+    stopped = CliRunner().invoke(app, [*line, "--images", "1"])
+    assert stopped.exit_code == 130
+    assert stopped.stderr.splitlines()[-1] == (
+        "interrupted; finished rows are in work, and the same command goes on from them"
+    )
+    assert len(measured) == 3
+    assert not (tmp_path / "out.json").exists()
+
+    def goes_on(images="1"):
+        before = len(measured)
+        ran = CliRunner().invoke(app, [*line, "--images", images])
+        assert ran.exit_code == 0, ran.output
+        return len(measured) - before, json.loads((tmp_path / "out.json").read_text())["rows"]
+
+    ends = None
+    new, rows = goes_on()
+    assert len(set(measured)) == len(measured) == len(rows) == 3 + new  # none twice, and the first three are there
+    scored = [line for line in rows if line["method"] != "no maps"]
+    assert [line["miou"] for line in scored] == [
+        (1 + measured.index((line["split"], line["method"]))) / 100 for line in scored
+    ]
+    assert goes_on() == (0, rows)
+    assert goes_on("2")[0] == len(rows)
+    config = tmp_path / "own" / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text() + "\n")
+    assert goes_on()[0] == len(rows)
+    # What another package could not do is asked again: the next time it may be mended.
+    monkeypatch.setattr(peer_maps, "installed", lambda: ([scenes.Method("theirs", refuses)], []))
+    monkeypatch.setattr(scenes, "row", lambda pipe, name, method, *rest: method.opened(pipe, False, []))
+    for times in (2, 4):
+        assert [line["note"] for line in goes_on()[1] if "note" in line] == ["not of this model"] * 2
+        assert len(asked) == times

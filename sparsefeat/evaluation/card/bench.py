@@ -32,6 +32,7 @@ from sparsefeat.evaluation.emoji import OBJECT, Ledger, Target, real_features, t
 from sparsefeat.evaluation.frechet import Reference
 from sparsefeat.evaluation.generation import TEST, Task, generate, task
 from sparsefeat.evaluation.judge import Judge, Verdicts, judge_images, load_judge
+from sparsefeat.evaluation.parts import Parts
 from sparsefeat.evaluation.run_emoji import collect_grid_statistics
 from sparsefeat.features import Statistics
 from sparsefeat.sae import SAE, load_sae
@@ -41,7 +42,7 @@ N_NEAREST = 5
 """Concepts of FADE's adjacency set."""
 
 
-class Bench:
+class Bench(Parts):
     """The embedded pipeline, its SAEs, statistics of them, the judge, and the parts that are finished.
 
     Args:
@@ -52,10 +53,9 @@ class Bench:
 
     def __init__(self, budget: Budget, work: Path, said: Callable[[str], object] = lambda line: None) -> None:
         self.budget: Budget = budget
-        self.said: Callable[[str], object] = said
         self.fingerprint: str = embedded_fingerprint()
         named = f"{__version__}-{self.fingerprint}"
-        self.folder: Path = Path(work) / f"{named}-{budget.name}"
+        super().__init__(Path(work) / f"{named}-{budget.name}", said)
         self._statistics = Path(work) / f"{named}-statistics"
         self.ledger: Ledger = Ledger(self.folder)
         self.n_steps: int = budget.n_steps
@@ -164,20 +164,6 @@ class Bench:
             began = time.process_time()
             self._once[key] = make(), time.process_time() - began
         return self._once[key][0]
-
-    def has(self, key: str) -> bool:
-        """Whether `kept` has it on disk."""
-        return (self.folder / f"{key}.json").is_file()
-
-    def kept(self, key: str, make: Callable[[], Any]) -> Any:
-        """What `make()` gives, of JSON's types, made if it is not on disk yet."""
-        path = self.folder / f"{key}.json"
-        if self.has(key):
-            return json.loads(path.read_text())
-        found = make()
-        write_json(path, found)
-        self.said(key)
-        return found
 
 
 def adjacent_tasks(target: Target, nearest: Sequence[int], n: int, split: int = TEST) -> list[Task]:

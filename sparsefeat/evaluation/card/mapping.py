@@ -11,16 +11,9 @@ from sparsefeat.evaluation.run_scenes import SCORED, evaluate_scenes
 def maps_rows(bench: Bench) -> list[Row]:
     """Every kind of map that the pipeline has, chance, and a latent an object of two SAEs."""
     saes = [bench.block_sae, bench.cross_saes[-1]]
-    found = bench.kept(
-        "maps/scenes",
-        lambda: {
-            "rows": evaluate_scenes(
-                bench.pipe, "embedded", load_pixel_judge(), saes, bench.budget.n_pictures, said=bench.said
-            )
-        },
-    )
+    found = evaluate_scenes(bench.pipe, "embedded", load_pixel_judge(), saes, bench.budget.n_pictures, bench)
     rows = []
-    for row in found["rows"]:
+    for row in found:
         if row.get("miou") is None:  # other packages that are not installed or refuse, and the call without maps
             continue
         for metric in ("miou", "pointing"):
