@@ -4,7 +4,7 @@ Both take as many steps on the same batches, from the same start values. Muon (J
 matrices: the encoder and the decoder are its own, biases stay with Adam. Its steps are scaled to the size of Adam's
 ("match_rms_adamw"), so that the same learning rates mean the same.
 
-The rows are those that `python tools/train_saes.py --out build/saes` kept. Writes bench/results/optimizers.json;
+The rows are those that `python tools/train_saes.py` kept. Writes bench/results/optimizers.json;
 `python tools/write_tables.py` makes the table of docs/training.md from it.
 """
 
@@ -81,9 +81,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "optimizers.json")
     arguments = parser.parse_args()
     if not arguments.rows.is_dir():
-        parser.error(
-            f"--rows {arguments.rows} is no folder; make it with `python tools/train_saes.py --out build/saes`"
-        )
+        parser.error(f"--rows {arguments.rows} is no folder; make it with `python tools/train_saes.py`")
     runs = []
     for hookpoint in HOOKPOINTS:
         for optimizer, rates in RATES.items():

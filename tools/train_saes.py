@@ -4,11 +4,12 @@
     python tools/train_saes.py --out build/saes              # beside it, and compared with what the package carries
     python tools/train_saes.py --pipeline sparsefeat/assets/joint
 
-What came of it, and of the SAEs that the package carries on the same held-out rows, is written to --results.
+What came of it is printed beside the SAEs that the package carried, and written to --results.
 
 Activations: conditional rows of all twenty steps while the pipeline draws four fifths of the grid, two images a cell
-(the other fifth is what the evaluation measures on); of the text encoder, every token of the prompts. One TopK SAE for each hookpoint, 8 times as many latents as the
-block is wide and an eighth of its width active.
+(the other fifth is what the evaluation measures on), of cross-attention also while it draws objects in no style and styles of
+no object; of the text encoder, every token of all these prompts. One TopK SAE for each hookpoint, 8 times as many latents as
+the block is wide and an eighth of its width active. FVU is of the other fifth, *dead* of the whole grid drawn anew.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +54,28 @@ HOOKPOINTS = (
 JOINT_HOOKPOINTS = ("transformer.transformer_blocks.3", "transformer.transformer_blocks.5")
 
 # Rows of cross-attention are of the few prompts there are, and are learned by heart: small batches, whose noise keeps from that,
-# explain rows of other prompts better than large ones, longer or shorter training, or none of the auxiliary loss.
-SMALL_BATCH = 512
+# explain rows of other prompts better than large ones, longer or shorter training, or none of the auxiliary loss. Fewer latents
+# die and rows of other prompts are explained better where training begins at rows, and with PARTIAL drawn too (docs/embedded.md).
+SMALL_BATCH, FEW_STEPS = 512, 600
 
 # Longer fits the few thousand tokens better and splits the latents that many prompts share: erasing a style then took
 # more of the object along (docs/erasure.md).
 TEXT_STEPS = 350
 
-# Without a style, or without an object: what the text encoder also saw in training.
-PARTIAL = [emojicanvas.prompt(o) for o in emojicanvas.OBJECTS] + [
-    emojicanvas.prompt(None, s) for s in emojicanvas.STYLES
+
+@dataclass(frozen=True)
+class Partial:
+    """An image without a style, or without an object: what the pipeline also saw in training."""
+
+    prompt: str
+    seed: int
+
+
+PARTIAL = [
+    Partial(prompt, seed=7_100_000 + i)
+    for i, prompt in enumerate(
+        [emojicanvas.prompt(o) for o in emojicanvas.OBJECTS] + [emojicanvas.prompt(None, s) for s in emojicanvas.STYLES]
+    )
 ]
 
 
@@ -71,6 +85,17 @@ def text_rows(pipe: Any, hookpoints: Sequence[str], prompts: Sequence[str]) -> l
     with attach(pipe, collect), torch.no_grad():
         pipe(list(prompts), num_inference_steps=1, guidance_scale=GUIDANCE, output_type="latent")
     return [collect.collected(h).rows for h in hookpoints]
+
+
+def measured(sae: SAE, held: Tensor, grid: Tensor) -> dict[str, float]:
+    """What it explains of rows of prompts that no SAE saw, and the share of its latents that never fire on rows of the whole
+    grid from new noise: forty prompts have not every concept, and a latent of one that they lack is not dead."""
+    quality = measure_sae(sae, held)
+    return {"fvu": quality.fvu, "l0": quality.l0, "dead": measure_sae(sae, grid).dead}
+
+
+def shown(found: dict[str, float]) -> str:
+    return f"FVU {found['fvu']:.4f}, L0 {found['l0']:.2f}, dead {found['dead']:.1%}"
 
 
 def main() -> None:
@@ -86,7 +111,7 @@ def main() -> None:
         type=Path,
         help="rows and checkpoints, in a folder named for the pipeline's weights; default: build/training/saes-EXPANSION-ACTIVE",
     )
-    parser.add_argument("--results", type=Path, help="default: bench/results/retrained.json, or joint_saes.json")
+    parser.add_argument("--results", type=Path, help="default: bench/results/unet_saes.json, or joint_saes.json")
     arguments = parser.parse_args()
 
     arguments.pipeline = arguments.pipeline.resolve()
@@ -95,7 +120,7 @@ def main() -> None:
     carried_in = JOINT_SAES if joint else SAES
     out = arguments.out or carried_in
     hookpoints = arguments.hookpoints or list(JOINT_HOOKPOINTS if joint else HOOKPOINTS)
-    results_to = arguments.results or ROOT / "bench" / "results" / ("joint_saes.json" if joint else "retrained.json")
+    results_to = arguments.results or ROOT / "bench" / "results" / ("joint_saes.json" if joint else "unet_saes.json")
     seen = [t for repeat in (0, 1) for t in whole_grid(STATISTICS, repeat) if not held_out(t)]
     unseen = [t for t in whole_grid(TEST) if held_out(t)]
     folder = arguments.work or ROOT / "build" / "training" / f"saes-{arguments.expansion}-{arguments.active}"
@@ -103,22 +128,31 @@ def main() -> None:
     started, cpu = time.perf_counter(), time.process_time()
     results: list[dict[str, Any]] = []
     collected = {}
-    for name, tasks, rows_per_image in (("seen", seen, 40), ("unseen", unseen, 64)):
-        caches = {h: folder / "rows" / f"{h}-{name}.pt" for h in hookpoints}
+    crossing = [h for h in hookpoints if h.endswith("attn2")]
+    for name, at, tasks, rows_per_image in (
+        ("seen", hookpoints, seen, 40),
+        ("partial", crossing, PARTIAL, 40),
+        ("unseen", hookpoints, unseen, 64),
+        ("grid", hookpoints, whole_grid(TEST), 64),
+    ):
+        caches = {h: folder / "rows" / f"{h}-{name}.pt" for h in at}
         missing = [h for h, cache in caches.items() if not cache.is_file()]
         texts = [h for h in missing if h.startswith("text_encoder")]
         drawn = [h for h in missing if h not in texts]
         rows = dict(zip(drawn, activation_rows(pipe, drawn, tasks, rows_per_image), strict=True)) if drawn else {}
         if texts:
             prompts = list(dict.fromkeys(t.prompt for t in tasks))
-            rows |= zip(texts, text_rows(pipe, texts, prompts + (PARTIAL if name == "seen" else [])), strict=True)
+            prompts += [t.prompt for t in PARTIAL] if name == "seen" else []
+            rows |= zip(texts, text_rows(pipe, texts, prompts), strict=True)
         for hookpoint, found in rows.items():
             save_atomically(caches[hookpoint], found)
-        collected[name] = [torch.load(cache, weights_only=True) for cache in caches.values()]
-    for hookpoint, rows, held in zip(hookpoints, collected["seen"], collected["unseen"], strict=True):
+        collected[name] = {h: torch.load(cache, weights_only=True) for h, cache in caches.items()}
+    for hookpoint in hookpoints:
+        crosses, held, grid = hookpoint in crossing, collected["unseen"][hookpoint], collected["grid"][hookpoint]
+        rows = torch.cat([collected[part][hookpoint] for part in (("seen", "partial") if crosses else ("seen",))])
         name, width = hookpoint.removeprefix("unet.").removeprefix("transformer."), rows.shape[1]
         of_text = hookpoint.startswith("text_encoder")
-        steps = min(arguments.steps, TEXT_STEPS) if of_text else arguments.steps
+        steps = min(arguments.steps, TEXT_STEPS if of_text else FEW_STEPS if crosses else arguments.steps)
         config = SAEConfig(
             d_model=width,
             n_latents=width * arguments.expansion,
@@ -129,31 +163,31 @@ def main() -> None:
         )
         training = TrainConfig(
             steps=steps,
-            batch_size=SMALL_BATCH if name.endswith("attn2") else 2048,
-            lr=2e-3 if of_text else 4e-3,
+            batch_size=SMALL_BATCH if crosses else 2048,
+            lr=2e-3 if of_text or crosses else 4e-3,
             warmup_steps=50,
-            objective=Objective(dead_after=200_000),
+            start="rows" if crosses else "random",
+            objective=Objective(dead_after=10_000 if crosses else 200_000),
             checkpoint_every=200,
         )
         sae = SAETrainer(SAE(config), rows, training, folder / name).fit()
         carried = load_sae(carried_in / name) if (carried_in / name).is_dir() else None
         sae.save(out / name, dtype=torch.float16, overwrite=True)
-        found, before = (None if one is None else measure_sae(one, held) for one in (load_sae(out / name), carried))
-        assert found is not None
+        found, before = measured(load_sae(out / name), held, grid), carried and measured(carried, held, grid)
         components = pca_fvu(held, width // arguments.active)
         results.append(
             {
                 "hookpoint": hookpoint,
-                "fvu": found.fvu,
-                "fvu_carried": None if before is None else before.fvu,
-                "dead": found.dead,
-                "dead_carried": None if before is None else before.dead,
+                **found,
                 "fvu_pca": components,
-                "l0": found.l0,
-                "held_out_rows": found.rows,
+                "held_out_rows": len(held),
+                "grid_rows": len(grid),
             }
         )
-        print(f"{hookpoint}: {found}; carried: {before}; PCA with {config.k}: FVU {components:.4f}", flush=True)
+        print(
+            f"{hookpoint}: {shown(found)}; carried: {before and shown(before)}; PCA with {config.k}: FVU {components:.4f}",
+            flush=True,
+        )
     seconds, of_processor = time.perf_counter() - started, time.process_time() - cpu
     print(f"{seconds:.0f} s, {of_processor:.0f} s of processor time", flush=True)
     write_json(

@@ -38,8 +38,8 @@ PAGES = tuple(
 MEASURED = ROOT / "bench" / "results"
 CARRIED = ROOT / "sparsefeat" / "assets" / "results"
 EMOJI, OVERHEAD, ITD = "emoji.json", "overhead.json", "itd.json"
-CODECS, RETRAINED, OPTIMIZERS = "codecs.json", "retrained.json", "optimizers.json"
-SCENES, OF_JOINT = "scenes.json", "joint_saes.json"
+CODECS, OPTIMIZERS = "codecs.json", "optimizers.json"
+SCENES, OF_UNET, OF_JOINT = "scenes.json", "unet_saes.json", "joint_saes.json"
 CARD = "card.json"
 
 
@@ -186,29 +186,12 @@ def recipes() -> str:
     return table(["`--preset`", "from", "latents", "active"], rows)
 
 
-def retrained(results: dict[str, Any]) -> str:
-    rows = [
-        [
-            f"`{s['hookpoint']}`",
-            f"{s['fvu']:.3f}",
-            f"{s['fvu_carried']:.3f}",
-            f"{s['fvu_pca']:.3f}",
-            percent(s["dead"]),
-            percent(s["dead_carried"]),
-        ]
-        for s in results["saes"]
-    ]
-    head = ["hookpoint", "FVU", "FVU, the package's", "FVU, PCA with k", "dead", "dead, the package's"]
-    cost = f"{results['processor_seconds'] / 60:.0f} minutes of processor time, all six from nothing."
-    return f"{table(head, rows)}\n\n{cost} {where(results, 'python tools/train_saes.py --out build/saes')}"
-
-
-def of_joint(results: dict[str, Any]) -> str:
+def trained(results: dict[str, Any], command: str) -> str:
     rows = [
         [f"`{s['hookpoint']}`", f"{s['fvu']:.3f}", f"{s['fvu_pca']:.3f}", percent(s["dead"])] for s in results["saes"]
     ]
-    command = "python tools/train_saes.py --pipeline sparsefeat/assets/joint"
-    return f"{table(['hookpoint', 'FVU', 'FVU, PCA with k', 'dead'], rows)}\n\n{where(results, command)}"
+    cost = f"{results['processor_seconds'] / 60:.0f} minutes of processor time, drawing included."
+    return f"{table(['hookpoint', 'FVU', 'FVU, PCA with k', 'dead'], rows)}\n\n{cost} {where(results, command)}"
 
 
 def scenes(results: dict[str, Any]) -> str:
@@ -310,9 +293,9 @@ TABLES = {
     "overhead": (OVERHEAD, overhead),
     "itd": (ITD, itd),
     "codecs": (CODECS, codecs),
-    "retrained": (RETRAINED, retrained),
     "optimizers": (OPTIMIZERS, optimizers),
-    "joint-saes": (OF_JOINT, of_joint),
+    "unet-saes": (OF_UNET, partial(trained, command="python tools/train_saes.py")),
+    "joint-saes": (OF_JOINT, partial(trained, command="python tools/train_saes.py --pipeline sparsefeat/assets/joint")),
     "scenes": (SCENES, scenes),
     "card": (CARD, card_header),
     **{f"card-{section}": (CARD, partial(card_markdown, section=section)) for section in COLUMNS},
@@ -320,7 +303,7 @@ TABLES = {
 
 
 # Those of the embedded pipeline that say so where it is another by now; of the card the first does.
-OF_THE_PIPELINE = ("generation", "saes", "erasure", "codecs", "retrained", "optimizers", "joint-saes", "scenes", "card")
+OF_THE_PIPELINE = ("generation", "saes", "erasure", "codecs", "optimizers", "unet-saes", "joint-saes", "scenes", "card")
 
 
 def said(content: str, results: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,18 @@ from sparsefeat.measure.machine import draw_precision
 
 # Splits: which noise. Nothing that was chosen or fitted on one is measured on it.
 STATISTICS, VALIDATION, TEST = 0, 1, 2
+
+
+class Drawn(Protocol):
+    """What can be drawn: a prompt, and the seed of its noise."""
+
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+
+
+One = TypeVar("One", bound=Drawn)
 
 
 @dataclass(frozen=True)
@@ -55,14 +67,14 @@ def whole_grid(split: int, repeat: int = 0) -> list[Task]:
 @torch.no_grad()
 def generate(
     pipe: Any,
-    tasks: Sequence[Task],
+    tasks: Sequence[One],
     *,
     n_steps: int,
     guidance: float,
     batch: int = 50,
     negative_prompt: str | None = None,
-    worded: Callable[[Task], str] = operator.attrgetter("prompt"),
-    during: Callable[[Sequence[Task]], AbstractContextManager] | None = None,
+    worded: Callable[[One], str] = operator.attrgetter("prompt"),
+    during: Callable[[Sequence[One]], AbstractContextManager] | None = None,
     on_batch: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Draw the tasks: float32 [n, 3, h, w] in [0, 1].

@@ -28,7 +28,7 @@ from sparsefeat.evaluation.emoji import (
     allowed_mean,
     real_features,
 )
-from sparsefeat.evaluation.generation import STATISTICS, TEST, Task, accuracy, generate, held_out, whole_grid
+from sparsefeat.evaluation.generation import STATISTICS, TEST, Drawn, Task, accuracy, generate, held_out, whole_grid
 from sparsefeat.evaluation.judge import Judge, judge_report
 from sparsefeat.evaluation.results import measured_on_embedded
 from sparsefeat.evaluation.sae_metrics import measure_sae, pca_fvu, random_control
@@ -42,7 +42,7 @@ from sparsefeat.whole import write_json
 
 
 def activation_rows(
-    pipe: Any, hookpoints: Sequence[str], tasks: Sequence[Task], rows_per_image: int | None = None
+    pipe: Any, hookpoints: Sequence[str], tasks: Sequence[Drawn], rows_per_image: int | None = None
 ) -> list[Tensor]:
     """Conditional rows of all steps at each hookpoint while the tasks are drawn once, fp32 [n, d_model]."""
     collect = CollectActivations(*hookpoints, rows_per_image=rows_per_image, dtype=torch.float32)
@@ -166,8 +166,8 @@ def negative_prompt() -> Method:
 # What validation chooses from, once for objects and once for styles.
 EXCHANGE_LATENTS = (16, 32, 64)
 RECIPES = (
-    Recipe(CROSS_ATTENTIONS, 4, -2.0),
     Recipe(CROSS_ATTENTIONS, 8, -2.0),
+    Recipe(CROSS_ATTENTIONS, 16, -2.0),
     Recipe(TEXT_ENCODER, 16, -0.5),
     Recipe(TEXT_ENCODER, 24, -0.5),
     Recipe(TEXT_ENCODER, 32, -0.5),
@@ -201,15 +201,18 @@ def accuracy_where(verdicts: Any, tasks: Sequence[Task], wanted: Any) -> dict[st
 
 
 def measure_saes(bench: EmojiBenchmark, saes: Sequence[SAE]) -> list[dict[str, Any]]:
-    """Quality on held-out prompts, beside PCA and a random SAE, and what splicing each in costs."""
+    """Quality on held-out prompts, beside PCA and a random SAE, and what splicing each in costs.
+
+    A latent is dead that never fires on rows of the whole grid: the held-out prompts have not every concept."""
     hookpoints = [str(sae.config.hookpoint) for sae in saes]
     held = activation_rows(bench.pipe, hookpoints, [t for t in whole_grid(TEST) if held_out(t)])
     seen = [t for t in whole_grid(STATISTICS) if not held_out(t)]
     fitted = activation_rows(bench.pipe, hookpoints, seen, rows_per_image=16)
+    grid = activation_rows(bench.pipe, hookpoints, whole_grid(TEST), rows_per_image=64)
     tasks = whole_grid(TEST)[::2]  # every other cell: all four styles, and each object in some
     unedited = accuracy(bench.unedited(tasks), tasks)
     measured = []
-    for sae, rows, fit_rows in zip(saes, held, fitted, strict=True):
+    for sae, rows, fit_rows, all_rows in zip(saes, held, fitted, grid, strict=True):
         config = sae.config
         quality = measure_sae(sae, rows)
         key = f"spliced/{str(config.hookpoint).replace(':', '-')}"
@@ -225,8 +228,9 @@ def measure_saes(bench: EmojiBenchmark, saes: Sequence[SAE]) -> list[dict[str, A
                 "fvu_random": measure_sae(random_control(sae, fit_rows), rows).fvu,
                 "l0": quality.l0,
                 "cosine": quality.cosine,
-                "dead_share": quality.dead,
+                "dead_share": measure_sae(sae, all_rows).dead,
                 "n_rows": quality.rows,
+                "n_rows_dead": len(all_rows),
                 "object_accuracy_spliced": spliced.object,
                 "style_accuracy_spliced": spliced.style,
                 "object_accuracy_unedited": unedited.object,
