@@ -117,7 +117,9 @@ def _cogvideox_time(root: Any, arguments: Mapping[str, Any], rows: list[int]) ->
 
 @dataclass(frozen=True)
 class Way:
-    """How a family's concept stream is made: which text encoder, which module embeds, how the time modulates."""
+    """How a family's concept stream is made: which text encoder, which module embeds, how the time modulates; and by which
+    encoders the pipeline embeds a prompt side by side where it was loaded without the first.
+    """
 
     encoder: str
     embeds: str
@@ -125,11 +127,19 @@ class Way:
     blocks: _Joint | _Shared
     first: float = 0.0
     """Where the published maps begin, as a share of the blocks."""
+    without: tuple[str, ...] = ()
+
+    def encoders(self, pipe: Any) -> tuple[str, ...]:
+        """Those that embed this pipeline's concepts."""
+        there = getattr(pipe, self.encoder, None) is not None or not self.without
+        return (self.encoder,) if there else self.without
 
 
 WAYS: Mapping[str, Way] = {
     "FluxTransformer2DModel": Way("text_encoder_2", "context_embedder", _flux_time, _Joint(), first=15 / 19),
-    "SD3Transformer2DModel": Way("text_encoder_3", "context_embedder", _sd3_time, _Joint()),
+    "SD3Transformer2DModel": Way(
+        "text_encoder_3", "context_embedder", _sd3_time, _Joint(), without=("text_encoder", "text_encoder_2")
+    ),
     "CogVideoXTransformer3DModel": Way("text_encoder", "patch_embed.text_proj", _cogvideox_time, _Shared()),
 }
 
@@ -143,10 +153,11 @@ def _way_of(pipe: Any, root: nn.Module) -> Way:
             f"{name}: take kind='joint' or kind='text_renormalised'."
         )
     way = WAYS[name]
-    if getattr(pipe, way.encoder, None) is None:
+    missing = [f"pipe.{one}" for one in way.encoders(pipe) if getattr(pipe, one, None) is None]
+    if missing:
         raise ValueError(
-            f"kind='concept' embeds concepts by pipe.{way.encoder}, which this {type(pipe).__name__} was loaded without: load "
-            "it with that encoder."
+            f"kind='concept' embeds concepts by {' and '.join(missing)}, which this {type(pipe).__name__} was loaded without: "
+            "load it with that."
         )
     return way
 
@@ -180,7 +191,7 @@ class Concepts:
 
     def begin_call(self, call: Call) -> None:
         self._stream = None
-        self._embedded = _embed(call.pipe, self._way, self.names, call.arguments.get("max_sequence_length"))
+        self._embedded = _embed(call.pipe, self._way, self.names, call.arguments)
 
     def begin_run(self, arguments: Mapping[str, Any], rows: list[int]) -> None:
         """The model is about to run, with the concepts beside these rows of its batch."""
@@ -242,14 +253,25 @@ class Outputs:
 
 
 def _known(pipe: Any, way: Way, concepts: Sequence[str]) -> None:
-    tokenizer = getattr(pipe, way.encoder.replace("text_encoder", "tokenizer"))
+    tokenizers = [_tokenizer(pipe, encoder) for encoder in way.encoders(pipe)]
     for concept in concepts:
-        ids = tokenizer(concept).input_ids
-        unknown = getattr(tokenizer, "unk_token_id", None)
-        if unknown in ids or not _own(tokenizer, ids):
+        counts = []
+        for tokenizer in tokenizers:
+            ids = tokenizer(concept, add_special_tokens=False).input_ids
+            if getattr(tokenizer, "unk_token_id", None) in ids or not _own(tokenizer, ids):
+                raise ValueError(
+                    f"concepts={list(concepts)!r}: the tokenizer does not know {concept!r}; name another word."
+                )
+            counts.append(len(ids))
+        if len(set(counts)) > 1:
             raise ValueError(
-                f"concepts={list(concepts)!r}: the tokenizer does not know {concept!r}; name another word."
+                f"concepts={list(concepts)!r}: {concept!r} is {' and '.join(map(str, counts))} tokens of the two tokenizers, "
+                "whose encoders stand side by side; name another word."
             )
+
+
+def _tokenizer(pipe: Any, encoder: str) -> Any:
+    return getattr(pipe, encoder.replace("text_encoder", "tokenizer"))
 
 
 def _own(tokenizer: Any, ids: Sequence[int]) -> list[int]:
@@ -258,23 +280,41 @@ def _own(tokenizer: Any, ids: Sequence[int]) -> list[int]:
     return [place for place, token in enumerate(ids) if token not in special]
 
 
-def _embed(pipe: Any, way: Way, concepts: Sequence[str], length: int | None) -> Embedded:
-    """Every concept encoded alone, as these pipelines encode a prompt: padded to `length` and without a mask. Of what comes
-    out its own tokens are taken, without the marks and the padding.
+def _embed(pipe: Any, way: Way, concepts: Sequence[str], arguments: Mapping[str, Any]) -> Embedded:
+    """Every concept encoded alone, as these pipelines encode a prompt: padded and without a mask. Of what comes out its own
+    tokens are taken, without the marks and the padding.
     """
-    encoder = getattr(pipe, way.encoder)
-    tokenizer = getattr(pipe, way.encoder.replace("text_encoder", "tokenizer"))
-    device = getattr(pipe, "_execution_device", None) or next(encoder.parameters()).device
+    encode = _encoded if way.encoders(pipe) == (way.encoder,) else _encoded_side_by_side
     rows, spans, before = [], [], 0
     for concept in concepts:
-        padded: dict[str, Any] = {} if length is None else {"padding": "max_length", "max_length": length}
-        ids = tokenizer(concept, truncation=length is not None, return_tensors="pt", **padded).input_ids
-        own = _own(tokenizer, ids[0].tolist())
         with torch.no_grad():
-            rows.append(encoder(ids.to(device))[0][0, own])
-        spans.append((before, before + len(own)))
-        before += len(own)
+            rows.append(encode(pipe, way, concept, arguments))
+        spans.append((before, before + len(rows[-1])))
+        before += len(rows[-1])
     return Embedded(torch.cat(rows), tuple(spans))
+
+
+def _encoded(pipe: Any, way: Way, concept: str, arguments: Mapping[str, Any]) -> Tensor:
+    """[tokens, width] by the one encoder, padded to the call's `max_sequence_length`."""
+    encoder, tokenizer = getattr(pipe, way.encoder), _tokenizer(pipe, way.encoder)
+    device = getattr(pipe, "_execution_device", None) or next(encoder.parameters()).device
+    length = arguments.get("max_sequence_length")
+    padded: dict[str, Any] = {} if length is None else {"padding": "max_length", "max_length": length}
+    ids = tokenizer(concept, truncation=length is not None, return_tensors="pt", **padded).input_ids
+    output: Tensor = encoder(ids.to(device))[0]
+    return output[0, _own(tokenizer, ids[0].tolist())]
+
+
+def _encoded_side_by_side(pipe: Any, way: Way, concept: str, arguments: Mapping[str, Any]) -> Tensor:
+    """[tokens, width] by the CLIPs: Stable Diffusion 3's `encode_prompt` puts their channels side by side, fills the rest
+    with zeros, and puts zeros in the third encoder's place after them.
+    """
+    skipped = {"clip_skip": arguments.get("clip_skip")}
+    encoded = pipe.encode_prompt(concept, None, None, do_classifier_free_guidance=False, **skipped)[0][0]
+    tokenizer = _tokenizer(pipe, way.encoders(pipe)[0])
+    ids = tokenizer(concept, truncation=True, max_length=pipe.tokenizer_max_length).input_ids
+    own: Tensor = encoded[_own(tokenizer, ids)]
+    return own
 
 
 @dataclass

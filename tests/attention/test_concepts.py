@@ -108,11 +108,33 @@ def encoded(pipe, encoder, length):
     return torch.cat(found), [(0, 1), (1, 3), (3, 4)]
 
 
+def encoded_without_t5(pipe):
+    """The last hidden layer but one of both CLIPs side by side, then zeros. In these tokenizers "cat" is one token and a
+    letter of other words one each; the first of all is a mark."""
+    found, spans = [], []
+    for concept in CONCEPTS:
+        n = {"cat": 1, "red dog": 6, "snow": 4}[concept]
+        parts = []
+        for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)):
+            ids = tokenizer(concept, padding="max_length", max_length=16, return_tensors="pt").input_ids
+            with torch.no_grad():
+                hidden = encoder(ids, output_hidden_states=True).hidden_states[-2]
+            parts.append(hidden[0, 1 : 1 + n].double())
+        both = torch.cat(parts, -1)
+        found.append(
+            torch.cat([both, both.new_zeros(n, pipe.transformer.config.joint_attention_dim - both.shape[1])], -1)
+        )
+        start = spans[-1][1] if spans else 0
+        spans.append((start, start + n))
+    return torch.cat(found), spans
+
+
 CASES = {
     "flux": ("flux", {}, [1], "text_encoder_2"),  # the last fifth of two blocks is the second
     "flux, schnell": ("flux", {"embedded": False}, [1], "text_encoder_2"),
     "sd3": ("sd3", {}, [0, 1], "text_encoder_3"),
     "sd3.5": ("sd3", {"dual": True}, [0, 1], "text_encoder_3"),
+    "sd3, without T5": ("sd3", {"t5": False, "joint": 40}, [0, 1], None),
     "cogvideox": ("cogvideox", {}, [0, 1], "text_encoder"),
     "cogvideox, added positions": ("cogvideox", {"rotary": False}, [0, 1], "text_encoder"),
 }
@@ -146,7 +168,10 @@ def test_maps_are_those_of_the_definition(case):
     grid = run[maps].grid
     made, length = math.prod(grid), ran.attentions[0].query.shape[2]
     image = (0, made) if name == "sd3" else (length - made, length)
-    embedded, spans = encoded(pipe, encoder, length - made - (16 if name == "sd3" else 0))
+    if encoder is None:
+        embedded, spans = encoded_without_t5(pipe)
+    else:
+        embedded, spans = encoded(pipe, encoder, length - made - (16 if name == "sd3" else 0))
     double = copy.deepcopy(root).double()
     conditions = [chunk for each in tiny.runs(guidance) for chunk in [each]]
     total, at_first, count = 0.0, None, 0
@@ -207,10 +232,26 @@ def test_what_has_no_concept_stream_is_refused_at_attach(build, options, said):
         sf.attach(tiny.build(), sf.HeatMaps(**options))
 
 
-def test_an_encoder_that_was_not_loaded_is_named():
-    pipe = families()["sd3"].build()
-    pipe.text_encoder_3 = None
-    with pytest.raises(ValueError, match=r"pipe\.text_encoder_3, which this .* was loaded without"):
+@pytest.mark.parametrize(
+    ("name", "missing", "said"),
+    [
+        ("flux", ["text_encoder_2"], "by pipe.text_encoder_2, which this FluxPipeline was loaded without"),
+        ("sd3", ["text_encoder_2", "text_encoder_3"], "by pipe.text_encoder_2, which this StableDiffusion3Pipeline"),
+        ("sd3", ["text_encoder", "text_encoder_2", "text_encoder_3"], "by pipe.text_encoder and pipe.text_encoder_2"),
+    ],
+)
+def test_an_encoder_that_was_not_loaded_is_named(name, missing, said):
+    pipe = families()[name].build()
+    for encoder in missing:
+        setattr(pipe, encoder, None)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        sf.attach(pipe, sf.HeatMaps(concepts=CONCEPTS))
+
+
+def test_tokenizers_that_split_a_concept_differently_are_refused_where_they_stand_side_by_side():
+    pipe = families()["sd3"].build(t5=False)
+    pipe.tokenizer_2.add_tokens(["snow"])
+    with pytest.raises(ValueError, match="'snow' is 4 and 1 tokens of the two tokenizers"):
         sf.attach(pipe, sf.HeatMaps(concepts=CONCEPTS))
 
 

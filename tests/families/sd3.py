@@ -1,6 +1,7 @@
 """Stable Diffusion 3: two CLIPs and a T5, joint blocks, the last of them without a text stream.
 
-`build(dual=True)` is SD3.5-medium's: the first block has a second attention of the image alone.
+`build(dual=True)` is SD3.5-medium's: the first block has a second attention of the image alone. `t5=False` leaves the T5 out;
+`joint` is the width of the text.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ WIDTH = 16
 TEXT_TOKENS = 16 + 12  # CLIP's, then T5's `max_sequence_length`
 
 
-def build(dual: bool = False, pipeline: str = "StableDiffusion3Pipeline", layers: int = 2, **options: Any) -> Any:
+def build(
+    dual: bool = False,
+    pipeline: str = "StableDiffusion3Pipeline",
+    layers: int = 2,
+    t5: bool = True,
+    joint: int = 32,
+    **options: Any,
+) -> Any:
     import diffusers
 
     torch.manual_seed(0)
@@ -30,7 +38,7 @@ def build(dual: bool = False, pipeline: str = "StableDiffusion3Pipeline", layers
         num_layers=layers,
         attention_head_dim=8,
         num_attention_heads=2,
-        joint_attention_dim=32,
+        joint_attention_dim=joint,
         caption_projection_dim=WIDTH,
         pooled_projection_dim=24,
         pos_embed_max_size=16,
@@ -46,8 +54,8 @@ def build(dual: bool = False, pipeline: str = "StableDiffusion3Pipeline", layers
             tokenizer=tiny_tokenizer(),
             text_encoder_2=tiny_clip(16, layers=2, projection=12, seed=2),
             tokenizer_2=tiny_tokenizer(),
-            text_encoder_3=tiny_t5(32, seed=3),
-            tokenizer_3=tiny_words(),
+            text_encoder_3=tiny_t5(joint, seed=3) if t5 else None,
+            tokenizer_3=tiny_words() if t5 else None,
             **options,
         )
     )
