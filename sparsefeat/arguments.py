@@ -18,6 +18,14 @@ from torch import Tensor
 
 LARGEST = torch.finfo(torch.float32).max
 
+
+class NotThere(KeyError):
+    """What was looked up is not there. A KeyError, whose sentence is printed as it is and not in quotes."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 # What a mask may be beyond 0 and 1: it was resized or averaged in half precision.
 ROUNDING = 1e-2
 

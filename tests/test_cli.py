@@ -396,7 +396,18 @@ def test_a_sentence_that_begins_with_an_argument_names_the_option():
     assert said == "--batch-size is 4096 but there are 2560 rows: make it smaller"
     said = in_options("no module 'x'; the nearest is y (sparsefeat.hookpoints(pipe) lists all)", options)
     assert said.endswith("(`sparsefeat hookpoints` lists all)")
-    for sentence in ("config.json: k is 99 but n_latents is 24", "the k is 3", "k isolates"):
+    said = in_options("k is 99 but batch_size is 24: choose k no larger than batch_size", options)
+    assert said == "--k is 99 but --batch-size is 24: choose k no larger than --batch-size"
+    assert in_options("height=3 is ignored without width=; give", {"width": "--width"}).endswith(
+        "without --width; give"
+    )
+    unchanged = (
+        "config.json: k is 99 but batch_size is 24",
+        "the k is 3",
+        "k isolates",
+        "no folder 'batch_size', a/batch_size",
+    )
+    for sentence in unchanged:
         assert in_options(sentence, options) == sentence
 
 

@@ -21,9 +21,12 @@ from typer.testing import CliRunner
 import sparsefeat as sf
 from sparsefeat.assets import load_pipeline
 from sparsefeat.cli import app
+from sparsefeat.cli.commands.features import SETTINGS as OF_PAGES
 from sparsefeat.cli.commands.sae.convert import FORMATS
+from sparsefeat.erasure.saeuron import select
 from sparsefeat.features import Statistics, collect_statistics, search
 from sparsefeat.measure import figures, speed_table
+from sparsefeat.report.latents import pages
 from sparsefeat.sae.convert import writable
 from tests.tiny import tiny_sd
 
@@ -108,6 +111,9 @@ AT_ONCE = [
     ("features --page a", "--page is of all latents and takes no PROMPT; name its folder with --out 'a'"),
     ("features --page --top 3", "--top is not of --page, which shows all latents; leave it out"),
     ("features --page --steer ''", "--steer '' must be numbers of latents, as in --steer 12,40"),
+    ("features --page --out full", "--out full exists already; choose another folder"),
+    ("features --page --out file/x", "--out file/x cannot be made, file is a file; choose another place"),
+    ("sae verify sdxl-unbox/mid.0 a --weights nothere", "--weights 'nothere' does not exist; name its folder or file"),
     ("features --page --steer=-1", "--steer '-1' must be numbers of latents, as in --steer 12,40"),
     ("erase a --concept fox --latents 0", "'--latents': Input should be greater than or equal to 1"),
     ("erase a --concept fox --gamma nan", "'--gamma': nan is not a finite number"),
@@ -246,6 +252,8 @@ LATER = [
     ("features --page --prompts blank.txt", "blank.txt has no prompt in it: write at least one"),
     ("train --activations empty", "--activations empty has no activations; name the folder that `sparsefeat collect` wrote"),
     ("train --at unet.mid_blok --limit 2", "has no module 'unet.mid_blok'; the nearest are unet.mid_block"),
+    ("collect --at unet.mid_block --height 64 --limit 1", "--height 64 is ignored by StableDiffusionPipeline without --width; give both"),
+    ("train --at unet.mid_block --width 64 --limit 1", "--width 64 is ignored by StableDiffusionPipeline without --height; give both"),
     ("features a --at unet --steps 1", "Record needs activations of width 64, but unet is 4 wide: its SAE was made for"),
     ("steer a --add 391=1e30 --steps 1", "the image came out as NaN, numbers beyond all bounds; take smaller ones"),
     ("features a --guidance 1e38 --steps 2", "the image came out as NaN, numbers beyond all bounds; take smaller ones"),
@@ -358,6 +366,7 @@ def test_a_mistake_is_told_before_torch_or_diffusers_are_loaded(tmp_path):
 
 def test_the_lists_that_are_known_without_torch_are_those_of_the_library():
     assert writable() == FORMATS
+    assert OF_PAGES == pages.SETTINGS
     assert set(figures.FOUND) == set(speed_table.OPS)
 
 
@@ -411,6 +420,13 @@ def spoilt(sae):
 
 def steer(x, **options):
     return sf.Steer(x.sae, **{"add": {1: 1.0}, **options})
+
+
+def session(x, calls=1):
+    with sf.attach(x.pipe, sf.Record(x.sae)) as session:
+        for _ in range(calls):
+            x.pipe("a fox", num_inference_steps=1)
+    return session
 
 
 def recording(x):
@@ -717,6 +733,49 @@ PYTHON = {
     "itd without an SAE": (lambda x: sf.presets.itd.erase(x.pipe, None, "style", ["a"]), "sae is NoneType, not an SAE; open it first"),
     "load_pipeline(3)": (lambda x: load_pipeline(3), "folder is int, not a path; give a folder"),
     "load_pipeline(nothere)": (lambda x: load_pipeline("nothere"), "no pipeline in nothere; give a diffusers folder, or train one"),
+    "fit percentile and n_latents": (
+        lambda x: fit(x, percentile=99.0), "percentile=99.0 and n_latents=3 each say how many latents are selected; give one of them"
+    ),
+    "from_statistics by both": (
+        lambda x: sf.Erase.from_statistics(x.sae, x.statistics, "fox", percentile=0, n_latents=2), "percentile=0 and n_latents=2 each say"
+    ),
+    "select by both": (lambda x: select(x.statistics, "fox", 1.0, percentile=0, n_latents=2), "percentile=0 and n_latents=2 each say"),
+    "select too many": (lambda x: select(x.statistics, "fox", 1.0, n_latents=N + 1), "n_latents=41 must be a whole number from 1 to 40"),
+    "at_timestep x": (lambda x: x.sae.at_timestep("x"), "timestep='x' must be a finite number"),
+    "at_timestep NaN": (lambda x: x.sae.at_timestep(NAN), "timestep=nan must be a finite number"),
+    "selection_at x": (lambda x: x.erase.selection_at("x"), "timestep='x' must be a finite number"),
+    "nearest to x": (lambda x: x.statistics.nearest("x"), "timestep='x' must be a finite number"),
+    "a call's height alone": (
+        lambda x: run(x, sf.Record(x.sae), height=64), "height=64 is ignored by StableDiffusionPipeline without width=; give both"
+    ),
+    "a call's width alone": (lambda x: run(x, sf.Record(x.sae), width=64), "width=64 is ignored by StableDiffusionPipeline without height="),
+    "a fit's height alone": (lambda x: fit(x, height=64), "height=64 is ignored by StableDiffusionPipeline without width=; give both"),
+    "read_image of two prompts": (
+        lambda x: sf.read_image(x.pipe, sf.HeatMaps(), Image.new("RGB", (32, 32)), ["a", "b"]), r"prompt=\['a', 'b'\] must be one text"
+    ),
+    "read_image of two images": (
+        lambda x: sf.read_image(x.pipe, sf.HeatMaps(), [Image.new("RGB", (32, 32))] * 2, "a"), "image is a list of 2; give one image"
+    ),
+    "read_image's steps": (
+        lambda x: sf.read_image(x.pipe, sf.HeatMaps(), Image.new("RGB", (32, 32)), "a", num_inference_steps=3),
+        "num_inference_steps= is made here, from noise=; give that in its place"
+    ),
+    "read_image's generator": (
+        lambda x: sf.read_image(x.pipe, sf.HeatMaps(), Image.new("RGB", (32, 32)), "a", generator=torch.Generator()),
+        "generator= is made here, from seed=; give that in its place"
+    ),
+    "run of another": (lambda x: session(x)["other"], "^'other' was not attached in this session, which has Record; look up by the object"),
+    "run of another Record": (lambda x: session(x)[sf.Record(x.sae)], "^this Record was not attached in this session, which has Record; look"),
+    "run before a call": (lambda x: session(x, calls=0)[0], "^no call of the pipeline has completed in this session; call it first"),
+    "a call's recording of another": (lambda x: session(x).calls[0][3], "^3 was not attached in this session, which has Record; look"),
+    "name of another": (lambda x: sf.Names({1: "fox"})[5], r"^latent 5 has no name here; .get\(latent\) gives None"),
+    "name of a name": (lambda x: sf.Names({1: "fox"})["fox"], r"^latent 'fox' has no name here; .*.find\(name\) the latent"),
+    "cones of latents and images": (
+        lambda x: sf.cones(x.pipe, "a fox", images=3, latents=torch.zeros(2, 4, 16, 16)), "images=3 is not the 2 of latents=, which are not drawn"
+    ),
+    "circuit of latents and an objective": (
+        lambda x: sf.circuit(x.pipe, x.sae, x.sae, "a fox", latents=[1], objective=lambda *given: 0), "objective= chooses the downstream latents"
+    ),
     "a name that is not there": (lambda x: sf.Recrod, "no attribute 'Recrod'; it offers .*Record"),
 }  # fmt: skip
 
@@ -725,7 +784,7 @@ PYTHON = {
 def test_python_refuses_it_in_one_sentence_and_loses_nothing(name, x, recwarn):
     do, said = PYTHON[name]
     before = everything(x.folder)
-    with pytest.raises((ValueError, TypeError, OSError, AttributeError), match=said) as refused:
+    with pytest.raises((ValueError, TypeError, OSError, AttributeError, KeyError), match=said) as refused:
         do(x)
     assert "\n" not in str(refused.value)
     assert not re.search(r"--\w", str(refused.value))  # whoever reads Python is told arguments

@@ -19,6 +19,11 @@ from sparsefeat.pipeline.image_to_image import WITH_ONE, image_to_image
 
 SCHEDULE = 50
 """Steps of the schedule of which one is run: how finely `noise` is told."""
+MADE_HERE = {
+    "num_inference_steps": "noise", "strength": "noise", "timesteps": "noise", "sigmas": "noise", "generator": "seed",
+    "num_images_per_prompt": "samples", "num_videos_per_prompt": "samples",
+}  # fmt: skip
+"""What a call of the image-to-image pipeline takes and is told here by another argument."""
 
 
 def read_image(
@@ -50,7 +55,7 @@ def read_image(
 
     Raises:
         TypeError: `image` or `maps` is no such thing; an argument that the pipeline's call does not take.
-        ValueError: diffusers has no image-to-image pipeline for these models.
+        ValueError: an argument that cannot be, by its name; diffusers has no image-to-image pipeline for these models.
 
     Example:
         found = sf.read_image(pipe, sf.HeatMaps(concepts=["fox", "snow"]), Image.open("fox.png"), "a fox")
@@ -82,10 +87,19 @@ def run_noised(
     check_pipeline(pipe)
     if image is None or isinstance(image, (str, bytes, os.PathLike)):
         raise TypeError(f"image is {type(image).__name__}, not an image; open one, PIL.Image.open(path).")
+    if not isinstance(prompt, str):
+        raise ValueError(
+            f"prompt={prompt!r:.80} must be one text, that of the one image; read several images one by one."
+        )
+    told = next((name for name in arguments if name in MADE_HERE), None)
+    if told is not None:
+        raise TypeError(f"{told}= is made here, from {MADE_HERE[told]}=; give that in its place.")
     try:
         twin, name = image_to_image(pipe)
     except ValueError as error:
         raise ValueError(f"{error}: take a model that has one ({WITH_ONE}).") from None
+    if name == "image" and isinstance(image, (list, tuple)):
+        raise ValueError(f"image is a list of {len(image)}; give one image, and read several one by one.")
 
     def stop(running: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
         running._interrupt = True  # as diffusers' guide on callbacks does

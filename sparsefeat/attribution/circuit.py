@@ -222,6 +222,8 @@ def circuit(
     first, second = hookpoint_of(upstream, at[0], "upstream"), hookpoint_of(downstream, at[1], "downstream")
     source, target = CodedBlock(pipe, upstream, first), CodedBlock(pipe, downstream, second)
     texts = prompts_of("prompts", prompts)
+    if latents is not None and objective is not distance_from_nothing:
+        raise ValueError("objective= chooses the downstream latents, which latents= names; give one of them.")
     whole("n_latents", n_latents)
     whole("n_edges", n_edges)
     whole("seed", seed, 0)

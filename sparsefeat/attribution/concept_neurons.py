@@ -60,7 +60,7 @@ def cones(
     *,
     prior: str | None = None,
     prior_weight: float = 1.0,
-    images: int = 4,
+    images: int | None = None,
     latents: Tensor | None = None,
     threshold: float = 7e-3,
     rho: float = 2e-5,
@@ -74,7 +74,7 @@ def cones(
     Args:
         concept: prompt of the concept's images.
         prior: prompt of images that are to stay as they are, as many; default none. prior_weight: lambda.
-        images: how many of each; they are drawn by the pipeline.
+        images: how many of each; they are drawn by the pipeline. Default 4, or as many as `latents`.
         latents: finished latents of the concept instead, in the denoiser's layout.
         threshold: tau. What it means depends on the model; where nothing is above it, the error says what the highest is.
         rho: of the shrinking.
@@ -90,23 +90,27 @@ def cones(
     number("threshold", threshold, 0)
     number("rho", rho, 0)
     number("prior_weight", prior_weight, 0)
-    whole("images", images)
+    n_images = whole("images", images) if images is not None else 4
     whole("seed", seed, 0)
     StepWindow.parse(steps)
     if latents is not None:
         if not isinstance(latents, Tensor) or not len(latents):
             raise ValueError("latents must be a tensor of finished latents of the concept, one or more.")
-        images = len(finite("latents", latents))
+        if images is not None and images != len(latents):
+            raise ValueError(
+                f"images={images} is not the {len(latents)} of latents=, which are not drawn; leave it out."
+            )
+        n_images = len(finite("latents", latents))
     check_arguments(pipe, call, also=inspect.signature(cones).parameters)
     chosen = modules if modules is not None else _of_text(pipe)
     gradients = WeightGradients(pipe, weight_paths(pipe, chosen))
-    words *= images
+    words *= n_images
     drawn = finished_latents(pipe, words, seed, **call) if latents is None else latents
-    shares = [1 / images] * images
+    shares = [1 / n_images] * n_images
     if prior is not None:
-        others = prompts_of("prior", [prior]) * images
+        others = prompts_of("prior", [prior]) * n_images
         drawn = torch.cat([drawn, finished_latents(pipe, others, seed + 1, **call).to(drawn)])
-        words, shares = words + others, shares + [prior_weight / images] * images
+        words, shares = words + others, shares + [prior_weight / n_images] * n_images
     passes = _Passes(gradients, drawn, seed, shares, rho)
     with attach(pipe, passes):
         pipe(words, generator=torch.Generator().manual_seed(seed), output_type="latent", **call)

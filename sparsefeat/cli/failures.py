@@ -20,13 +20,13 @@ from sparsefeat.whole import Ended
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# The library's names of what has another name in the shell.
+# The library's names of what has another name in the shell: the first of these that the command has.
 ELSEWHERE = {
-    "n_latents": "--latents",
-    "num_inference_steps": "--steps",
-    "guidance_scale": "--guidance",
-    "folder": "--fitted",
-    "steps": "--window",
+    "n_latents": ("--latents",),
+    "num_inference_steps": ("--steps",),
+    "guidance_scale": ("--guidance",),
+    "folder": ("--fitted",),
+    "steps": ("--train-steps", "--window"),
 }
 
 
@@ -47,32 +47,42 @@ def plain_errors(command: Callable[P, R]) -> Callable[P, R]:
         except (ValueError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
             typer.echo(f"error: {in_options(str(error), options)}", err=True)
             raise typer.Exit(2) from None
-        except (OSError, MemoryError) as error:
-            typer.echo(f"error: {in_options(reason(error), options)}", err=True)
+        except (OSError, MemoryError, RuntimeError, FloatingPointError) as error:
+            said = reason(error)
+            if said is None:
+                raise
+            typer.echo(f"error: {in_options(said, options)}", err=True)
             raise typer.Exit(1) from None
 
     return wrapped
 
 
-def reason(error: OSError | MemoryError) -> str:
-    """One sentence, also for the errors that say nothing."""
-    if isinstance(error, MemoryError) and not str(error):
+def reason(error: BaseException) -> str | None:
+    """One sentence, also for the errors that say nothing; None for a bug."""
+    said = str(error)
+    of_torch = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", said)
+    if of_torch or (isinstance(error, MemoryError) and not said):
         return "there is not memory enough; use a smaller model, or fewer images at a time"
-    return str(error)
+    if hasattr(error, "missing"):  # HookpointNotReachedError: its result is for those who can catch it
+        return said.partition(". Its result")[0]
+    return None if isinstance(error, RuntimeError) else said
 
 
 def in_options(sentence: str, options: Mapping[str, str]) -> str:
     """The sentence with the library's arguments as the command's options, `--name`, where it has them: those it spells
-    `name=`, and the one it begins with in `name is 3: …`."""
+    `name=` or with an underscore, and the one it begins with in `name is 3: …`."""
 
     def spelled(found: re.Match[str]) -> str:
         name, flag, following = found.groups()
         if name not in options:
             return found.group()
-        return options[name] if flag or not following else f"{options[name]} "
+        return options[name] if flag or following in ("", *",;:.") else f"{options[name]} "
 
     sentence = sentence.replace("sparsefeat.hookpoints(pipe)", "`sparsefeat hookpoints`")
-    sentence = re.sub(r"^(\w+)(?= is )", lambda found: options.get(found.group(), found.group()), sentence)
+    # The one it begins with, and those that are no word of English: `n_latents`.
+    plain = r"^\w+(?= is )|(?<![\w.=/'\"-])[a-z]+_\w+(?![\w.=/'\"-])"
+    if not re.match(r"\S+: ", sentence):  # "config.json: k is 99" is of a file's, which are its own
+        sentence = re.sub(plain, lambda found: options.get(found.group(), found.group()), sentence)
     return re.sub(r"(?<![\w.-])(\w+)=(?!=)(True\b)?(?=(\S?))", spelled, sentence)
 
 
@@ -85,7 +95,8 @@ def options_of(command: Callable[..., Any]) -> dict[str, str]:
         info = next((m for m in metadata if isinstance(m, OptionInfo)), None)
         if info is not None:
             options[name.rstrip("_")] = next(iter(info.param_decls or ()), f"--{name.replace('_', '-')}")
-    return options | {name: option for name, option in ELSEWHERE.items() if option in options.values()}
+    there = {name: [option for option in known if option in options.values()] for name, known in ELSEWHERE.items()}
+    return options | {name: found[0] for name, found in there.items() if found}
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def select(
     concept: str,
     timestep: float,
     *,
-    percentile: float = PERCENTILE,
+    percentile: float | None = None,
     n_latents: int | None = None,
     gamma: float = -1.0,
     magnitude: Magnitude = "mean",
@@ -95,15 +95,19 @@ def select(
 
     Args:
         percentile: of the scores; those strictly above are selected (of 20,480: 1 at 99.999, 2 at 99.995, 3 at 99.99).
+            Default 99.999.
         n_latents: select the n highest positive scores instead, for SAEs on which such a percentile says little.
         gamma: factor of the edit.
         magnitude: "mean": z' = gamma mu z, the paper's. "scale": z' = gamma z.
+
+    Raises:
+        ValueError: percentile and n_latents together; an argument that cannot be; a concept or timestep that is not there.
     """
-    number("gamma", gamma)
+    _check_choice(statistics.n_latents, percentile, n_latents, gamma, magnitude)
     target = statistics.mean(concept, timestep)
     scores = normalized_mean_difference(target, statistics.mean(statistics.others(concept), timestep))
     if n_latents is None:
-        latents = strictly_above_quantile(scores, percentile)
+        latents = strictly_above_quantile(scores, PERCENTILE if percentile is None else percentile)
     else:
         order = scores.argsort(descending=True, stable=True)[:n_latents]
         latents = order[scores[order] > 0].sort().values
@@ -112,12 +116,17 @@ def select(
     return Selection(latents, factor.float(), mean_of_concepts.float())
 
 
-def _check_choice(sae: SAE, percentile: float, n_latents: int | None, gamma: float, magnitude: str) -> None:
-    """What `select` is told, before anything is drawn for it."""
-    number("percentile", percentile, 0, 100)
+def _check_choice(of: int, percentile: float | None, n_latents: int | None, gamma: float, magnitude: str) -> None:
+    """What `select` is told, before anything is drawn for it. of: how many latents there are."""
+    if percentile is not None and n_latents is not None:
+        raise ValueError(
+            f"percentile={percentile!r} and n_latents={n_latents!r} each say how many latents are selected; give one of them."
+        )
+    if percentile is not None:
+        number("percentile", percentile, 0, 100)
     number("gamma", gamma)
     if n_latents is not None:
-        whole("n_latents", n_latents, 1, sae.n_latents)
+        whole("n_latents", n_latents, 1, of)
     if magnitude not in ("mean", "scale"):
         raise ValueError(f'magnitude={magnitude!r} is not known; use "mean" (gamma mu z) or "scale" (gamma z).')
 
@@ -191,7 +200,7 @@ class Erase(SavableInstrument):
         statistics: Statistics,
         concept: str | Sequence[str],
         *,
-        percentile: float = PERCENTILE,
+        percentile: float | None = None,
         n_latents: int | None = None,
         gamma: float = -1.0,
         magnitude: Magnitude = "mean",
@@ -222,7 +231,7 @@ class Erase(SavableInstrument):
                 f"concept={concept!r} must be one or more of several concepts: {', '.join(statistics.concepts)}; "
                 "a score compares a concept with others, so collect prompts without it too."
             )
-        _check_choice(sae, percentile, n_latents, gamma, magnitude)
+        _check_choice(sae.n_latents, percentile, n_latents, gamma, magnitude)
         if not statistics.timesteps:
             raise ValueError(
                 "the statistics are empty; collect some first, with CollectStatistics or collect_statistics."
@@ -262,7 +271,7 @@ class Erase(SavableInstrument):
         target: str | Sequence[str],
         prompts: Mapping[str, Sequence[str]],
         *,
-        percentile: float = PERCENTILE,
+        percentile: float | None = None,
         n_latents: int | None = None,
         gamma: float = -1.0,
         magnitude: Magnitude = "mean",
@@ -297,7 +306,7 @@ class Erase(SavableInstrument):
                 raise ValueError(
                     f"target={one!r} must be a key of prompts={list(prompts)}, which need at least one other concept."
                 )
-        _check_choice(sae, percentile, n_latents, gamma, magnitude)
+        _check_choice(sae.n_latents, percentile, n_latents, gamma, magnitude)
         nothing = Selection(torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0))
         cls(sae, {0.0: nothing}, error=error, condition=condition, steps=steps, at=at)
         statistics = collect_statistics(pipe, sae, prompts, at=at, batch_size=batch_size, seed=seed, **call)
@@ -322,8 +331,12 @@ class Erase(SavableInstrument):
         return self.window.contains(context)
 
     def selection_at(self, timestep: float | None) -> Selection:
-        """The selection of the nearest timestep (of two equally near ones the smaller)."""
-        wanted = OUTSIDE_SCHEDULE if timestep is None else timestep
+        """The selection of the nearest timestep (of two equally near ones the smaller); None is outside of the schedule.
+
+        Raises:
+            ValueError: it is no finite number.
+        """
+        wanted = OUTSIDE_SCHEDULE if timestep is None else number("timestep", timestep)
         return self.selections[min(self.selections, key=lambda t: (abs(t - wanted), t))]
 
     def at_hookpoint(self, activations: Activations, context: Context) -> Delta | None:

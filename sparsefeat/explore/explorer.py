@@ -32,6 +32,8 @@ from sparsefeat.steering.saved import SavableInstrument
 
 KEPT_RUNS = 8
 """Unedited runs that are kept, with their recordings: of the embedded pipeline 2 MiB each, of SDXL's SAEs 100 MiB."""
+KEPT_EDITED = 32
+"""Edited images that are kept: a slider that is let go and then confirmed, or brought back, draws nothing twice."""
 EXAMPLES = 6
 NAMED_FROM = 16
 """Images without which no word can pass `name_of`: half of them choose it and half try it."""
@@ -197,6 +199,8 @@ class Explorer:
         self.surveyed: int = 0
         self._seen: set[Asked] = set()
         self._runs: OrderedDict[Asked, Unedited] = OrderedDict()
+        self._edited: OrderedDict[tuple[Any, ...], Image.Image] = OrderedDict()
+        """By what they were drawn from, and the edits with what they were painted on."""
         self._fitted: dict[WordEdit, SavableInstrument] = {}
         self._texts: TextEmbeddings | None = None
         """What "uce" has read so far."""
@@ -227,9 +231,7 @@ class Explorer:
             watch = Watch("drawing", progress, self._stop)
             images, recordings, maps = self._look(asked, [asked.prompt], [asked.seed], watch)
             drawn = Unedited(asked, images[0], recordings, maps, self._no_maps)
-            self._runs[asked] = drawn
-            while len(self._runs) > KEPT_RUNS:
-                self._runs.popitem(last=False)
+            _keep_last(self._runs, asked, drawn, KEPT_RUNS)
             if asked not in self._seen:
                 self._seen.add(asked)
                 self._keep(images, recordings, [asked.prompt])
@@ -372,17 +374,23 @@ class Explorer:
         return shown
 
     def edited(self, asked: Asked, edits: Sequence[Edit], progress: Progress = untold) -> Image.Image:
-        """The image of the same prompt and noise with the edits at work."""
+        """The image of the same prompt and noise with the edits at work; at once if it was drawn lately."""
         check_number_of_steps(self.pipe, "steps", asked.steps)
         for edit in edits:
             steps = getattr(edit, "steps", None)
             if steps is not None and steps[0] > asked.steps:
                 raise ValueError(f"the edit begins at step {steps[0]} of {asked.steps}; choose an earlier first step")
+        masks = [getattr(edit, "mask", None) for edit in edits]
+        key = (asked, *edits, *(mask and (mask.mode, mask.size, mask.tobytes()) for mask in masks))
         with self._one_run():
-            instruments = self._instruments(edits, asked, progress)
-            with attach(self.pipe, *instruments, Watch("editing", progress, self._stop)):
-                generator = torch.Generator("cpu").manual_seed(asked.seed)
-                return draw_all(self.pipe, asked.prompt, {**asked.settings(), "generator": generator})[0]
+            if key not in self._edited:
+                instruments = self._instruments(edits, asked, progress)
+                with attach(self.pipe, *instruments, Watch("editing", progress, self._stop)):
+                    generator = torch.Generator("cpu").manual_seed(asked.seed)
+                    images = draw_all(self.pipe, asked.prompt, {**asked.settings(), "generator": generator})
+                _keep_last(self._edited, key, images[0], KEPT_EDITED)
+            self._edited.move_to_end(key)
+            return self._edited[key]
 
     def _instruments(self, edits: Sequence[Edit], asked: Asked, progress: Progress) -> list[SavableInstrument]:
         return [edit.instrument(self.saes, lambda word: self._erasure(word, asked, progress)) for edit in edits]
@@ -443,3 +451,10 @@ class Explorer:
         with self._one_run():
             instruments = self._instruments(edits, asked, untold)
         return save_edits(place, edits, instruments, self.lines(asked, edits, str(place)))
+
+
+def _keep_last(kept: OrderedDict[Any, Any], key: Any, made: Any, n: int) -> None:
+    """Keep `made`, and of all that is kept the n that were asked for last."""
+    kept[key] = made
+    while len(kept) > n:
+        kept.popitem(last=False)

@@ -16,6 +16,9 @@ from torch import nn
 from sparsefeat.arguments import whole
 from sparsefeat.schedule import check_steps, most_steps
 
+IGNORES_ONE_SIDE = "StableDiffusionPipeline.__call__"
+"""Draws in its own size where one of height and width is left out. Others have their own for the one that is."""
+
 
 def check_pipeline(pipe: Any) -> None:
     """Raise TypeError if `pipe` is no pipeline object."""
@@ -79,6 +82,10 @@ def check_values(pipe: Any, arguments: Mapping[str, Any]) -> None:
         default = parameters[name].default if name in parameters else None
         if name in arguments and isinstance(arguments[name], (str, type(None))) and isinstance(default, (int, float)):
             raise ValueError(f"{name}={arguments[name]!r} must be a number; leave it out for {default}.")
+    sides = {side: arguments.get(side) for side in ("height", "width")}
+    if inspect.unwrap(type(pipe).__call__).__qualname__ == IGNORES_ONE_SIDE and list(sides.values()).count(None) == 1:
+        said, left = sorted(sides, key=lambda side: sides[side] is None)
+        raise ValueError(f"{said}={sides[said]} is ignored by {type(pipe).__name__} without {left}=; give both.")
     for name, given in arguments.items():
         if name.startswith("callback_on") and name.endswith("_end") and given is not None and not callable(given):
             raise ValueError(f"{name}={given!r:.80} must be a function.")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from sparsefeat.arguments import NotThere
 from sparsefeat.pipeline.base_models import difference
 from sparsefeat.pipeline.call_arguments import check_pipeline
 from sparsefeat.pipeline.compiled import refuse_compiled
@@ -140,9 +141,11 @@ class Recordings:
 
     def __getitem__(self, instrument: Instrument) -> Any:
         if not any(instrument is mine for mine in self._instruments):
-            raise KeyError(f"this {type(instrument).__name__} was not attached in this session")
+            what = f"this {type(instrument).__name__}" if isinstance(instrument, Instrument) else f"{instrument!r:.80}"
+            mine = ", ".join(type(one).__name__ for one in self._instruments)
+            raise NotThere(f"{what} was not attached in this session, which has {mine}; look up by the object itself")
         if id(instrument) not in self._values:
-            raise KeyError(f"this {type(instrument).__name__} recorded nothing: the call never reached its hookpoints")
+            raise NotThere(f"this {type(instrument).__name__} recorded nothing: the call never reached its hookpoints")
         return self._values[id(instrument)]
 
 
@@ -188,7 +191,7 @@ class Session:
     def __getitem__(self, instrument: Instrument) -> Any:
         """The recording of the last completed call; `run.calls[i][instrument]` is that of each call."""
         if not self.calls:
-            raise KeyError("no call of the pipeline has completed in this session; call it first")
+            raise NotThere("no call of the pipeline has completed in this session; call it first")
         return self.calls[-1][instrument]
 
     def record(self, call: Call, values: dict[int, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from sparsefeat_kernels import PreparedEncoder, SparseCode, prefilter_pays, prepare_encoder, sparse_decode, topk_encode
 from torch import Tensor, nn
 
+from sparsefeat.arguments import number
 from sparsefeat.sae import in_memory
 from sparsefeat.sae.activations import (
     SELECTION,
@@ -226,8 +227,11 @@ class SAE(nn.Module):
 
         What an SAE with normalizer "timestep" was trained with: the `timestep` its transformer is given, which for FLUX
         lies between 0 and 1. `attach` does it in every step, and the last step's stays. Other SAEs do not depend on it.
+
+        Raises:
+            ValueError: it is neither a finite number nor a tensor.
         """
-        self.timestep = timestep
+        self.timestep = timestep if isinstance(timestep, Tensor) else number("timestep", timestep)
         return self
 
     def denormalize(self, out: Tensor, like: Tensor | None = None) -> Tensor:

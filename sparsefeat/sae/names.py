@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsefeat.arguments import mapping, whole, wholes
+from sparsefeat.arguments import NotThere, mapping, whole, wholes
 from sparsefeat.sae.files import must_be_file, shown
 from sparsefeat.whole import as_path
 
@@ -44,6 +44,10 @@ class Names(Mapping[int, str]):
                 raise ValueError(f"names[{latent}]={name!r:.80} must be a text.")
 
     def __getitem__(self, latent: int) -> str:
+        if latent not in self._names:  # what cannot be hashed is told by Python
+            raise NotThere(
+                f"latent {latent!r:.80} has no name here; .get(latent) gives None, and .find(name) the latent"
+            )
         return self._names[latent]
 
     def __iter__(self) -> Iterator[int]:

@@ -243,7 +243,30 @@ def test_stopping_says_where_and_leaves_everything_as_it_was(explorer):
     assert explorer.pipe.unet.attn_processors == processors
     assert explorer.edited(ASKED, []).tobytes() == drawn.image.tobytes()  # an earlier stop does not end a later run
     explorer.stop()
-    assert explorer.edited(ASKED, []).tobytes() == drawn.image.tobytes()
+    assert explorer.edited(ASKED, [LatentEdit(0, 5, 9.0)]).tobytes() != drawn.image.tobytes()
+
+
+def test_the_same_edits_are_drawn_once_and_another_mask_is_another_edit(explorer):
+    steps = []
+
+    def tell(what, step, n):
+        steps.append(step)
+
+    def edit(rectangle):
+        mask = Image.new("L", (64, 64))
+        mask.paste(255, rectangle)
+        return LatentEdit(0, 5, 9.0, mask=mask)
+
+    top, bottom = (0, 0, 64, 32), (0, 32, 64, 64)
+    first = explorer.edited(ASKED, [edit(top)], tell)
+    assert len(steps) == ASKED.steps
+    assert explorer.edited(ASKED, [edit(top)], tell) is first
+    assert len(steps) == ASKED.steps
+    assert explorer.edited(ASKED, [edit(bottom)], tell).tobytes() != first.tobytes()
+    assert len(steps) == 2 * ASKED.steps
+    for mask in (top, bottom):  # as they are drawn by whoever kept nothing
+        alone = Explorer(explorer.pipe, explorer.saes, explorer.source)
+        assert alone.edited(ASKED, [edit(mask)]).tobytes() == explorer.edited(ASKED, [edit(mask)]).tobytes()
 
 
 CONCEPTS = {"fox": ["a fox", "red fox"], "snow": ["snow", "a snow"], "cat": ["a cat"]}

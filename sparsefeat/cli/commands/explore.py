@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import socket
 import threading
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +14,9 @@ from sparsefeat.assets import emojicanvas as canvas
 from sparsefeat.cli.opening import PipelineChoice, SAEChoice
 from sparsefeat.cli.options import Device, Guidance, Saes, Seed, Steps, Subfolders
 from sparsefeat.inputs import read_prompts
+
+if TYPE_CHECKING:
+    from sparsefeat.explore import Explorer
 
 
 def explore(
@@ -40,28 +44,10 @@ def explore(
     others = () if prompts is None else read_prompts(prompts).prompts
     check_port(port)
     typer.echo(f"opening {'the embedded pipeline' if pipeline is None else pipeline}; the address follows", err=True)
-    pipe, opened = choice.open(), saes.open(device)
-    from sparsefeat.explore import Asked, Explorer, Source
+    explorer = open_explorer(choice, saes, others)
+    from sparsefeat.explore import Asked
     from sparsefeat.explore.page import Page
 
-    own_imports, pipe_line = choice.code()
-    sae_imports, sae_lines = saes.code(device)
-    if pipeline is None:
-        of_words = SAEChoice(None, None, None, "text")
-        eraser, eraser_line = of_words.open(device)[0], of_words.code(device)[1][0]
-        source = Source((*own_imports, *sae_imports), pipe_line, sae_lines, eraser_line)
-        words = {canvas.prompt(o, s): (canvas.words(o), s) for o in canvas.OBJECTS for s in canvas.STYLES}
-        explorer = Explorer(
-            pipe,
-            opened,
-            source,
-            prompts=others or canvas.training_prompts(),
-            words=words,
-            eraser=eraser,
-            concepts=lambda word: canvas.prompts_by_concept(word, "the word"),
-        )
-    else:
-        explorer = Explorer(pipe, opened, Source((*own_imports, *sae_imports), pipe_line, sae_lines), prompts=others)
     first = canvas.prompt("fox", "noto") if choice.embedded else "a fox"
     settings = choice.call_settings(guidance)
     page = Page(explorer, Asked(first, seed, choice.n_steps, settings.get("guidance_scale")))
@@ -78,6 +64,29 @@ def explore(
         explorer.stop()
         page.blocks.close(verbose=False)
         typer.echo("ended; what was saved is kept", err=True)
+
+
+def open_explorer(choice: PipelineChoice, saes: SAEChoice, prompts: Sequence[str] = ()) -> Explorer:
+    """The explorer of a pipeline and SAEs; the embedded pipeline's knows its words, and erases by its text encoder's SAE."""
+    pipe, opened = choice.open(), saes.open(choice.device)
+    from sparsefeat.explore import Explorer, Source
+
+    own_imports, pipe_line = choice.code()
+    sae_imports, sae_lines = saes.code(choice.device)
+    imports = (*own_imports, *sae_imports)
+    if choice.name is not None:
+        return Explorer(pipe, opened, Source(imports, pipe_line, sae_lines), prompts=prompts)
+    of_words = SAEChoice(None, None, None, "text")
+    eraser_line = of_words.code(choice.device)[1][0]
+    return Explorer(
+        pipe,
+        opened,
+        Source(imports, pipe_line, sae_lines, eraser_line),
+        prompts=prompts or canvas.training_prompts(),
+        words={canvas.prompt(o, s): (canvas.words(o), s) for o in canvas.OBJECTS for s in canvas.STYLES},
+        eraser=of_words.open(choice.device)[0],
+        concepts=lambda word: canvas.prompts_by_concept(word, "the word"),
+    )
 
 
 def check_port(port: int | None) -> None:

@@ -16,7 +16,10 @@ from sparsefeat.cli.opening import PipelineChoice, SAEChoice, check_hookpoint
 from sparsefeat.cli.options import At, Device, Guidance, Json, Out, Pipeline, Saes, Seed, Steps, Subfolders
 from sparsefeat.cli.outputs import print_json
 from sparsefeat.inputs import read_prompts
-from sparsefeat.whole import whole_folder
+from sparsefeat.whole import check_free, check_writable, whole_folder
+
+# What stands in a folder of pages: `sparsefeat.report.latents.pages.SETTINGS`, known without torch.
+SETTINGS = "settings.json"
 
 
 def features(
@@ -181,6 +184,8 @@ def write_pages(
     if prompts is None and choice.name is not None:
         raise ValueError("--prompts is missing; name a file of prompts for this pipeline, some hundred of them")
     given = None if prompts is None else read_prompts(prompts).prompts
+    check_free(out, "--out", replace=SETTINGS)
+    check_writable(out, "--out")
     from sparsefeat.measure.machine import draw_precision
     from sparsefeat.report.latents import unfinished_place, words_of, write_feature_pages
 

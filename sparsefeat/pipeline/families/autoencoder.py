@@ -11,6 +11,11 @@ from sparsefeat.pipeline.families.family import Family, Rows, Run, UnknownRowsEr
 
 
 class Autoencoder(Family):
+    never_reached = (
+        "the VAE decodes after the last step, and not at all with output_type='latent', nor does it encode in a pipeline from "
+        "text alone"
+    )
+
     def claims(self, root: nn.Module) -> bool:
         return callable(getattr(root, "encode", None)) and callable(getattr(root, "decode", None))
 

@@ -221,8 +221,9 @@ class SAETrainer:
     def _check_finite(self) -> None:
         if not all(bool(parameter.isfinite().all()) for parameter in self.learner.trained):
             raise FloatingPointError(
-                f"the weights have NaN or Inf after step {self.step}: look for them in the rows, or lower lr "
-                f"({self.config.lr_at(self.step, self.sae.n_latents):g}); the checkpoint, if there is one, is unharmed"
+                f"the weights have NaN or Inf after step {self.step}: look for them in the rows, or lower the learning rate, "
+                f"which was {self.config.lr_at(self.step - 1, self.sae.n_latents):g}; the checkpoint, if there is one, is "
+                "unharmed"
             )
 
     def _resume(self, checkpoint: Path) -> None:

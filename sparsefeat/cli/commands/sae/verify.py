@@ -29,6 +29,10 @@ def verify(
 ) -> None:
     """Measure a published SAE on its pipeline beside what was published of it: exit code 1 if they do not agree."""
     choice = PipelineChoice(pipeline, device, steps)
+    if weights is not None and not weights.exists():
+        raise ValueError(
+            f"--weights {str(weights)!r} does not exist; name its folder or file, or leave it out for the hub's"
+        )
     from sparsefeat.sae.published import published
 
     entry = published(name)
