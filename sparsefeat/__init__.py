@@ -44,10 +44,12 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.erasure import ConceptLancet as ConceptLancet
     from sparsefeat.erasure import Erase as Erase
     from sparsefeat.erasure import Exchange as Exchange
+    from sparsefeat.erasure import Guard as Guard
     from sparsefeat.erasure import InterpretThenDeactivate as InterpretThenDeactivate
     from sparsefeat.erasure import PosteriorAttenuation as PosteriorAttenuation
     from sparsefeat.erasure import ReplaceWhere as ReplaceWhere
     from sparsefeat.erasure import clamp_latents as clamp_latents
+    from sparsefeat.erasure import guard_concept as guard_concept
     from sparsefeat.erasure import negative_prompt as negative_prompt
     from sparsefeat.erasure import safe_latent_diffusion as safe_latent_diffusion
     from sparsefeat.evaluation.check import check as check
@@ -121,6 +123,7 @@ _HOME = {
     "Erase": "sparsefeat.erasure",
     "Examples": "sparsefeat.features",
     "Exchange": "sparsefeat.erasure",
+    "Guard": "sparsefeat.erasure",
     "Hamiltonian": "sparsefeat.steering",
     "HeatMaps": "sparsefeat.attention",
     "Hookpoint": "sparsefeat.pipeline",
@@ -161,6 +164,7 @@ _HOME = {
     "cad_erase": "sparsefeat.attribution",
     "check": "sparsefeat.evaluation.check",
     "clamp_latents": "sparsefeat.erasure",
+    "guard_concept": "sparsefeat.erasure",
     "circuit": "sparsefeat.attribution",
     "cones": "sparsefeat.attribution",
     "decompose": "sparsefeat.steering",

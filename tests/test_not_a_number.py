@@ -539,6 +539,11 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         sf.Exchange.fit,
         lambda: {"pipe": Untouched(), "sae": make_sae(), "target": "fox", "prompts": CONCEPTS, "at": AT},
     ),
+    "Guard": (sf.Guard, lambda: {"sae": make_sae(), "discriminant": ones(N), "limit": 1.0, "at": AT}),
+    "guard_concept": (
+        sf.guard_concept,
+        lambda: {"pipe": Untouched(), "saes": [make_sae()], "target": "fox", "prompts": CONCEPTS, "margin": 2.0},
+    ),
     "ESD": (sf.ESD, lambda: {"changes": {"unet.x": LowRank(ones(3, 1), ones(1, 4))}, "steps": (0.0, 0.5)}),
     "ESD.fit": (
         sf.ESD.fit,

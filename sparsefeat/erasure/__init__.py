@@ -3,6 +3,7 @@
 from sparsefeat.erasure.clamp import clamp_latents
 from sparsefeat.erasure.esd import ESD
 from sparsefeat.erasure.exchange import Exchange
+from sparsefeat.erasure.guard import Guard, guard_concept
 from sparsefeat.erasure.interpret_deactivate import InterpretThenDeactivate
 from sparsefeat.erasure.lancet import ConceptLancet
 from sparsefeat.erasure.negative_prompt import negative_prompt
@@ -19,12 +20,14 @@ __all__ = [
     "ConceptLancet",
     "Erase",
     "Exchange",
+    "Guard",
     "InterpretThenDeactivate",
     "PosteriorAttenuation",
     "ReplaceWhere",
     "Selection",
     "TextEmbeddings",
     "clamp_latents",
+    "guard_concept",
     "negative_prompt",
     "random_latents",
     "safe_latent_diffusion",

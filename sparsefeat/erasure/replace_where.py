@@ -90,22 +90,14 @@ class ReplaceWhere(SavableInstrument):
         wanted = (fires & chosen).nonzero()[:, 0]
         if not len(wanted):
             return None
-        taken = self._uncond(wanted, context) if self.source == "uncond" else self._patch(wanted, fires, context)
+        if self.source == "uncond":
+            taken = unconditional_rows(wanted, context, otherwise="use source='patch', or ")
+        else:
+            taken = self._patch(wanted, fires, context)
         wide = torch.promote_types(x.dtype, torch.float32)
         change = torch.zeros(x.shape, dtype=wide, device=x.device)
         change[wanted] = x[taken].to(wide) - x[wanted].to(wide)
         return Delta(change)
-
-    def _uncond(self, wanted: Tensor, context: Context) -> Tensor:
-        row_of = {image: row for row, (condition, image) in enumerate(context.entries) if condition == "uncond"}
-        missing = [image for condition, image in context.entries if condition == "cond" and image not in row_of]
-        if missing:
-            raise ValueError(
-                f"the run of the denoiser at {context.hookpoint} has no unconditional rows beside the prompt's (guidance is off, "
-                "or it is a run of its own); use source='patch', or turn guidance on in a pipeline that runs both at once."
-            )
-        images = torch.tensor([row_of.get(image, 0) for _, image in context.entries], device=wanted.device)
-        return images[wanted // context.positions] * context.positions + wanted % context.positions
 
     @staticmethod
     def _patch(wanted: Tensor, fires: Tensor, context: Context) -> Tensor:
@@ -132,6 +124,25 @@ class ReplaceWhere(SavableInstrument):
     @classmethod
     def from_saved(cls, sae: SAE, config: dict[str, Any], tensors: dict[str, Tensor]) -> ReplaceWhere:
         return cls(sae, {int(i): float(threshold) for i, threshold in config.pop("latents")}, **config)
+
+
+def unconditional_rows(rows: Tensor, context: Context, otherwise: str = "") -> Tensor:
+    """int64, for each of these rows of conditional entries the row at the same position of the same image's unconditional one.
+
+    `otherwise`: what else could be done, for the error.
+
+    Raises:
+        ValueError: a conditional entry's image has none in this run of the denoiser.
+    """
+    row_of = {image: row for row, (condition, image) in enumerate(context.entries) if condition == "uncond"}
+    missing = [image for condition, image in context.entries if condition == "cond" and image not in row_of]
+    if missing:
+        raise ValueError(
+            f"the run of the denoiser at {context.hookpoint} has no unconditional rows beside the prompt's (guidance is off, "
+            f"or it is a run of its own); {otherwise}turn guidance on in a pipeline that runs both at once."
+        )
+    images = torch.tensor([row_of.get(image, 0) for _, image in context.entries], device=rows.device)
+    return images[rows // context.positions] * context.positions + rows % context.positions
 
 
 def _first_smallest(apart: Tensor) -> Tensor:

@@ -484,17 +484,22 @@ def collect_statistics(
     statistics = statistics if statistics is not None else Statistics(prompts, sae.n_latents)
     collect = CollectStatistics(sae, statistics, concepts_of, at=at)
     texts = list(concepts_of)
-    options: dict[str, Any] = {"output_type": "latent", **call}
     instruments = [collect, progress := Progress(len(texts), "collecting statistics")]
     if resolve(pipe, collect.at.path).family.stream == "text":
         instruments.append(_BeforeSteps(collect))
     with progress, attach(pipe, *instruments):
-        for start in range(0, len(texts), batch_size):
-            batch = texts[start : start + batch_size]
-            if seed is not None:
-                options["generator"] = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-            pipe(batch, **options)
+        run_prompts(pipe, texts, batch_size=batch_size, seed=seed, **call)
     return statistics
+
+
+def run_prompts(pipe: Any, prompts: Sequence[str], *, batch_size: int, seed: int | None, **call: Any) -> None:
+    """Run the pipeline on prompts for what is attached to see, `batch_size` a call; arguments as those of `collect_statistics`."""
+    options: dict[str, Any] = {"output_type": "latent", **call}
+    for start in range(0, len(prompts), batch_size):
+        batch = list(prompts[start : start + batch_size])
+        if seed is not None:
+            options["generator"] = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
+        pipe(batch, **options)
 
 
 def check_statistics(given: Any) -> None:

@@ -22,16 +22,22 @@ from sparsefeat.erasure import (
     PosteriorAttenuation,
     ReplaceWhere,
     clamp_latents,
+    guard_concept,
     random_latents,
     safe_latent_diffusion,
 )
 from sparsefeat.evaluation.card.bench import Bench
 from sparsefeat.evaluation.card.edit import Edit
 from sparsefeat.evaluation.emoji import OBJECT, Target
+from sparsefeat.evaluation.generation import STATISTICS, whole_grid
 from sparsefeat.features import Statistics
 from sparsefeat.features.scores import normalized_mean_difference
+from sparsefeat.measure.machine import draw_precision
 from sparsefeat.sae import SAE
 from sparsefeat.steering import PromptVector
+
+GUARD_STEPS = 3
+"""Of the runs in which a guard's limit is found: what a prompt says is at its clearest in the first steps, and changes little."""
 
 OBJECTS, STYLES = emojicanvas.OBJECTS, emojicanvas.STYLES
 
@@ -141,6 +147,18 @@ def _exchange_and_clamp(bench: Bench, target: Target, factor: float) -> Edit:
     return Edit(both)
 
 
+def _exchange_and_guard(bench: Bench, target: Target) -> Edit:
+    """What words still bring to the cross-attentions is noticed there."""
+    exchange = _exchange(bench, target, 32).instruments
+    prompts: dict[str, list[str]] = {}
+    for t in whole_grid(STATISTICS):
+        prompts.setdefault(OBJECTS[t.object] if target.kind == OBJECT else STYLES[t.style], []).append(t.prompt)
+    call = {**bench.call, "num_inference_steps": min(GUARD_STEPS, bench.n_steps), "batch_size": 50}
+    with draw_precision():
+        guards = guard_concept(bench.pipe, bench.cross_saes, target.name, prompts, behind=exchange, **call)
+    return Edit((*exchange, guards))
+
+
 def _itd(bench: Bench, target: Target, top_m: int, strength: float) -> Edit:
     fitted = InterpretThenDeactivate.fit(
         bench.pipe,
@@ -241,6 +259,7 @@ ERASERS: tuple[Eraser, ...] = (
     ),
     Eraser("exchange", _exchange, ({"n_latents": 32}, {"n_latents": 64}, {"n_latents": 16})),
     Eraser("exchange and clamp", _exchange_and_clamp, ({"factor": 0.0}, {"factor": 1.0})),
+    Eraser("exchange and guard", _exchange_and_guard),
     Eraser(
         "SAeUron",
         _saeuron,
