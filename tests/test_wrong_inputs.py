@@ -252,6 +252,7 @@ LATER = [
     ("features --page --prompts blank.txt", "blank.txt has no prompt in it: write at least one"),
     ("train --activations empty", "--activations empty has no activations; name the folder that `sparsefeat collect` wrote"),
     ("train --at unet.mid_blok --limit 2", "has no module 'unet.mid_blok'; the nearest are unet.mid_block"),
+    ("train --at unet.mid_block --condition uncond --guidance 1 --limit 1 --steps 1 --window 1 --latents 9 --k 2", "turn guidance on, or keep"),
     ("collect --at unet.mid_block --height 64 --limit 1", "--height 64 is ignored by StableDiffusionPipeline without --width; give both"),
     ("train --at unet.mid_block --width 64 --limit 1", "--width 64 is ignored by StableDiffusionPipeline without --height; give both"),
     ("features a --at unet --steps 1", "Record needs activations of width 64, but unet is 4 wide: its SAE was made for"),
@@ -332,6 +333,9 @@ def test_an_edit_that_changed_nothing_says_so(edit, changes, furnished):
     [
         ("features a --sae some/model", "'some/model' is no local folder and could not be fetched from the hub"),
         ("hookpoints --pipeline some/model", "--pipeline 'some/model' could not be fetched from the hub"),
+        ("train --at unet.mid_block --out /proc/x", "--out /proc/x cannot be made ("),
+        ("steer a --add 3=1 --out /proc/x", "--out /proc/x cannot be made ("),
+        ("features --page --out /proc/x", "--out /proc/x cannot be made ("),
         ("features a --out /proc/features", "--out /proc/features cannot be made ("),
         ("collect --at unet.mid_block --out /proc/x", "--out /proc/x cannot be made ("),
         ("demo --out /proc/demo", "--out /proc/demo cannot be made ("),
@@ -347,6 +351,29 @@ def test_what_the_machine_cannot_do_is_one_sentence_with_exit_code_1(line, said,
     assert result.output.startswith(f"error: {said}")
     assert len(result.output.splitlines()) == 1
     assert not OF_PYTHON.search(result.output)
+    assert everything(furnished) == before
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "collect --at vae.decoder --limit 1 --steps 1",
+            "the call completed without reaching vae.decoder (the VAE decodes",
+        ),
+        (
+            "collect --at unet.mid_block --height 99999992 --width 99999992 --limit 1 --steps 1",
+            "there is not memory enough",
+        ),
+    ],
+)
+def test_what_only_a_call_can_tell_is_one_sentence_with_exit_code_1(line, said, furnished):
+    before = everything(furnished)
+    result = CliRunner().invoke(app, shlex.split(line))
+    assert result.exit_code == 1, result.output
+    assert result.output.splitlines()[-1].startswith(f"error: {said}")
+    assert "Traceback" not in result.output
     assert everything(furnished) == before
 
 

@@ -62,7 +62,7 @@ def reason(error: BaseException) -> str | None:
     said = str(error)
     of_torch = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", said)
     if of_torch or (isinstance(error, MemoryError) and not said):
-        return "there is not memory enough; use a smaller model, or fewer images at a time"
+        return "there is not memory enough; take fewer or smaller images at a time, fewer latents, or a smaller model"
     if hasattr(error, "missing"):  # HookpointNotReachedError: its result is for those who can catch it
         return said.partition(". Its result")[0]
     return None if isinstance(error, RuntimeError) else said

@@ -71,6 +71,18 @@ class Drawing:
             raise ValueError(str(error)) from None
         check_values(pipe, checked)
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What is drawn and how, as JSON has it."""
+        return {
+            "pipeline": type(self.pipe).__name__,
+            "inputs": self.inputs.digest,
+            "images": len(self.inputs),
+            "batch_size": self.batch_size,
+            "noise_seed": self.seed,
+            "call": dict(self.call),
+        }
+
     def only_text(self, hookpoints: Sequence[Hookpoint]) -> bool:
         """Whether all of them are in text encoders, which have run before the first step."""
         return bool(hookpoints) and not any(
@@ -188,15 +200,7 @@ def collect_activations(
     folder = as_path(folder)
     places = [h if isinstance(h, Hookpoint) else Hookpoint.parse(h) for h in hookpoints]
     inputs, n = drawing.inputs, len(drawing.inputs)
-    metadata = {
-        "pipeline": type(drawing.pipe).__name__,
-        "base_model": base_model,
-        "inputs": inputs.digest,
-        "images": n,
-        "batch_size": drawing.batch_size,
-        "noise_seed": drawing.seed,
-        "call": dict(drawing.call),
-    }
+    metadata = {**drawing.origin, "base_model": base_model}
     settings = {
         "rows_per_image": rows_per_image,
         "steps_per_image": steps_per_image,
@@ -227,13 +231,14 @@ def collect_activations(
                 rate = [_Rate(collect, progress) for progress in watching]
                 with attach(drawing.pipe, collect, *watching, *rate):
                     for _ in drawing.draw(collect.images_done, stop, places):
-                        _check_rows(collect, places)
+                        check_rows(collect, places)
     _write_prompts(folder, inputs.prompts)
     stores = {place: store_of(folder, place) for place in places}
     return {place: ShardReader(store) for place, store in stores.items() if (store / MANIFEST).is_file()}
 
 
-def _check_rows(collect: CollectActivations, places: Sequence[Hookpoint]) -> None:
+def check_rows(collect: CollectActivations, places: Sequence[Hookpoint]) -> None:
+    """Raise ValueError if the calls so far had no row of the condition: none of the later ones would."""
     if not collect.rows_kept:
         raise ValueError(
             f"condition={collect.condition!r} has no rows at {', '.join(map(str, places))}: guidance is off, or it is "

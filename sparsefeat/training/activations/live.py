@@ -6,7 +6,7 @@ or has another number of ranks, finds again by drawing one window.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsefeat.arguments import whole
 from sparsefeat.pipeline import Hookpoint, attach
 from sparsefeat.training.activations.collect import CollectActivations, CollectedRows
-from sparsefeat.training.activations.drawing import Drawing
+from sparsefeat.training.activations.drawing import Drawing, check_rows
 from sparsefeat.training.activations.rows import epoch_generator
 from sparsefeat.training.objective.losses import Batch
 from sparsefeat.training.ranks import Ranks
@@ -66,6 +66,11 @@ class PipelineRows:
         """Of a window."""
         return self.calls * self.drawing.batch_size
 
+    def origin(self, place: int) -> Mapping[str, Any]:
+        kept = {name: str(given) if name == "dtype" else given for name, given in self.kept.items()}
+        target = {"target": str(self.targets[place])} if self.targets else {}
+        return {**self.drawing.origin, **kept, **target, "window": self.images}
+
     def check(self, batch_size: int) -> None:
         """How many rows a window has is known when one was drawn: `stream` looks."""
 
@@ -106,7 +111,7 @@ class PipelineRows:
         collect = CollectActivations(*places, **self.kept, first_image=start, max_bytes=2**62)
         with attach(drawing.pipe, collect):
             for _ in drawing.draw(start, stop, places):
-                pass
+                check_rows(collect, places)
         windows = []
         targets = self.targets or (None,) * len(self.hookpoints)
         for rows, target in zip(map(collect.collected, self.hookpoints), targets, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -128,6 +128,10 @@ def _same_rows(one: ShardReader, other: ShardReader) -> bool:
 class Source(Protocol):
     """Where a run's batches are from: at several places, all in step."""
 
+    def origin(self, place: int) -> Mapping[str, Any]:
+        """What the rows are of, as JSON has it: a run that goes on has to go on with the same. Empty where it is not known."""
+        ...
+
     def check(self, batch_size: int) -> None:
         """Raise ValueError if there can be no such batches, as far as that is known."""
         ...
@@ -146,6 +150,10 @@ class SideBySide:
 
     def __init__(self, *sources: RowSource) -> None:
         self.sources = sources
+
+    def origin(self, place: int) -> Mapping[str, Any]:
+        source = self.sources[place]
+        return source.reader.metadata if isinstance(source, StoreRows) else {}
 
     def check(self, batch_size: int) -> None:
         for source in self.sources:

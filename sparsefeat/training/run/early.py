@@ -73,8 +73,8 @@ class EarlyWarnings:
         if step >= max(config.steps // 10, config.warmup_steps) and measured["fvu"] > 1:
             self._say(
                 "fvu",
-                f"the SAE at {self.place} explains less than the mean does, fvu {measured['fvu']:.2f} at step {step}: lower lr "
-                f"({measured['lr']:g}), or take another normalizer",
+                f"the SAE at {self.place} explains less than the mean does, fvu {measured['fvu']:.2f} at step {step}: lower "
+                f"lr={measured['lr']:g}, or take another normalizer",
             )
 
         target = config.objective.l0_target

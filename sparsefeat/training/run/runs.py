@@ -63,6 +63,7 @@ def train_presets(
     """
     wanted = list(itertools.product(range(len(hookpoints)), presets))
     settings = dict(settings or {})
+    rows = _same_rows(folder, {at: {**source.origin(i), "base_model": base_model} for i, at in enumerate(hookpoints)})
     folders = {
         (place, name): folder / "-".join([hookpoints[place].replace(":", "-"), *([name] if len(presets) > 1 else [])])
         for place, name in wanted
@@ -89,7 +90,7 @@ def train_presets(
         for (place, name), made in gradual.items()
     }
     if ranks.first:
-        _write_settings(folder, {"presets": list(presets), "hookpoints": list(hookpoints), **settings})
+        _write_settings(folder, {"presets": list(presets), "hookpoints": list(hookpoints), **settings, "rows": rows})
     done = dict(zip(trainers, fit_together(list(trainers.values())), strict=True)) if trainers else {}
     for key, made in recipes.items():
         if key not in done:
@@ -126,6 +127,26 @@ def _told(entry: dict[str, float], made: Recipe) -> dict[str, float]:
     """Without the share of dead latents as long as fewer rows were seen than a latent needs to count as dead."""
     early = entry["step"] * made.train.batch_size < made.train.objective.dead_after
     return {name: value for name, value in entry.items() if name != "dead" or not early}
+
+
+def _same_rows(folder: Path, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the rows at each hookpoint are of, with what an earlier run in this folder had at others.
+
+    Raises:
+        ValueError: at one of these it had other rows: it cannot be gone on from, and what it made is not of these.
+    """
+    place = folder / SETTINGS
+    earlier = json.loads(place.read_text(encoding="utf-8")).get("rows", {}) if place.is_file() else {}
+    mine = json.loads(json.dumps(rows))
+    for at in earlier.keys() & mine.keys():
+        before, now = earlier[at], mine[at]
+        other = next((name for name in sorted(before.keys() & now.keys()) if before[name] != now[name]), None)
+        if other is not None:
+            raise ValueError(
+                f"{folder} was trained on other rows at {at} ({other} {before[other]!r}, not {now[other]!r}): use those, or "
+                "another folder"
+            )
+    return {**earlier, **mine}
 
 
 def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
