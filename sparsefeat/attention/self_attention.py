@@ -34,6 +34,7 @@ from sparsefeat.pipeline import AttentionCall, Call, Context, Instrument
 from sparsefeat.pipeline.attention_seam import bypass
 from sparsefeat.pipeline.families.registry import family_of
 from sparsefeat.pipeline.hookpoints import components
+from sparsefeat.pipeline.step_window import Steps, StepWindow
 
 # The common grid has at most this many positions unless one is named: 32 x 32, AttenCraft's, an affinity of 4 MiB.
 MOST_POSITIONS = 1024
@@ -49,6 +50,7 @@ class SelfAttention(Instrument):
 
     Args:
         layers: parts of the paths of attention modules; default every self-attention, or joint attention, there is.
+        steps: when to read: (0.75, 1.0) is the last quarter of the schedule, [0, 1] the first two steps. Default: always.
         grid: (height, width) of the affinity; default that of the first layer that is seen, halved until it has at most
             1,024 positions.
         condition: of the rows that are read, "cond" or "uncond".
@@ -65,13 +67,18 @@ class SelfAttention(Instrument):
         layers: str | Sequence[str] | None = None,
         grid: tuple[int, int] | None = None,
         condition: str = "cond",
+        steps: Steps = None,
     ):
         if condition not in ("cond", "uncond"):
             raise ValueError(f"condition={condition!r} is not known; use 'cond' or 'uncond'.")
         self.layers: tuple[str, ...] | None = names_of("layers", layers, "layers='up_blocks.1'")
         self.grid: tuple[int, int] | None = None if grid is None else sides("grid", grid)
         self.condition = condition
+        self.window: StepWindow = StepWindow.parse(steps)
         self.begin_call(Call())
+
+    def active(self, context: Context) -> bool:
+        return self.window.contains(context)
 
     def attentions(self, pipe: Any) -> tuple[str, ...]:
         found, video = {}, False
@@ -137,10 +144,10 @@ class SelfAttention(Instrument):
             self._grid = height, width
         return self._grid
 
-    def end_call(self, call: Call) -> SelfAttentionRecording | None:
+    def end_call(self, call: Call) -> SelfAttentionRecording:
         sums, self._sums = self._sums, None
         if sums is None or self._grid is None:
-            return None
+            return SelfAttentionRecording(torch.zeros(0, 0, 0), (0, 0))
         weight = torch.tensor(self._weight, device=sums.device).clamp(min=1e-30)
         return SelfAttentionRecording(sums / weight[:, None, None], self._grid)
 
@@ -205,8 +212,12 @@ class SelfAttentionRecording:
         """[positions, positions]: row i is what position i attends to, and sums to 1.
 
         Raises:
-            ValueError: an image that there is not.
+            ValueError: an image that there is not, or no attention was seen.
         """
+        if not len(self.means):
+            raise ValueError(
+                "no attention of the image to itself was seen in this call; name steps= that it has, or leave steps out."
+            )
         if not 0 <= image < len(self.means):
             raise ValueError(
                 f"image={image} is out of range; the call made {len(self.means)} image(s), counted from 0."
@@ -228,9 +239,9 @@ class SelfAttentionRecording:
         _check_maps("maps", maps)
         if maps.ndim not in (2, 3) or not maps.numel():
             raise ValueError(f"maps has shape {list(maps.shape)}; give [height, width] or [n, height, width].")
+        affinity = self.affinity(image)
         several = maps if maps.ndim == 3 else maps[None]
         found = _resized(several.to(self.means), self.grid, "bilinear").flatten(1).T  # [positions, n]
-        affinity = self.affinity(image)
         for _ in range(times):
             found = affinity @ found
         found = found.T.unflatten(1, self.grid)
@@ -244,6 +255,7 @@ class SelfAttentionRecording:
         """
         for name, place in (("y", y), ("x", x)):
             number(name, place, 0, 1)
+        self.affinity(image)  # refuses before
         point = self.means.new_zeros(self.grid)
         point[min(int(y * self.grid[0]), self.grid[0] - 1), min(int(x * self.grid[1]), self.grid[1] - 1)] = 1
         return self.propagate(point, image, times)

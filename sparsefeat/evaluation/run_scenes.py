@@ -57,7 +57,9 @@ def evaluate_scenes(
     for split, own, fit, test, masked_by in splits:
         asked = {index for picture in (*fit, *test) for index in picture.objects}
         of_saes = (_of_latents(shown, name, sae, asked, parts) for sae in saes)  # chosen when it is their turn
-        for method in chain((scenes.nothing(), scenes.chance(), *_of_attention(own)), of_saes, peers):
+        for method in chain(
+            (scenes.nothing(), scenes.chance(), *_of_attention(own, masked_by is not None)), of_saes, peers
+        ):
             if isinstance(method, str):
                 said(f"{split}: {method}")
                 continue
@@ -74,7 +76,17 @@ def evaluate_scenes(
                 continue
             if method.name == "no maps":  # nothing to score
                 line |= dict.fromkeys(
-                    ("miou", "oracle_miou", "share_of_oracle", "accuracy", "map", "pointing", "threshold")
+                    (
+                        "miou",
+                        "oracle_miou",
+                        "share_of_oracle",
+                        "accuracy",
+                        "map",
+                        "pointing",
+                        "fit_miou",
+                        "fit_map",
+                        "threshold",
+                    )
                 )
             rows.append(line)
             said(f"{split}: {method.name}: {line['miou']} of {line['oracle_miou']}, {line['seconds']} s")
@@ -95,9 +107,10 @@ def _key(*names: str | None) -> str:
     return "/".join(("maps", *(re.sub(r"\W+", "-", str(name)) for name in names)))
 
 
-def _of_attention(pipe: Any) -> list[scenes.Method]:
-    """Every kind of map that the pipeline has, as it is and refined; of cross-attention DAAM's, ours and eager."""
-    found = []
+def _of_attention(pipe: Any, drawn: bool) -> list[scenes.Method]:
+    """Every kind of map that the pipeline has, as it is and refined, of all steps and, `drawn` in more than one, of late
+    ones; of cross-attention DAAM's, ours and eager."""
+    found: list[scenes.Method] = []
     for kind in KINDS:
         if kind == "concept":
             continue
@@ -105,7 +118,11 @@ def _of_attention(pipe: Any) -> list[scenes.Method]:
             attach(pipe, HeatMaps(kind)).close()
         except ValueError:
             continue
-        found += [scenes.heat_maps(kind), scenes.heat_maps(kind, refined=1), scenes.heat_maps(kind, refined=3)]
+        if drawn and not found:  # the kind that a pipeline has by default
+            found += [scenes.heat_maps(kind, late="last quarter"), scenes.heat_maps(kind, refined=1, late="last tenth")]
+        found += [scenes.heat_maps(kind), scenes.heat_maps(kind, refined=1)]
+        if drawn:
+            found += [scenes.heat_maps(kind, refined=1, late="last quarter")]
         if kind == "cross":
             found += [scenes.heat_maps(kind, exact=True)]
     if getattr(pipe, "unet", None) is not None:

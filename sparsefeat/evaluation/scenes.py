@@ -35,6 +35,8 @@ THRESHOLDS: tuple[Threshold, ...] = ("mean", 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 BATCH = 10
 # Of how many steps the last one is run on a real picture: it is given the noise of a quarter of the schedule.
 ONE_OF = 4
+# Of the steps of a drawing, those that begin when most of the picture is settled.
+LATE = {"last quarter": (0.75, 1.0), "last tenth": (0.9, 1.0)}
 # A drawing in which the judge sees less of the object than this share of its pixels is not scored: it was not drawn.
 LEAST_SEEN = 0.02
 
@@ -126,12 +128,13 @@ def chance(seed: int = 0) -> Method:
     return Method("chance", opened)
 
 
-def heat_maps(kind: Any, refined: int = 0, exact: bool = False) -> Method:
-    """`HeatMaps` of a kind, times the self-attention so often."""
+def heat_maps(kind: Any, refined: int = 0, exact: bool = False, late: str | None = None) -> Method:
+    """`HeatMaps` of a kind, times the self-attention so often; `late`: both of the steps that LATE names alone."""
 
     @contextmanager
     def opened(pipe: Any, guidance: bool, pictures: Sequence[Picture]) -> Iterator[Maps]:
-        maps, own = HeatMaps(kind, daam_exact=exact), SelfAttention()
+        steps = None if late is None else LATE[late]
+        maps, own = HeatMaps(kind, daam_exact=exact, steps=steps), SelfAttention(steps=steps)
         with attach(pipe, maps, *([own] if refined else [])) as run:
 
             def read(image: int, picture: Picture) -> Tensor:
@@ -140,7 +143,7 @@ def heat_maps(kind: Any, refined: int = 0, exact: bool = False) -> Method:
 
             yield read
 
-    name = f"{kind} maps{', clamped as DAAM does' if exact else ''}"
+    name = f"{kind} maps{', clamped as DAAM does' if exact else ''}{f' of the {late}' if late else ''}"
     return Method(f"{name}, refined {refined} x" if refined else name, opened)
 
 
@@ -273,9 +276,11 @@ def row(
     test: Sequence[Picture],
     judge: PixelJudge | None,
 ) -> dict[str, Any]:
-    """One line of the table. Thresholds, the oracle's too, are chosen on `fit`."""
+    """One line of the table. Thresholds, the oracle's too, are chosen on `fit`; `fit_miou` and `fit_map` are of these
+    pictures, by which one method may be chosen before others."""
     chosen, chosen_oracle, _, _ = scored(pipe, method, fit, judge)
     own, oracle, seconds, unseen = scored(pipe, method, test, judge)
+    fitted = chosen.scores(chosen.best())
     scores, best = own.scores(chosen.best()), oracle.scores(chosen_oracle.best())
     within = own.intervals(chosen.best())
 
@@ -297,6 +302,8 @@ def row(
         "map": round(scores.map, 4),
         "pointing": round(scores.pointing, 4),
         **{f"{name}_ci": [round(end, 4) for end in ends] for name, ends in within.items()},
+        "fit_miou": round(fitted.miou, 4),
+        "fit_map": round(fitted.map, 4),
         "threshold": scores.threshold,
         "n_maps": scores.n,
         "not_seen": unseen,

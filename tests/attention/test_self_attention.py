@@ -88,6 +88,24 @@ def test_the_common_grid_is_halved_until_it_is_small_enough_and_steps_are_averag
     torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0)
 
 
+def test_a_window_of_steps_reads_these_alone_and_one_that_no_step_is_in_says_so():
+    pipe = tiny_sd()
+    every, late, first, never = (SelfAttention(steps=steps) for steps in (None, (0.5, 1.0), [0], [7]))
+    with attach(pipe, every, late, first) as run:
+        pixels(pipe, steps=2)
+    torch.testing.assert_close(run[every].means, (run[first].means + run[late].means) / 2, rtol=1e-4, atol=1e-6)
+    assert (run[first].means - run[late].means).abs().max() > 1e-4
+    with pytest.warns(UserWarning, match="SelfAttention"), attach(pipe, never) as run:
+        pixels(pipe, steps=2)
+    for asked in (
+        (lambda own: own.affinity()),
+        lambda own: own.propagate(torch.ones(4, 4)),
+        lambda own: own.seed(0, 0),
+    ):
+        with pytest.raises(ValueError, match="no attention of the image to itself was seen in this call; name steps="):
+            asked(run[never])
+
+
 def test_propagation_is_a_product_with_the_affinity():
     g = torch.Generator().manual_seed(0)
     recording = SelfAttentionRecording(torch.rand(2, 12, 12, generator=g), (3, 4))
