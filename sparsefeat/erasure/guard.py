@@ -1,8 +1,9 @@
 """Guard: a picture in whose making a concept's latents fire as no other prompt makes them goes on without its prompt.
 
 What is edited where prompts are read can be got round by words that were made for it; what they bring back has to pass through
-the denoiser all the same. With z the mean code over an image's positions at a step, mu and C the mean and the covariance of z where
-the concept is not to be seen, mu_c its mean with the concept, Fisher's discriminant
+the denoiser all the same. With z the mean code over an image's positions at a step, mu and C the mean and the covariance of z at the
+first step, where nothing is drawn yet and the prompt alone speaks, of pictures without the concept, mu_c the mean with it, Fisher's
+discriminant
 
     s = w . (z - mu)      w = v / v . (mu_c - mu)      v = (C + lambda I)^-1 (mu_c - mu)
 
@@ -132,6 +133,7 @@ class _MeanCodes(Instrument):
 
     def __init__(self, sae: SAE):
         self.at, self.sae = hookpoint_of(sae, None), sae
+        self.steps: list[Tensor] = []
         self.kept: list[Tensor] = []
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
@@ -140,6 +142,12 @@ class _MeanCodes(Instrument):
     def at_hookpoint(self, activations: Activations, context: Context) -> None:
         z = mean_code(activations.code(beside(self.sae, activations, context)), context).detach().cpu()
         self.kept.append(z[[condition == "cond" for condition, _ in context.entries]])
+        self.steps.append(torch.full((len(self.kept[-1]),), context.step or 0))
+
+    def found(self) -> tuple[Tensor, Tensor]:
+        """fp64 [images, n_latents] of the first step, and [images x steps, n_latents] of all."""
+        z, steps = torch.cat(self.kept).double(), torch.cat(self.steps)
+        return z[steps == steps.min()], z
 
 
 def guard_concept(
@@ -149,7 +157,7 @@ def guard_concept(
     prompts: Mapping[str, Sequence[str]],
     *,
     behind: Sequence[Instrument] = (),
-    margin: float = 2.0,
+    margin: float = 1.5,
     batch_size: int = 4,
     seed: int | None = 0,
     **call: Any,
@@ -185,21 +193,19 @@ def guard_concept(
             raise ValueError(f"saes[{i}] is of {where}, no block of the denoiser; a guard looks at what is drawn.")
     passing = dict.fromkeys(p for c, its in prompts.items() if behind or c != target for p in its)
 
-    def seen(texts: Sequence[str], *besides: Instrument) -> list[Tensor]:
+    def seen(texts: Sequence[str], *besides: Instrument) -> list[tuple[Tensor, Tensor]]:
         watching = [_MeanCodes(sae) for sae in saes]
         with attach(pipe, *besides, *watching):
             run_prompts(pipe, texts, batch_size=batch_size, seed=seed, **call)
-        return [torch.cat(one.kept).double() for one in watching]
+        return [one.found() for one in watching]
 
     made = []
-    for sae, z, with_it in zip(saes, seen(list(passing), *behind), seen(prompts[target]), strict=True):
-        apart = with_it.mean(0) - z.mean(0)
-        w = _discriminant(z - z.mean(0), apart)
-        highest = float(((z - z.mean(0)) @ w).max())
-        if not 0 < margin * highest < 1:
-            continue  # this module's latents do not tell the target from the nearest of the others
-        w /= margin * highest
-        made.append(Guard(sae, w, 1 + float(z.mean(0) @ w), target))
+    for sae, (z, later), (concept, _) in zip(saes, seen(list(passing), *behind), seen(prompts[target]), strict=True):
+        mu = z.mean(0)
+        w = _discriminant(z - mu, concept.mean(0) - mu)
+        limit = margin * float(((later - mu) @ w).max())
+        if 0 < limit < 1:  # else this module's latents do not tell the target from the nearest of the others
+            made.append(Guard(sae, w / limit, 1 + float(mu @ w) / limit, target))
     if not made:
         raise ValueError(
             f"no SAE's latents tell {target!r} from the other pictures by the margin of {margin:g}; take SAEs of other modules, or "
