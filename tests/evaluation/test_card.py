@@ -18,7 +18,7 @@ from scipy import stats
 
 from sparsefeat.assets import embedded_fingerprint, emojicanvas
 from sparsefeat.cli.options import Section
-from sparsefeat.evaluation.card import QUICK, SECTIONS, Bench, Edit, Eraser, evaluate_card, load_card, run
+from sparsefeat.evaluation.card import QUICK, SECTIONS, Bench, Edit, Eraser, attacked, evaluate_card, load_card, run
 from sparsefeat.evaluation.card.adversary import (
     OneStep,
     differentiable,
@@ -29,7 +29,7 @@ from sparsefeat.evaluation.card.adversary import (
     only_at,
     trajectory,
 )
-from sparsefeat.evaluation.card.attacked import attacked_rows, worded_with
+from sparsefeat.evaluation.card.attacked import attacked_rows, learned_words, worded_with
 from sparsefeat.evaluation.card.bench import adjacent_tasks
 from sparsefeat.evaluation.card.edit import LearnedWords
 from sparsefeat.evaluation.card.erasers import ERASERS, bare, prompts_with, prompts_without
@@ -228,6 +228,39 @@ def test_an_eraser_that_the_budget_spares_is_given_no_learned_words(bench):
     )
     (row,) = attacked_rows(bench, [spared])
     assert (row.metric, row.value, row.bound) == ("adversarial UA", 1.0, True)
+
+
+def test_the_second_try_begins_where_words_get_round_what_the_eraser_stands_behind(tmp_path, monkeypatch):
+    began = []
+
+    def invert(pipe, edit, aim, worded, placeholders, start, **how):
+        began.append((edit.negative_prompt, start))
+        return start + {None: 1.0, "front": 10.0, "behind it": 100.0}[edit.negative_prompt], []
+
+    monkeypatch.setattr(attacked, "invert", invert)
+    monkeypatch.setattr(attacked, "at_once", lambda parts: None)
+    monkeypatch.setattr(attacked, "trajectory", lambda *args: None)
+
+    def named(name, **how):
+        edit = Edit(negative_prompt=None if name == "unedited" else name)
+        return types.SimpleNamespace(eraser=Eraser(name, None, **how), chosen={OBJECT: {}}, edit=lambda target: edit)
+
+    erasings = [named("behind it", behind="front"), named("front")]
+    bench = Bench(TINY, tmp_path)
+    words = ("z", "y", "x", "w")
+    learned = learned_words(bench, erasings, named("unedited"), FISH, words)
+    random = first_vectors(bench.pipe, seed=FISH.index)
+    starts = {name: [start - random for one, start in began if one == name] for name in (None, "front", "behind it")}
+    assert [[float(s.mean()) for s in of] for of in starts.values()] == [
+        [0.0],
+        pytest.approx([0.0, 1.0], abs=1e-5),
+        pytest.approx([0.0, 10.0], abs=1e-5),
+    ]
+    found = {name: [float((one.vectors - random).mean()) for one in of] for name, of in learned.items()}
+    assert found == {"behind it": pytest.approx([100, 110], abs=1e-4), "front": pytest.approx([10, 11], abs=1e-4)}
+    again = learned_words(bench, erasings, named("unedited"), FISH, words)
+    assert len(began) == 5  # all is on disk
+    assert all(torch.equal(a.vectors, b.vectors) for n in again for a, b in zip(again[n], learned[n], strict=True))
 
 
 @pytest.mark.parametrize("eraser", QUICK.spared)

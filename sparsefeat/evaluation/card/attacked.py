@@ -6,6 +6,9 @@
 An eraser that leaves most images as they are is given no learned words, nor one that the budget spares: plain prompts and
 paraphrases alone say what its adversarial UA is at most.
 
+Words are learned twice: from random vectors, and from words that bring the concept back where the eraser, or what it has in the denoiser,
+is not there (`Eraser.behind`): they meet a switch from the side on which it is on. An image is without the concept if neither brings it back.
+
 The learned words are learned from pictures of other noise. Against the negative prompt they have to bring back
 `STRONG_ENOUGH` of the images, or the adversary is too weak to count, and its rows say so.
 """
@@ -25,6 +28,7 @@ from sparsefeat.evaluation.card.adversary import N_VECTORS, first_vectors, free_
 from sparsefeat.evaluation.card.bench import Bench
 from sparsefeat.evaluation.card.budget import ATTACK_STEPS
 from sparsefeat.evaluation.card.edit import Edit, LearnedWords
+from sparsefeat.evaluation.card.erasers import Eraser
 from sparsefeat.evaluation.card.erasing import Erasing, paraphrase, path_of, right
 from sparsefeat.evaluation.card.forked import at_once
 from sparsefeat.evaluation.card.result import Row
@@ -52,11 +56,12 @@ def attacked_rows(bench: Bench, erasings: Sequence[Erasing]) -> list[Row]:
     order = sorted(
         (one for one in erasings if one.eraser.name != "unedited"), key=lambda one: one.eraser.name != CALIBRATION
     )
+    plain = Erasing(bench, Eraser("unedited", lambda bench, target: Edit()), {})
     for target in bench.budget.attacked:
-        learned = _learned(bench, [one for one in order if _worth(bench, one, target)], target, words)
+        learned = learned_words(bench, [one for one in order if _worth(bench, one, target)], plain, target, words)
         for one in order:
             name = one.eraser.name
-            results.setdefault(name, []).append(_under(bench, one, target, learned.get(name)))
+            results.setdefault(name, []).append(_under(bench, one, target, learned.get(name, ())))
     note = _reservation(bench, results.get(CALIBRATION, []))
     rows = []
     seed = tasks_for(bench.budget.attacked[0], TEST, 1, 0)[0].seed
@@ -103,39 +108,46 @@ def worded_with(t: Task, words: Sequence[str]) -> str:
     return f"a {emojicanvas.STYLES[t.style]} emoji of a {' '.join(words)}"
 
 
-def _learned(
-    bench: Bench, erasings: Sequence[Erasing], target: Target, words: Sequence[str]
-) -> dict[str, LearnedWords]:
-    """The words that were learned against each eraser, by its name."""
+def learned_words(
+    bench: Bench, erasings: Sequence[Erasing], plain: Erasing, target: Target, words: Sequence[str]
+) -> dict[str, tuple[LearnedWords, ...]]:
+    """The words that were learned against each eraser, by its name: from random vectors, and from those of what it stands behind.
+
+    plain: the pipeline as it is, that has the name of those which stand behind nothing.
+    """
+    if not erasings:
+        return {}
     styles, steps = len(emojicanvas.STYLES), bench.budget.attack_steps
     shown = [task(target.index, i % styles, STATISTICS, i // styles) for i in range(N_LEARNED_FROM)]
-    keys = {one.eraser.name: path_of(one.eraser, target, one.chosen[target.kind], f"words-{steps}") for one in erasings}
 
-    def learn(erasing: Erasing) -> list[list[float]]:
+    def learn(erasing: Erasing, start: Tensor) -> list[list[float]]:
         aim = bench.once(
             ("aim", target),
             lambda: trajectory(bench.pipe, [t.prompt for t in shown], [t.seed for t in shown], bench.call),
         )
         worded = [worded_with(t, words) for t in shown]
-        start = first_vectors(bench.pipe, N_VECTORS, seed=target.index)
         edit = erasing.edit(target)
         return invert(bench.pipe, edit, aim, worded, words, start, steps=steps, call=bench.call)[0].tolist()
 
-    def kept(erasing: Erasing) -> list[list[float]]:
-        return bench.kept(keys[erasing.eraser.name], lambda: learn(erasing))
+    def tried(part: str, starts: Sequence[tuple[Erasing, Tensor]]) -> dict[str, Tensor]:
+        keys = [path_of(one.eraser, target, one.chosen[target.kind], f"{part}-{steps}") for one, _ in starts]
+        found = [partial(bench.kept, key, partial(learn, *start)) for key, start in zip(keys, starts, strict=True)]
+        missing = [i for i, key in enumerate(keys) if not bench.has(key)]
+        for i in missing:
+            starts[i][0].edit(target)  # fitted here, where all threads are at work and what comes next has it too
+        at_once([found[i] for i in missing])
+        return {one.eraser.name: torch.tensor(vectors()) for (one, _), vectors in zip(starts, found, strict=True)}
 
-    missing = [one for one in erasings if not bench.has(keys[one.eraser.name])]
-    for one in missing:
-        one.edit(target)  # fitted here, where all threads are at work and what comes next has it too
-    at_once([partial(kept, one) for one in missing])
-    return {one.eraser.name: LearnedWords(torch.tensor(kept(one)), words) for one in erasings}
+    random = first_vectors(bench.pipe, N_VECTORS, seed=target.index)
+    first = tried("words", [(one, random) for one in (plain, *erasings)])
+    again = tried("words-again", [(one, first.get(one.eraser.behind, first[plain.eraser.name])) for one in erasings])
+    return {name: tuple(LearnedWords(of[name], words) for of in (first, again)) for name in again}
 
 
-def _under(bench: Bench, erasing: Erasing, target: Target, learned: LearnedWords | None) -> Verdict:
+def _under(bench: Bench, erasing: Erasing, target: Target, learned: Sequence[LearnedWords]) -> Verdict:
     plain = _plain(erasing, target)[1]
-    if learned is None:
+    if not learned:
         return Verdict(None, plain)
-    words = learned.words
 
     def gone(part: str, tasks: Sequence[Task], edit: Callable[[], Edit], worded: Callable[[Task], str]) -> Tensor:
         key = path_of(erasing.eraser, target, erasing.chosen[target.kind], part)
@@ -148,6 +160,13 @@ def _under(bench: Bench, erasing: Erasing, target: Target, learned: LearnedWords
         parts = [gone("more", more, own, lambda t: t.prompt)]
         parts += [gone(f"more-{i}", more, own, partial(paraphrase, target, i)) for i in range(2)]
         plain = torch.cat([plain, torch.stack(parts).all(0)])
-    under = f"inverted-{bench.budget.attack_steps}"
-    inverted = gone(under, tasks, lambda: replace(erasing.edit(target), words=learned), lambda t: worded_with(t, words))
+
+    def under(words: LearnedWords) -> Edit:
+        return replace(erasing.edit(target), words=words)
+
+    tries = []
+    for part, words in zip(("inverted", "inverted-again"), learned, strict=True):
+        worded = partial(worded_with, words=words.words)
+        tries.append(gone(f"{part}-{bench.budget.attack_steps}", tasks, partial(under, words), worded))
+    inverted = torch.stack(tries).all(0)
     return Verdict(inverted, inverted & plain)
