@@ -58,7 +58,7 @@ def evaluate_scenes(
         asked = {index for picture in (*fit, *test) for index in picture.objects}
         of_saes = (_of_latents(shown, name, sae, asked, parts) for sae in saes)  # chosen when it is their turn
         for method in chain(
-            (scenes.nothing(), scenes.chance(), *_of_attention(own, masked_by is not None)), of_saes, peers
+            (scenes.nothing(), scenes.chance(), *of_attention(own, masked_by is not None)), of_saes, peers
         ):
             if isinstance(method, str):
                 said(f"{split}: {method}")
@@ -107,7 +107,7 @@ def _key(*names: str | None) -> str:
     return "/".join(("maps", *(re.sub(r"\W+", "-", str(name)) for name in names)))
 
 
-def _of_attention(pipe: Any, drawn: bool) -> list[scenes.Method]:
+def of_attention(pipe: Any, drawn: bool) -> list[scenes.Method]:
     """Every kind of map that the pipeline has, as it is and refined, of all steps and, `drawn` in more than one, of late
     ones; of cross-attention DAAM's, ours and eager."""
     found: list[scenes.Method] = []

@@ -12,12 +12,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sparsefeat.assets import emojicanvas, emojiscenes, load_pipeline
-from sparsefeat.assets.embedded import PIPELINE
+from sparsefeat.assets.embedded import JOINT, PIPELINE
 from sparsefeat.attention import HeatMaps
 from sparsefeat.cli import app
 from sparsefeat.evaluation import peer_maps, scenes
 from sparsefeat.evaluation.eager_daam import EagerDAAM
 from sparsefeat.evaluation.pixel_judge import load_pixel_judge
+from sparsefeat.evaluation.run_scenes import of_attention
 from sparsefeat.pipeline import attach
 from sparsefeat.pipeline.image_to_image import image_to_image
 from tests.tiny import pixels, tiny_sd
@@ -103,6 +104,25 @@ def test_a_row_of_the_embedded_pipeline_has_every_column():
     assert all(0.05 < float(mask.mean()) < 0.9 for mask in masks)  # the judge sees what was asked for
     assert masks[0].shape[-2:] == (64, 64)
     assert len(emojicanvas.OBJECTS) == 50
+
+
+@pytest.mark.embedded
+def test_the_joint_pipeline_has_every_kind_of_map_late_ones_where_it_draws_and_those_of_concepts(monkeypatch):
+    pipe = load_pipeline(JOINT)
+    kinds = ("joint", "text_renormalised", "query_query")
+    names = {
+        f"{kind} maps{how}" for kind in kinds for how in ("", ", refined 1 x", " of the last quarter, refined 1 x")
+    }
+    late = {"joint maps of the last quarter", "joint maps of the last tenth, refined 1 x"}
+    assert {method.name for method in of_attention(pipe, drawn=True)} == {*names, *late, "concept maps"}
+    assert not [method.name for method in of_attention(image_to_image(pipe)[0], drawn=False) if "last" in method.name]
+    monkeypatch.setattr(scenes, "N_STEPS", 1)
+    (picture,) = scenes.generated(1, emojiscenes.TRAIN, 3)
+    with scenes.concepts().opened(pipe, True, [picture]) as read:
+        scenes.called(pipe, [picture])
+        maps = read(0, picture)
+    assert maps.shape[0] == 2
+    assert (maps[0] - maps[1]).abs().max() > 1e-4
 
 
 @pytest.mark.embedded
