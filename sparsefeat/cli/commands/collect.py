@@ -56,9 +56,15 @@ Condition = Annotated[
     Rows, typer.Option(help="Whose rows under guidance; `all` also keeps those of which it is unknown.")
 ]
 Height = Annotated[
-    int | None, typer.Option(min=8, callback=eighths, help="Of the images. Default: the pipeline's own.")
+    int | None,
+    typer.Option(min=8, callback=eighths, help="Of the images; give both sides. Default: the pipeline's own."),
 ]
-Width = Annotated[int | None, typer.Option(min=8, callback=eighths, help="Of the images. Default: the pipeline's own.")]
+Width = Annotated[
+    int | None,
+    typer.Option(
+        min=8, callback=eighths, help="Of the images; give both sides. give both sides. Default: the pipeline's own."
+    ),
+]
 
 
 def collect(
