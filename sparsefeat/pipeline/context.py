@@ -70,6 +70,10 @@ class Call:
         """The pipeline, None when it is gone: a kept recording does not keep its pipeline."""
         return self.pipe_ref() if self.pipe_ref is not None else None
 
+    def as_the_pipeline(self, device: torch.device) -> torch.autocast:
+        """For an instrument that runs the model itself, which the pipeline may run in autocast."""
+        return torch.autocast(device.type, enabled=self.autocast)
+
     def forget_objects(self) -> None:
         """Let go of the tensors, images and callbacks among the arguments: recordings outlive their calls."""
         self.arguments = {name: value for name, value in self.arguments.items() if _is_plain(value)}

@@ -100,6 +100,20 @@ def test_where_all_elements_are_moved_it_is_negation(name):
     assert not torch.equal(plain, wanted)
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_in_autocast_the_concept_is_run_as_the_pipeline_runs_its_prompt(name):
+    """A scheduler leaves latents in bfloat16 there, which weights in float32 are not given outside."""
+    family = families()[name]
+    pipe = family.build()
+    none_is_nearer = ScoreEdit(SafeGuidance("cat b", scale=3.0, threshold=-1e9, warmup=0, momentum=0.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = family.call(pipe, ["a fox"], guidance=True)
+        with attach(pipe, none_is_nearer):
+            found = family.call(pipe, ["a fox"], guidance=True)
+    assert torch.equal(found, plain)
+    assert plain.isfinite().all()
+
+
 def test_settings_are_the_published_and_kept_on_disk(pipe, tmp_path):
     rule = safe_latent_diffusion("cat", "strong").rule
     assert (rule.warmup, rule.scale, rule.threshold, rule.momentum, rule.beta) == (7, 2000, 0.025, 0.5, 0.7)

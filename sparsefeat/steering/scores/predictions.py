@@ -57,7 +57,8 @@ class Moment:
             made = latents.to(own)
             whole = own.shape == made.shape
             arguments[self.argument] = made if whole else torch.cat([made, own[:, made.shape[1] :]], 1)
-        output = self.root(**arguments)
+        with self.texts.call.as_the_pipeline(given.device):
+            output = self.root(**arguments)
         return self._made(wide(output if isinstance(output, Tensor) else output[0]))
 
 

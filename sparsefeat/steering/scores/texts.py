@@ -24,7 +24,7 @@ class Texts:
 
     def __init__(self, pipe: Any, call: Call, others: Sequence[str], who: str):
         self._pipe = pipe
-        self._call = call
+        self.call = call
         self.who: str = who
         if call.prompts is None:
             raise ValueError(
@@ -43,7 +43,7 @@ class Texts:
     @property
     def negative(self) -> str:
         """The call's negative prompt, the empty one where it has none."""
-        given = self._call.arguments.get("negative_prompt")
+        given = self.call.arguments.get("negative_prompt")
         texts = set(given) if isinstance(given, (list, tuple)) else {given or ""}
         if len(texts) != 1:
             raise ValueError(
@@ -53,7 +53,7 @@ class Texts:
         return texts.pop()
 
     def _encoded(self, texts: Mapping[str, Any]) -> list[Tensor]:
-        pipe, arguments = self._pipe, self._call.arguments
+        pipe, arguments = self._pipe, self.call.arguments
         attention = arguments.get("cross_attention_kwargs") or arguments.get("joint_attention_kwargs") or {}
         device = getattr(pipe, "_execution_device", None) or pipe.device
         given = encode_alone(pipe, texts, arguments, device=device, lora_scale=attention.get("scale"))
@@ -76,7 +76,7 @@ class Texts:
         def exchange(value: Any) -> Any:
             if isinstance(value, Tensor):
                 for index, own in enumerate(self._own):
-                    if len(own) == len(self._prompts) and _is(value, own[places], self._call.autocast):
+                    if len(own) == len(self._prompts) and _is(value, own[places], self.call.autocast):
                         found.add(index)
                         return self._fitting(other[index], value, text)
                 return value
