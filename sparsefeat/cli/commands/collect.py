@@ -61,9 +61,7 @@ Height = Annotated[
 ]
 Width = Annotated[
     int | None,
-    typer.Option(
-        min=8, callback=eighths, help="Of the images; give both sides. give both sides. Default: the pipeline's own."
-    ),
+    typer.Option(min=8, callback=eighths, help="Of the images; give both sides. Default: the pipeline's own."),
 ]
 
 
