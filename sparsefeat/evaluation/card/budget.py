@@ -63,7 +63,16 @@ QUICK = Budget(
     n_explained=2,
     n_pictures=10,
     n_drawn=80,
-    spared=("CAD-Erase", "as many random latents", "ItD", "Concept Steerers", "APP", "replace where"),
+    spared=(
+        "CAD-Erase",
+        "as many random latents",
+        "ItD",
+        "Concept Steerers",
+        "APP",
+        "clamp",
+        "replace where",
+        "concept lancet",
+    ),
 )
 FULL = Budget(
     "full",
