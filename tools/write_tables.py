@@ -78,11 +78,23 @@ def saes(results: dict[str, Any]) -> str:
             f"{s['fvu_pca']:.3f}",
             f"{s['fvu_random']:.3f}",
             percent(s["dead_share"]),
-            f"{percent(s['object_accuracy_unedited'])} → {percent(s['object_accuracy_spliced'])}",
+            *(
+                f"{percent(s[f'{kind}_accuracy_unedited'])} → {percent(s[f'{kind}_accuracy_spliced'])}"
+                for kind in ("object", "style")
+            ),
         ]
         for s in results["saes"]
     ]
-    head = ["hookpoint", "size", "FVU", "FVU, PCA with k", "FVU, random SAE", "dead", "object accuracy, spliced in"]
+    head = [
+        "hookpoint",
+        "size",
+        "FVU",
+        "FVU, PCA with k",
+        "FVU, random SAE",
+        "dead",
+        "object right, spliced in",
+        "style right",
+    ]
     return table(head, rows) + "\n\n" + where(results)
 
 

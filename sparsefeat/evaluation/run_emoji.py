@@ -209,13 +209,13 @@ def measure_saes(bench: EmojiBenchmark, saes: Sequence[SAE]) -> list[dict[str, A
     seen = [t for t in whole_grid(STATISTICS) if not held_out(t)]
     fitted = activation_rows(bench.pipe, hookpoints, seen, rows_per_image=16)
     grid = activation_rows(bench.pipe, hookpoints, whole_grid(TEST), rows_per_image=64)
-    tasks = whole_grid(TEST)[::2]  # every other cell: all four styles, and each object in some
+    tasks = whole_grid(TEST)
     unedited = accuracy(bench.unedited(tasks), tasks)
     measured = []
     for sae, rows, fit_rows, all_rows in zip(saes, held, fitted, grid, strict=True):
         config = sae.config
         quality = measure_sae(sae, rows)
-        key = f"spliced/{str(config.hookpoint).replace(':', '-')}"
+        key = f"spliced-everywhere/{str(config.hookpoint).replace(':', '-')}"
         spliced = accuracy(bench.pooled(key, tasks, partial(attach, bench.pipe, Splice(sae))), tasks)
         measured.append(
             {
