@@ -39,7 +39,11 @@ def heatmap(
     ] = By.words,
     film: Annotated[Film, typer.Option(help="What a film over the steps is.")] = Film.gif,
     refine: Annotated[
-        int, typer.Option(min=0, help="How often a word's map goes through the image's self-attention.")
+        int,
+        typer.Option(
+            min=0,
+            help="How often a word's map goes through the image's self-attention; both are then of the last quarter of the steps.",
+        ),
     ] = 0,
     pipeline: Pipeline = None,
     steps: Steps = None,
@@ -102,9 +106,11 @@ def write_maps(
     from sparsefeat.pipeline.drawing import draw
     from sparsefeat.report import enlarge, over_steps, overlay, save_animation, sheet_by, words_sheet
 
-    maps = HeatMaps(keep=() if by is By.words else (by.value,))
-    own = SelfAttention()
-    with attach(pipe, maps, *([own] if refine else [])) as run:
+    last = max(1, options["num_inference_steps"] // 4)  # early steps blur a map
+    late = None if refine == 0 else (1 - last / options["num_inference_steps"], 1.0)
+    maps, own = HeatMaps(steps=late), SelfAttention(steps=late)
+    apart = maps if by is By.words else HeatMaps(keep=(by.value,))
+    with attach(pipe, *dict.fromkeys([maps, apart, *([own] if refine else [])])) as run:
         image = draw(pipe, prompt, options)
     found = {}
     for one in words or dict.fromkeys(words_of(prompt)):
@@ -120,7 +126,7 @@ def write_maps(
         raise ValueError(f"PROMPT {prompt!r} has no word that this pipeline knows, so there is nothing to map")
     names = {"image.png": enlarge(image), "words.png": words_sheet(image, found)}
     if by is not By.words:
-        names[f"{by.value}.png"] = sheet_by(image, run[maps], list(found), "step" if by is By.steps else "layer")
+        names[f"{by.value}.png"] = sheet_by(image, run[apart], list(found), "step" if by is By.steps else "layer")
     of_word: dict[str, str] = {}
     for one, values in found.items():
         of_word[one] = free_name(one, names)
@@ -131,7 +137,7 @@ def write_maps(
         {one: Path(name).with_suffix(f".{film.value}").name for one, name in of_word.items()} if by is By.steps else {}
     )
     for one, name in films.items():
-        save_animation(over_steps(image, run[maps], one), folder / name)
+        save_animation(over_steps(image, run[apart], one), folder / name)
     return [*names, *films.values()]
 
 
