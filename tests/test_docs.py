@@ -205,7 +205,8 @@ def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     code = path.read_text()
     assert re.findall(r"^# %%", code, re.MULTILINE)[:1]
-    quick, n = re.subn(r"^STEPS = 20$", "STEPS = 2", code, flags=re.MULTILINE)
+    few = 4 if path.stem == "paint" else 2  # half of two steps is one, which says little of where
+    quick, n = re.subn(r"^STEPS = 20$", f"STEPS = {few}", code, flags=re.MULTILINE)
     assert n == 1
     names: dict = {"__name__": "notebook"}
     exec(compile(quick, path.name, "exec"), names)
@@ -218,7 +219,7 @@ def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch, capsys)
         assert "instrument.json" in written
         before, after = (np.asarray(image, dtype=float) for image in (names["target"], names["again"]))
         changed = np.abs(after - before).mean(axis=(0, 2))
-        assert changed[40:].mean() > 2 * changed[:24].mean()  # the right half was painted
+        assert changed[40:].mean() > 4 * changed[:24].mean()  # the right half was painted
     if path.stem == "unlearn":
         assert "foxes seen: " in said
         assert sum(1 for file in tmp_path.rglob("instrument.json")) == 3

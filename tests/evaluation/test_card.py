@@ -175,10 +175,11 @@ def test_gradients_of_the_adversary_go_through_the_eraser(bench, name):
         around_it = []
         with torch.no_grad():
             for sign in (1, -1):
-                learned.vectors = start + sign * 1e-3 * along
+                learned.vectors = start + sign * 3e-4 * along
                 around_it.append(float(loss()))
-    # The central difference errs by a third derivative times 1e-6, and by rounding of 1e-6 over the step of 2e-3.
-    assert float((gradient * along).sum()) == pytest.approx((around_it[0] - around_it[1]) / 2e-3, rel=0.05)
+    # The central difference errs by a third derivative times 1e-7, by rounding of 1e-6 over the step of 6e-4, and where SLD's
+    # threshold is crossed within the step.
+    assert float((gradient * along).sum()) == pytest.approx((around_it[0] - around_it[1]) / 6e-4, rel=0.05)
 
 
 def test_learned_words_come_closer_to_the_concept_and_leave_nothing_behind(bench):
