@@ -61,3 +61,19 @@ def test_the_results_file_has_its_promised_keys():
     overhead = json.loads((ROOT / "bench" / "results" / "overhead.json").read_text())
     assert {"Record(sae)", "Steer(sae, scale=…)"} <= {row["instrument"] for row in overhead["rows"]}
     assert all(0 < row["hook_ms"] < row["step_ms"] for row in overhead["rows"])
+
+
+def test_what_is_shipped_was_measured_to_hold_what_it_is_meant_to():
+    results = json.loads((ROOT / "bench" / "results" / "emoji.json").read_text())
+    assert results["fingerprint"] == embedded_fingerprint()
+    assert results["generation"]["object_accuracy"] >= 0.99
+    assert results["generation"]["style_accuracy"] >= 0.97
+    for sae in results["saes"]:
+        assert sae["fvu"] < sae["fvu_pca"]
+        assert sae["dead_share"] < 0.2
+        assert sae["n_images_spliced"] == 200
+        for kind in ("object", "style"):
+            assert sae[f"{kind}_accuracy_spliced"] >= sae[f"{kind}_accuracy_unedited"] - 0.02
+    for kind in ("object", "style"):
+        best = max(row["share_of_allowed"] for row in results["erasure"] if row["target_kind"] == kind)
+        assert best >= 0.95
