@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ OPS = ("topk_encode", "threshold_encode")
 # batch, heads, positions, head dim, keys: SD 1.5 at 64 x 64 and 16 x 16, SDXL at 32 x 32.
 MAPS = ((2, 8, 4096, 40, 77), (2, 8, 256, 160, 77), (2, 20, 1024, 64, 77))
 REGISTERS = 65536  # of a multiprocessor
+COMPILED = Path(__file__).resolve().parents[1] / "build" / "predict"  # what is compiled is kept there
 RECORDED = Path(__file__).with_name("results") / "design-a-sass.json"
 
 
@@ -118,19 +120,20 @@ def launches(shape: str, op: str) -> Iterator[Launched]:
 
 
 def compiled_for_sm_90(calls: list[tuple[Any, dict[str, Any]]]) -> Iterator[Launched]:
+    os.environ.setdefault("TRITON_CACHE_DIR", str(COMPILED))
     import triton
 
     from tests.kernels import ahead_of_time as ahead
 
-    folder = Path("build") / "predict"
-    folder.mkdir(parents=True, exist_ok=True)
     compiled: dict[str, Code] = {}
     for kernel, arguments in calls:
         source, options = ahead.specialised(kernel, arguments)
         if (key := ahead.key_of(kernel, source, options)) not in compiled:
-            cubin = folder / "kernel.cubin"
-            cubin.write_bytes(triton.compile(source, target=ahead.TARGETS["sm_90"], options=options).asm["cubin"])
-            compiled[key] = Code(cubin, ahead.TOOLS / "cuobjdump")
+            made = triton.compile(source, target=ahead.TARGETS["sm_90"], options=options)
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+                cubin.write(made.asm["cubin"])
+                cubin.flush()
+                compiled[key] = Code(Path(cubin.name), ahead.TOOLS / "cuobjdump")
         yield Launched(kernel.fn.__name__, arguments, compiled[key])
 
 

@@ -37,7 +37,8 @@ STACK_CHARACTERS, LOGGED_CHARACTERS = 1500, 50_000  # of a process's last words,
 
 @dataclass(frozen=True)
 class Step:
-    """A name, and what is run: it returns what is said of it, of which `fault` ("": none) says whether it is right."""
+    """A name, and what is run: it returns what is said of it, of which `fault` ("": none) says whether it is right. Where
+    that has `spoilt`, nothing more is run in its process."""
 
     name: str
     run: Callable[[], Mapping[str, Any]]
@@ -174,16 +175,15 @@ def run_job(job: Job, deadline: float, told: Told, child: Child | None = None) -
         left.remove(step)
         told(job.name, step, result)
 
-    ended = ""
-    for _ in range(LIVES):
-        if not left or time.monotonic() >= deadline:
-            break
-        child = child or Child(job, left)
+    ended, lives = "", LIVES
+    while left and lives and time.monotonic() < deadline:
+        child, before = child or Child(job, left), len(left)
         in_hand, ended = child.run(deadline, one)
         child = None
+        lives -= bool(ended) or len(left) == before
         if in_hand is not None:
             one(in_hand, {"fault": ended or "ended without an answer"})
-        elif ended and left:  # before its first step, or between two
+        elif ended and len(left) == before:  # before its first step; between two, the one before said what was wrong
             one(left[0], {"fault": ended})
     if child is not None:
         child.end(out_of_time=True)
@@ -242,6 +242,8 @@ def child(asked: Mapping[str, Any]) -> None:
         said = answer(step)
         faulthandler.cancel_dump_traceback_later()
         say(**said)
+        if said.get("spoilt"):
+            return
         synchronised()  # ends this process if the GPU is lost to it: the others steps get a new one
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -36,7 +36,7 @@ from sparsefeat_kernels import tuning_table
 from sparsefeat_kernels.tuning import measure as tuning_of
 
 from bench import peers, scaling
-from bench.gpu.children import ROOT, command, environment
+from bench.gpu.children import ROOT, command, environment, synchronised
 from bench.gpu.record import Record
 from bench.gpu.repeats import repeats
 from bench.measure import Results, measure_ceilings
@@ -176,7 +176,7 @@ def measured(record: Record, stage: str, figures: Iterator[Wanted], results: Res
     results.not_installed = peers.load()[1]
     before = record.done.get(stage, {})
     died = [*before.get("died", []), *([before["begun"]] if "begun" in before else [])]
-    failed: dict[str, str] = {}
+    failed: dict[str, str] = dict(before.get("failed", {}))
     ceilings, left = measure_ceilings(device), 0
     deadline = time.monotonic() + share(record, stage) - before.get("seconds", 0.0)
     began = time.monotonic() - before.get("seconds", 0.0)
@@ -184,17 +184,18 @@ def measured(record: Record, stage: str, figures: Iterator[Wanted], results: Res
         name = f"{wanted.op} {' '.join(map(str, wanted.shape.values()))} {wanted.dtype}"
         if name in died:
             continue
-        done = {"died": died, "failed": failed, "seconds": time.monotonic() - began}
-        record.keep(stage, done | {"begun": name})
+        done = {"died": died, "failed": failed, "seconds": time.monotonic() - began, "begun": name}
+        record.keep(stage, done)
         faulthandler.dump_traceback_later(FIGURE_S, exit=True)
         try:
             left += run([wanted], device, results, ceilings, min(record.left, deadline - time.monotonic()))
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}"[:500]
+            record.keep(stage, done)
             print(f"{name}: {failed[name]}", flush=True)
         faulthandler.cancel_dump_traceback_later()
+        synchronised()  # raises after an illegal access: no figure after this one could be measured
         if device == "cuda":
-            torch.cuda.synchronize()  # raises after an illegal access: no figure after this one could be measured
             torch.cuda.empty_cache()
     results.write()
     record.keep(stage, {"died": died, "failed": failed, "figures left": left})

@@ -1,13 +1,14 @@
 """What the ops take on a GPU, beside cuBLAS, torch.topk and whatever other library is installed.
 
-`times(op)` has a step a shape: every program checked against fp64, then timed in turns by CUDA events, then ours also as
-replays of a CUDA graph, which leave out what the host does.
+`times(op)` has a step a shape: every program checked against fp64, then timed in turns by CUDA events, then the kernels
+also as replays of a CUDA graph, which leave out what the host does. (Plain torch waits for the device here and there, and a
+capture that fails leaves torch's random numbers, allocator and stream in the midst of it.)
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -112,8 +113,20 @@ def graph_ms(figure: Figure, provider: Provider) -> float:
     return statistics.median(times)
 
 
+def all_captured(figure: Figure, records: Sequence[dict[str, Any]]) -> bool:
+    """Adds the kernels' `graph_ms`, up to the first of which a capture fails: that says why."""
+    for record, provider in zip(records, figure.providers, strict=True):
+        if record["checked"] and provider.name.startswith(KERNELS):
+            try:
+                record["graph_ms"] = graph_ms(figure, provider)
+            except Exception as error:
+                record["graph_ms"] = f"{type(error).__name__}: {error}"[:200]
+                return False
+    return True
+
+
 def timed(op: str, shape: Mapping[str, int], dtype: str) -> dict[str, Any]:
-    """Records of every program; `fault` names ours that are not right."""
+    """Records of every program; `fault` names ours that are not right, `spoilt`: a capture failed."""
     figure = build(op, shape, dtype, device())
     others = [p for p in figure.providers if not p.name.startswith(OURS) and p.name not in (compiled.NAME, DENSE)]
     if op in ("attention_map", "threshold_encode"):  # whose only other is dense PyTorch
@@ -122,16 +135,9 @@ def timed(op: str, shape: Mapping[str, int], dtype: str) -> dict[str, Any]:
     cuda = device() == "cuda"
     ceilings: Ceilings = measure_ceilings("cuda") if cuda else measure_ceilings("cpu", 64, 1 << 20)
     records = measure(figure, ceilings, ROUNDS_S if cuda else 0.0, min_rounds=3 if cuda else 1, peaks=cuda)
-    for record, provider in zip(records, figure.providers, strict=True):
-        if cuda and record["checked"] and provider.name.startswith(OURS) and not figure.gradients:
-            try:
-                record["graph_ms"] = graph_ms(figure, provider)
-            except (
-                Exception
-            ) as error:  # what waits for the device cannot be captured: that is said, and the rest goes on
-                record["graph_ms"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    spoilt = cuda and not figure.gradients and not all_captured(figure, records)
     wrong = [f"{r['provider']}: {r['fault']}" for r in records if not r["checked"] and r["provider"].startswith(OURS)]
-    return {"fault": "; ".join(wrong), "records": records}
+    return {"fault": "; ".join(wrong), "records": records, "spoilt": spoilt}
 
 
 def wanted(op: str, rehearse: bool) -> Mapping[str, tuple[Mapping[str, int], str]]:

@@ -91,6 +91,26 @@ def test_a_figure_that_ends_its_process_is_not_begun_again(tmp_path, monkeypatch
     assert "begun" not in kept
 
 
+def test_of_a_figure_that_loses_the_gpu_the_record_keeps_what_it_raised(tmp_path, monkeypatch):
+    def measure(*_):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def lost():
+        raise SystemExit("as an error that nobody catches would")
+
+    monkeypatch.setattr(full, "run", measure)
+    monkeypatch.setattr(full, "synchronised", lost)
+    monkeypatch.setattr(full, "measure_ceilings", lambda device: Ceilings(1e9, {"float32": 1e9}))
+    monkeypatch.setattr(full, "gpu_figures", lambda: iter([Wanted("sparse_edit", SMALL, "float32", 0.0)]))
+    with pytest.raises(SystemExit):
+        full.bench(Record(tmp_path, "full.json", 100.0))
+    full.bench(Record(tmp_path, "full.json", 100.0))  # the next process
+    kept = json.loads((tmp_path / "full.json").read_text())["bench"]
+    name = "sparse_edit 16 16 64 2 float32"
+    assert kept["died"] == [name]
+    assert kept["failed"] == {name: "RuntimeError: an illegal memory access was encountered"}
+
+
 def test_a_stage_that_dies_is_noted_and_the_bench_alone_lives_again(tmp_path, monkeypatch):
     codes, taken = iter([-11, -11, 0, 1]), []
     monkeypatch.setattr(full, "in_a_process", lambda name, record: (taken.append(name), next(codes))[1])

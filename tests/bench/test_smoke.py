@@ -12,7 +12,7 @@ from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
 
 from bench.gpu import checks, children, prove, smoke, times
 from bench.gpu.__main__ import main
-from bench.gpu.children import Job, Step
+from bench.gpu.children import Job
 from tests.bench.broken_op import BROKEN
 
 pytestmark = pytest.mark.skipif(not TRITON_AVAILABLE, reason="Triton is not installed")
@@ -134,18 +134,40 @@ def test_times_are_of_ours_both_ways_beside_the_product_and_topk():
     assert {"SAeUron, bfloat16", "768 wide, bfloat16", "FLUX, bfloat16"} <= set(shapes)
 
 
-def test_a_step_that_answers_well_after_one_that_raised(tmp_path):
-    told = {}
-    job = Job("job", "tests.bench.test_smoke:steps", ("raises", "answers"), 300.0, {}, {}, str(tmp_path / "log"))
-    children.run_job(job, time.monotonic() + 600, lambda op, step, result: told.setdefault(step, result["fault"]))
-    assert told == {"raises": "raised ValueError: no", "answers": ""}
+def test_what_follows_a_step_is_run_and_not_blamed_for_it_whatever_that_did_to_its_process(tmp_path, monkeypatch):
+    """An illegal access raises in its own step and ends the process with the next call; a failed capture ends it as well. As
+    many processes as that takes."""
+    told, steps = {}, ("raises", "captures", "loses", "answers")
+    job = Job("job", "tests.bench.last_steps:steps", steps, 300.0, {}, {}, str(tmp_path / "log"))
+    monkeypatch.setattr(children, "LIVES", 2)  # what ends well takes none
+    children.run_job(job, time.monotonic() + 600, lambda op, step, result: told.setdefault(step, result))
+    assert {step: result["fault"] for step, result in told.items()} == {
+        "raises": "raised ValueError: no", "captures": "", "loses": "raised RuntimeError: an illegal memory access",
+        "answers": "",
+    }  # fmt: skip
+    assert told["captures"]["process"] != told["answers"]["process"]
 
 
-def steps(name):
-    def raises():
-        raise ValueError("no")
+def test_graphs_are_of_kernels_alone_and_end_with_the_first_that_cannot_be_captured(monkeypatch):
+    captured = []
 
-    return [Step("raises", raises), Step("answers", lambda: {"fault": ""})]
+    def graph_ms(figure, provider):
+        captured.append(provider.name)
+        if provider.name == times.LARGE:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return 0.5
+
+    monkeypatch.setattr(times, "graph_ms", graph_ms)
+    figure = times.build("topk_encode", times.TINY, "float32", "cpu")
+    names = times.PLAIN, times.KERNELS, times.LARGE, f"{times.KERNELS}, bias kept"
+    figure = replace(figure, providers=tuple(replace(figure.providers[0], name=name) for name in names))
+    records = [{"checked": True} for _ in names]
+    assert not times.all_captured(figure, records)
+    assert captured == [times.KERNELS, times.LARGE]
+    assert [record.get("graph_ms") for record in records] == [
+        None, 0.5, "RuntimeError: operation not permitted when stream is capturing", None,
+    ]  # fmt: skip
+    assert times.all_captured(replace(figure, providers=figure.providers[:2]), records[:2])
 
 
 def test_where_no_folder_is_given_the_variable_says_it(tmp_path, monkeypatch):

@@ -58,6 +58,7 @@ TUNED_SHARED_LIMIT = SHARED_LIMIT | {"sm_80": 163 << 10, "sm_90": 227 << 10}
 
 SCRIPT = Path(__file__).with_name("ahead_of_time.py")
 ROOT = Path(__file__).resolve().parents[2]
+KEPT = ROOT / "build" / "ahead_of_time"
 PACKAGES = Path(sparsefeat_kernels.__file__).parents[1]
 
 
@@ -81,8 +82,10 @@ def digest(architecture: str) -> str:
 
 
 def compiled_for(architecture: str, folder: Path) -> list[dict[str, Any]]:
-    """What the compiler made of the kernels, in a process of its own; kept in build/ for as long as nothing changes."""
-    kept = ROOT / "build" / "ahead_of_time" / f"{architecture}-{digest(architecture)}.jsonl"
+    """What the compiler made of the kernels, in a process of its own; kept in build/ for as long as nothing changes, of each
+    Triton that takes its turn."""
+    program = f"{architecture}-{importlib.metadata.version('triton')}"
+    kept = KEPT / f"{program}-{digest(architecture)}.jsonl"
     if not kept.is_file():
         command = [sys.executable, str(SCRIPT), str(folder), architecture]
         done = subprocess.run(command, capture_output=True, text=True, env=environment(folder))
@@ -90,7 +93,7 @@ def compiled_for(architecture: str, folder: Path) -> list[dict[str, Any]]:
         kept.parent.mkdir(parents=True, exist_ok=True)
         temporary = kept.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(done.stdout)
-        for older in kept.parent.glob(f"{architecture}-*.jsonl"):
+        for older in kept.parent.glob(f"{program}-*.jsonl"):
             older.unlink(missing_ok=True)
         temporary.replace(kept)
     return [json.loads(line) for line in kept.read_text().splitlines()]
@@ -103,10 +106,11 @@ class Compiled:
     kernels = KERNELS
 
     @pytest.fixture(scope="class")
-    def rows(self, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    @classmethod
+    def rows(cls, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         if not TRITON_AVAILABLE:
             pytest.skip("Triton is not installed")
-        return compiled_for(self.architecture, tmp_path_factory.mktemp(self.architecture))
+        return compiled_for(cls.architecture, tmp_path_factory.mktemp(cls.architecture))
 
     def test_every_kernel_compiles_and_fits(self, rows: list[dict[str, Any]]):
         assert {row["kernel"] for row in rows} == self.kernels
@@ -159,3 +163,23 @@ def test_no_kernel_is_compiled_again_because_the_number_of_rows_is_another(tmp_p
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
+
+
+def test_what_one_triton_made_is_kept_while_another_has_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made: list[str] = []
+
+    def compile(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        made.append(importlib.metadata.version("triton"))
+        return subprocess.CompletedProcess(command, 0, json.dumps({"by": made[-1]}), "")
+
+    monkeypatch.setattr(subprocess, "run", compile)
+    monkeypatch.setattr(sys.modules[__name__], "KEPT", tmp_path)
+    source = "the kernels"
+    monkeypatch.setattr(sys.modules[__name__], "digest", lambda _: f"{importlib.metadata.version('triton')} {source}")
+    for version in ("3.6.0", "3.7.1", "3.6.0", "3.7.1"):
+        monkeypatch.setattr(importlib.metadata, "version", lambda _, version=version: version)
+        assert compiled_for("sm_90", tmp_path) == [{"by": version}]
+    assert made == ["3.6.0", "3.7.1"]
+    source = "the kernels, changed"
+    compiled_for("sm_90", tmp_path)
+    assert len(list(tmp_path.glob("*"))) == 2  # of the older kernels nothing is left
