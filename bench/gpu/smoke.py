@@ -155,7 +155,7 @@ def report(done: Mapping[str, Any]) -> list[str]:
     about = done["machine"]
     rehearsed = " A rehearsal: interpreted on a CPU, its times say nothing." if about["rehearsal"] else ""
     lines = ["", f"{about['device']}, {about['date']}, {done.get('took', 0):.0f} s.{rehearsed}", ""]
-    lines += [f"{op:32s}{what.splitlines()[0]}" for op, what in done.get("summary", {}).items()]
+    lines += [f"{op:36s}{what.splitlines()[0]}" for op, what in done.get("summary", {}).items()]
     for op, shapes in done.get("times", {}).items():
         for shape, found in shapes.items():
             lines += ["", f"{op}, {shape}"]
