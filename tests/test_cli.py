@@ -346,6 +346,21 @@ def test_heatmap_makes_sheets_over_steps_and_layers_and_a_film_of_each_word(tmp_
     assert "add --by steps" in result.output
 
 
+@pytest.mark.embedded
+def test_heatmap_marks_named_words_apart(tmp_path):
+    base = ["heatmap", "a noto emoji of a fox and a rocket", "--steps", "4", "--shares", "--refine", "1"]
+    both = [*base, "--word", "fox", "--word", "rocket"]
+    result = runner.invoke(app, [*both, "--out", str(tmp_path / "maps")])
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "maps").iterdir()} == {"image.png", "words.png", "fox.png", "rocket.png"}
+    plain = [one for one in both if one != "--shares"]
+    assert runner.invoke(app, [*plain, "--out", str(tmp_path / "plain")]).exit_code == 0
+    assert (tmp_path / "plain" / "fox.png").read_bytes() != (tmp_path / "maps" / "fox.png").read_bytes()
+    refused = runner.invoke(app, [*base, "--out", str(tmp_path / "unnamed")])
+    assert refused.exit_code == 2
+    assert "--shares marks words apart that you name; add --word for each" in refused.output
+
+
 def first_sae():
     from sparsefeat.assets import sae_folders
 

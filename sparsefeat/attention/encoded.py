@@ -146,6 +146,11 @@ class EncodedPrompt:
         texts = zip(self._own(keys), self._texts(keys), strict=True)
         return [own[-1] if own else encoded.tokens[0].index for own, encoded in texts]
 
+    def start(self, keys: int) -> list[int]:
+        """The key of the mark that the text begins with, of every encoder that has one: CLIP's start token, not T5."""
+        texts = zip(self._own(keys), self._texts(keys), strict=True)
+        return [encoded.tokens[0].index for own, encoded in texts if own and encoded.tokens[0].special]
+
     def _own(self, keys: int) -> list[list[int]]:
         found = []
         for encoded in self._texts(keys):

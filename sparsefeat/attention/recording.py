@@ -10,13 +10,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sparsefeat.arguments import number
 from sparsefeat.attention.encoded import EncodedPrompt
 from sparsefeat.attention.heat_map import HeatMap
+from sparsefeat.attention.heat_map_arguments import names_of
 from sparsefeat.attention.reading import Direction, Kind
 from sparsefeat.attention.sums import Grid, MapSum, Part, combined, positions
 from sparsefeat.attention.words import Token
 
 Normalization = Literal["none", "steps", "tokens"]
+
+# What `shares` counts the start token's map by: chosen on scenes of trained pairs, which `sparsefeat evaluate scenes` does not
+# score.
+BACKGROUND: Mapping[Kind, float] = {"cross": 0.5, "joint": 2.0, "text_renormalised": 2.0, "query_query": 2.0}
 
 
 @dataclass(frozen=True)
@@ -206,6 +212,49 @@ class HeatMapRecording:
         """
         tokens = self._indices(word, image, occurrence)
         return HeatMap(self.map(tokens, image, normalize, layer=layer, step=step, head=head).values, word)
+
+    def shares(
+        self,
+        words: Sequence[str],
+        image: int = 0,
+        background: float | None = None,
+        *,
+        layer: str | None = None,
+        step: int | None = None,
+    ) -> tuple[HeatMap, ...]:
+        """To mark things apart from one another and from the background: for each word, in their order,
+
+            share(word) = P(word) / (sum over the words of P + background P(start) max P / max P(start)),
+
+        from 0 to 1, with P(word) the word's map, max P the highest value of them all, and P(start) the map of the mark before
+        the prompt. A text encoder that reads from left to right tells that mark nothing of the prompt: it is attended to where
+        none of the prompt's words is looked for.
+
+        Args:
+            words: what is in the picture, one or several; as in `word`.
+            background: what the mark's highest value counts beside the words' highest. Default: 0.5 of a cross-attention
+                and 2 of a joint one, chosen on the embedded pipelines.
+
+        Raises:
+            ValueError: the text has no such mark (T5's), or `HeatMaps(words=[...])` left it out; as `word`.
+        """
+        named = names_of("words", words, "words=['fox', 'rocket']") or ()
+        maps = torch.stack([self.word(word, image, layer=layer, step=step).values for word in named])
+        told = self.kind in BACKGROUND and self.direction == "image_to_text"
+        start = self._prompt(image).start(self.n_tokens) if told else []
+        if not start:
+            raise ValueError(
+                "these maps have no attention to a mark before the prompt, by which shares tell the background: take each "
+                "word's own map."
+            )
+        if self.columns is not None and not set(start) <= set(self.columns):
+            raise ValueError(
+                f"the mark before the prompt has no map: name its position too, HeatMaps(words={[*named, *start]})."
+            )
+        weight = BACKGROUND[self.kind] if background is None else number("background", background, 0)
+        mark = self.map(start, image, layer=layer, step=step).values
+        of_all = maps.sum(0) + weight * maps.max() * mark / mark.max().clamp(min=1e-30)
+        return tuple(HeatMap(values / of_all.clamp(min=1e-30), word) for word, values in zip(named, maps, strict=True))
 
     def __getitem__(self, word: str) -> Tensor:
         """[images, height, width]: the word's map in each image, from 0 to 1, as an edit takes it for its mask:

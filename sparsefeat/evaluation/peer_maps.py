@@ -38,7 +38,7 @@ def daam_package() -> Method:
 
             yield read
 
-    return Method("daam (the package)", opened, batch=1)
+    return Method("daam (the package)", opened, batch=1, alone=True)
 
 
 def attention_map_diffusers() -> Method:
@@ -60,7 +60,7 @@ def attention_map_diffusers() -> Method:
 
             yield read
 
-    return Method("attention-map-diffusers (the package)", opened)
+    return Method("attention-map-diffusers (the package)", opened, alone=True)
 
 
 def _averaged(records: Sequence[Any], guidance: bool) -> Tensor:

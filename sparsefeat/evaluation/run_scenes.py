@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 from sparsefeat.assets import emojiscenes
@@ -21,6 +21,9 @@ from sparsefeat.sae import SAE
 # Seeds of the pictures that thresholds and latents are chosen on, and of those that are scored.
 FIT, SCORED = 1_000, 2_000
 
+# Of the embedded UNet: where it has its full resolution again.
+LAST_BLOCK = "up_blocks.1"
+
 
 def evaluate_scenes(
     pipe: Any,
@@ -34,7 +37,8 @@ def evaluate_scenes(
     """Every method on every split: real scenes of held-out pairs, and what the pipeline draws from their
     captions. `n` pictures a split are scored; thresholds are chosen on as many other real ones and half as many drawn ones,
     the SAEs' latents on EmojiCanvas' real drawings. Other packages' maps are measured where they are installed; what one of
-    them cannot do is a `note` in its row. A row is a part, kept under the pipeline's `name`.
+    them cannot do is a `note` in its row. What our own methods mark in a split is a part, and so is what each method costs,
+    kept under the pipeline's `name`.
 
     Raises:
         ValueError: two of the SAEs are of one hookpoint, by which their rows are named.
@@ -55,52 +59,49 @@ def evaluate_scenes(
 
     rows = []
     for split, own, fit, test, masked_by in splits:
+        in_split = partial(_key, name, split)
+        drawn_here = masked_by is not None
         asked = {index for picture in (*fit, *test) for index in picture.objects}
-        of_saes = (_of_latents(shown, name, sae, asked, parts) for sae in saes)  # chosen when it is their turn
-        for method in chain(
-            (scenes.nothing(), scenes.chance(), *of_attention(own, masked_by is not None)), of_saes, peers
-        ):
-            if isinstance(method, str):
-                said(f"{split}: {method}")
-                continue
+        ours = [scenes.chance(), *of_attention(own, drawn_here)]
+        for sae in saes:
+            of_sae = _of_latents(shown, name, sae, asked, drawn_here, parts)
+            ours += of_sae
+            if not of_sae:
+                said(f"{split}: {sae.config.hookpoint} has no latent for some of the objects; left out")
+        together = [method for method in ours if not method.alone]
+        for group in ([scenes.nothing()], together, *([method] for method in (*ours, *peers) if method.alone)):
+            lines = [{"pipeline": name, "method": method.name, "split": split} for method in group]
             try:
-                line = parts.kept(
-                    _key(name, split, method.name),
-                    partial(scenes.row, own, name, method, split, fit, test, masked_by),
-                )
-            except Exception as error:
-                if method not in peers:
-                    raise
-                rows.append({"pipeline": name, "method": method.name, "split": split, "note": f"{error}"[:300]})
-                said(f"{split}: {method.name}: {type(error).__name__}: {error}")
-                continue
-            if method.name == "no maps":  # nothing to score
-                line |= dict.fromkeys(
-                    (
-                        "miou",
-                        "oracle_miou",
-                        "share_of_oracle",
-                        "accuracy",
-                        "map",
-                        "pointing",
-                        "fit_miou",
-                        "fit_map",
-                        "threshold",
+                if group[0].name != "no maps":
+                    key = hashlib.sha256("/".join(method.name for method in group).encode()).hexdigest()[:12]
+                    measured = partial(scenes.scores, own, group, fit, test, masked_by)
+                    for line, found in zip(lines, parts.kept(in_split("scores", key), measured), strict=True):
+                        line |= found
+                for line, method in zip(lines, group, strict=True):
+                    costs = partial(scenes.cost, own, method, test, drawn_here)
+                    line |= parts.kept(in_split("cost", method.name), costs)
+                    said(
+                        f"{split}: {method.name}: {line.get('miou')} of {line.get('oracle_miou')}, {line['seconds']} s"
                     )
-                )
-            rows.append(line)
-            said(f"{split}: {method.name}: {line['miou']} of {line['oracle_miou']}, {line['seconds']} s")
+            except Exception as error:
+                if group[0] not in peers:
+                    raise
+                lines[0] |= {"note": f"{error}"[:300]}
+                said(f"{split}: {group[0].name}: {type(error).__name__}: {error}")
+            rows += lines
     return rows
 
 
-def _of_latents(shown: Any, name: str, sae: SAE, asked: set[int], parts: Parts) -> scenes.Method | str:
-    """The SAE's latents of these objects; a sentence where it has none of one."""
+def _of_latents(shown: Any, name: str, sae: SAE, asked: set[int], drawn: bool, parts: Parts) -> list[scenes.Method]:
+    """The SAE's latents of these objects, as they are and refined, `drawn` in more than one step late ones; none where one of
+    them has no latent."""
     at = sae.config.hookpoint
     kept = parts.kept(_key(name, at), lambda: scenes.latents_of_objects(shown, sae, scenes.real_drawings()))
     latent = {int(o): index for o, index in kept.items()}
-    if missing := asked - set(latent):
-        return f"{at} has no latent for {len(missing)} objects; left out"
-    return scenes.latents(f"a latent an object, {at}", sae, latent)
+    if asked - set(latent):
+        return []
+    what, late = f"a latent an object, {at}", "last quarter" if drawn else None
+    return [scenes.latents(what, sae, latent), scenes.latents(what, sae, latent, refined=1, late=late)]
 
 
 def _key(*names: str | None) -> str:
@@ -108,27 +109,35 @@ def _key(*names: str | None) -> str:
 
 
 def of_attention(pipe: Any, drawn: bool) -> list[scenes.Method]:
-    """Every kind of map that the pipeline has, as it is and refined, of all steps and, `drawn` in more than one, of late
-    ones; of cross-attention DAAM's, ours and eager."""
+    """Every kind of map that the pipeline has, as it is and refined; of the kind that it has by default also the words'
+    shares and, `drawn` in more than one step, late ones; of cross-attention DAAM's, ours and eager."""
     found: list[scenes.Method] = []
     for kind in KINDS:
-        if kind == "concept":
+        if kind == "concept" or not _attaches(pipe, HeatMaps(kind)):
             continue
-        try:
-            attach(pipe, HeatMaps(kind)).close()
-        except ValueError:
-            continue
-        if drawn and not found:  # the kind that a pipeline has by default
-            found += [scenes.heat_maps(kind, late="last quarter"), scenes.heat_maps(kind, refined=1, late="last tenth")]
+        if not found:  # the kind by default
+            late = "last quarter" if drawn else None
+            if drawn:
+                found += [scenes.heat_maps(kind, late=late), scenes.heat_maps(kind, refined=1, late=late)]
+                found += [scenes.heat_maps(kind, refined=1, late="last tenth")]
+            found += [scenes.heat_maps(kind, late=late, shares=True)]
+            found += [scenes.heat_maps(kind, refined=1, late=late, shares=True)]
+            if _attaches(pipe, HeatMaps(kind, layers=LAST_BLOCK)):
+                last = {"said": f"{LAST_BLOCK} alone", "layers": LAST_BLOCK}
+                found += [scenes.heat_maps(kind, refined=1, late=late, shares=True, **last)]
         found += [scenes.heat_maps(kind), scenes.heat_maps(kind, refined=1)]
-        if drawn:
-            found += [scenes.heat_maps(kind, refined=1, late="last quarter")]
         if kind == "cross":
-            found += [scenes.heat_maps(kind, exact=True)]
+            found += [scenes.heat_maps(kind, said="clamped as DAAM does", daam_exact=True)]
+        if kind == "text_renormalised":
+            found += [scenes.heat_maps(kind, said="from text to image", direction="text_to_image")]
     if getattr(pipe, "unet", None) is not None:
         found.append(scenes.eager_daam())
+    return [*found, scenes.concepts()] if _attaches(pipe, HeatMaps(concepts=["fox", "background"])) else found
+
+
+def _attaches(pipe: Any, maps: HeatMaps) -> bool:
     try:
-        attach(pipe, HeatMaps(concepts=["fox", "background"])).close()
+        attach(pipe, maps).close()
     except ValueError:
-        return found
-    return [*found, scenes.concepts()]
+        return False
+    return True

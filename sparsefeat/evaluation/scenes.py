@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from sparsefeat.measure.timing import resident_peak_beyond
 from sparsefeat.pipeline import attach
 from sparsefeat.sae import SAE
 
-THRESHOLDS: tuple[Threshold, ...] = ("mean", 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+THRESHOLDS: tuple[Threshold, ...] = ("mean", *(n / 20 for n in range(2, 19)))
 BATCH = 10
 # Of how many steps the last one is run on a real picture: it is given the noise of a quarter of the schedule.
 ONE_OF = 4
@@ -63,12 +63,13 @@ Maps = Callable[[int, Picture], Tensor]
 @dataclass(frozen=True)
 class Method:
     """`opened(pipe, guidance, pictures)` is a context in which the pipeline is called on these pictures, and gives what
-    reads the maps of that call; `batch`: of how many pictures at a time.
+    reads the maps of that call; `batch`: of how many pictures at a time. `alone`: in calls of its own, not beside others.
     """
 
     name: str
     opened: Callable[[Any, bool, Sequence[Picture]], Any]
     batch: int = BATCH
+    alone: bool = False
 
 
 def real(n: int, split: str, seed: int = 0) -> list[Picture]:
@@ -128,23 +129,34 @@ def chance(seed: int = 0) -> Method:
     return Method("chance", opened)
 
 
-def heat_maps(kind: Any, refined: int = 0, exact: bool = False, late: str | None = None) -> Method:
-    """`HeatMaps` of a kind, times the self-attention so often; `late`: both of the steps that LATE names alone."""
+def heat_maps(
+    kind: Any, refined: int = 0, late: str | None = None, shares: bool = False, said: str = "", **options: Any
+) -> Method:
+    """`HeatMaps` of a kind, times the self-attention so often; `late`: both of the steps that LATE names alone; `shares`:
+    the objects' words apart, as `HeatMapRecording.shares` tells them; `options` of `HeatMaps`, which the row calls `said`.
+    """
 
     @contextmanager
     def opened(pipe: Any, guidance: bool, pictures: Sequence[Picture]) -> Iterator[Maps]:
         steps = None if late is None else LATE[late]
-        maps, own = HeatMaps(kind, daam_exact=exact, steps=steps), SelfAttention(steps=steps)
+        maps, own = HeatMaps(kind, steps=steps, **options), SelfAttention(steps=steps)
         with attach(pipe, maps, *([own] if refined else [])) as run:
 
             def read(image: int, picture: Picture) -> Tensor:
-                found = torch.stack([run[maps].word(word, image).values for word in picture.words])
+                words = picture.words
+                of = run[maps].shares(words, image) if shares else [run[maps].word(word, image) for word in words]
+                found = torch.stack([one.values for one in of])
                 return run[own].propagate(found, image, refined) if refined else found
 
             yield read
 
-    name = f"{kind} maps{', clamped as DAAM does' if exact else ''}{f' of the {late}' if late else ''}"
-    return Method(f"{name}, refined {refined} x" if refined else name, opened)
+    return Method(_called(f"{kind} maps", late, said, "shares" if shares else "", refined), opened)
+
+
+def _called(what: str, late: str | None, *how: str | int) -> str:
+    """`cross maps of the last quarter, shares, refined 1 x`"""
+    parts = [f"refined {one} x" if isinstance(one, int) else one for one in how if one]
+    return ", ".join([f"{what} of the {late}" if late else what, *parts])
 
 
 def concepts() -> Method:
@@ -156,7 +168,7 @@ def concepts() -> Method:
         with attach(pipe, maps) as run:
             yield lambda image, picture: torch.stack([run[maps].word(word, image).values for word in picture.words])
 
-    return Method("concept maps", opened, batch=1)  # of the pictures of one call all concepts are the same
+    return Method("concept maps", opened, batch=1, alone=True)  # of the pictures of one call all concepts are the same
 
 
 def eager_daam() -> Method:
@@ -173,19 +185,29 @@ def eager_daam() -> Method:
         with daam.attached(pipe):
             yield read
 
-    return Method("DAAM, eager", opened)
+    return Method("DAAM, eager", opened, alone=True)
 
 
-def latents(name: str, sae: SAE, of_object: dict[int, int], at: Any = None) -> Method:
-    """For each object the map of one latent; `latents_of_objects` chooses it."""
+def latents(
+    name: str, sae: SAE, of_object: dict[int, int], at: Any = None, refined: int = 0, late: str | None = None
+) -> Method:
+    """For each object the map of one latent; `latents_of_objects` chooses it. `refined` and `late` as of `heat_maps`."""
 
     @contextmanager
     def opened(pipe: Any, guidance: bool, pictures: Sequence[Picture]) -> Iterator[Maps]:
-        record = Record(sae, at)
-        with attach(pipe, record) as run:
-            yield lambda image, picture: torch.stack([run[record].map(of_object[o], image) for o in picture.objects])
+        record, own = Record(sae, at), SelfAttention(steps=None if late is None else LATE[late])
+        with attach(pipe, record, *([own] if refined else [])) as run:
 
-    return Method(name, opened)
+            def read(image: int, picture: Picture) -> Tensor:
+                steps = run[record].steps
+                steps = steps if late is None else steps[round(LATE[late][0] * len(steps)) :]
+                latents = [of_object[o] for o in picture.objects]
+                found = torch.stack([run[record].maps(latents, image, step) for step in steps]).sum(0)
+                return run[own].propagate(found, image, refined) if refined else found
+
+            yield read
+
+    return Method(_called(name, late, refined), opened)
 
 
 def latents_of_objects(pipe: Any, sae: SAE, pictures: Sequence[Picture], at: Any = None) -> dict[int, int]:
@@ -197,7 +219,7 @@ def latents_of_objects(pipe: Any, sae: SAE, pictures: Sequence[Picture], at: Any
     record = Record(sae, at)
     with attach(pipe, record) as run:
         for chunk in in_batches(pictures, BATCH):
-            masks, _ = called(pipe, chunk)
+            masks = called(pipe, chunk)
             for image, (picture, own) in enumerate(zip(chunk, masks, strict=True)):
                 found.add_maps(run[record], dict(zip((names[o] for o in picture.objects), own, strict=True)), image)
     best = {index: found.latents(name, 1) for index, name in names.items()}
@@ -207,15 +229,14 @@ def latents_of_objects(pipe: Any, sae: SAE, pictures: Sequence[Picture], at: Any
 # --------------------------------------------------------------------------------------------------------- the pictures
 
 
-def called(pipe: Any, chunk: Sequence[Picture], judge: PixelJudge | None = None) -> tuple[list[Tensor], float]:
-    """Call the pipeline on some pictures: their masks [objects, 64, 64], and the seconds of the call.
+def called(pipe: Any, chunk: Sequence[Picture], judge: PixelJudge | None = None) -> list[Tensor]:
+    """Call the pipeline on some pictures: their masks [objects, 64, 64].
 
     Real pictures are denoised in one pass from a quarter of the schedule, without guidance (`pipe` is an image-to-image
     pipeline then); the others are drawn with the embedded pipelines' steps and guidance, and masked by the judge.
     """
     generators = [torch.Generator().manual_seed(picture.seed) for picture in chunk]
     prompts = [picture.prompt for picture in chunk]
-    began = time.perf_counter()
     with torch.no_grad():
         if chunk[0].image is not None:
             options = {
@@ -227,12 +248,10 @@ def called(pipe: Any, chunk: Sequence[Picture], judge: PixelJudge | None = None)
         else:
             options = {"num_inference_steps": N_STEPS, "guidance_scale": GUIDANCE}
             drawn = pipe(prompts, generator=generators, output_type="pt", **options).images
-    seconds = time.perf_counter() - began
     if judge is None:
-        return [picture.masks for picture in chunk if picture.masks is not None], seconds
+        return [picture.masks for picture in chunk if picture.masks is not None]
     labels = label_pixels(judge, drawn.float().cpu())
-    masks = [torch.stack([seen == o for o in p.objects]).float() for p, seen in zip(chunk, labels, strict=True)]
-    return masks, seconds
+    return [torch.stack([seen == o for o in p.objects]).float() for p, seen in zip(chunk, labels, strict=True)]
 
 
 def in_batches(pictures: Sequence[Picture], size: int) -> list[Sequence[Picture]]:
@@ -242,71 +261,82 @@ def in_batches(pictures: Sequence[Picture], size: int) -> list[Sequence[Picture]
 # ------------------------------------------------------------------------------------------------------------ the table
 
 
-def scored(
-    pipe: Any, method: Method, pictures: Sequence[Picture], judge: PixelJudge | None
-) -> tuple[Segmentation, Segmentation, float, int]:
-    """The method's maps against the masks; the oracle's; seconds a picture, and pictures' objects that were not seen."""
-    own, oracle = Segmentation(THRESHOLDS), Segmentation(THRESHOLDS)
-    spent, unseen = 0.0, 0
-    for chunk in in_batches(pictures, method.batch):
-        with method.opened(pipe, judge is not None, chunk) as read:
-            masks, seconds = called(pipe, chunk, judge)
-            spent += seconds
-            for image, (picture, truth) in enumerate(zip(chunk, masks, strict=True)):
-                began = time.perf_counter()
-                maps = read(image, picture)
-                spent += time.perf_counter() - began
-                grid = (int(maps.shape[-2]), int(maps.shape[-1]))
-                large = F.interpolate(maps[None].float(), size=truth.shape[-2:], mode="bicubic")[0].clamp(min=0)
-                for values, mask in zip(large, truth, strict=True):
-                    if (mask > 0.5).float().mean() < LEAST_SEEN:
-                        unseen += 1
-                        continue
-                    own.add(values, mask > 0.5)
-                    oracle.add(downsampled_and_back(mask, grid).clamp(min=0), mask > 0.5)
-    return own, oracle, spent / len(pictures), unseen
+@dataclass
+class Counted:
+    """One method's maps against the masks, the oracle's, and how many of the pictures' objects were not seen."""
+
+    own: Segmentation
+    oracle: Segmentation
+    unseen: int = 0
+
+    def add(self, maps: Tensor, masks: Tensor) -> None:
+        large = F.interpolate(maps[None].float(), size=masks.shape[-2:], mode="bicubic")[0].clamp(min=0)
+        for values, mask in zip(large, masks, strict=True):
+            if (mask > 0.5).float().mean() < LEAST_SEEN:
+                self.unseen += 1
+                continue
+            self.own.add(values, mask > 0.5)
+            grid = (int(maps.shape[-2]), int(maps.shape[-1]))
+            self.oracle.add(downsampled_and_back(mask, grid).clamp(min=0), mask > 0.5)
 
 
-def row(
-    pipe: Any,
-    pipeline: str,
-    method: Method,
-    split: str,
-    fit: Sequence[Picture],
-    test: Sequence[Picture],
-    judge: PixelJudge | None,
-) -> dict[str, Any]:
-    """One line of the table. Thresholds, the oracle's too, are chosen on `fit`; `fit_miou` and `fit_map` are of these
-    pictures, by which one method may be chosen before others."""
-    chosen, chosen_oracle, _, _ = scored(pipe, method, fit, judge)
-    own, oracle, seconds, unseen = scored(pipe, method, test, judge)
-    fitted = chosen.scores(chosen.best())
-    scores, best = own.scores(chosen.best()), oracle.scores(chosen_oracle.best())
-    within = own.intervals(chosen.best())
+def counted(
+    pipe: Any, methods: Sequence[Method], pictures: Sequence[Picture], judge: PixelJudge | None
+) -> list[Counted]:
+    """Of every method, all in the same calls of the pipeline."""
+    found = [Counted(Segmentation(THRESHOLDS), Segmentation(THRESHOLDS)) for _ in methods]
+    for chunk in in_batches(pictures, methods[0].batch):
+        with ExitStack() as stack:
+            reads = [stack.enter_context(method.opened(pipe, judge is not None, chunk)) for method in methods]
+            for image, (picture, masks) in enumerate(zip(chunk, called(pipe, chunk, judge), strict=True)):
+                for read, one in zip(reads, found, strict=True):
+                    one.add(read(image, picture), masks)
+    return found
+
+
+def scores(
+    pipe: Any, methods: Sequence[Method], fit: Sequence[Picture], test: Sequence[Picture], judge: PixelJudge | None
+) -> list[dict[str, Any]]:
+    """Of every method, a line of the table. Thresholds, the oracle's too, are chosen on `fit`; `fit_miou`,
+    `fit_share_of_oracle` and `fit_map` are of these pictures, by which one method may be chosen before others."""
+    chosen_of = counted(pipe, methods, fit, judge)
+    return [_line(chosen, one) for chosen, one in zip(chosen_of, counted(pipe, methods, test, judge), strict=True)]
+
+
+def _line(chosen: Counted, tested: Counted) -> dict[str, Any]:
+    threshold, of_oracle = chosen.own.best(), chosen.oracle.best()
+    own, oracle = tested.own.scores(threshold), tested.oracle.scores(of_oracle)
+    fitted = chosen.own.scores(threshold)
+    return {
+        "miou": round(own.miou, 4),
+        "oracle_miou": round(oracle.miou, 4),
+        "share_of_oracle": round(own.miou / oracle.miou, 4),
+        "accuracy": round(own.accuracy, 4),
+        "map": round(own.map, 4),
+        "pointing": round(own.pointing, 4),
+        **{f"{name}_ci": [round(end, 4) for end in ends] for name, ends in tested.own.intervals(threshold).items()},
+        "fit_miou": round(fitted.miou, 4),
+        "fit_share_of_oracle": round(fitted.miou / chosen.oracle.scores(of_oracle).miou, 4),
+        "fit_map": round(fitted.map, 4),
+        "threshold": threshold,
+        "n_maps": own.n,
+        "not_seen": tested.unseen,
+    }
+
+
+def cost(pipe: Any, method: Method, pictures: Sequence[Picture], guidance: bool) -> dict[str, Any]:
+    """Seconds of a picture and peak memory, of BATCH pictures with this method alone."""
+    some, spent = pictures[:BATCH], 0.0
 
     def once() -> None:
-        chunk = test[: method.batch]
-        with method.opened(pipe, judge is not None, chunk) as read:
-            called(pipe, chunk)
-            for image, picture in enumerate(chunk):
-                read(image, picture)
+        nonlocal spent
+        began = time.perf_counter()
+        for chunk in in_batches(some, method.batch):
+            with method.opened(pipe, guidance, chunk) as read:
+                called(pipe, chunk)
+                for image, picture in enumerate(chunk):
+                    read(image, picture)
+        spent = time.perf_counter() - began
 
-    return {
-        "pipeline": pipeline,
-        "method": method.name,
-        "split": split,
-        "miou": round(scores.miou, 4),
-        "oracle_miou": round(best.miou, 4),
-        "share_of_oracle": round(scores.miou / best.miou, 4),
-        "accuracy": round(scores.accuracy, 4),
-        "map": round(scores.map, 4),
-        "pointing": round(scores.pointing, 4),
-        **{f"{name}_ci": [round(end, 4) for end in ends] for name, ends in within.items()},
-        "fit_miou": round(fitted.miou, 4),
-        "fit_map": round(fitted.map, 4),
-        "threshold": scores.threshold,
-        "n_maps": scores.n,
-        "not_seen": unseen,
-        "seconds": round(seconds, 4),
-        "peak_bytes": resident_peak_beyond(once),
-    }
+    peak = resident_peak_beyond(once)
+    return {"seconds": round(spent / len(some), 4), "peak_bytes": peak}

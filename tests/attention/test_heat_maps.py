@@ -315,6 +315,41 @@ def test_what_the_maps_take_is_said_before_and_bounded(pipe, capsys, monkeypatch
     assert run[few].bytes == 61440 // 8
 
 
+@pytest.mark.parametrize(("words", "given", "weight"), [(["fox", "dog"], {}, 0.5), (["dog"], {"background": 2.0}, 2.0)])
+def test_words_share_the_attention_with_the_mark_before_the_prompt(pipe, words, given, weight):
+    maps, places = HeatMaps(keep=["steps"]), {"fox": [2], "dog": [5, 6, 7]}  # of the start token 0; counted by hand
+    with attach(pipe, maps) as run:
+        pixels(pipe, ["cat", "a fox, a dog"], steps=2, height=48, width=80)
+    for step in (None, 1):
+        all_of = run[maps].tensor(1, step=step).double()
+        of_words = torch.stack([all_of[places[word]].mean(0) for word in words])
+        expected = of_words / (of_words.sum(0) + weight * of_words.max() * all_of[0] / all_of[0].max())
+        found = run[maps].shares(words, 1, **given, step=step)
+        assert [heat.label for heat in found] == words
+        torch.testing.assert_close(
+            torch.stack([heat.values for heat in found]).double(), expected, rtol=1e-5, atol=1e-6
+        )
+
+
+def test_shares_are_refused_where_nothing_tells_the_background(pipe):
+    with attach(pipe, only := HeatMaps(words=["fox"]), both := HeatMaps(words=["fox", 0])) as run:
+        pixels(pipe, "a fox", steps=1)
+    with pytest.raises(ValueError, match=r"the mark before the prompt has no map: .* HeatMaps\(words=\['fox', 0\]\)"):
+        run[only].shares(["fox"])
+    assert run[both].shares(["fox"])[0].values.max() > 0
+    for wrong, said in (({"words": []}, "words="), ({"words": ["cat"]}, "its words are: a, fox")):
+        with pytest.raises(ValueError, match=said):
+            run[both].shares(**wrong)
+    with pytest.raises(ValueError, match=r"background=-1 must be a finite number of at least 0"):
+        run[both].shares(["fox"], background=-1)
+    tiny = families()["pixart"]
+    t5 = tiny.build()  # its text encoder, a T5, puts no mark before the prompt
+    with attach(t5, of_t5 := HeatMaps()) as run:
+        tiny.call(t5, ["red fox"], guidance=1.0, steps=1)
+    with pytest.raises(ValueError, match=r"no attention to a mark before the prompt, .*: take each word's own map"):
+        run[of_t5].shares(["fox"])
+
+
 def test_maps_of_the_negative_prompt(pipe):
     maps, eager = HeatMaps(condition="uncond"), Eager(pipe.unet)
     with attach(pipe, maps) as run:

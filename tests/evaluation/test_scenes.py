@@ -74,13 +74,12 @@ def test_a_method_that_knows_the_mask_is_the_oracle_and_nothing_is_worse_than_ch
 
         return contextlib.nullcontext(read)
 
-    own, oracle, _, unseen = scenes.scored(Pipe(), scenes.Method("knows", opened), pictures, None)
-    assert unseen == 0
+    knows, lost = scenes.counted(Pipe(), [scenes.Method("knows", opened), scenes.chance()], pictures, None)
+    assert knows.unseen == 0
     for threshold in scenes.THRESHOLDS:
-        assert own.scores(threshold) == pytest.approx(oracle.scores(threshold))
-    lost, *_ = scenes.scored(Pipe(), scenes.chance(), pictures, None)
-    assert lost.scores().miou < own.scores("mean").miou
-    assert lost.scores().pointing < own.scores().pointing
+        assert knows.own.scores(threshold) == pytest.approx(knows.oracle.scores(threshold))
+    assert lost.own.scores().miou < knows.own.scores("mean").miou
+    assert lost.own.scores().pointing < knows.own.scores().pointing
 
 
 @pytest.mark.embedded
@@ -88,8 +87,13 @@ def test_a_row_of_the_embedded_pipeline_has_every_column():
     pipe = load_pipeline()
     fit, test = scenes.real(4, emojiscenes.TRAIN, 1), scenes.real(4, emojiscenes.HELD_OUT, 2)
     own = image_to_image(pipe)[0]
-    row = scenes.row(own, "embedded", scenes.heat_maps("cross", refined=1), "real", fit, test, None)
-    assert row["method"] == "cross maps, refined 1 x"
+    methods = [scenes.heat_maps("cross", refined=1, shares=True), scenes.heat_maps("cross")]
+    assert [method.name for method in methods] == ["cross maps, shares, refined 1 x", "cross maps"]
+    row, plain = scenes.scores(own, methods, fit, test, None)
+    (by_itself,) = scenes.scores(own, methods[1:], fit, test, None)
+    assert plain == by_itself  # whatever else is read in the same calls
+    assert row != plain
+    row |= scenes.cost(own, methods[0], test, False)
     assert row["n_maps"] == 8
     assert 0 < row["miou"] <= 1
     assert row["share_of_oracle"] == pytest.approx(row["miou"] / row["oracle_miou"], abs=1e-3)
@@ -99,7 +103,7 @@ def test_a_row_of_the_embedded_pipeline_has_every_column():
         scenes.Picture(emojicanvas.prompt(name, "noto"), (emojicanvas.OBJECTS.index(name),), seed)
         for seed, name in enumerate(("fox", "pizza"))
     ]
-    masks, _ = scenes.called(pipe, drawn, load_pixel_judge())
+    masks = scenes.called(pipe, drawn, load_pixel_judge())
     assert [len(mask) for mask in masks] == [1, 1]
     assert all(0.05 < float(mask.mean()) < 0.9 for mask in masks)  # the judge sees what was asked for
     assert masks[0].shape[-2:] == (64, 64)
@@ -110,12 +114,13 @@ def test_a_row_of_the_embedded_pipeline_has_every_column():
 def test_the_joint_pipeline_has_every_kind_of_map_late_ones_where_it_draws_and_those_of_concepts(monkeypatch):
     pipe = load_pipeline(JOINT)
     kinds = ("joint", "text_renormalised", "query_query")
-    names = {
-        f"{kind} maps{how}" for kind in kinds for how in ("", ", refined 1 x", " of the last quarter, refined 1 x")
-    }
-    late = {"joint maps of the last quarter", "joint maps of the last tenth, refined 1 x"}
-    assert {method.name for method in of_attention(pipe, drawn=True)} == {*names, *late, "concept maps"}
-    assert not [method.name for method in of_attention(image_to_image(pipe)[0], drawn=False) if "last" in method.name]
+    names = {f"{kind} maps{how}" for kind in kinds for how in ("", ", refined 1 x")}
+    names |= {"concept maps", "text_renormalised maps, from text to image"}
+    late = {", refined 1 x", "", ", shares", ", shares, refined 1 x"}
+    late = {f"joint maps of the last quarter{how}" for how in late} | {"joint maps of the last tenth, refined 1 x"}
+    assert {method.name for method in of_attention(pipe, drawn=True)} == names | late
+    of_one = {method.name for method in of_attention(image_to_image(pipe)[0], drawn=False)}
+    assert of_one == names | {"joint maps, shares", "joint maps, shares, refined 1 x"}
     monkeypatch.setattr(scenes, "N_STEPS", 1)
     (picture,) = scenes.generated(1, emojiscenes.TRAIN, 3)
     with scenes.concepts().opened(pipe, True, [picture]) as read:
@@ -134,18 +139,25 @@ def test_an_interrupted_run_goes_on_from_its_rows_and_takes_none_of_another_run(
     monkeypatch.setattr("sparsefeat.evaluation.pixel_judge.load_pixel_judge", lambda: pixel_judge)
     measured, asked = [], []
 
-    def row(pipe, name, method, split, *pictures):
+    def part(what, name):
         if len(measured) == ends:
             raise KeyboardInterrupt
-        measured.append((split, method.name))
-        numbers = dict.fromkeys(("miou", "oracle_miou", "seconds"), len(measured) / 100)
-        return {"pipeline": name, "method": method.name, "split": split, **numbers}
+        measured.append((what, name))
+        return len(measured) / 100
+
+    def scores(pipe, methods, *pictures):
+        number = part("scores", methods[0].name)
+        return [{"miou": number, "oracle_miou": number} for _ in methods]
+
+    def cost(pipe, method, *pictures):
+        return {"seconds": part("cost", method.name)}
 
     def refuses(*_):
         asked.append(1)
         raise RuntimeError("not of this model")
 
-    monkeypatch.setattr(scenes, "row", row)
+    monkeypatch.setattr(scenes, "scores", scores)
+    monkeypatch.setattr(scenes, "cost", cost)
     monkeypatch.setattr(peer_maps, "installed", lambda: ([], []))
     line = ["evaluate", "scenes", "--pipeline", "own", "--out", "out.json", "--work", "work"]
     ends = 3
@@ -165,19 +177,23 @@ def test_an_interrupted_run_goes_on_from_its_rows_and_takes_none_of_another_run(
 
     ends = None
     new, rows = goes_on()
-    assert len(set(measured)) == len(measured) == len(rows) == 3 + new  # none twice, and the first three are there
-    scored = [line for line in rows if line["method"] != "no maps"]
-    assert [line["miou"] for line in scored] == [
-        (1 + measured.index((line["split"], line["method"]))) / 100 for line in scored
-    ]
+    assert measured[:3] == [("cost", "no maps"), ("scores", "chance"), ("cost", "chance")]
+    # Every cost once, and the scores of all that is measured together and of what is measured alone, of both splits.
+    assert sum(what == "cost" for what, _ in measured) == len(rows)
+    assert [name for what, name in measured if what == "scores"] == ["chance", "DAAM, eager"] * 2
+    costs = [(1 + index) / 100 for index, (what, _) in enumerate(measured) if what == "cost"]
+    assert [line["seconds"] for line in rows] == costs
+    assert [line["method"] for line in rows] == [name for what, name in measured if what == "cost"]
+    assert [line["method"] for line in rows if "miou" not in line] == ["no maps"] * 2
+    everything = 3 + new
     assert goes_on() == (0, rows)
-    assert goes_on("2")[0] == len(rows)
+    assert goes_on("2")[0] == everything
     config = tmp_path / "own" / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text() + "\n")
-    assert goes_on()[0] == len(rows)
+    assert goes_on()[0] == everything
     # What another package could not do is asked again: the next time it may be mended.
-    monkeypatch.setattr(peer_maps, "installed", lambda: ([scenes.Method("theirs", refuses)], []))
-    monkeypatch.setattr(scenes, "row", lambda pipe, name, method, *rest: method.opened(pipe, False, []))
+    monkeypatch.setattr(peer_maps, "installed", lambda: ([scenes.Method("theirs", refuses, alone=True)], []))
+    monkeypatch.setattr(scenes, "scores", lambda pipe, methods, *rest: methods[0].opened(pipe, False, []))
     for times in (2, 4):
         assert [line["note"] for line in goes_on()[1] if "note" in line] == ["not of this model"] * 2
         assert len(asked) == times

@@ -42,9 +42,16 @@ def heatmap(
         int,
         typer.Option(
             min=0,
-            help="How often a word's map goes through the image's self-attention; both are then of the last quarter of the steps.",
+            help="How often a word's map goes through the image's self-attention; with it, and with --shares, all is of the last quarter of the steps.",
         ),
     ] = 0,
+    shares: Annotated[
+        bool,
+        typer.Option(
+            "--shares",
+            help="Mark the words that --word names apart from one another and from the background; best with --refine 1.",
+        ),
+    ] = False,
     pipeline: Pipeline = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -55,6 +62,8 @@ def heatmap(
     """Draw PROMPT and, for each word, where the image attended to it: a picture each, and all of them in words.png."""
     choice = PipelineChoice(pipeline, device, steps)
     wanted = [words_wanted(prompt, word, prompts) for prompt in prompts]
+    if shares and word is None:
+        raise ValueError("--shares marks words apart that you name; add --word for each")
     if film is not Film.gif and by is not By.steps:
         raise ValueError(f"--film {film.value} is of the steps; add --by steps")
     if film is Film.mp4 and importlib.util.find_spec("imageio") is None:
@@ -69,7 +78,8 @@ def heatmap(
             (folder / place).mkdir(exist_ok=True)
             options = choice.call_options(guidance, seed)
             written += [
-                place / name for name in write_maps(folder / place, pipe, prompt, of_it, options, by, film, refine)
+                place / name
+                for name in write_maps(folder / place, pipe, prompt, of_it, options, by, film, refine, shares)
             ]
     for path in written:
         typer.echo(str(out / path))
@@ -99,6 +109,7 @@ def write_maps(
     by: By,
     film: Film,
     refine: int,
+    shares: bool,
 ) -> list[str]:
     """Draw the prompt, write the pictures of its maps, and give their names."""
     from sparsefeat.attention import HeatMaps, SelfAttention, words_of
@@ -107,7 +118,7 @@ def write_maps(
     from sparsefeat.report import enlarge, over_steps, overlay, save_animation, sheet_by, words_sheet
 
     last = max(1, options["num_inference_steps"] // 4)  # early steps blur a map
-    late = None if refine == 0 else (1 - last / options["num_inference_steps"], 1.0)
+    late = (1 - last / options["num_inference_steps"], 1.0) if refine or shares else None
     maps, own = HeatMaps(steps=late), SelfAttention(steps=late)
     apart = maps if by is By.words else HeatMaps(keep=(by.value,))
     with attach(pipe, *dict.fromkeys([maps, apart, *([own] if refine else [])])) as run:
@@ -115,15 +126,17 @@ def write_maps(
     found = {}
     for one in words or dict.fromkeys(words_of(prompt)):
         try:
-            values = run[maps].word(one).values
+            found[one] = run[maps].word(one).values
         except ValueError as error:
             if words:  # asked for; of the others each that has no map is told
                 raise
             typer.echo(f"no map: {in_options(str(error), {'word': '--word'})}", err=True)
-            continue
-        found[one] = run[own].propagate(values, times=refine) if refine else values
     if not found:
         raise ValueError(f"PROMPT {prompt!r} has no word that this pipeline knows, so there is nothing to map")
+    if shares:
+        found = {heat.label: heat.values for heat in run[maps].shares(list(found))}
+    if refine:
+        found = {one: run[own].propagate(values, times=refine) for one, values in found.items()}
     names = {"image.png": enlarge(image), "words.png": words_sheet(image, found)}
     if by is not By.words:
         names[f"{by.value}.png"] = sheet_by(image, run[apart], list(found), "step" if by is By.steps else "layer")
