@@ -803,6 +803,16 @@ PYTHON = {
     "circuit of latents and an objective": (
         lambda x: sf.circuit(x.pipe, x.sae, x.sae, "a fox", latents=[1], objective=lambda *given: 0), "objective= chooses the downstream latents"
     ),
+    "a call's prompts in an array": (lambda x: run(x, sf.Record(x.sae), prompt=np.array(["a", "b"])), r"prompt=array\(.* must be a text, or a list"),
+    "a call's prompt in bytes": (lambda x: run(x, sf.Record(x.sae), prompt=b"a fox"), "prompt=b'a fox' must be a text, or a list"),
+    "a call's generators in a tuple": (lambda x: run(x, sf.Record(x.sae), generator=(torch.Generator(),)), "generator is a tuple; give the generators as a list"),
+    "a call's guidance list": (lambda x: run(x, sf.Record(x.sae), guidance_scale=[3.0]), r"guidance_scale=\[3.0\] must be a number; leave it out for 7.5"),
+    "a call's latents of numpy": (lambda x: run(x, sf.Record(x.sae), latents=np.zeros((1, 4, 16, 16))), r"latents is an array of numpy; give a tensor, torch.as_tensor\(latents\)"),
+    "maps of no step": (lambda x: run(x, sf.HeatMaps(steps=[99])).word("fox"), "no maps of the call, as none of the 2 steps that ran is among its own; look at its steps="),
+    "maps of no row": (
+        lambda x: run(x, sf.HeatMaps(condition="uncond"), guidance_scale=1.0).word("fox"), "no maps of the call, as no row was 'uncond' in it; look at condition= and at the guidance"
+    ),
+    "an SAE on meta": (lambda x: run(x, sf.Record(copy.deepcopy(x.sae).to("meta"))), r"the SAE has no weights, it is on the device 'meta'; open it with sparsefeat.load_sae"),
     "a name that is not there": (lambda x: sf.Recrod, "no attribute 'Recrod'; it offers .*Record"),
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["SparseCode", "selected_values"]
+__all__ = ["SparseCode", "check_code", "selected_values"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +37,13 @@ class SparseCode:
     row_offsets: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name in ("values", "indices", "row_offsets"):
+            given = getattr(self, name)
+            if not isinstance(given, Tensor) and not (given is None and name == "row_offsets"):
+                raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
+        n_latents: Any = self.n_latents
+        if isinstance(n_latents, (bool, Tensor)) or not hasattr(n_latents, "__index__") or n_latents < 0:
+            raise ValueError(f"n_latents must be a whole number of at least 0, got {self.n_latents!r:.80}")
         if self.values.shape != self.indices.shape:
             raise ValueError(
                 f"values and indices must have one shape, got {tuple(self.values.shape)} and "
@@ -52,6 +59,8 @@ class SparseCode:
             raise TypeError(f"values must be floating point, got {self.values.dtype}")
         if self.indices.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"indices must be int32, got {self.indices.dtype}")
+        if self.indices.device != self.values.device:
+            raise ValueError(f"indices must be on values' device {self.values.device}, got {self.indices.device}")
 
     @staticmethod
     def padded_from_dense(z: Tensor) -> SparseCode:
@@ -88,7 +97,14 @@ class SparseCode:
 
     def select(self, latents: Tensor | Sequence[int]) -> Tensor:
         """[rows, F] values of the chosen latents, 0 where one is not active in the row. Scratch: [rows, F] + the code."""
-        latents = torch.as_tensor(latents, device=self.values.device)
+        latents = torch.as_tensor(latents)
+        # Only where the look waits for no GPU, and nothing traces.
+        here = latents.device.type == "cpu" and not torch.compiler.is_compiling()
+        if here and latents.numel() and (latents.is_floating_point() or not _within(latents, self.n_latents)):
+            raise IndexError(
+                f"latents must be whole numbers from 0 to {self.n_latents - 1}, got {latents.tolist()!s:.80}"
+            )
+        latents = latents.to(self.values.device)
         return selected_values(self.values, self.indices, self.row_ids, self.rows, latents)
 
     def slice_rows(self, start: int, stop: int) -> SparseCode:
@@ -100,6 +116,30 @@ class SparseCode:
         offsets = self.row_offsets[start : stop + 1]
         first, last = int(offsets[0]), int(offsets[-1])
         return SparseCode(self.values[first:last], self.indices[first:last], self.n_latents, offsets - first)
+
+
+def check_code(values: Tensor, indices: Tensor, device: torch.device, beside: str, called: str = "values") -> None:
+    """Refuse what is not a padded code on `device`, the device of the argument named `beside`.
+
+    called: the name of `values`. indices are of the same kind: "aux_indices" of "aux_values".
+    """
+    its_indices = "aux_indices" if called.startswith("aux_") else "indices"
+    if values.dim() != 2 or values.shape != indices.shape:
+        raise ValueError(
+            f"{called} and {its_indices} must both be [rows, k], got shapes {tuple(values.shape)} and {tuple(indices.shape)}"
+        )
+    if not values.is_floating_point():
+        raise TypeError(f"{called} must be floating point, got {values.dtype}")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{its_indices} must be int32 or int64, got {indices.dtype}")
+    for name, tensor in ((called, values), (its_indices, indices)):
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on {beside}'s device {device}, got {tensor.device}; move one of them")
+
+
+def _within(numbers: Tensor, size: int) -> bool:
+    smallest, largest = map(int, numbers.aminmax())
+    return 0 <= smallest <= largest < size
 
 
 def selected_values(values: Tensor, indices: Tensor, row_ids: Tensor, rows: int, latents: Tensor) -> Tensor:

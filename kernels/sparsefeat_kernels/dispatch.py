@@ -17,7 +17,7 @@ import importlib.util
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
@@ -31,6 +31,7 @@ __all__ = [
     "TRITON_AVAILABLE",
     "backend",
     "block_bytes",
+    "check_kind",
     "force_triton",
     "has_copy_engine",
     "implementation",
@@ -177,19 +178,40 @@ def register(
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
     packet = getattr(registered, name)
-    places = [i for i, argument in enumerate(packet.default._schema.arguments) if argument.name in mutates]
-    setattr(ops, name, _direct(packet, without_autocast, places))
+    arguments = packet.default._schema.arguments
+    places = [i for i, argument in enumerate(arguments) if argument.name in mutates]
+    taken = {argument.name: str(argument.type) for argument in arguments}
+    setattr(ops, name, _direct(name, packet, without_autocast, places, taken))
 
 
-_PLAIN = (type(None), bool, int, float, str)
+# The plain types of an argument, by its type in the schema. Others (numpy's numbers, symbols) go by the dispatcher.
+_PLAIN: dict[str, tuple[type, ...]] = {
+    "Tensor": (),
+    "Optional[Tensor]": (type(None),),
+    "int": (int,),
+    "float": (float, int),
+    "Optional[float]": (float, int, type(None)),
+    "bool": (bool,),
+    "str": (str,),
+}
 
 
-def _direct(packet: Any, run: Callable[..., Any], mutated: list[int]) -> Callable[..., Any]:
+_STRIDED = torch.strided
+
+
+def _direct(
+    name: str, packet: Any, run: Callable[..., Any], mutated: list[int], taken: dict[str, str]
+) -> Callable[..., Any]:
     """The op, without torch's dispatcher where nobody would see it run there: the way through it takes the host as long
-    as half of a launch, and a call of few rows is nothing but its launches."""
+    as half of a launch, and a call of few rows is nothing but its launches. `taken`: the arguments and their types."""
+    plain = [_PLAIN[kind] for kind in taken.values()]
 
     def call(*args: Any) -> Any:
-        if not _unwatched(args):
+        if not _unwatched(args, plain):
+            if not torch.compiler.is_compiling():
+                for (argument, kind), given in zip(taken.items(), args, strict=False):
+                    check_kind(argument, kind, given)
+                _check_differentiable(name, args)
             return packet(*args)
         found = run(*args)
         for place in mutated:
@@ -200,8 +222,46 @@ def _direct(packet: Any, run: Callable[..., Any], mutated: list[int]) -> Callabl
     return call
 
 
-def _unwatched(args: tuple[Any, ...]) -> bool:
-    """Whether nothing compiles, traces, transforms, profiles or differentiates, and arguments are what `run` takes: plain
+def check_kind(argument: str, kind: str, given: Any) -> None:
+    """Refuse an array, or None, where there must be a tensor, and what is no number where there must be one."""
+    optional = " or None" if kind.startswith("Optional") else ""
+    if given is None and optional:
+        return
+    if "Tensor" in kind:
+        if not isinstance(given, torch.Tensor):
+            remedy = f"torch.as_tensor({argument})" if isinstance(given, Iterable) else f"one{optional}"
+            raise TypeError(f"{argument} must be a tensor, got {type(given).__name__}; pass {remedy}")
+        if given.layout is not torch.strided:
+            raise TypeError(f"{argument} must be dense, got layout {given.layout}; pass {argument}.to_dense()")
+    elif kind == "int" and (isinstance(given, bool) or not hasattr(given, "__index__")):
+        raise TypeError(f"{argument} must be a whole number, got {given!r:.80}")
+    elif "float" in kind and (isinstance(given, str) or not hasattr(given, "__float__")):
+        raise TypeError(f"{argument} must be a number{optional}, got {given!r:.80}")
+    elif kind == "str" and not isinstance(given, str):
+        raise TypeError(f"{argument} must be a text, got {given!r:.80}")
+
+
+def _check_differentiable(name: str, args: tuple[Any, ...]) -> None:
+    """Refuse derivatives that torch does not take of a custom op: forward ones would be zero without a word."""
+    forward = torch.autograd.forward_ad._current_level >= 0
+    transforms: Any = torch._C._functorch
+    for tensor in args:
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        while transforms.is_batchedtensor(tensor):
+            tensor = transforms.get_unwrapped(tensor)
+        if transforms.is_gradtrackingtensor(tensor):
+            wanted = forward or (torch.is_grad_enabled() and tensor.requires_grad)
+        else:
+            wanted = forward and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+        if wanted:
+            raise NotImplementedError(
+                f"{name} has no derivative under torch.func (grad, jvp, jacrev) or forward_ad; use torch.autograd.grad"
+            )
+
+
+def _unwatched(args: tuple[Any, ...], plain: list[tuple[type, ...]]) -> bool:
+    """Whether nothing compiles, traces, transforms, profiles or differentiates, and arguments are what `run` takes: dense
     tensors with data, and numbers."""
     if (
         torch.compiler.is_compiling()
@@ -210,15 +270,16 @@ def _unwatched(args: tuple[Any, ...]) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
+        or torch.autograd.forward_ad._current_level >= 0
     ):
         return False
     graded = torch.is_grad_enabled()
-    for argument in args:
+    for argument, others in zip(args, plain, strict=False):
         kind = type(argument)
         if kind is torch.Tensor or kind is torch.nn.Parameter:
-            if argument.is_meta or (graded and argument.requires_grad):
+            if argument.is_meta or argument.layout is not _STRIDED or (graded and argument.requires_grad):
                 return False
-        elif kind not in _PLAIN:
+        elif kind not in others:
             return False
     return True
 

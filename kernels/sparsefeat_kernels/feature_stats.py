@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .decode.sparse_decode import check_code
+from .code import check_code
 from .dispatch import implementation, jit, jit_over_rows, ops, register, tl
 
 __all__ = ["feature_stats_"]

@@ -146,6 +146,7 @@ class HeatMaps(Instrument):
         self._n_tokens = 0
         self._columns: tuple[int, ...] | None = None
         self._layout: TextLayout | None = None
+        self._called = self._had_rows = False
 
     def _check_concepts(self) -> None:
         if self.concepts is None:
@@ -225,6 +226,7 @@ class HeatMaps(Instrument):
 
     def at_attention(self, call: AttentionCall, context: Context) -> None:
         rows = [row for row, condition in enumerate(context.condition) if condition == self.condition]
+        self._called, self._had_rows = True, self._had_rows or bool(rows)
         if not rows or not call.reads_text or context.recomputing:
             return
         attended: Attended | Outputs | None
@@ -426,7 +428,16 @@ class HeatMaps(Instrument):
             images_per_prompt=call.images_per_prompt,
             exact=self.daam_exact,
             concepts=self.concepts,
+            without=self._without(call),
         )
+
+    def _without(self, call: Call) -> str:
+        """Why there are no maps, if there are none."""
+        if not self._called:
+            return f"none of the {call.n_steps} steps that ran is among its own; look at its steps="
+        if not self._had_rows:
+            return f"no row was {self.condition!r} in it; look at condition= and at the guidance"
+        return "no attention to the text was seen in it; was a prompt given?"
 
     def _prompts(self) -> tuple[EncodedPrompt, ...] | None:
         # Of a joint attention whose family does not say where the tokens stand, the number of keys does not tell it.

@@ -39,6 +39,7 @@ class HeatMapRecording:
         images_per_prompt: image i belongs to prompt i // images_per_prompt.
         concepts: what the maps are of, for kind "concept": its tokens are these, in this order.
         exact: whether every map is clamped at zero after it is resized, as DAAM does.
+        without: why there are no maps, where there are none.
     """
 
     sums: Mapping[Part, MapSum]
@@ -52,6 +53,7 @@ class HeatMapRecording:
     images_per_prompt: int
     exact: bool = False
     concepts: tuple[str, ...] | None = None
+    without: str = ""
 
     def __repr__(self) -> str:
         said = f"{self.kind}, {self.condition}, {self.evaluations} evaluations, {self.n_tokens} tokens"
@@ -70,9 +72,7 @@ class HeatMapRecording:
 
     def _any(self) -> MapSum:
         if not self.sums:
-            raise ValueError(
-                f"no attention of a {self.condition!r} row to the text was seen in this call; was a prompt given?"
-            )
+            raise ValueError(f"these HeatMaps have no maps of the call, as {self.without}.")
         return next(iter(self.sums.values()))
 
     @property

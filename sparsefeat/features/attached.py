@@ -61,6 +61,10 @@ def beside(sae: SAE, activations: Activations, context: Context) -> SAE:
     """
     check_weights(sae)
     if sae.device != activations.tensor.device:
+        if sae.device.type == "meta":
+            raise ValueError(
+                "the SAE has no weights, it is on the device 'meta'; open it with sparsefeat.load_sae(folder)."
+            )
         sae.to(activations.tensor.device)
     if sae.config.normalizer == "timestep":
         if context.timestep is None:

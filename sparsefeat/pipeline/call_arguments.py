@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from sparsefeat.arguments import whole
@@ -80,8 +81,9 @@ def check_values(pipe: Any, arguments: Mapping[str, Any]) -> None:
     parameters = inspect.signature(type(pipe).__call__).parameters
     for name in ("num_inference_steps", "guidance_scale"):
         default = parameters[name].default if name in parameters else None
-        if name in arguments and isinstance(arguments[name], (str, type(None))) and isinstance(default, (int, float)):
-            raise ValueError(f"{name}={arguments[name]!r} must be a number; leave it out for {default}.")
+        no_number = isinstance(arguments.get(name), (str, list, tuple, dict, type(None)))
+        if name in arguments and no_number and isinstance(default, (int, float)):
+            raise ValueError(f"{name}={arguments[name]!r:.80} must be a number; leave it out for {default}.")
     sides = {side: arguments.get(side) for side in ("height", "width")}
     if inspect.unwrap(type(pipe).__call__).__qualname__ == IGNORES_ONE_SIDE and list(sides.values()).count(None) == 1:
         said, left = sorted(sides, key=lambda side: sides[side] is None)
@@ -92,11 +94,21 @@ def check_values(pipe: Any, arguments: Mapping[str, Any]) -> None:
     for one in _entries(arguments.get("generator")):
         if isinstance(one, (int, float, str)):
             raise ValueError(f"generator={one!r} must be a torch.Generator, as in torch.Generator().manual_seed(0).")
+    if isinstance(arguments.get("generator"), tuple):
+        raise ValueError("generator is a tuple; give the generators as a list.")
+    for name in ("latents", "prompt_embeds", "negative_prompt_embeds"):
+        if isinstance(arguments.get(name), np.ndarray):
+            raise ValueError(f"{name} is an array of numpy; give a tensor, torch.as_tensor({name}).")
     for name in ("prompt", "negative_prompt"):
         given = arguments.get(name)
         entries = _entries(given)
-        if given is not None and (not entries or any(one is None or isinstance(one, (int, float)) for one in entries)):
+        if given is not None and (not entries or any(map(_is_no_text, entries))):
             raise ValueError(f"{name}={given!r:.80} must be a text, or a list of at least one.")
+
+
+def _is_no_text(given: Any) -> bool:
+    is_array = hasattr(given, "__array__") and not isinstance(given, str)  # np.str_ is a text
+    return is_array or given is None or isinstance(given, (int, float, bytes))
 
 
 def _entries(given: Any) -> list[Any]:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from sparsefeat.pipeline.session import Session
 
 
+SHOWN = 3
+
+
 @dataclass(frozen=True)
 class Missing:
     """A hookpoint or an attention that a completed call did not reach: whose, and why with the remedy."""
@@ -69,11 +72,16 @@ def report(unreached: dict[Session, list[Missing]], result: Any) -> None:
     everything = {what.name: what.why for session in unreached.values() for what in session}
     if everything:
         reasons = "; ".join(
-            f"{', '.join(name for name in everything if everything[name] == why)} ({why})"
+            f"{_some([name for name in everything if everything[name] == why])} ({why})"
             for why in dict.fromkeys(everything.values())
         )
         message = f"the call completed without reaching {reasons}. Its result is this exception's `result`"
         raise HookpointNotReachedError(message, tuple(everything), result)
+
+
+def _some(names: list[str]) -> str:
+    """The first few: a model has 70 attentions, and `missing` has them all."""
+    return ", ".join(names[:SHOWN]) + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)
 
 
 def warn_of_silence(session: Session, running: RunningCall) -> None:

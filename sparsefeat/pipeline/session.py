@@ -22,6 +22,8 @@ from sparsefeat.pipeline.visits import Place, Tap, check_width
 from sparsefeat.pipeline.weights import WeightChange, WeightPlace, plain_weight
 from sparsefeat.pipeline.wiring import Wiring
 
+CLOSED = "the session is closed; attach again"
+
 
 def attach(
     pipe: Any, *instruments: Instrument, layout: Sequence[str] | Sequence[Sequence[str]] | None = None
@@ -219,7 +221,7 @@ class Session:
             ValueError: it is not attached to `pipe`.
         """
         if self._wiring is None:
-            raise RuntimeError("the session is closed; attach again")
+            raise RuntimeError(CLOSED)
         if pipe is not None and pipe is not self._pipe:
             other = next((session for session in self.beside if session._pipe is pipe), None)
             if other is None:
@@ -252,6 +254,7 @@ class Session:
         self.places = self.taps = self.listened = self.between = (
             self.weights
         ) = ()  # the modules; the recordings need none of them
+        self.__class__ = _Closed
 
     def prepare_again(self) -> None:
         """Where several pipelines share the instruments, these may have been prepared for another one since (the wiring does
@@ -282,6 +285,16 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a session is of its pipeline and is not copied; copy what it recorded, run[instrument]")
+
+
+class _Closed(Session):
+    """A session that was closed: nothing would be recorded or edited in a `with` block of it."""
+
+    def __enter__(self) -> Session:
+        raise RuntimeError(CLOSED)
 
 
 def _place(pipe: Any, instrument: Instrument, hookpoint: Hookpoint) -> Place:

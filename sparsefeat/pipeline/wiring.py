@@ -16,8 +16,10 @@ last), needs each of 150 pipelines to call both, and tells an exception from a l
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
+import sys
 import threading
 import types
 import weakref
@@ -325,6 +327,11 @@ class Wiring:
             return None
         self.check_thread()
         if self._running is None or self._running.over:
+            if self._was_called_before():
+                raise RuntimeError(
+                    f"this {self._class.__name__} was in a call already when it was attached to (in a callback?); attach "
+                    "first and call then"
+                )
             raise RuntimeError(
                 f"{target.path} ran outside a call of this {self._class.__name__} while a session is attached to it, so "
                 "what step and which prompt it is cannot be told: write `with session.call(prompts=[...]):` around a "
@@ -332,6 +339,15 @@ class Wiring:
                 "this session first"
             )
         return self._running
+
+    def _was_called_before(self) -> bool:
+        """Whether what runs is a call of the pipeline that began before it was attached to."""
+        pipe, frame = self._pipe(), sys._getframe()
+        while frame is not None:
+            if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipe:
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+        return False
 
 
 def _take_off(hooks: dict[HookKey, Hook], taps: dict[int, AttentionTap], weights: dict[WeightPlace, bool]) -> None:
@@ -348,6 +364,8 @@ def _reduced(original: type) -> Callable[..., Any]:
     def reduce(self: Any, protocol: Any) -> Any:
         reduced: Any = original.__reduce_ex__
         how, arguments, *rest = reduced(self, protocol)
+        if how is copyreg.__newobj__:  # type: ignore[attr-defined]  # which pickle takes of an object's own class alone
+            how = original.__new__
         return (how, tuple(original if argument is type(self) else argument for argument in arguments), *rest)
 
     return reduce

@@ -38,6 +38,10 @@ def test_a_pipeline_and_its_models_can_be_pickled_in_a_session(pipe):
     with attach(pipe, *one_of_each()):
         unet = pickle.loads(pickle.dumps(pipe.unet))
         model = torch.load(io.BytesIO(_saved(pipe.unet)), weights_only=False)
+        whole = [pickle.loads(pickle.dumps(pipe, protocol)) for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1)]
+    for copied in whole:
+        assert type(copied) is StableDiffusionPipeline
+        assert np.array_equal(pixels(copied), images)
     assert not any(type(vars(module).get("forward")).__name__ == "AttentionTap" for module in unet.modules())
     for copied in (unet, model):
         pipe.unet, kept = copied, pipe.unet

@@ -4,6 +4,8 @@ test_wiring.py.
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 
 import numpy as np
@@ -16,6 +18,7 @@ from sparsefeat.pipeline import (
     UnknownHookpointError,
     attach,
 )
+from sparsefeat.pipeline.session import Session
 from tests.pipeline.instruments import CountingSAE, Encode, Watch
 from tests.tiny import pixels, tiny_sd, tiny_sdxl
 
@@ -268,6 +271,44 @@ def test_a_call_within_a_call_is_refused(sd):
 
     with attach(sd, Watch(BLOCK)), pytest.raises(RuntimeError, match="called again before its call had ended"):
         pixels(sd, callback_on_step_end=again)
+
+
+def test_a_pipeline_that_is_attached_to_within_its_call_says_to_attach_first(sd):
+    sessions = []
+
+    def begin(pipe, step, timestep, tensors):
+        sessions.append(attach(pipe, Watch(BLOCK)))
+        return tensors
+
+    with pytest.raises(
+        RuntimeError, match=r"was in a call already when it was attached to .*; attach first and call then"
+    ):
+        pixels(sd, callback_on_step_end=begin)
+    sessions[0].close()
+    pixels(sd)
+
+
+def test_a_with_block_of_a_closed_session_is_refused_as_nothing_would_be_recorded_in_it(sd):
+    session = attach(sd, watch := Watch(BLOCK))
+    with session:
+        pixels(sd)
+    with pytest.raises(RuntimeError, match="the session is closed; attach again"), session:
+        pass
+    session.close()
+    assert isinstance(session, Session)
+    assert len(session.calls) == 1
+    assert session[watch] is not None
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_session_is_not_copied(sd, how):
+    with (
+        attach(sd, Watch(BLOCK)) as session,
+        pytest.raises(TypeError, match=r"is of its pipeline and is not copied; copy"),
+    ):
+        how(session)
+    with pytest.raises(TypeError, match=r"copy what it recorded, run\[instrument\]"):
+        how(session)
 
 
 def test_the_base_instrument_does_nothing(sd):

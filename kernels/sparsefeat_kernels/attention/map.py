@@ -168,7 +168,9 @@ def _check(
 
 def _check_value(value: Tensor, query: Tensor, key: Tensor) -> None:
     if value.dim() != 4 or value.shape[:3] != key.shape[:3] or value.shape[3] == 0:
-        raise ValueError(f"value must be {[*key.shape[:3], 'e']} to match key, got shape {tuple(value.shape)}")
+        raise ValueError(
+            f"value must be [{', '.join(map(str, key.shape[:3]))}, e] to match key, got shape {tuple(value.shape)}"
+        )
     if value.dtype != query.dtype:
         raise TypeError(f"value must have query's dtype {query.dtype}, got {value.dtype}; cast one of them")
     check_device("value", value, query)

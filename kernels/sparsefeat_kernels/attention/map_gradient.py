@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import implementation, jit, next_power_of_2, ops, register, registered, sum_dtype, tl
+from ..dispatch import check_kind, implementation, jit, next_power_of_2, ops, register, registered, sum_dtype, tl
 from ..flop_formulas import register_flop_formula
 from ..threads import conducted, each, together
 from .scores import (
@@ -85,11 +85,13 @@ def attention_map(
         tensor([[[[0.1966]]]])
     """
     for name, given in (("mask", mask), ("head_weight", head_weight)):
+        check_kind(name, "Optional[Tensor]", given)
         if given is not None and given.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name} requires a gradient, and attention_map gives one to query and key only; detach it"
             )
     scale, _ = arguments(query, scale, None)
+    check_kind("key", "Tensor", key)
     if mask is None and _keeps(query, key):
         check_query_and_key("attention_map", query, key, None)
         check_head_weight(head_weight, query)

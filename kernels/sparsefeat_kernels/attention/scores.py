@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..dispatch import block_bytes, implementation, sum_dtype
+from ..dispatch import block_bytes, check_kind, implementation, sum_dtype
 from ..products import product
 
 __all__ = ["arguments", "score_blocks"]
@@ -120,6 +120,8 @@ def check_device(name: str, tensor: Tensor, query: Tensor) -> None:
 
 def arguments(query: Tensor, scale: float | None, group: Tensor | None) -> tuple[float, Tensor]:
     """The defaults: scale 1 / sqrt(d), and batch row b in group b."""
+    check_kind("query", "Tensor", query)
+    check_kind("scale", "Optional[float]", scale)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     return scale, torch.arange(query.shape[0], device=query.device) if group is None else group
 

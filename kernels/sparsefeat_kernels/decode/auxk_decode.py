@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..code import check_code
 from ..dispatch import implementation, ops, register, row_chunks
-from ..gradient.weight_gradient import weight_gradient, weight_gradient_cpu
+from ..gradient.weight_gradient import check_gradient, weight_gradient, weight_gradient_cpu
 from ..products import product
 from ..threads import conducted, each, pieces, threads, together
 from .sparse_decode import check_decode, grad_values_cpu, sparse_decode_cpu
@@ -213,33 +214,27 @@ def _auxk_weight_gradient_cpu(
 # ------------------------------------------------------------------------------------------------------- registration
 
 
-def _check_aux(
-    values: Tensor, indices: Tensor, aux_values: Tensor, aux_indices: Tensor, dead: Tensor, W_dec: Tensor, b_out: Tensor
-) -> None:
-    check_decode(values, indices, W_dec, b_out)
-    if aux_values.dim() != 2 or aux_values.shape != aux_indices.shape or len(aux_values) != len(values):
+def _check_aux(aux_values: Tensor, aux_indices: Tensor, dead: Tensor, rows: int, beside: Tensor, name: str) -> None:
+    """The code of the dead latents, of as many rows as the other, on the device of the argument `beside`. name: of aux_values."""
+    check_code(aux_values, aux_indices, beside.device, "the code", name)
+    if len(aux_values) != rows:
         raise ValueError(
-            f"aux_values and aux_indices must both be [{len(values)}, k_aux] as the code has {len(values)} rows, got "
-            f"shapes {tuple(aux_values.shape)} and {tuple(aux_indices.shape)}"
-        )
-    if not aux_values.is_floating_point() or aux_indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(
-            f"aux_values must be floating point and aux_indices int32 or int64, got {aux_values.dtype} and "
-            f"{aux_indices.dtype}"
+            f"{name} and aux_indices must both be [{rows}, k_aux] as the code has {rows} rows, got shapes "
+            f"{tuple(aux_values.shape)} and {tuple(aux_indices.shape)}"
         )
     if dead.dim() != 1 or dead.dtype != torch.int64:
         raise TypeError(
             f"dead must be int64 [n_dead], got {dead.dtype} of shape {tuple(dead.shape)}; use mask.nonzero()"
         )
-    for name, tensor in (("aux_values", aux_values), ("aux_indices", aux_indices), ("dead", dead)):
-        if tensor.device != W_dec.device:
-            raise ValueError(f"{name} must be on W_dec's device {W_dec.device}, got {tensor.device}; move one of them")
+    if dead.device != beside.device:
+        raise ValueError(f"dead must be on the code's device {beside.device}, got {dead.device}; move one of them")
 
 
 def _auxk_decode(
     values: Tensor, indices: Tensor, aux_values: Tensor, aux_indices: Tensor, dead: Tensor, W_dec: Tensor, b_out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    _check_aux(values, indices, aux_values, aux_indices, dead, W_dec, b_out)
+    check_decode(values, indices, W_dec, b_out)
+    _check_aux(aux_values, aux_indices, dead, len(values), W_dec, "aux_values")
     y = ops.sparse_decode(values, indices, W_dec, b_out)
     if implementation("sparse_decode", W_dec) == "torch":
         return y, _decode_cpu(aux_values, aux_indices, dead, W_dec)
@@ -249,7 +244,8 @@ def _auxk_decode(
 def _auxk_decode_fake(
     values: Tensor, indices: Tensor, aux_values: Tensor, aux_indices: Tensor, dead: Tensor, W_dec: Tensor, b_out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    _check_aux(values, indices, aux_values, aux_indices, dead, W_dec, b_out)
+    check_decode(values, indices, W_dec, b_out)
+    _check_aux(aux_values, aux_indices, dead, len(values), W_dec, "aux_values")
     y, guess = (W_dec.new_empty(len(values), W_dec.shape[1]) for _ in range(2))
     return y, guess
 
@@ -275,6 +271,11 @@ def _auxk_weight_gradient(
     shift: Tensor,
     n_latents: int,
 ) -> tuple[Tensor, Tensor]:
+    check_code(coefficients, indices, x.device, "x", "coefficients")
+    check_gradient(x, shift, len(coefficients), n_latents)
+    _check_aux(aux_coefficients, aux_indices, dead, len(coefficients), x, "aux_coefficients")
+    if aux_x is not None and (aux_x.shape != x.shape or aux_x.dtype != x.dtype or aux_x.device != x.device):
+        raise ValueError(f"aux_x must have x's shape {tuple(x.shape)}, dtype and device, got {tuple(aux_x.shape)}")
     if implementation("weight_gradient", x) == "torch":
         found = _auxk_weight_gradient_cpu(
             coefficients, indices, x, aux_coefficients, aux_indices, aux_x, dead, shift, n_latents

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..code import check_code
 from ..dispatch import (
     block_bytes,
     implementation,
@@ -26,7 +27,6 @@ from ..threads import conducted, each, pieces, threads, together
 from ..tuning_table import tuned
 
 __all__ = [
-    "check_code",
     "check_decode",
     "grad_values_cpu",
     "sparse_decode",
@@ -102,21 +102,6 @@ def check_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Tensor) 
         raise TypeError(f"b_out must have W_dec's dtype {W_dec.dtype}, got {b_out.dtype}; cast one of them")
     if b_out.device != W_dec.device:
         raise ValueError(f"b_out must be on W_dec's device {W_dec.device}, got {b_out.device}; move one of them")
-
-
-def check_code(values: Tensor, indices: Tensor, device: torch.device, beside: str) -> None:
-    """Refuse what is not a padded code on `device`, the device of the argument named `beside`."""
-    if values.dim() != 2 or values.shape != indices.shape:
-        raise ValueError(
-            f"values and indices must both be [rows, k], got shapes {tuple(values.shape)} and {tuple(indices.shape)}"
-        )
-    if not values.is_floating_point():
-        raise TypeError(f"values must be floating point, got {values.dtype}")
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"indices must be int32 or int64, got {indices.dtype}")
-    for name, tensor in (("values", values), ("indices", indices)):
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on {beside}'s device {device}, got {tensor.device}; move one of them")
 
 
 # --------------------------------------------------------------------------------------------------------------- CPU

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..code import selected_values
+from ..code import check_code, selected_values
 from ..dispatch import (
     block_bytes,
     implementation,
@@ -20,7 +20,6 @@ from ..dispatch import (
     tl,
 )
 from ..threads import conducted, each, together
-from .sparse_decode import check_code
 
 __all__ = ["sparse_edit", "sparse_edit_delta"]
 

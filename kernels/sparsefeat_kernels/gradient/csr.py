@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..code import check_code
+
 __all__ = ["latent_major"]
 
 
@@ -30,6 +32,8 @@ def latent_major(indices: Tensor, values: Tensor, n_latents: int) -> tuple[Tenso
 
     Cost: one stable sort of rows * k keys and n_latents binary searches; no synchronisation with the device.
 
+    Raises: ValueError or TypeError naming the argument, for other shapes or dtypes.
+
     Example:
         >>> indices = torch.tensor([[2, 0], [2, 1], [0, 0]], dtype=torch.int32)
         >>> values = torch.tensor([[5.0, 4.0], [3.0, 2.0], [1.0, 0.0]])
@@ -37,6 +41,7 @@ def latent_major(indices: Tensor, values: Tensor, n_latents: int) -> tuple[Tenso
         >>> row_ids, order, offsets
         (tensor([0, 2, 1, 0, 1, 2]), tensor([1, 4, 3, 0, 2, 5]), tensor([0, 2, 3, 5]))
     """
+    check_code(values, indices, values.device, "values")
     owned = (values != 0) & (indices >= 0) & (indices < n_latents)
     keys = torch.where(owned, indices, n_latents).reshape(-1)
     keys, order = torch.sort(keys, stable=True)

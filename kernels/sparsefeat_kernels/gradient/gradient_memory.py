@@ -60,8 +60,8 @@ def keep_gradient_memory(blocks: int) -> None:
 
     Raises: ValueError for a negative number.
     """
-    if blocks < 0:
-        raise ValueError(f"blocks must be 0 or more, got {blocks}; 0 keeps no memory")
+    if not hasattr(blocks, "__index__") or blocks < 0:
+        raise ValueError(f"blocks must be 0 or more, got {blocks!r:.80}; 0 keeps no memory")
     global _most
     with _lock:
         _most = blocks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..code import check_code
 from ..dispatch import (
     block_bytes,
     implementation,
@@ -20,7 +21,7 @@ from ..threads import conducted, each, together
 from .csr import latent_major
 from .gradient_memory import empty_gradient
 
-__all__ = ["weight_gradient", "weight_gradient_cpu"]
+__all__ = ["check_gradient", "weight_gradient", "weight_gradient_cpu"]
 
 # A bound on the centred fp32 copy of x on the CPU path: beyond it, a block of columns at a time.
 CENTRED_BYTES = 32 << 20
@@ -57,6 +58,8 @@ def weight_gradient(
 
     Cost: 3 * entries * d FLOPs; reads d values of x an entry, writes n_latents * d. Scratch on a CPU: 36 MiB and
     the sorted code; on a GPU 16 MiB of partial sums and the sorted code.
+
+    Raises: ValueError or TypeError naming the argument, for wrong shapes, dtypes or devices.
 
     Example:
         >>> c, i = torch.tensor([[2.0], [3.0]]), torch.tensor([[1], [1]], dtype=torch.int32)
@@ -246,9 +249,25 @@ def _weight_gradient_triton(
 # ------------------------------------------------------------------------------------------------------- registration
 
 
+def check_gradient(x: Tensor, shift: Tensor, rows: int, n_latents: int) -> None:
+    """Refuse what is not the other factor of a code of so many rows."""
+    if x.dim() != 2 or x.shape[0] != rows:
+        raise ValueError(f"x must be [{rows}, d] as the code has {rows} rows, got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if tuple(shift.shape) != (x.shape[1],):
+        raise ValueError(f"shift must have shape ({x.shape[1]},), got {tuple(shift.shape)}")
+    if shift.device != x.device:
+        raise ValueError(f"shift must be on x's device {x.device}, got {shift.device}; move one of them")
+    if n_latents < 0:
+        raise ValueError(f"n_latents must be at least 0, got {n_latents}")
+
+
 def _weight_gradient(
     coefficients: Tensor, indices: Tensor, x: Tensor, shift: Tensor, n_latents: int
 ) -> tuple[Tensor, Tensor]:
+    check_code(coefficients, indices, x.device, "x", "coefficients")
+    check_gradient(x, shift, len(coefficients), n_latents)
     if implementation("weight_gradient", x) == "triton":
         return _weight_gradient_triton(coefficients, indices, x, shift, n_latents)
     return weight_gradient_cpu(coefficients, indices, x, shift, n_latents)
