@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +24,30 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class InUseError(RuntimeError):
+    """Another run writes, or has written meanwhile, where this one would."""
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """The folder, of which nothing need be there, is written into by one process at a time; another gets InUseError."""
+    made = [place for place in folder.parents if not place.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = Lock(folder.parent / f".{folder.name}.lock")  # beside it: after a kill nothing foreign is in it
+    except BlockingIOError:
+        raise InUseError(
+            f"another run is writing into {folder}; wait until it ends, or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        with suppress(OSError):  # something is in it by now
+            for place in made:
+                place.rmdir()
 
 
 class Lock:

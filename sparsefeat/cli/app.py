@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from sparsefeat import __version__
 from sparsefeat.cli.commands.bench import bench
@@ -50,7 +52,18 @@ class Once(TyperCommand):
         return super().parse_args(ctx, args)
 
 
+class Commands(TyperGroup):
+    """The commands; what their output cannot show, in a locale of ASCII, is a question mark there."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+                stream.reconfigure(errors="replace")
+        return super().main(*args, **kwargs)
+
+
 app: typer.Typer = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,

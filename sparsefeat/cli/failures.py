@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
+import os
 import re
 import signal
 import threading
@@ -10,11 +12,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import typer
 from typer.models import OptionInfo
 
+from sparsefeat.disk import InUseError
 from sparsefeat.whole import Ended
 
 P = ParamSpec("P")
@@ -29,6 +32,10 @@ ELSEWHERE = {
     "steps": ("--train-steps", "--window"),
 }
 
+# What is typed in words, and is no path.
+TEXTS = ("prompt", "word", "concept", "into", "find")
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a write, whose error does not say to what
+
 
 def plain_errors(command: Callable[P, R]) -> Callable[P, R]:
     """Errors a user can mend become one sentence and the exit code of `sparsefeat.cli`; bugs keep their traceback."""
@@ -38,12 +45,15 @@ def plain_errors(command: Callable[P, R]) -> Callable[P, R]:
     @wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
+            read = {name: readable(name, given, options) if name in TEXTS else given for name, given in kwargs.items()}
             with signals_raise(), plain_warnings(options):
-                return command(*args, **kwargs)
+                return command(*args, **cast("Any", read))
         except KeyboardInterrupt as error:
             ended = error if isinstance(error, Ended) else Ended()
             typer.echo(f"interrupted; {ended.kept}", err=True)
             raise typer.Exit(128 + ended.number) from None
+        except BrokenPipeError:
+            raise  # whoever reads the output has enough: `| head`
         except (ValueError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
             typer.echo(f"error: {in_options(str(error), options)}", err=True)
             raise typer.Exit(2) from None
@@ -57,15 +67,29 @@ def plain_errors(command: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
+def readable(name: str, given: Any, options: Mapping[str, str]) -> Any:
+    """The text, or list of texts, that was typed: its bytes are UTF-8, whatever the locale took them for."""
+    if isinstance(given, list):
+        return [readable(name, one, options) for one in given]
+    try:
+        return os.fsencode(given).decode("utf-8") if isinstance(given, str) else given
+    except UnicodeError:
+        raise ValueError(
+            f"{options.get(name, name.upper())} is not text in UTF-8; type it in a terminal of UTF-8"
+        ) from None
+
+
 def reason(error: BaseException) -> str | None:
     """One sentence, also for the errors that say nothing; None for a bug."""
     said = str(error)
     of_torch = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", said)
     if of_torch or (isinstance(error, MemoryError) and not said):
         return "there is not memory enough; take fewer or smaller images at a time, fewer latents, or a smaller model"
+    if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+        return f"the output could not be written ({error.strerror}); make room, and run it again"
     if hasattr(error, "missing"):  # HookpointNotReachedError: its result is for those who can catch it
         return said.partition(". Its result")[0]
-    return None if isinstance(error, RuntimeError) else said
+    return None if isinstance(error, RuntimeError) and not isinstance(error, InUseError) else said
 
 
 def in_options(sentence: str, options: Mapping[str, str]) -> str:

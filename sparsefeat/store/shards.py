@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsefeat.disk import Lock, sync
+from sparsefeat.disk import InUseError, Lock, sync
 
 NAME, VERSION, MANIFEST = "sparsefeat.store", 1, "manifest.json"
 SHARD_NAME = re.compile(r"w(\d{4,})-(\d{6,})-(\d+)\.safetensors")
@@ -99,8 +99,9 @@ class ShardWriter:
             _write_manifest(self.folder, manifest)
             self._lock = Lock(self.folder / f".w{worker:04d}.lock")
         except BlockingIOError:
-            raise RuntimeError(
-                f"another writer has worker {worker} of {self.folder} open: give this one its own worker id"
+            raise InUseError(
+                f"another writer has worker {worker} of {self.folder} open: wait until it ends, or choose another folder or "
+                "worker id"
             ) from None
         except OSError as error:
             raise type(error)(f"cannot write into {self.folder} ({error.strerror}): choose another folder") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +30,7 @@ from sparsefeat.cli.commands.collect import (
 from sparsefeat.cli.failures import keeping
 from sparsefeat.cli.opening import PipelineChoice, check_usable
 from sparsefeat.cli.options import Device, Guidance, Pipeline, Seed, Steps, finite, path
+from sparsefeat.disk import alone_in
 from sparsefeat.whole import check_free, check_writable
 
 if TYPE_CHECKING:
@@ -241,7 +243,9 @@ def train(
     ranks = Ranks.of_environment()
     device = ranks.device(device)
     check_usable(device)
-    with ranks.joined(device), keeping(lambda: f"checkpoints are in {out}, and the same command goes on from them"):
+    alone = alone_in(out) if ranks.first else nullcontext()
+    kept = keeping(lambda: f"checkpoints are in {out}, and the same command goes on from them")
+    with alone, ranks.joined(device), kept:
         source: Source
         if inputs is None:
             stored, places, base_model = of_stores(Path(activations or "").expanduser(), at, transcoding)

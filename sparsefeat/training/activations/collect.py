@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsefeat.arguments import whole
+from sparsefeat.disk import InUseError
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument
 from sparsefeat.pipeline.context import CONDITIONS
 from sparsefeat.store import Field, ShardReader, ShardWriter, check_metadata
@@ -238,7 +239,11 @@ class CollectActivations(Instrument):
                 self._kept[hookpoint].append(part)
                 continue
             if hookpoint not in self._writers:
-                self._writers[hookpoint] = self._open(hookpoint, part.rows.shape[1])
+                writer = self._writers[hookpoint] = self._open(hookpoint, part.rows.shape[1])
+                if writer.mark is not None:
+                    raise InUseError(
+                        f"another run has written into {writer.folder} meanwhile; run it again, it goes on from there"
+                    )
             self._writers[hookpoint].append(part.tensors(), mark=done)
         self.images_done, self._call = done, {}
         return recording

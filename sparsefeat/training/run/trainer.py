@@ -232,7 +232,7 @@ class SAETrainer:
             changed = list(_differences(kept.get(name, {}), now))
             if changed:
                 raise ValueError(
-                    f"{checkpoint} was written with another config ({', '.join(changed)}): use that, or another folder"
+                    f"{checkpoint} was written with another config ({'; '.join(changed)}): use that, or another folder"
                 )
         read_tensors(checkpoint, self._state(), self.ranks)
         self.step = self._saved = int(kept["step"])
@@ -356,7 +356,7 @@ def _differences(was: Any, now: Any) -> Iterator[str]:
         if isinstance(value, dict) and isinstance(before, dict) and name != "metadata":
             yield from _differences(before, value)
         elif before != (list(value) if isinstance(value, tuple) else value):
-            yield f"{name} {before!r} -> {value!r}"
+            yield f"{name}={before!r}, now {value!r}"
 
 
 @contextmanager

@@ -118,5 +118,5 @@ def test_errors_name_the_argument():
         auxk_decode(*inputs[:4], torch.ones(61, dtype=torch.bool), *inputs[5:])
     with pytest.raises(ValueError, match=r"aux_values and aux_indices must both be \[11, k_aux\]"):
         auxk_decode(*inputs[:2], inputs[2][:3], inputs[3][:3], *inputs[4:])
-    with pytest.raises(TypeError, match="aux_indices int32 or int64"):
+    with pytest.raises(TypeError, match=r"aux_indices must be int32 or int64, got torch.float32"):
         auxk_decode(*inputs[:3], inputs[3].float(), *inputs[4:])
