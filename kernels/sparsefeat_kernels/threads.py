@@ -5,6 +5,9 @@ aside by the system, for milliseconds, and a call of hundreds of small ops waits
 `conducted` by one thread, whose ops run on it alone, and which hands out large pieces of work `together`: what is waited
 for is the end of a handful of phases.
 
+Torch's own threads do it where they can be asked (GNU's OpenMP, torch's on Linux): after an op they look for the next one for
+some 7 ms without a pause, and any other thread has to share a core with them. Else threads of Python's do.
+
 The number of threads that torch's ops take is kept by each thread. `torch.set_num_threads` sets it for the thread that
 calls and for those that have not asked for it yet. So each of these threads is told once that it has but its share, and the
 caller's number is put back for whoever begins next.
@@ -12,13 +15,16 @@ caller's number is put back for whoever begins next.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import os
+import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -35,17 +41,81 @@ PIECES_A_THREAD = 4  # whoever is put aside by the system leaves the others its 
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 _lock = threading.Lock()
 _conducting = threading.local()  # pool: of the call that this thread conducts
+_forked = False
 
 
 def _forget() -> None:
     """After a fork there are no threads, and another thread may have held the lock."""
-    global _lock
-    _lock = threading.Lock()
+    global _lock, _forked
+    _lock, _forked = threading.Lock(), True
     _pools.clear()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
+
+
+_REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@functools.cache
+def openmp() -> ctypes.CDLL | None:
+    """GNU's OpenMP, if it is what torch brings along and uses."""
+    found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    if len(found) != 1 or not torch.backends.openmp.is_available():
+        return None
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        library.GOMP_parallel.argtypes = _REGION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+        library.GOMP_parallel.restype = library.omp_set_num_threads.restype = None
+    except (OSError, AttributeError):
+        return None
+    return library
+
+
+class Team(Executor):
+    """The threads of one parallel region of torch's; ops inside it take one thread each."""
+
+    def __init__(self, openmp: ctypes.CDLL) -> None:
+        self._openmp = openmp
+        self._given: queue.SimpleQueue[tuple[Future[Any], Task] | None] = queue.SimpleQueue()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._given.put((future, functools.partial(fn, *args, **kwargs)))
+        return future
+
+    def run(self, conduct: Callable[[], R], workers: int) -> R:
+        """`conduct` on the thread that calls, with the others at its service."""
+        conductor, ended = threading.get_ident(), Future[R]()
+
+        def region(_: Any) -> None:
+            torch.get_num_threads()  # a thread's first question sets its number to the process's
+            self._openmp.omp_set_num_threads(
+                1
+            )  # of this thread, until the region ends: libraries share work for so many
+            if threading.get_ident() != conductor:
+                while (given := self._given.get()) is not None:
+                    _done(*given)
+                return
+            try:
+                _done(ended, conduct)
+            finally:
+                for _ in range(workers - 1):
+                    self._given.put(None)
+
+        self._openmp.GOMP_parallel(_REGION(region), None, workers, 0)
+        return ended.result()
+
+
+def _done(future: Future[R], work: Callable[[], R]) -> None:
+    """The work, unless somebody has cancelled it."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(work())
+    except BaseException as fault:
+        future.set_exception(fault)
 
 
 def _pool(workers: int, share: int) -> ThreadPoolExecutor:
@@ -79,16 +149,20 @@ def conducted(run: Callable[P, R]) -> Callable[P, R]:
         if of_torch == 1 or any(isinstance(one, torch.Tensor) and one.device.type != "cpu" for one in args):
             return run(*args, **options)
         workers, inference = min(of_torch, MOST_THREADS), torch.is_inference_mode_enabled()
-        pool = _pool(workers, of_torch // workers)
+        torchs = None if of_torch > workers or _forked else openmp()
+        pool = _pool(workers, of_torch // workers) if torchs is None else Team(torchs)
 
         def conduct() -> R:
+            outer = getattr(_conducting, "pool", (None, 1))
             _conducting.pool = pool, workers
             try:
                 with torch.inference_mode(inference), torch.no_grad():
                     return run(*args, **options)
             finally:
-                del _conducting.pool
+                _conducting.pool = outer
 
+        if isinstance(pool, Team):
+            return pool.run(conduct, workers)
         running = pool.submit(conduct)
         try:
             return running.result()

@@ -1,12 +1,13 @@
 """Whole pieces of work for a thread: all are done, on threads with their share of torch's, and answers do not depend on how
 many threads there are."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,19 +24,50 @@ from sparsefeat_kernels import (
     threshold_encode,
     topk_encode,
 )
-from sparsefeat_kernels.threads import conducted, each, shares
+from sparsefeat_kernels import threads as kernels_threads
+from sparsefeat_kernels.threads import Team, conducted, each, shares
 from sparsefeat_kernels.threads import together as together_inside
 from torch import Tensor
 
 together = conducted(together_inside)
 
 
-@pytest.fixture(params=[1, 2, 3])
-def torch_threads(request: pytest.FixtureRequest):
+@pytest.fixture(params=[(1, "torch's"), (2, "torch's"), (2, "Python's"), (3, "torch's"), (3, "Python's")], ids=str)
+def torch_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    count, whose = request.param
+    take_threads(whose, monkeypatch)
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    torch.set_num_threads(count)
+    yield count
     torch.set_num_threads(before)
+
+
+def take_threads(whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if whose == "Python's":
+        monkeypatch.setattr(kernels_threads, "openmp", lambda: None)
+    elif kernels_threads.openmp() is None:
+        pytest.skip("torch's threads cannot be asked here: it does not bring GNU's OpenMP along")
+
+
+@contextlib.contextmanager
+def ops_outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    """Counts of the ATen ops that the caller's thread runs, but those of a region that it shares with others."""
+    inner = Team.run
+
+    def marked(self: Team, conduct: Callable[[], object], workers: int) -> object:
+        with torch.profiler.record_function("region"):
+            return inner(self, conduct, workers)
+
+    monkeypatch.setattr(Team, "run", marked)
+    counts: dict[str, int] = {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:  # of this thread
+        yield counts
+    for event in profile.events():
+        above = event
+        while above is not None and above.name != "region":
+            above = above.cpu_parent
+        if above is None and event.name.startswith("aten::"):
+            counts[event.name] = counts.get(event.name, 0) + 1
 
 
 @pytest.mark.parametrize(("length", "pieces", "smallest"), [(0, 3, 1), (1, 4, 1), (10, 3, 1), (10, 4, 4), (7, 7, 2)])
@@ -166,11 +198,15 @@ def test_codes_do_not_depend_on_the_number_of_threads(op: str):
 
 
 @pytest.mark.skipif(not bf16_products(), reason="this processor has no bf16 matrix instructions")
-def test_a_call_waits_for_its_threads_a_few_times_and_the_caller_runs_few_ops(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("whose", ["torch's", "Python's"])
+def test_a_call_waits_for_its_threads_a_few_times_and_the_caller_runs_few_ops(
+    whose: str, monkeypatch: pytest.MonkeyPatch
+):
     """Beside other programs every wait may cost milliseconds, and every op on torch's threads is one. One batch of two
     chunks: rounding, twice product and survivors, rescoring, the codes."""
     from sparsefeat_kernels.encode import survivors
 
+    take_threads(whose, monkeypatch)
     x, W, b, c = problem()
     prepared = prepare_encoder(W, b)
     monkeypatch.setattr(survivors, "PREACTIVATION_BYTES", 2 * N * ROWS // 2)
@@ -182,31 +218,29 @@ def test_a_call_waits_for_its_threads_a_few_times_and_the_caller_runs_few_ops(mo
     try:
         topk_encode(x, W, b, c, K, prepared=prepared)
         phases.clear()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:  # of this thread
+        with ops_outside(monkeypatch) as outside:
             topk_encode(x, W, b, c, K, prepared=prepared)
     finally:
         torch.set_num_threads(before)
     assert len(phases) == 7
     assert max(phases) <= 16
-    outside = sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
     # Slices and views are most of them.
-    large = sum(
-        event.count
-        for event in profile.key_averages()
-        if event.key
-        in ("aten::mm", "aten::addmm", "aten::amax", "aten::topk", "aten::index", "aten::copy_", "aten::sub")
-    )
-    assert outside < 250
-    assert large < 12
+    large = ("aten::mm", "aten::addmm", "aten::amax", "aten::topk", "aten::index", "aten::copy_", "aten::sub")
+    assert sum(outside.values()) < 250
+    assert sum(outside.get(name, 0) for name in large) < 12
 
 
+@pytest.mark.parametrize("whose", ["torch's", "Python's"])
 @pytest.mark.parametrize(
     "op", ["attention_map", "concept_attention", "concept_attention of bfloat16", "concept_map", "resize_add"]
 )
-def test_an_attention_is_handed_out_once_and_the_caller_runs_few_ops(op: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_attention_is_handed_out_once_and_the_caller_runs_few_ops(
+    op: str, whose: str, monkeypatch: pytest.MonkeyPatch
+):
     """Whole pieces of it: positions with all their heads, or heads with all their keys."""
     from sparsefeat_kernels.attention import concept, concept_map, map_cpu, resize
 
+    take_threads(whose, monkeypatch)
     g = torch.Generator().manual_seed(3)
     q = torch.randn(2, 8, 3100, 24, generator=g)
     k, v, own = (torch.randn(2, 8, 9, 24, generator=g) for _ in range(3))
@@ -236,12 +270,12 @@ def test_an_attention_is_handed_out_once_and_the_caller_runs_few_ops(op: str, mo
             torch.set_num_threads(count)
             call()
             phases.clear()
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:  # of this thread
+            with ops_outside(monkeypatch) as outside:
                 answers.append(call())
             assert len(phases) == 1
             assert count <= phases[0] <= 4 * count
             if count > 1:
-                assert sum(one.count for one in profile.key_averages() if one.key.startswith("aten::")) < 20
+                assert sum(outside.values()) < 20
     finally:
         torch.set_num_threads(before)
     for other in answers[1:]:

@@ -2,19 +2,33 @@
 
 Block by block: scores, softmax, and a product with the head weights, which is the sum over heads. What is added to the
 maps is one [rows of the block, t]. Threads share the maps and their positions: nobody else writes to theirs.
+
+Many positions and no mask: head by head, in the ops that have to be and no other. Two threads that each call a hundred small ones
+wait for Python's lock as long as they compute.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..dispatch import sum_dtype
 from ..products import product
 from ..threads import PIECES_A_THREAD, conducted, each, shares, threads, together
-from .scores import add_to_group, additive, counted_rows, head_weights, score_blocks, softmax_of
+from .scores import (
+    ALONE_POSITIONS,
+    BLOCK_BYTES,
+    add_to_group,
+    additive,
+    counted_rows,
+    head_weights,
+    score_blocks,
+    softmax_of,
+)
 
 __all__ = ["attention_map_cpu"]
 
@@ -58,9 +72,15 @@ def _attention_in_blocks(
     out: Tensor | None,
 ) -> None:
     bias, weight = additive(mask, query, key), head_weights(head_weight, query)
+    factors = weight.tolist() if query.device.type == "cpu" else []
     groups, heads, n_tokens = dict(counted_rows(group, maps.shape[0])), query.shape[1], key.shape[2]
     owned = None if tokens is None else (tokens >= 0) & (tokens < n_tokens)
     places = None if owned is None or tokens is None else torch.where(owned, tokens, 0)
+
+    def add(b: int, positions: slice, summed: Tensor) -> None:
+        if places is not None and owned is not None:
+            summed = summed[:, places].masked_fill_(~owned, 0)
+        add_to_group(maps[:, positions], groups[b], summed)
 
     def some(which: tuple[list[int], slice]) -> None:
         """These batch rows and all heads, in order."""
@@ -82,20 +102,50 @@ def _attention_in_blocks(
                         summed = probabilities[0]
                     else:
                         summed = torch.mv(probabilities.view(len(scores), -1).T, weight[block]).view(scores.shape[1:])
-                    if places is not None and owned is not None:
-                        summed = summed[:, places].masked_fill_(~owned, 0)
-                    add_to_group(maps[:, at], groups[b], summed)
+                    add(b, at, summed)
 
-    n, chains = query.shape[2], _chains(groups, query.shape[0] if out is not None else 0)
+    def head_by_head(which: tuple[list[int], slice]) -> None:
+        """The same of rows without a mask, a head's products alone."""
+        of_batch, positions = which
+        total = weight.new_zeros(positions.stop - positions.start, n_tokens)
+        probabilities = torch.empty_like(total)
+        for b in of_batch:
+            to = None if out is None else out[b, :, positions].unbind()
+            views = _heads(query[b, :, positions], key[b], None if value is None else value[b], scale)
+            for h, (q, k, v) in enumerate(views):
+                torch.softmax(product(q.to(total.dtype), k), -1, out=probabilities)
+                total.add_(probabilities, alpha=factors[h])
+                if to is not None and v is not None:
+                    to[h].copy_(product(probabilities, v))
+        if math.isnan(total[:, 0].sum()):  # of rows whose scores are all -inf, perhaps
+            some(which)
+        elif of_batch[0] in groups:
+            add(of_batch[0], positions, total)
+
+    n, chains = query.shape[2], _chains(groups, query.shape[0] if out is not None else 0, query.device.type == "cpu")
     for_each = -(-threads() // len(chains)) if chains else 1
     count = max(for_each, min(PIECES_A_THREAD * for_each, n // POSITIONS_A_PIECE)) if threads() > 1 else 1
-    together(each(some, itertools.product(chains, shares(n, count, FEWEST_POSITIONS))))
+    alone = mask is None and query.device.type == "cpu" and n >= ALONE_POSITIONS
+    if alone:  # no longer pieces than a block of scores is
+        count = max(count, -(-n * n_tokens * weight.dtype.itemsize // BLOCK_BYTES))
+    parts = itertools.product(chains, shares(n, count, FEWEST_POSITIONS))
+    together(each(head_by_head if alone else some, parts))
 
 
-def _chains(groups: dict[int, Tensor], batch: int) -> list[list[int]]:
-    """Batch rows that add to one map, in order; each of the others of `batch` for itself. All as one where nobody shares
-    the work: on a GPU the host does not know the groups."""
-    if threads() == 1:
+def _heads(
+    query: Tensor, key: Tensor, value: Tensor | None, scale: float
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Of every query head of one batch row: its query as it is, its key and its value as `product` takes them, in the dtype of sums."""
+    shared = len(query) // len(key)
+    keys = key.to(sum_dtype(query)).mul(scale).contiguous().unbind()
+    values = [None] * len(keys) if value is None else value.to(sum_dtype(query)).contiguous().mT.unbind()
+    return [(q, keys[h // shared], values[h // shared]) for h, q in enumerate(query.unbind())]
+
+
+def _chains(groups: dict[int, Tensor], batch: int, known: bool) -> list[list[int]]:
+    """Batch rows that add to one map, in order; each of the others of `batch` for itself. All as one where the host does not
+    know the groups, on a GPU."""
+    if not known:
         rows = list(range(batch)) or list(groups)
         return [rows] if rows else []
     found: dict[int, list[int]] = {}

@@ -322,8 +322,8 @@ def test_both_sides_of_the_sizes_from_which_a_call_is_conducted_and_its_position
         map_cpu, "together", lambda tasks: handed_out.append((map_cpu.threads(), len(tasks))) or inner(tasks)
     )
     alone = []
-    one_matrix = scores.product
-    monkeypatch.setattr(scores, "product", lambda *a: alone.append(len(a[0])) or one_matrix(*a))
+    one_matrix = map_cpu.product
+    monkeypatch.setattr(map_cpu, "product", lambda *a: alone.append(len(a[0])) or one_matrix(*a))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -332,7 +332,7 @@ def test_both_sides_of_the_sizes_from_which_a_call_is_conducted_and_its_position
         torch.set_num_threads(before)
     assert len(handed_out) == 2
     if positions < map_cpu.CONDUCTED_POSITIONS:
-        assert set(handed_out) == {(1, 1)}
+        assert set(handed_out) == {(1, batch)}
     else:
         halves = batch == 1 and positions >= 2 * map_cpu.FEWEST_POSITIONS
         assert set(handed_out) == {(2, 2 if halves else batch)}
@@ -340,6 +340,27 @@ def test_both_sides_of_the_sizes_from_which_a_call_is_conducted_and_its_position
     maps_expected, out_expected = expected(*tensors)
     torch.testing.assert_close(maps.double(), maps_expected, rtol=3e-6, atol=3e-6)
     torch.testing.assert_close(out.double(), out_expected, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_rows_without_a_probability_among_many_positions(dtype: torch.dtype):
+    """Head by head, grouped queries, in three pieces of positions: a row of NaN, one whose scores are all -inf, and a batch row
+    that is not counted."""
+    batch, n = 3, 3 * scores.ALONE_POSITIONS
+    maps, query, key, value = problem((batch, 4, 2, n, 9, 8, 5), dtype, "cpu")
+    key = key.abs() + 0.1
+    query[0, 1, 300], query[1, 2, 301] = torch.nan, -torch.inf
+    options = {
+        "head_weight": torch.tensor([0.5, -2.0, 1.0, 0.25]),
+        "group": torch.tensor([1, 0, -1]),
+        "tokens": torch.tensor([8, 0, 9]),
+    }
+    maps_expected, out_expected = expected(maps[:2, :, :3], query, key, value, **options)
+    seen, out = both(maps[:2, :, :3], query, key, value, **options)
+    assert seen[1, 300, :2].isnan().all() and not seen[:, 301].isnan().any() and not out[1, 2, 301].any()
+    torch.testing.assert_close(seen.double(), maps_expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    loose = OUTPUT_TOLERANCE[dtype]
+    torch.testing.assert_close(out.double(), out_expected, rtol=loose, atol=loose, equal_nan=True)
 
 
 @pytest.mark.parametrize("programs", [1, 8, 264])
