@@ -35,6 +35,7 @@ from sparsefeat.cli.commands.sae.verify import verify
 from sparsefeat.cli.commands.steer import steer
 from sparsefeat.cli.commands.train import train
 from sparsefeat.cli.failures import plain_errors
+from sparsefeat.cli.neighbours import wait_asleep_beside_others
 
 COMMANDS = (demo, explore, features, steer, erase, heatmap, circuit, hookpoints, collect, train, bench)
 EVALUATE_COMMANDS = (attribution, card, emoji, overhead, saes, scenes, weights)
@@ -91,3 +92,4 @@ def main(
     ] = False,
 ) -> None:
     """Sparse features of diffusion models: extract, steer, erase and explain."""
+    wait_asleep_beside_others()

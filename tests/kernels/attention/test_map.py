@@ -357,7 +357,9 @@ def test_rows_without_a_probability_among_many_positions(dtype: torch.dtype):
     }
     maps_expected, out_expected = expected(maps[:2, :, :3], query, key, value, **options)
     seen, out = both(maps[:2, :, :3], query, key, value, **options)
-    assert seen[1, 300, :2].isnan().all() and not seen[:, 301].isnan().any() and not out[1, 2, 301].any()
+    assert seen[1, 300, :2].isnan().all()
+    assert not seen[:, 301].isnan().any()
+    assert not out[1, 2, 301].any()
     torch.testing.assert_close(seen.double(), maps_expected, rtol=1e-5, atol=1e-5, equal_nan=True)
     loose = OUTPUT_TOLERANCE[dtype]
     torch.testing.assert_close(out.double(), out_expected, rtol=loose, atol=loose, equal_nan=True)
