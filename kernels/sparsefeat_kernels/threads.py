@@ -6,7 +6,8 @@ aside by the system, for milliseconds, and a call of hundreds of small ops waits
 for is the end of a handful of phases.
 
 Torch's own threads do it where they can be asked (GNU's OpenMP, torch's on Linux): after an op they look for the next one for
-some 7 ms without a pause, and any other thread has to share a core with them. Else threads of Python's do.
+some 7 ms without a pause, and any other thread has to share a core with them. Else, and for a while after one of them was put
+aside (a region ends when its last thread has come), threads of Python's do.
 
 The number of threads that torch's ops take is kept by each thread. `torch.set_num_threads` sets it for the thread that
 calls and for those that have not asked for it yet. So each of these threads is told once that it has but its share, and the
@@ -21,6 +22,7 @@ import itertools
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
@@ -55,6 +57,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
+SOON_S = 1.0  # who conducts begins long before, or never will
+LATE_S = 1e-3  # for which a region waits for its threads, of a machine that has others to serve
+LATER_S = 1.0  # until they are asked again
+asked_again = 0.0  # time.monotonic
 _REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -88,24 +94,42 @@ class Team(Executor):
     def run(self, conduct: Callable[[], R], workers: int) -> R:
         """`conduct` on the thread that calls, with the others at its service."""
         conductor, ended = threading.get_ident(), Future[R]()
+        begun = threading.Event()
+        done: list[float] = []
 
         def region(_: Any) -> None:
             torch.get_num_threads()  # a thread's first question sets its number to the process's
-            self._openmp.omp_set_num_threads(
-                1
-            )  # of this thread, until the region ends: libraries share work for so many
+            self._openmp.omp_set_num_threads(1)  # of this thread, until the region ends: what libraries count on
             if threading.get_ident() != conductor:
-                while (given := self._given.get()) is not None:
-                    _done(*given)
+                self.serve(begun)
                 return
             try:
+                begun.set()
                 _done(ended, conduct)
+                done.append(time.monotonic())
             finally:
                 for _ in range(workers - 1):
                     self._given.put(None)
 
         self._openmp.GOMP_parallel(_REGION(region), None, workers, 0)
+        if not done:  # an interrupt as the region began or ended, which a function called from C has nobody to tell
+            raise KeyboardInterrupt
+        if (now := time.monotonic()) > done[-1] + LATE_S:
+            global asked_again
+            asked_again = now + LATER_S
         return ended.result()
+
+    def serve(self, begun: threading.Event) -> None:
+        while True:
+            try:
+                given = self._given.get(timeout=None if begun.is_set() else SOON_S)
+            except queue.Empty:
+                if begun.is_set():
+                    continue
+                return
+            if given is None:
+                return
+            _done(*given)
 
 
 def _done(future: Future[R], work: Callable[[], R]) -> None:
@@ -149,7 +173,8 @@ def conducted(run: Callable[P, R]) -> Callable[P, R]:
         if of_torch == 1 or any(isinstance(one, torch.Tensor) and one.device.type != "cpu" for one in args):
             return run(*args, **options)
         workers, inference = min(of_torch, MOST_THREADS), torch.is_inference_mode_enabled()
-        torchs = None if of_torch > workers or _forked else openmp()
+        apart = of_torch > workers or _forked or time.monotonic() < asked_again
+        torchs = None if apart else openmp()
         pool = _pool(workers, of_torch // workers) if torchs is None else Team(torchs)
 
         def conduct() -> R:

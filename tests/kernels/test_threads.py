@@ -43,6 +43,7 @@ def torch_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 def take_threads(whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels_threads, "asked_again", 0.0)
     if whose == "Python's":
         monkeypatch.setattr(kernels_threads, "openmp", lambda: None)
     elif kernels_threads.openmp() is None:
@@ -135,6 +136,54 @@ def test_calls_from_several_threads_and_from_inside_a_task(torch_threads: int):
     for one in callers:
         one.join(300)
     assert counts == [15] * 4
+
+
+def test_after_a_region_that_waited_for_its_threads_they_are_not_asked_for_a_while(monkeypatch: pytest.MonkeyPatch):
+    take_threads("torch's", monkeypatch)
+    monkeypatch.setattr(kernels_threads, "LATER_S", 0.3)
+    regions, serve, run = [], Team.serve, Team.run
+    monkeypatch.setattr(Team, "run", lambda *given: regions.append(1) or run(*given))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Team, "serve", lambda *given: serve(*given) or time.sleep(0.02))
+            together(each(lambda _: None, range(4)))
+        asked = len(regions)
+        done: list[int] = []
+        together(each(done.append, range(4)))
+        assert (asked, len(regions), sorted(done)) == (1, 1, [0, 1, 2, 3])
+        time.sleep(0.3)
+        together(each(done.append, range(4)))
+        assert (len(regions), len(done)) == (2, 8)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_as_the_region_begins_ends_the_call(monkeypatch: pytest.MonkeyPatch):
+    take_threads("torch's", monkeypatch)
+    monkeypatch.setattr(kernels_threads, "SOON_S", 0.1)
+    before, asked, caller = torch.get_num_threads(), [], threading.get_ident()
+    torch.set_num_threads(2)
+    number = torch.get_num_threads
+
+    def interrupted() -> int:
+        asked.append(threading.get_ident())
+        if asked.count(caller) == 2:  # the first question is whether there are threads
+            raise KeyboardInterrupt
+        return number()
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "get_num_threads", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                together(each(lambda _: None, range(4)))
+        done: list[int] = []
+        together(each(done.append, range(4)))
+        assert sorted(done) == [0, 1, 2, 3]
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
