@@ -19,6 +19,7 @@ from typing import Any
 
 from sparsefeat.evaluation.card.tables import COLUMNS, card_header, card_markdown
 from sparsefeat.evaluation.results import STALE, stale
+from sparsefeat.evaluation.scenes import COSTED
 from sparsefeat.measure.speed_table import (
     A_TABLES_ROWS_AN_OP,
     factor,
@@ -212,22 +213,38 @@ def scenes(results: dict[str, Any]) -> str:
         for row in results["rows"]
         if row.get("miou") is not None or "note" in row
     ]
-    head = ["pipeline", "pictures", "maps", "mIoU", "of the oracle's", "accuracy", "mAP", "s a picture", "MB"]
+    head = [
+        "pipeline",
+        "pictures",
+        "maps",
+        "mIoU",
+        "of the oracle's",
+        "of it on trained pairs",
+        "accuracy",
+        "mAP",
+        "s",
+        "MB",
+    ]
     without = ", ".join(
         f"{row['pipeline']}, {row['split']}: {row['seconds']:.2f} s"
         for row in results["rows"]
         if row["method"] == "no maps"
     )
-    size = f"{results['n_pictures']} pictures of each kind; a call without maps, a picture: {without}."
-    return f"{table(head, rows)}\n\n{size} {where(results, 'sparsefeat evaluate scenes')}"
+    n = results["n_pictures"]
+    size = (
+        f"{n} pictures of each kind; seconds of processor time a picture, megabytes of {COSTED} at once; a call without maps "
+        f"takes: {without}."
+    )
+    return f"{table(head, rows)}\n\n{size} {where(results, f'sparsefeat evaluate scenes --images {n}')}"
 
 
 def _scored(row: dict[str, Any]) -> list[str]:
     if "note" in row:
-        return [f"refuses: {row['note'].partition(chr(10))[0]}", "", "", "", "", ""]
+        return [f"refuses: {row['note'].partition(chr(10))[0]}", *[""] * 6]
     return [
         f"{row['miou']:.3f}",
-        f"{row['share_of_oracle']:.0%}",
+        f"{row['share_of_oracle']:.1%}",
+        f"{row['fit_share_of_oracle']:.1%}" if "fit_share_of_oracle" in row else "",
         f"{row['accuracy']:.3f}",
         f"{row['map']:.3f}",
         f"{row['seconds']:.2f}",
