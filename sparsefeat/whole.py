@@ -16,6 +16,7 @@ from typing import Any
 
 # Errors that only a write meets with, beside a full disk.
 _OF_WRITING = (errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+LONGEST = 255  # bytes of a name, on every usual file system
 
 
 @contextmanager
@@ -59,6 +60,10 @@ def as_path(given: str | os.PathLike[str], name: str = "folder", what: str = "a 
         raise TypeError(f"{name} is {type(given).__name__}, not a path; give {what} as text or a pathlib.Path")
     if not os.fspath(given).strip():
         raise ValueError(f"{name} is empty; name {what}")
+    if "\0" in os.fspath(given) or any(
+        len(part.encode("utf-8", "surrogatepass")) > LONGEST for part in Path(given).parts
+    ):
+        raise ValueError(f"{name} is {os.fspath(given)!r:.40}, which no file can be called; choose a shorter name")
     return Path(given).expanduser()
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sparsefeat.whole import check_writable
+from sparsefeat.whole import as_path, check_writable
 
 LARGEST = 3.4e38  # of 32-bit floats, which is what pipelines calculate with
 
@@ -29,9 +29,10 @@ def eighths(pixels: int | None) -> int | None:
 
 def path(given: str | Path) -> Path:
     """Typer parser: an empty string names nothing, though pathlib takes it for the folder one is in."""
-    if not str(given).strip():
-        raise typer.BadParameter("it is empty; name a folder or file")
-    return Path(given).expanduser()
+    try:
+        return as_path(given, "it", "a folder or file")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def results_file(out: Path) -> None:

@@ -56,10 +56,13 @@ def attach(
     check_pipeline(pipe)
     for position, instrument in enumerate(instruments):
         if not isinstance(instrument, Instrument):
-            raise TypeError(
-                f"instruments[{position}] is {type(instrument).__name__}, not an Instrument; attach takes the "
-                "pipeline first and instruments after it"
+            # negative_prompt and its kin make arguments of a call.
+            where = (
+                "give it to the call, pipe(prompt, **it)"
+                if isinstance(instrument, dict)
+                else "attach takes the pipeline first and instruments after it"
             )
+            raise TypeError(f"instruments[{position}] is {type(instrument).__name__}, not an Instrument; {where}")
     if not instruments:
         raise ValueError("attach(pipe) was given no instrument; give at least one after the pipeline")
     instruments = tuple(part for instrument in instruments for part in instrument.members())

@@ -107,10 +107,10 @@ def place_of(source: str | Path, revision: str | None, subfolder: str | None) ->
     try:
         root = Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises its own, httpx's and OSError, one for every way to fail
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0].partition(". ")[0].rstrip(".")
         raise OSError(
-            f"{source!r} is no local folder and could not be fetched from the hub ({type(error).__name__}: {reason}): "
-            "check the name, revision and your connection"
+            f"{source!r} is no local folder and could not be fetched from the hub ({reason}): check the name, revision= and "
+            "your connection"
         ) from error
     place = root / prefix.rstrip("/") if prefix else root
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):

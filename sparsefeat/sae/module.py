@@ -23,6 +23,7 @@ from sparsefeat.sae.activations import (
 )
 from sparsefeat.sae.config import FACTORS, FITTED, PURSUITS, SAEConfig
 from sparsefeat.sae.files import reading
+from sparsefeat.sae.files.weights import FLOATING
 from sparsefeat.sae.formats import native
 from sparsefeat.sae.hub import push_to_hub
 from sparsefeat.sae.io import check_device, place_of, read_sae
@@ -431,7 +432,7 @@ def load_sae(
             the files are of no known format, damaged, or do not fit what is given; it names the file.
     """
     check_device(device)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is not None and dtype not in FLOATING.values():
         raise ValueError(f"dtype is {dtype!r}: choose a floating dtype, such as torch.float16")
     entry = published(source) if isinstance(source, str) and not Path(source).expanduser().exists() else None
     if entry is not None:

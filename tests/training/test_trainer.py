@@ -299,7 +299,7 @@ def test_a_checkpoint_of_another_config_or_a_broken_one_is_refused(tmp_path: Pat
     (checkpoint,) = tmp_path.glob("checkpoint-*")
     with pytest.raises(ValueError, match=r"another config \(lr=0\.01, now 0\.5\)"):
         SAETrainer(small(), small_rows(), dataclasses.replace(CONFIG, lr=0.5), tmp_path)
-    with pytest.raises(ValueError, match="activation 'topk' -> 'signed_topk'"):
+    with pytest.raises(ValueError, match="activation='topk', now 'signed_topk'"):
         SAETrainer(small("signed_topk"), small_rows(), CONFIG, tmp_path)
     changed = dataclasses.replace(CONFIG, objective=dataclasses.replace(CONFIG.objective, multi_topk=0.5))
     with pytest.raises(ValueError, match=r"another config \(multi_topk=0\.0, now 0\.5\)"):

@@ -57,7 +57,8 @@ class Weights(Asked):
             found = self[name]
             if not isinstance(found, Stored) or found.dtype not in FLOATING.values():
                 raise ValueError(
-                    f"{name} in {self.path} is {_kind(found)}: a floating tensor was expected, float32 for instance"
+                    f"{name} in {self.path} is {_kind(found)}: a floating tensor of 16 bits or more was "
+                    "expected, float32 for instance"
                 )
             if found.shape != tuple(shape):
                 raise ValueError(

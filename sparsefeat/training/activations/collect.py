@@ -141,7 +141,7 @@ class CollectActivations(Instrument):
             whole(name, given, low)
         if condition not in (*WANTED, None):
             raise ValueError(f"condition is {condition!r}: choose one of {', '.join(WANTED)}, or None for all rows")
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"dtype is {dtype!r}: choose a floating dtype, such as torch.float16")
         self._hookpoints = tuple(h if isinstance(h, Hookpoint) else Hookpoint.parse(h) for h in hookpoints)
         twice = [str(h) for h in self._hookpoints if self._hookpoints.count(h) > 1]
