@@ -1,5 +1,5 @@
 # make demo    install, run the main job on the embedded pipeline, print where its page is
-# make test    install, lint, type-check, import contracts, tests
+# make test    install, lint, type-check, import contracts, tests; with THREADS=2 torch has two threads in each of two processes
 # make docs    the guides and the API reference as a site that needs no network: build/site/index.html
 # make bench   the ops against dense PyTorch and other libraries on this machine, ten minutes: bench/results/
 # make peers   the other libraries, in an environment of their own, which make bench then uses
@@ -54,9 +54,10 @@ types: $(VENV)/.tests-installed
 contracts: $(VENV)/.tests-installed
 	$(BIN)/lint-imports
 
-# Two processes of one thread each: the tests' models are so small that a second thread only waits.
+# Two processes of one thread each: the tests' models are so small that a second thread only waits. THREADS=2 tries it.
+THREADS ?= 1
 pytest: $(VENV)/.tests-installed
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder \
+	OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder \
 		--durations=10
 
 docs: $(VENV)/.docs-installed
