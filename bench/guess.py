@@ -2,9 +2,9 @@
 
 Consecutive denoising steps share most of their codes, so that the step before gives a bound on a row's k-th largest value
 without a search. Timed in turns on the same rows: the op; the op told the k-th largest value of every row beforehand, which
-no guess can better; and the op with the bound that the k latents of the step before give, by the bf16 product. All three
-must give the same code. Of random rows at a published shape, correlated with those before, and of the embedded pipeline's
-steps.
+no guess can better; and the op with the bound that the k latents of the step before give, by the bf16 product, or its 2k
+latents, which another encode has found. All must give the same code. Of random rows at a published shape, correlated with
+those before, and of the embedded pipeline's steps.
 """
 
 from __future__ import annotations
@@ -66,13 +66,14 @@ def known(values: Tensor) -> Bound:
     return lambda p, here, rows, bounds: (last - 1e-5 * values[:, 0].abs())[here]
 
 
-def guessed(latents: Tensor) -> Bound:
-    """The least that the products of these latents [rows, k], distinct in each row, leave for the least of them."""
+def guessed(latents: Tensor, k: int) -> Bound:
+    """The least that the products of these latents [rows, k or more], distinct in each row, leave for the k-th of them."""
 
     def bound(p: Tensor, here: slice, rows: survivors.RoundedRows, bounds: Tensor) -> Tensor:
         a, (b0, b1, b2) = p.gather(1, latents[here]).float(), bounds[:, latents[here] % bounds.shape[1]]
         margin = rows.lost[:, None] * b0 + rows.size[:, None] * b1 + b2 + 2.0**-8 * a.abs()
-        return (a - margin).amin(1)
+        lower = a - margin
+        return lower.amin(1) if lower.shape[1] == k else lower.topk(k, sorted=False).values.amin(1)
 
     return bound
 
@@ -81,18 +82,20 @@ def compare(name: str, steps: Sequence[Tensor], weights: tuple[Tensor, Tensor, T
     """`steps`: the rows of consecutive steps."""
     prepared = prepare_encoder(*weights[:2])
 
-    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
-        return topk_encode(x, *weights, k, "raw", prepared=prepared)
+    def encode(x: Tensor, most: int = k) -> tuple[Tensor, Tensor]:
+        return topk_encode(x, *weights, most, "raw", prepared=prepared)
 
-    codes = [encode(x) for x in steps]
-    taken: dict[str, list[float]] = {"the op": [], "told the k-th": [], "by the step before": []}
+    codes, wider = [encode(x) for x in steps], [encode(x, 2 * k)[1].long() for x in steps]
+    names = "the op", "told the k-th", "by the step before", "by twice as many of it"
+    taken: dict[str, list[float]] = {name: [] for name in names}
     survive: dict[str, int] = dict.fromkeys(taken, 0)
     shared, rows = 0, sum(len(x) for x in steps[1:])
     for repeat in range(REPEATS):
         for place in range(1, len(steps)):
             values, indices = codes[place]
             before = codes[place - 1][1].long()
-            bounds = {"told the k-th": known(values), "by the step before": guessed(before)}
+            of_before = guessed(before, k), guessed(wider[place - 1], k)
+            bounds = dict(zip(names[1:], (known(values), *of_before), strict=True))
             if not repeat:
                 shared += int((indices[:, :, None] == before[:, None]).sum())
             for of in taken:

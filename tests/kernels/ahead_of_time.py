@@ -2,7 +2,8 @@
 since the interpreter and the compiler cannot share one.
 
 The launchers themselves run, on meta tensors; each kernel call is caught where Triton would launch it, and compiled with
-the specialisation Triton would have given it (divisibility by 16, ones as constants).
+the specialisation Triton would have given it (divisibility by 16, ones as constants). For sm_90, where there is a compiler
+of C, it is then launched after all, on a driver that only looks at it (pretended_driver.c).
 
     python ahead_of_time.py FOLDER ARCHITECTURE    prints a JSON line a kernel: what it is and what it costs
     python ahead_of_time.py again                  prints the kernels that are compiled again because the rows are others
@@ -14,11 +15,14 @@ spills are asserted, what differs from bf16 by more than the width of its loads.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,7 +107,7 @@ def recorded() -> Iterator[list[tuple[Any, dict[str, Any]]]]:
     calls: list[tuple[Any, dict[str, Any]]] = []
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        calls.append((self, dict(zip(self.arg_names, args, strict=False)) | kwargs))
+        calls.append((self, dict(zip(self.arg_names, args, strict=False)) | kwargs | {"grid": grid}))
 
     original = triton.runtime.jit.JITFunction.run
     triton.runtime.jit.JITFunction.run = record
@@ -217,14 +221,16 @@ def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[ASTSource, dict
             return f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
         if constant or value is None or (isinstance(value, int) and value == 1 and special):
             constants[path] = value
+            if isinstance(value, str):  # the launcher takes it for what it has found out of a value
+                attributes[path] = []
             return "constexpr"
         if isinstance(value, torch.Tensor):
             attributes[path] = [["tt.divisibility", 16]]  # torch's allocations are aligned
             return TYPES[value.dtype]
         if isinstance(value, float):
             return "fp32"
-        if value % 16 == 0 and special:
-            attributes[path] = [["tt.divisibility", 16]]
+        if special:
+            attributes[path] = [] if value % 16 else [["tt.divisibility", 16]]
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
     signature = {
@@ -300,11 +306,31 @@ def large_tile_launches(shape: str) -> list[tuple[Any, dict[str, Any]]]:
     return [call for call in calls if call[0].fn.__name__.endswith("product_kernel")]
 
 
+def pretended_driver(folder: Path, capability: tuple[int, int]) -> bool:
+    """Let Triton launch on pretended_driver.c; whether there is a compiler to build it."""
+    compiler = shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return False
+    library = folder / "libcuda.so.1"
+    source = Path(__file__).with_name("pretended_driver.c")
+    header = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    command = [compiler, "-shared", "-fPIC", f"-I{header}", f"-Wl,-soname,{library.name}", "-o", library, source]
+    subprocess.run(command, check=True)
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # whoever asks for it by its name from now on gets this one
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    driver = importlib.import_module("triton.backends.nvidia.driver").CudaDriver()
+    driver.get_current_device = driver.get_current_stream = lambda *_: 0
+    driver.get_device_capability = lambda *_: capability
+    triton.runtime.driver.set_active(driver)
+    return True
+
+
 def main(folder: Path, architecture: str) -> None:
     for name in ("encode.product", "encode.gpu.tiles", "attention.map"):
         importlib.import_module(f"sparsefeat_kernels.{name}").backend = lambda: TARGETS[architecture].backend
     copies = TARGETS[architecture].backend == "cuda" and TARGETS[architecture].arch >= 90
     importlib.import_module("sparsefeat_kernels.encode.gpu.tiles").has_copy_engine = lambda: copies
+    on_driver = architecture == "sm_90" and pretended_driver(folder, (9, 0))
     seen, rows, cubins = set(), [], []
     tuned = ((launch, {"tuned": True}) for launch in tuned_launches(architecture))
     for (shape, dtype, kernel, arguments), more in (*((launch, {}) for launch in all_launches(architecture)), *tuned):
@@ -315,6 +341,8 @@ def main(folder: Path, architecture: str) -> None:
         compiled = triton.compile(source, target=TARGETS[architecture], options=options)
         row = {"architecture": architecture, "kernel": kernel.fn.__name__, "shape": shape, "dtype": dtype} | more
         row |= evidence(compiled, architecture)
+        if on_driver:  # what is launched is what was compiled
+            row["launched"] = kernel.run(warmup=False, **arguments).hash == compiled.hash
         if architecture == "sm_90" and row["kernel"].endswith("_encode_product_kernel"):
             tile = arguments["BLOCK_ROWS"], arguments["BLOCK_LATENTS"]
             entries = tile[0] * tile[1] / (32 * arguments["num_warps"])  # of a thread
