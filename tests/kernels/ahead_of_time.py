@@ -221,16 +221,14 @@ def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[ASTSource, dict
             return f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
         if constant or value is None or (isinstance(value, int) and value == 1 and special):
             constants[path] = value
-            if isinstance(value, str):  # the launcher takes it for what it has found out of a value
-                attributes[path] = []
             return "constexpr"
         if isinstance(value, torch.Tensor):
             attributes[path] = [["tt.divisibility", 16]]  # torch's allocations are aligned
             return TYPES[value.dtype]
         if isinstance(value, float):
             return "fp32"
-        if special:
-            attributes[path] = [] if value % 16 else [["tt.divisibility", 16]]
+        if value % 16 == 0 and special:
+            attributes[path] = [["tt.divisibility", 16]]
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
     signature = {
@@ -306,7 +304,7 @@ def large_tile_launches(shape: str) -> list[tuple[Any, dict[str, Any]]]:
     return [call for call in calls if call[0].fn.__name__.endswith("product_kernel")]
 
 
-def pretended_driver(folder: Path, capability: tuple[int, int]) -> bool:
+def pretended_driver(folder: Path) -> bool:
     """Let Triton launch on pretended_driver.c; whether there is a compiler to build it."""
     compiler = shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
@@ -320,9 +318,20 @@ def pretended_driver(folder: Path, capability: tuple[int, int]) -> bool:
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     driver = importlib.import_module("triton.backends.nvidia.driver").CudaDriver()
     driver.get_current_device = driver.get_current_stream = lambda *_: 0
-    driver.get_device_capability = lambda *_: capability
+    driver.get_device_capability = lambda *_: (9, 0)
     triton.runtime.driver.set_active(driver)
     return True
+
+
+def launched(kernel: Any, arguments: dict[str, Any], source: ASTSource) -> Any:
+    """What Triton's own launcher compiles and launches, which must be the program that `specialised` says."""
+    compiled = kernel.run(warmup=False, **arguments)
+    said, own = (
+        (of.signature, of.constants, {path: found for path, found in of.attrs.items() if found})
+        for of in (source, compiled.src)
+    )
+    assert said == own, f"{kernel.fn.__name__}: {said}, and the launcher's own {own}"
+    return compiled
 
 
 def main(folder: Path, architecture: str) -> None:
@@ -330,7 +339,7 @@ def main(folder: Path, architecture: str) -> None:
         importlib.import_module(f"sparsefeat_kernels.{name}").backend = lambda: TARGETS[architecture].backend
     copies = TARGETS[architecture].backend == "cuda" and TARGETS[architecture].arch >= 90
     importlib.import_module("sparsefeat_kernels.encode.gpu.tiles").has_copy_engine = lambda: copies
-    on_driver = architecture == "sm_90" and pretended_driver(folder, (9, 0))
+    on_driver = architecture == "sm_90" and pretended_driver(folder)
     seen, rows, cubins = set(), [], []
     tuned = ((launch, {"tuned": True}) for launch in tuned_launches(architecture))
     for (shape, dtype, kernel, arguments), more in (*((launch, {}) for launch in all_launches(architecture)), *tuned):
@@ -338,11 +347,12 @@ def main(folder: Path, architecture: str) -> None:
         if (key := key_of(kernel, source, options)) in seen:
             continue
         seen.add(key)
-        compiled = triton.compile(source, target=TARGETS[architecture], options=options)
+        if on_driver:
+            compiled = launched(kernel, arguments, source)
+        else:
+            compiled = triton.compile(source, target=TARGETS[architecture], options=options)
         row = {"architecture": architecture, "kernel": kernel.fn.__name__, "shape": shape, "dtype": dtype} | more
-        row |= evidence(compiled, architecture)
-        if on_driver:  # what is launched is what was compiled
-            row["launched"] = kernel.run(warmup=False, **arguments).hash == compiled.hash
+        row |= evidence(compiled, architecture) | ({"launched": True} if on_driver else {})
         if architecture == "sm_90" and row["kernel"].endswith("_encode_product_kernel"):
             tile = arguments["BLOCK_ROWS"], arguments["BLOCK_LATENTS"]
             entries = tile[0] * tile[1] / (32 * arguments["num_warps"])  # of a thread
