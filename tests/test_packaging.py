@@ -183,8 +183,17 @@ import sparsefeat as sf
 from sparsefeat.assets import JOINT, load_pipeline
 
 sae = sf.load_sae("folder")
-with sf.attach(object(), sf.Record(sae), sf.Steer(sae, scale={1: 2.0})) as run:
+class Own(sf.Instrument):
+    def hookpoints(self) -> tuple[str, ...]:
+        return ("unet.mid_block",)
+    def end_call(self, call: object) -> float:
+        return 1.0
+rec, maps, steer, own = sf.Record(sae), sf.HeatMaps(), sf.Steer(sae, scale={1: 2.0}), Own()
+with sf.attach(object(), rec, maps, steer, own) as run:
     reveal_type(run)
+    reveal_type(run[rec])
+    reveal_type(run.calls[0][maps])
+    reveal_type(run[own])
 reveal_type(load_pipeline())
 reveal_type(load_pipeline(JOINT))
 load_pipeline(JOINT)("a fox", num_inference_steps=2)
@@ -255,10 +264,11 @@ def test_a_type_checker_knows_every_name_of_the_wheel_and_refuses_mistakes(check
     errors = {int(line) for line in re.findall(r"users\.py:(\d+)(?::\d+)?(?: -|:) error: ", output)}
     assert errors == {n for n, line in enumerate(USERS_FILE.splitlines(), 1) if line.endswith("# wrong")}, output
     revealed = re.findall(r'(?:Revealed type|Type of "[^"]*") is "(.*)"', output)
-    assert len(revealed) == len(names) + 3, output
-    assert "Session" in revealed[0]
-    assert ["StableDiffusion3Pipeline" in pipeline for pipeline in revealed[1:3]] == [False, True]
-    assert all("StableDiffusionPipeline" in pipeline and "dummy" not in pipeline for pipeline in revealed[1:3])
+    assert len(revealed) == len(names) + 6, output
+    of_run, pipelines = [name.rpartition(".")[2] for name in revealed[:4]], revealed[4:6]
+    assert of_run == ["Session", "Recording", "HeatMapRecording", "float"]
+    assert ["StableDiffusion3Pipeline" in pipeline for pipeline in pipelines] == [False, True]
+    assert all("StableDiffusionPipeline" in pipeline and "dummy" not in pipeline for pipeline in pipelines)
     assert {"Any", "Unknown"}.isdisjoint(revealed), output
 
 

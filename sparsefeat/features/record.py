@@ -186,14 +186,14 @@ class Record(Instrument):
         name = next(name for i in itertools.count() if (name := f"call-{i:04d}") not in taken)
         return ShardWriter(Path(store) / name, _STORED, metadata={"n_latents": n_latents, "hookpoint": str(self.at)})
 
-    def end_call(self, call: Call) -> Recording | None:
+    def end_call(self, call: Call) -> Recording:
         recording, self._recording = self._recording, None
-        if recording is not None and self._writer is not None:
+        assert recording is not None  # it is made when the call begins
+        if self._writer is not None:
             recording._spill(self._writer)  # the rest of it, so that a call is in one folder
         self._close()
-        if recording is not None:
-            self._earlier = [reference for reference in self._earlier if reference() is not None]
-            self._earlier.append(weakref.ref(recording))
+        self._earlier = [reference for reference in self._earlier if reference() is not None]
+        self._earlier.append(weakref.ref(recording))
         return recording
 
     def _close(self) -> None:

@@ -164,7 +164,7 @@ class Instrument:
         """What `attach` attaches in its place, in this order; an instrument that is made of others names them."""
         return (self,)
 
-    def hookpoints(self) -> tuple[Hookpoint, ...]:
+    def hookpoints(self) -> tuple[Hookpoint | str, ...]:
         """Where `at_hookpoint` is wanted; asked once, after `prepare`."""
         return ()
 

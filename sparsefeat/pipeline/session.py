@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from sparsefeat.arguments import NotThere
 from sparsefeat.pipeline.base_models import difference
@@ -22,6 +22,8 @@ from sparsefeat.pipeline.visits import Place, Tap, check_width
 from sparsefeat.pipeline.weights import WeightChange, WeightPlace, plain_weight
 from sparsefeat.pipeline.wiring import Wiring
 
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 CLOSED = "the session is closed; attach again"
 
 
@@ -136,6 +138,12 @@ def _attach_to_each(pipes: Sequence[Any], instruments: tuple[Instrument, ...], l
         raise
 
 
+class Records(Protocol[T_co]):
+    """An instrument, for what it records."""
+
+    def end_call(self, call: Call) -> T_co: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Recordings:
     """What the instruments recorded in one call: `recordings[instrument]`."""
@@ -144,14 +152,14 @@ class Recordings:
     _values: dict[int, Any] = field(repr=False)
     _instruments: tuple[Instrument, ...] = field(repr=False)
 
-    def __getitem__(self, instrument: Instrument) -> Any:
+    def __getitem__(self, instrument: Records[T]) -> T:
         if not any(instrument is mine for mine in self._instruments):
             what = f"this {type(instrument).__name__}" if isinstance(instrument, Instrument) else f"{instrument!r:.80}"
             mine = ", ".join(type(one).__name__ for one in self._instruments)
             raise NotThere(f"{what} was not attached in this session, which has {mine}; look up by the object itself")
         if id(instrument) not in self._values:
             raise NotThere(f"this {type(instrument).__name__} recorded nothing: the call never reached its hookpoints")
-        return self._values[id(instrument)]
+        return cast("T", self._values[id(instrument)])
 
 
 class Session:
@@ -193,7 +201,7 @@ class Session:
         names = ", ".join(type(instrument).__name__ for instrument in self.instruments)
         return f"Session({names}; {len(self.calls)} calls, {state})"
 
-    def __getitem__(self, instrument: Instrument) -> Any:
+    def __getitem__(self, instrument: Records[T]) -> T:
         """The recording of the last completed call; `run.calls[i][instrument]` is that of each call."""
         if not self.calls:
             raise NotThere("no call of the pipeline has completed in this session; call it first")
