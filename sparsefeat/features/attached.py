@@ -61,7 +61,7 @@ def beside(sae: SAE, activations: Activations, context: Context) -> SAE:
     """
     check_weights(sae)
     if sae.device != activations.tensor.device:
-        if sae.device.type == "meta":
+        if any(weight.is_meta for _, weight in sae.named_parameters(recurse=False)):
             raise ValueError(
                 "the SAE has no weights, it is on the device 'meta'; open it with sparsefeat.load_sae(folder)."
             )
