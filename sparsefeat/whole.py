@@ -60,10 +60,11 @@ def as_path(given: str | os.PathLike[str], name: str = "folder", what: str = "a 
         raise TypeError(f"{name} is {type(given).__name__}, not a path; give {what} as text or a pathlib.Path")
     if not os.fspath(given).strip():
         raise ValueError(f"{name} is empty; name {what}")
-    if "\0" in os.fspath(given) or any(
-        len(part.encode("utf-8", "surrogatepass")) > LONGEST for part in Path(given).parts
-    ):
-        raise ValueError(f"{name} is {os.fspath(given)!r:.40}, which no file can be called; choose a shorter name")
+    for part in Path(given).parts:
+        if "\0" in part:
+            raise ValueError(f"{name} has {part!r:.40} in it, and no file's name holds a null byte; leave it out")
+        if len(part.encode("utf-8", "surrogatepass")) > LONGEST:
+            raise ValueError(f"{name} has '{part[:20]}…' in it, too long for a file's name; choose a shorter one")
     return Path(given).expanduser()
 
 
