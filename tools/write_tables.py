@@ -244,7 +244,7 @@ def _scored(row: dict[str, Any]) -> list[str]:
     return [
         f"{row['miou']:.3f}",
         f"{row['share_of_oracle']:.1%}",
-        f"{row['fit_share_of_oracle']:.1%}" if "fit_share_of_oracle" in row else "",
+        f"{row['fit_share_of_oracle']:.1%}",
         f"{row['accuracy']:.3f}",
         f"{row['map']:.3f}",
         f"{row['seconds']:.2f}",
