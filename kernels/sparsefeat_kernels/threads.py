@@ -6,8 +6,8 @@ aside by the system, for milliseconds, and a call of hundreds of small ops waits
 for is the end of a handful of phases.
 
 Torch's own threads do it where they can be asked (GNU's OpenMP, torch's on Linux): after an op they look for the next one for
-some 7 ms without a pause, and any other thread has to share a core with them. Else, and for a while after one of them was put
-aside (a region ends when its last thread has come), threads of Python's do.
+some 7 ms without a pause, and any other thread has to share a core with them. Else, and for a while after they were twice
+put aside (a region ends when its last thread has come), threads of Python's do.
 
 The number of threads that torch's ops take is kept by each thread. `torch.set_num_threads` sets it for the thread that
 calls and for those that have not asked for it yet. So each of these threads is told once that it has but its share, and the
@@ -58,8 +58,9 @@ if hasattr(os, "register_at_fork"):
 
 
 SOON_S = 1.0  # who conducts begins long before, or never will
-LATE_S = 1e-3  # for which a region waits for its threads, of a machine that has others to serve
-LATER_S = 1.0  # until they are asked again
+LATE_S = 1e-3  # for which a region waits for its threads; twice in a row only where a machine has others to serve
+LATER_S = 0.5  # until they are asked again
+late = 0  # regions in a row
 asked_again = 0.0  # time.monotonic
 _REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -114,8 +115,10 @@ class Team(Executor):
         self._openmp.GOMP_parallel(_REGION(region), None, workers, 0)
         if not done:  # an interrupt as the region began or ended, which a function called from C has nobody to tell
             raise KeyboardInterrupt
-        if (now := time.monotonic()) > done[-1] + LATE_S:
-            global asked_again
+        global late, asked_again
+        now = time.monotonic()
+        late = late + 1 if now > done[-1] + LATE_S else 0
+        if late > 1:
             asked_again = now + LATER_S
         return ended.result()
 
