@@ -57,7 +57,7 @@ contracts: $(VENV)/.tests-installed
 # Two processes of one thread each: the tests' models are so small that a second thread only waits. THREADS=2 tries it.
 THREADS ?= 1
 pytest: $(VENV)/.tests-installed
-	OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder \
+	OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder \
 		--durations=10
 
 docs: $(VENV)/.docs-installed
