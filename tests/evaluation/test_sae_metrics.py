@@ -40,7 +40,10 @@ def test_quality_is_that_of_the_formulas_for_any_batch_size(batch_size):
 
 def test_a_store_s_batches_and_leading_dimensions_count_the_same():
     sae, x = example(210)
-    sae, x = sae.double(), x.double()  # in fp32 a row's product may depend on how many rows there are, and on the threads
+    sae, x = (
+        sae.double(),
+        x.double(),
+    )  # in fp32 a row's product may depend on how many rows there are, and on the threads
     assert measure_sae(sae, x.view(3, 70, 10)).fvu == pytest.approx(measure_sae(sae, x).fvu, rel=1e-9)
     assert measure_sae(sae, iter(x.split(33))).fvu == pytest.approx(measure_sae(sae, x).fvu, rel=1e-9)
 
