@@ -6,7 +6,7 @@ aside by the system, for milliseconds, and a call of hundreds of small ops waits
 for is the end of a handful of phases.
 
 Torch's own threads do it where they can be asked (GNU's OpenMP, torch's on Linux): after an op they look for the next one for
-some 7 ms without a pause, and any other thread has to share a core with them. Else, and for a while after they were twice
+milliseconds without a pause, and any other thread has to share a core with them. Else, and for a while after they were twice
 put aside (a region ends when its last thread has come), threads of Python's do.
 
 The number of threads that torch's ops take is kept by each thread. `torch.set_num_threads` sets it for the thread that

@@ -16,8 +16,8 @@ def wait_asleep_beside_others() -> None:
     """Where half the processors or more are at work for others, tell OpenMP to wait without using one. For the processes of a
     command, before torch is imported; what the user has said about it stands.
 
-    A thread that waits by spinning takes the time of the one it waits for. Drawing 50 images at once on two cores, a step beside
-    two programs of two threads takes 7 times as long as alone, and 4 times with threads that sleep; alone, sleeping costs a tenth.
+    A thread that waits by spinning takes the time of the one it waits for; alone, it is back at work sooner than one that sleeps.
+    `python -m bench.busy --demo` measures a command beside two others.
     """
     if any(name in os.environ for name in SAID_BY_USER) or 2 * _others_at_work() < (os.cpu_count() or 1):
         return

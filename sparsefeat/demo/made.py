@@ -22,7 +22,7 @@ from sparsefeat.sae import SAE
 
 # Shown on the page: noise of a split of its own, so that no statistic has seen it.
 SPLIT = 3
-# Images a call, 1.1 GB: the larger a piece of work, the fewer times a thread waits for one that serves another program.
+# Images a call: the larger a piece of work, the fewer times a thread waits for one that serves another program.
 BATCH = 100
 SHOWN = ("fox", "octopus", "rocket", "pizza", "rose", "castle", "owl", "key")
 

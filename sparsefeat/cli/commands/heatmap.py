@@ -35,14 +35,17 @@ def heatmap(
     ],
     word: Annotated[list[str] | None, typer.Option(help="A word of the prompt; default each of them.")] = None,
     by: Annotated[
-        By, typer.Option(help="Also a sheet over the steps, and a film of each word; or over the layers.")
+        By,
+        typer.Option(
+            help="Also a sheet of the plain maps over the steps, and a film of each word; or over the layers."
+        ),
     ] = By.words,
     film: Annotated[Film, typer.Option(help="What a film over the steps is.")] = Film.gif,
     refine: Annotated[
         int,
         typer.Option(
             min=0,
-            help="How often a word's map goes through the image's self-attention; with it, and with --shares, all is of the last quarter of the steps.",
+            help="How often a word's map goes through the image's self-attention; with it, and with --shares, words.png and the words' own pictures are of the last quarter of the steps.",
         ),
     ] = 0,
     shares: Annotated[
