@@ -321,9 +321,6 @@ def test_both_sides_of_the_sizes_from_which_a_call_is_conducted_and_its_position
     monkeypatch.setattr(
         map_cpu, "together", lambda tasks: handed_out.append((map_cpu.threads(), len(tasks))) or inner(tasks)
     )
-    alone = []
-    one_matrix = map_cpu.product
-    monkeypatch.setattr(map_cpu, "product", lambda *a: alone.append(len(a[0])) or one_matrix(*a))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -336,17 +333,17 @@ def test_both_sides_of_the_sizes_from_which_a_call_is_conducted_and_its_position
     else:
         halves = batch == 1 and positions >= 2 * map_cpu.FEWEST_POSITIONS
         assert set(handed_out) == {(2, 2 if halves else batch)}
-    assert bool(alone) == (positions >= scores.ALONE_POSITIONS)
     maps_expected, out_expected = expected(*tensors)
     torch.testing.assert_close(maps.double(), maps_expected, rtol=3e-6, atol=3e-6)
     torch.testing.assert_close(out.double(), out_expected, rtol=3e-6, atol=3e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_rows_without_a_probability_among_many_positions(dtype: torch.dtype):
-    """Head by head, grouped queries, in three pieces of positions: a row of NaN, one whose scores are all -inf, and a batch row
-    that is not counted."""
-    batch, n = 3, 3 * scores.ALONE_POSITIONS
+def test_rows_without_a_probability_among_many_positions(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """Grouped queries, several blocks of rows: a row of NaN, one whose scores are all -inf, and a batch row that is not
+    counted."""
+    monkeypatch.setattr(scores, "BLOCK_BYTES", 64 << 10)
+    batch, n = 3, 768
     maps, query, key, value = problem((batch, 4, 2, n, 9, 8, 5), dtype, "cpu")
     key = key.abs() + 0.1
     query[0, 1, 300], query[1, 2, 301] = torch.nan, -torch.inf
