@@ -10,6 +10,8 @@ from .dispatch import implementation, jit, jit_over_rows, ops, register, tl
 
 __all__ = ["feature_stats_"]
 
+LARGEST_INT32 = 2**31 - 1
+
 
 def feature_stats_(sum: Tensor, count: Tensor, maximum: Tensor, values: Tensor, indices: Tensor, group: Tensor) -> None:
     """Add a batch of codes to the statistics of every latent, in place.
@@ -98,10 +100,14 @@ def _feature_stats_cpu(
 ) -> None:
     """Scatters along an only dimension go through the entries in their order. Those of value 0 go along: they add 0."""
     groups, n_latents = sum.shape
-    keys = torch.add(indices, group.long()[:, None], alpha=n_latents).view(-1)
     v = values.reshape(-1)
-    if not (_within(indices, n_latents) and _within(group, groups)):
-        inside = _statistic_keys(values, indices, group, groups, n_latents).view(-1) < groups * n_latents
+    if _within(indices, n_latents) and _within(group, groups):
+        small = indices.dtype == torch.int32 and groups * n_latents <= LARGEST_INT32
+        own = group.to(torch.int32 if small else torch.int64)
+        keys = torch.add(indices, own[:, None], alpha=n_latents).view(-1).long()  # mixed, an addition takes twice as long
+    else:
+        keys = _statistic_keys(values, indices, group, groups, n_latents).view(-1)
+        inside = keys < groups * n_latents
         keys, v = keys[inside], v[inside]
     if v.numel() and float(v.amin()) >= 0:  # not so with NaN. Two ops of whole vectors in the place of five
         active = v.view(torch.int32).clamp(0, 1)  # the bits of a positive number are one; -0.0 has negative ones
