@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sparsefeat.sae import SAE
-from sparsefeat.training.objective.losses import ONE, Across, Loss, Spread
+from sparsefeat.training.objective.losses import ONE, Across, Loss, Spread, squares
 from sparsefeat.training.objective.objectives import TANH_SCALE, Objective
 
 PRE_BYTES = 256 << 20
@@ -152,19 +152,19 @@ def _sums(
         penalty = (TANH_SCALE * penalised).tanh().sum()
     else:
         penalty = _Step.apply(pre, threshold, objective.bandwidth).sum()
-    difference = y - sae.denormalize(active @ sae.W_dec + sae.b_out, like=x)
-    error = spread.error(difference, objective.reconstruction)
+    x_hat = sae.denormalize(active @ sae.W_dec + sae.b_out, like=x)
+    error = spread.error(y, x_hat, objective.reconstruction)
     for prefix in objective.prefixes[:-1]:
         part = active[:, :prefix] @ sae.W_dec[:prefix] + sae.b_out
-        error = error + spread.error(y - sae.denormalize(part, like=x), objective.reconstruction)
+        error = error + spread.error(y, sae.denormalize(part, like=x), objective.reconstruction)
     error = error / max(1, len(objective.prefixes))
     frozen = nothing
     if gate is not None:
         alone = penalised @ sae.W_dec.detach() + sae.b_out.detach()
-        frozen = spread.error(y - sae.denormalize(alone, like=x), objective.reconstruction)
+        frozen = spread.error(y, sae.denormalize(alone, like=x), objective.reconstruction)
     return _Sums(
         error,
-        difference.detach().square().sum(),
+        squares(y, x_hat.detach()),
         penalty,
         (threshold - pre).relu().sum() if objective.pre_act else nothing,
         frozen,
