@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sparsefeat.evaluation.card.budget import QUICK
+from sparsefeat.evaluation.card.budget import FULL, QUICK
 from sparsefeat.evaluation.card.erasers import ERASERS
 from sparsefeat.evaluation.emoji import OBJECT, STYLE
 
@@ -46,17 +46,23 @@ def card_markdown(results: dict[str, Any], section: str) -> str:
 
 def card_header(results: dict[str, Any]) -> str:
     """When, where and with what."""
-    quick = " --quick" if results["budget"] == "quick" else ""
+    is_quick = results["budget"] == QUICK.name
+    budget, quick = (QUICK, " --quick") if is_quick else (FULL, "")
     said = (
         f"Measured on {results['date']}, {results['device']}, {results['precision']}, with `sparsefeat evaluate card{quick}`; "
-        f"weights {results['fingerprint']}."
+        f"weights {results['fingerprint']}. Erased: {_counted(budget.objects, 'object')} and {_counted(budget.styles, 'style')}, "
+        f"{budget.n_target} images of each ({budget.n_inverted} under the adversary)."
     )
-    if results["budget"] == "quick":
+    if is_quick:
         said += (
-            f" The quick card: one object and one style, {QUICK.n_target} images of each ({QUICK.n_inverted} under the adversary), so "
-            f"that its intervals are wide; good for a look, not for quoting. Spared of learned words: {', '.join(QUICK.spared)}."
+            " The quick card: its intervals are wide; good for a look, not for quoting. "
+            f"Spared of learned words: {', '.join(budget.spared)}."
         )
     return said
+
+
+def _counted(some: Sequence[int], thing: str) -> str:
+    return f"{len(some)} {thing}{'' if len(some) == 1 else 's'}"
 
 
 def _cell(row: dict[str, Any] | None, metric: str) -> str:
