@@ -23,9 +23,10 @@ from torch import Tensor
 
 from sparsefeat.arguments import finite, whole
 from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
+from sparsefeat.features.collecting import check_prompts
 from sparsefeat.features.prompts import OwnTokens, layer_outputs_and_tokens
 from sparsefeat.features.scores import normalized_mean_difference
-from sparsefeat.features.statistics import OUTSIDE_SCHEDULE, Statistics, check_prompts
+from sparsefeat.features.statistics import OUTSIDE_SCHEDULE, Statistics
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint
 from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.sae import SAE

@@ -27,7 +27,7 @@ from torch import Tensor
 from sparsefeat.arguments import finite, number
 from sparsefeat.erasure.replace_where import unconditional_rows
 from sparsefeat.features.attached import beside, hookpoint_of
-from sparsefeat.features.statistics import check_prompts, run_prompts
+from sparsefeat.features.collecting import check_prompts, run_prompts
 from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint, Instrument, attach, resolve
 from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.sae import SAE

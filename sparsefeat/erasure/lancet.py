@@ -18,8 +18,8 @@ from sparsefeat_kernels import matching_pursuit
 from torch import Tensor
 
 from sparsefeat.arguments import finite, number, whole
+from sparsefeat.features.collecting import check_prompts
 from sparsefeat.features.prompts import layer_outputs_and_tokens
-from sparsefeat.features.statistics import check_prompts
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.steering.saved import SavableInstrument, register

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from sparsefeat.arguments import finite, number, whole
 from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
+from sparsefeat.features.collecting import check_prompts, collect_statistics
 from sparsefeat.features.scores import normalized_mean_difference
-from sparsefeat.features.statistics import Statistics, check_prompts, collect_statistics
+from sparsefeat.features.statistics import Statistics
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint
 from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.pipeline.step_window import Steps, StepWindow

@@ -23,15 +23,9 @@ from torch import Tensor
 
 from sparsefeat.arguments import finite, mapping, number, whole
 from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
+from sparsefeat.features.collecting import check_prompts, collect_statistics
 from sparsefeat.features.scores import normalized_mean_difference, strictly_above_quantile
-from sparsefeat.features.statistics import (
-    OUTSIDE_SCHEDULE,
-    Statistics,
-    check_prompts,
-    check_statistics,
-    collect_statistics,
-    concepts_of,
-)
+from sparsefeat.features.statistics import OUTSIDE_SCHEDULE, Statistics, check_statistics, concepts_of
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint
 from sparsefeat.pipeline.call_arguments import check_arguments
 from sparsefeat.pipeline.step_window import Steps, StepWindow

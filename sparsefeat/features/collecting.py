@@ -1,0 +1,203 @@
+"""Statistics of what a pipeline does: an instrument, and the whole run over prompts."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sparsefeat.arguments import whole
+from sparsefeat.features.attached import beside, hookpoint_of
+from sparsefeat.features.progress import Progress
+from sparsefeat.features.statistics import OUTSIDE_SCHEDULE, Concepts, Statistics, check_statistics, concepts_of
+from sparsefeat.pipeline import Activations, Call, Context, Enough, Hookpoint, Instrument, attach
+from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.families.registry import family_of
+from sparsefeat.pipeline.hookpoints import components, resolve
+from sparsefeat.sae import SAE
+
+
+class CollectStatistics(Instrument):
+    """Instrument: adds the codes of every call to `statistics`.
+
+    Args:
+        sae: whose codes.
+        statistics: they are added here; `run[collect]` is the same object.
+        concepts: the concept (or several) of each prompt: a list in the order of a call's prompts, or a mapping from
+            the prompt's text, which also serves several calls. None: do not count this prompt.
+        at: hookpoint; default the SAE's.
+        condition: rows to count (SAeUron: the conditional half only).
+
+    Raises:
+        TypeError: `sae` or `statistics` is no such thing.
+        ValueError: statistics of another number of latents; an argument that cannot be, by its name.
+    """
+
+    def __init__(
+        self,
+        sae: SAE,
+        statistics: Statistics,
+        concepts: Sequence[Concepts | None] | Mapping[str, Concepts | None],
+        at: str | Hookpoint | None = None,
+        condition: str = "cond",
+    ):
+        self.at: Hookpoint = hookpoint_of(sae, at)
+        check_statistics(statistics)
+        if statistics.n_latents != sae.n_latents:
+            raise ValueError(f"statistics are of {statistics.n_latents} latents, the SAE has {sae.n_latents}.")
+        if not isinstance(concepts, (Mapping, Sequence)) or isinstance(concepts, str):
+            raise ValueError(
+                f"concepts={concepts!r:.80} must be a list, one for each prompt, or map prompts to concepts."
+            )
+        self.sae: SAE = sae
+        self.statistics: Statistics = statistics
+        for named in concepts.values() if isinstance(concepts, Mapping) else concepts:
+            self._places(named)
+        self.condition: str = condition
+        self.concepts = concepts
+        self.has_counted: bool = False
+        """Anything in this call."""
+        self._of_image: list[tuple[int, ...]] = []
+        self._call: Call | None = None
+
+    def hookpoints(self) -> tuple[Hookpoint, ...]:
+        return (self.at,)
+
+    def _places(self, named: Concepts | None) -> tuple[int, ...]:
+        names = concepts_of("concept", named)
+        return tuple(self.statistics.places(names).tolist()) if names else ()
+
+    def begin_call(self, call: Call) -> None:
+        if isinstance(self.concepts, Mapping):
+            if call.prompts is None:
+                raise ValueError(
+                    "concepts= by prompt need the prompts' text; this call was given embeddings: pass a list."
+                )
+            missing = [p for p in call.prompts if p not in self.concepts]
+            if missing:
+                raise ValueError(f"concepts= says nothing about the prompt {missing[0]!r}; map it, to None to skip it.")
+            of_prompt = [self.concepts[p] for p in call.prompts]
+        else:
+            of_prompt = list(self.concepts)
+            n_prompts = len(call.prompts) if call.prompts is not None else len(of_prompt)
+            if len(of_prompt) != n_prompts:
+                raise ValueError(
+                    f"concepts= has {len(of_prompt)} entries for {n_prompts} prompts; give one for each prompt."
+                )
+        places = [self._places(c) for c in of_prompt]
+        self.has_counted = False
+        self._of_image = [place for place in places for _ in range(call.images_per_prompt)]
+        self._call = call
+
+    def at_hookpoint(self, activations: Activations, context: Context) -> None:
+        of_row = [self._of_image[image] if condition == self.condition else () for condition, image in context.entries]
+        if context.recomputing or not any(of_row):
+            return
+        self.has_counted = True
+        code = activations.code(beside(self.sae, activations, context))
+        timestep = OUTSIDE_SCHEDULE if context.timestep is None else context.timestep
+        if timestep not in self.statistics.timesteps and self._call is not None:
+            schedule = self._call.timesteps or ()
+            if timestep in schedule:  # all of them at once, so that their size is said once
+                self.statistics.reserve(schedule)
+        row_batch = torch.arange(context.batch).repeat_interleave(context.positions)
+        for slot in range(max(map(len, of_row))):
+            of_batch = torch.tensor([places[slot] if slot < len(places) else -1 for places in of_row])
+            self.statistics.add(code, of_batch[row_batch], timestep)
+
+    def end_call(self, call: Call) -> Statistics:
+        if not self.has_counted and any(self._of_image):
+            warnings.warn(
+                f"nothing was counted: no row of this call was under condition={self.condition!r}; use 'cond', or turn "
+                "guidance on for 'uncond'",
+                stacklevel=2,
+            )
+        return self.statistics
+
+
+class _BeforeSteps(Instrument):
+    """Ends each call where a denoiser is about to run, when its texts are counted."""
+
+    def __init__(self, collect: CollectStatistics):
+        self.collect = collect
+
+    def components(self, pipe: Any) -> tuple[str, ...]:
+        return tuple(name for name, root in components(pipe).items() if family_of(root).runs_in_steps)
+
+    def at_component(self, name: str, arguments: Mapping[str, Any], context: Context) -> None:
+        if self.collect.has_counted:
+            raise Enough
+
+
+def collect_statistics(
+    pipe: Any,
+    sae: SAE,
+    prompts: Mapping[str, Sequence[str]],
+    *,
+    at: str | Hookpoint | None = None,
+    batch_size: int = 4,
+    seed: int | None = 0,
+    statistics: Statistics | None = None,
+    **call: Any,
+) -> Statistics:
+    """Run the pipeline on the prompts of each concept and return the statistics of its codes.
+
+    Args:
+        prompts: concept -> its prompts. A prompt listed under several concepts is generated once and counts for each.
+        batch_size: prompts a call.
+        seed: image i of all prompts starts from the generator seeded seed + i, whatever the batch size; None: unseeded.
+        statistics: add to these instead of new ones.
+        call: arguments of the pipeline, e.g. num_inference_steps, guidance_scale. At a text encoder, which has run
+            before the first step, calls end where the denoiser begins.
+
+    Raises:
+        TypeError: `sae` is no SAE; an argument that the pipeline's call does not take.
+        ValueError: an argument that cannot be, by its name; a hookpoint that is not there (`UnknownHookpointError`).
+    """
+    check_arguments(pipe, call, also=inspect.signature(collect_statistics).parameters)
+    for name, instead in (("prompt", "prompts"), ("generator", "seed")):
+        if name in call:
+            raise TypeError(f"{name}= is made here, from {instead}=; give that in its place.")
+    check_prompts(prompts)
+    hookpoint_of(sae, at)
+    whole("batch_size", batch_size)
+    if seed is not None:
+        whole("seed", seed, 0)
+    concepts_of: dict[str, list[str]] = {}
+    for concept, its_prompts in prompts.items():
+        for prompt in dict.fromkeys(its_prompts):
+            concepts_of.setdefault(prompt, []).append(concept)
+    statistics = statistics if statistics is not None else Statistics(prompts, sae.n_latents)
+    collect = CollectStatistics(sae, statistics, concepts_of, at=at)
+    texts = list(concepts_of)
+    instruments = [collect, progress := Progress(len(texts), "collecting statistics")]
+    if resolve(pipe, collect.at.path).family.stream == "text":
+        instruments.append(_BeforeSteps(collect))
+    with progress, attach(pipe, *instruments):
+        run_prompts(pipe, texts, batch_size=batch_size, seed=seed, **call)
+    return statistics
+
+
+def run_prompts(pipe: Any, prompts: Sequence[str], *, batch_size: int, seed: int | None, **call: Any) -> None:
+    """Run the pipeline on prompts for what is attached to see, `batch_size` a call; arguments as those of `collect_statistics`."""
+    options: dict[str, Any] = {"output_type": "latent", **call}
+    for start in range(0, len(prompts), batch_size):
+        batch = list(prompts[start : start + batch_size])
+        if seed is not None:
+            options["generator"] = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
+        pipe(batch, **options)
+
+
+def check_prompts(prompts: Any) -> None:
+    """Refuse what does not map concepts to lists of prompts."""
+    if not isinstance(prompts, Mapping) or not prompts:
+        raise ValueError(f"prompts={prompts!r:.80} must map concepts to their prompts, {{'fox': ['a fox', …], …}}.")
+    for concept, its_prompts in prompts.items():
+        if not isinstance(concept, str):
+            raise ValueError(f"prompts has the concept {concept!r:.80}; name each by a text.")
+        listed = isinstance(its_prompts, Iterable) and not isinstance(its_prompts, str)
+        if not listed or not its_prompts or not all(isinstance(prompt, str) for prompt in its_prompts):
+            raise ValueError(f"prompts[{concept!r}]={its_prompts!r:.80} must be a list of one or more prompts.")
