@@ -101,6 +101,7 @@ def test_every_row_gets_the_mask_of_its_image():
     two = context(condition=("uncond", "uncond", "cond", "cond"), prompt_index=(0, 1, 0, 1), grid=(1, 2), batch=4)
     masks = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])
     assert mask_of_rows(masks, two, 2).tolist() == [[1, 2], [3, 4], [1, 2], [3, 4]]
+    assert mask_of_rows(masks, two, None).tolist() == [[1, 2], [3, 4], [1, 2], [3, 4]]  # the call does not say how many
     assert mask_of_rows(masks[0], two, 2).tolist() == [[1, 2]] * 4
     assert mask_of_rows(lambda c: torch.eye(4)[:, None, :2], two, 2).tolist() == torch.eye(4)[:, :2].tolist()
     assert mask_of_rows(None, two, 2) is None
