@@ -51,7 +51,9 @@ HALF_SCALE = 2.0**10
 
 @dataclass(frozen=True)
 class GuidanceRecording:
-    """Of one call: the loss of each image before and after it was moved, by (image, step); and how often it was moved."""
+    """Of one call, by (image, step): the loss before the first and before the last move, which are one where there is one
+    move, as what the last one came to is not looked at; and how often the latent was moved.
+    """
 
     losses: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
     moves: dict[tuple[int, int], int] = field(default_factory=dict)

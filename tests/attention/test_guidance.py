@@ -95,6 +95,9 @@ def test_attend_and_excite_is_diffusers_own_pipeline(guidance):
     assert (found - plain).abs().max() > 100 * (found - wanted).abs().max()
     assert set(run[guide].losses) == {(0, 0), (0, 1)}
     assert set(run[guide].moves.values()) == {1}
+    assert all(
+        first == last for first, last in run[guide].losses.values()
+    )  # both before the one move, as is documented
 
 
 def eager_maps(unet, latent, t, text, more, n_positions, grid):
