@@ -162,6 +162,13 @@ class Recordings:
         return cast("T", self._values[id(instrument)])
 
 
+class _Entering(property):
+    """A property of the session, and of its class what `ExitStack` calls."""
+
+    def __call__(self, session: Session) -> Session:
+        return session
+
+
 class Session:
     """An `attach` that is going on, or has ended: recordings stay readable after it."""
 
@@ -296,7 +303,7 @@ class Session:
     else:
         # A call of a weak reference gives the object. No line of Python runs in it: one could be interrupted, and `with`
         # would not close what it had not yet entered.
-        __enter__ = property(weakref.ref)
+        __enter__ = _Entering(weakref.ref)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
