@@ -208,6 +208,9 @@ class SelfAttentionRecording:
     means: Tensor
     grid: tuple[int, int]
 
+    def __repr__(self) -> str:
+        return f"SelfAttentionRecording({len(self.means)} images, {' x '.join(map(str, self.grid))})"
+
     def affinity(self, image: int = 0) -> Tensor:
         """[positions, positions]: row i is what position i attends to, and sums to 1.
 

@@ -136,6 +136,7 @@ def test_the_affinity_of_a_joint_attention_is_that_of_the_image_alone():
     rows = run[own].affinity().sum(1)
     torch.testing.assert_close(rows, torch.ones_like(rows))
     assert run[own].grid == run[maps].grid
+    assert repr(run[own]) == f"SelfAttentionRecording(1 images, {' x '.join(map(str, run[maps].grid))})"
 
 
 @pytest.mark.parametrize("common", [None, (2, 3), (12, 20)])
