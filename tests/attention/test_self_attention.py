@@ -139,6 +139,18 @@ def test_the_affinity_of_a_joint_attention_is_that_of_the_image_alone():
     assert repr(run[own]) == f"SelfAttentionRecording(1 images, {' x '.join(map(str, run[maps].grid))})"
 
 
+@pytest.mark.parametrize("name", ["lumina2", "z_image"])
+def test_what_refines_the_text_alone_is_no_part_of_it(name):
+    family = families()[name]
+    if not family.available:
+        pytest.skip(f"this diffusers has no {family.pipeline}")
+    pipe = family.build()
+    every, images = SelfAttention(), SelfAttention(layers=["noise_refiner", "transformer.layers"])
+    with attach(pipe, every, images) as run:
+        family.call(pipe, ["a fox"], guidance=False)
+    assert torch.equal(run[every].means, run[images].means)
+
+
 @pytest.mark.parametrize("common", [None, (2, 3), (12, 20)])
 def test_of_a_linear_attention_the_shares_are_those_that_its_values_are_averaged_with(common):
     tiny = families()["sana"]
