@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,9 @@ def context(step=0, n_steps=10, **options):
         ([0, 3], 5, [0, 3]),
         (range(1, 3), 5, [1, 2]),
         ({4}, 5, [4]),
+        (np.arange(1, 3), 5, [1, 2]),
+        ([np.int64(2)], 5, [2]),
+        (torch.tensor([0, 2]), 5, [0, 2]),
     ],
 )
 def test_a_window_holds_these_steps(steps, n, expected):
