@@ -30,7 +30,8 @@ CLOSED = "the session is closed; attach again"
 def attach(
     pipe: Any, *instruments: Instrument, layout: Sequence[str] | Sequence[Sequence[str]] | None = None
 ) -> Session:
-    """Attach instruments to a pipeline. They are active at once, until the `with` block or `.close()` ends it.
+    """Attach instruments to a pipeline. They are active at once, until the `with` block or `.close()` ends it. A
+    call that is going on has no part in them.
 
         with sf.attach(pipe, rec, steer) as run:
             image = pipe("a fox").images[0]
