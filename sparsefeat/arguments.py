@@ -166,7 +166,8 @@ def image_map(name: str, given: Any) -> Tensor:
         grey = torch.frombuffer(bytearray(given.convert("L").tobytes()), dtype=torch.uint8)
         return grey.reshape(height, width).float() / 255
     try:
-        tensor = given if isinstance(given, Tensor) else torch.tensor(given)
+        # A copy of a tensor as of an array: the caller may paint the next map into the same.
+        tensor = given.clone() if isinstance(given, Tensor) else torch.tensor(given)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             f"{name} is {type(given).__name__} {given!r:.60}, which is no map; give a tensor, an array or a grey PIL image."

@@ -840,6 +840,13 @@ def test_maps_of_every_usual_kind_mean_the_same() -> None:
     assert image_map("mask", wanted.double()).dtype == torch.float64
 
 
+def test_a_map_stays_what_it_was_when_the_next_one_is_painted_into_the_same() -> None:
+    for painted in (torch.ones(2, 2), torch.ones(2, 2, dtype=torch.float64), np.ones((2, 2), dtype=np.float32)):
+        kept = mask_map("mask", painted)
+        painted[:] = 0
+        assert bool((kept == 1).all())
+
+
 def test_arrays_lists_and_dicts_of_a_calls_arguments_are_looked_into() -> None:
     finite_in("image", [np.ones((2, 3)), {"a": (1.0, torch.ones(2))}, "text", None, 3, Image.new("L", (2, 2))])
     for bad, name in (

@@ -458,6 +458,11 @@ def session(x, calls=1):
     return session
 
 
+def own_loop(x, *prompts, **call):
+    with sf.attach(x.pipe, sf.Record(x.sae)) as session, session.call(*prompts, **call):
+        pass
+
+
 def recording(x):
     return run(x, sf.Record(x.sae))
 
@@ -807,6 +812,9 @@ PYTHON = {
     "a call's recording of another": (lambda x: session(x).calls[0][3], "^3 was not attached in this session, which has Record; look"),
     "name of another": (lambda x: sf.Names({1: "fox"})[5], r"^latent 5 has no name here; .get\(latent\) gives None"),
     "name of a name": (lambda x: sf.Names({1: "fox"})["fox"], r"^latent 'fox' has no name here; .*.find\(name\) the latent"),
+    "a loop of one's own of a number": (lambda x: own_loop(x, 5), "prompts=5 must be a text or a list of texts"),
+    "a loop of one's own of no images": (lambda x: own_loop(x, "a fox", images_per_prompt=0), "images_per_prompt=0 must be a whole number of at least 1"),
+    "a loop of one's own with a scale": (lambda x: own_loop(x, "a fox", guidance=7.5), "guidance=7.5 must be True or False"),
     "cones of latents and images": (
         lambda x: sf.cones(x.pipe, "a fox", images=3, latents=torch.zeros(2, 4, 16, 16)), "images=3 is not the 2 of latents=, which are not drawn"
     ),

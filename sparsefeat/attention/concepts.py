@@ -172,6 +172,8 @@ class Concepts:
             if re.search(r"\.transformer_blocks\.\d+\.", layer.path)  # blocks in which the text is apart
         )
         if not found:
+            for layer in attentions_of(pipe, "joint_attention"):
+                _way_of(pipe, layer.root)  # of blocks with another name there is none
             raise ValueError(none_to_read(pipe, "concept", attentions_of(pipe, "cross_attention"), ()))
         self._way = _way_of(pipe, found[0].root)
         start = min(round(len(found) * self._way.first), len(found) - 1)

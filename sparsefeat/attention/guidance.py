@@ -51,7 +51,9 @@ HALF_SCALE = 2.0**10
 
 @dataclass(frozen=True)
 class GuidanceRecording:
-    """Of one call: the loss of each image before and after it was moved, by (image, step); and how often it was moved."""
+    """Of one call, by (image, step): the loss before the first and before the last move, which are one where there is one
+    move, as what the last one came to is not looked at; and how often the latent was moved.
+    """
 
     losses: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
     moves: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -178,7 +180,7 @@ class MapGuidance(Instrument):
         return self._moved.of_the_scheduler(sample)
 
     def _chosen(self, image: int, root: nn.Module) -> Chosen:
-        def positions(keys: int) -> tuple[list[tuple[int, ...]], bool]:
+        def positions(keys: int) -> tuple[list[tuple[int, ...]], tuple[bool, bool]]:
             found = []
             for word in self.words:
                 parts = [word] if isinstance(word, (str, int)) else list(word)
@@ -186,13 +188,13 @@ class MapGuidance(Instrument):
                 for part in parts:
                     tokens += self._prompts.tokens(image, keys, part, root) if isinstance(part, str) else (part,)
                 found.append(tokens)
-            return found, self._prompts.begins_with_mark(image, keys, root)
+            return found, self._prompts.marks(image, keys, root)
 
         return positions
 
 
-Chosen = Callable[[int], tuple[list[tuple[int, ...]], bool]]
-"""Of the number of keys: the token positions of each word in an image's prompt, and whether the first token is a mark."""
+Chosen = Callable[[int], tuple[list[tuple[int, ...]], tuple[bool, bool]]]
+"""Of the number of keys: the token positions of each word in an image's prompt, and whether the first and the last are marks."""
 
 
 @dataclass(eq=False)
@@ -240,7 +242,8 @@ class Guided:
         grid = self._level(list(summed), latent.shape[-2:])
         total, heads = summed[grid]
         maps = (total / heads).T.reshape(-1, *grid)
-        return sharpened(maps, *self.chosen(len(maps)))
+        words, (marked, ended) = self.chosen(len(maps))
+        return sharpened(maps, words, marked, ended)
 
     def _level(self, grids: list[tuple[int, int]], latent: Sequence[int]) -> tuple[int, int]:
         if self.resolution is not None:

@@ -37,20 +37,20 @@ def mean_overlap(maps: Tensor) -> Tensor:
     return torch.stack([overlap(maps[i], maps[j]) for i, j in pairs]).mean()
 
 
-def sharpened(maps: Tensor, words: Sequence[Sequence[int]], marked: bool = True) -> Tensor:
+def sharpened(maps: Tensor, words: Sequence[Sequence[int]], marked: bool = True, ended: bool = True) -> Tensor:
     """The maps that guidance works on: [words, h, w] of the maps of all tokens [tokens, h, w].
 
-    A softmax over the tokens of 100 times the maps, the first (where it is `marked`, a start) and the last (end or padding)
-    left out; of each word the mean over its tokens; then `smoothed`. As Attend-and-Excite has it, where a word is one token.
+    A softmax over the tokens of 100 times the maps, the first (where it is `marked`, a start) and the last (where the prompt
+    is `ended` by an end or padding) left out; of each word the mean over its tokens; then `smoothed`. As Attend-and-Excite has it, where a word is one token.
     """
-    tokens, first = len(maps), int(marked)
-    outside = [token for of_word in words for token in of_word if not first <= token < tokens - 1]
+    first, stop = int(marked), len(maps) - int(ended)
+    outside = [token for of_word in words for token in of_word if not first <= token < stop]
     if outside or not all(words):
         raise ValueError(
             f"tokens {outside or [list(of_word) for of_word in words]} cannot be guided by; name tokens from {first} to "
-            f"{tokens - 2}, without the start and the end"
+            f"{stop - 1}, without the start and the end"
         )
-    shares = (100 * maps[first:-1]).softmax(0)
+    shares = (100 * maps[first:stop]).softmax(0)
     return smoothed(torch.stack([shares[[token - first for token in of_word]].mean(0) for of_word in words]))
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 LATENTS = ("sample", "hidden_states")
+LAYERS_FIRST = ("encoder_hidden_states_llama3",)
+"""Arguments that are [layers, batch, ...]: HiDream's, of a model of as many layers as it likes."""
 
 
 def latents_argument(arguments: Mapping[str, Any]) -> str:
@@ -91,7 +93,12 @@ def rows_of_arguments(value: Any, rows: list[int], batch: int) -> Any:
     if isinstance(value, Tensor):
         return value[rows] if value.dim() and len(value) == batch else value
     if isinstance(value, Mapping):
-        return {name: rows_of_arguments(one, rows, batch) for name, one in value.items()}
+        return {
+            name: one[:, rows]
+            if name in LAYERS_FIRST and isinstance(one, Tensor)
+            else rows_of_arguments(one, rows, batch)
+            for name, one in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return type(value)(rows_of_arguments(one, rows, batch) for one in value)
     return value

@@ -87,13 +87,17 @@ class SeenPrompts:
             )
         return prompts[image // self._call.images_per_prompt].indices(keys, word)
 
-    def begins_with_mark(self, image: int, keys: int, root: nn.Module) -> bool:
-        """Whether the first key is a mark, as CLIP's is, or unknown; T5 begins with the first word."""
+    def marks(self, image: int, keys: int, root: nn.Module) -> tuple[bool, bool]:
+        """Whether the first key, and the last, are marks or padding, as CLIP's are, or unknown: T5 begins with the first word,
+        and Gemma ends with the last.
+        """
         prompts = self._of(root)
         if prompts is None:
-            return True
-        first = prompts[image // self._call.images_per_prompt].tokens(keys)[:1]
-        return not first or first[0].index > 0 or first[0].special
+            return True, True
+        of_words = {
+            token.index for token in prompts[image // self._call.images_per_prompt].tokens(keys) if not token.special
+        }
+        return 0 not in of_words, keys - 1 not in of_words
 
     def _of(self, root: nn.Module) -> tuple[EncodedPrompt, ...] | None:
         layout = family_of(root).text_layout(self._call.pipe, root, self._call.arguments)

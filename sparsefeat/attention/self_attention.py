@@ -112,6 +112,8 @@ class SelfAttention(Instrument):
         rows = [row for row, condition in enumerate(context.condition) if condition == self.condition]
         if not rows or context.recomputing or call.index > 0 or context.grid is None:
             return
+        if call.streams and "image" not in call.streams:
+            return  # of the text alone, as in a refiner of it
         start, stop = call.streams.get("image", (0, call.query.shape[2]))
         grid = (int(context.grid[-2]), int(context.grid[-1]))
         if len(context.grid) != 2 or grid[0] * grid[1] != stop - start:
@@ -207,6 +209,9 @@ class SelfAttentionRecording:
 
     means: Tensor
     grid: tuple[int, int]
+
+    def __repr__(self) -> str:
+        return f"SelfAttentionRecording({len(self.means)} images, {' x '.join(map(str, self.grid))})"
 
     def affinity(self, image: int = 0) -> Tensor:
         """[positions, positions]: row i is what position i attends to, and sums to 1.

@@ -116,10 +116,9 @@ def token_indices(
     start, stop = within or (0, len(text))
     spans = [match.span() for match in _pattern(parts).finditer(text, start, stop)]
     if not spans:
-        raise ValueError(
-            f"word={word!r} is not in the prompt {text[start:stop]!r}; its words are: "
-            f"{', '.join(dict.fromkeys(words_of(text[start:stop])))}."
-        )
+        words = ", ".join(dict.fromkeys(words_of(text[start:stop])))
+        has = f"its words are: {words}" if words else "there is no word in it, only tokens, which .map([0, 1]) shows"
+        raise ValueError(f"word={word!r} is not in the prompt {text[start:stop]!r}; {has}.")
     if occurrence is not None:
         if not hasattr(occurrence, "__index__") or not -len(spans) <= occurrence < len(spans):
             raise ValueError(

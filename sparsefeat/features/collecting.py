@@ -82,17 +82,17 @@ class CollectStatistics(Instrument):
             of_prompt = [self.concepts[p] for p in call.prompts]
         else:
             of_prompt = list(self.concepts)
-            n_prompts = len(call.prompts) if call.prompts is not None else len(of_prompt)
+            n_prompts = len(of_prompt) if call.n_prompts is None else call.n_prompts  # a loop of one's own may not say
             if len(of_prompt) != n_prompts:
-                raise ValueError(
-                    f"concepts= has {len(of_prompt)} entries for {n_prompts} prompts; give one for each prompt."
-                )
+                raise _not_one_each(of_prompt, n_prompts)
         places = [self._places(c) for c in of_prompt]
         self.has_counted = False
         self._of_image = [place for place in places for _ in range(call.images_per_prompt)]
         self._call = call
 
     def at_hookpoint(self, activations: Activations, context: Context) -> None:
+        if max(context.prompt_index, default=0) >= len(self._of_image):
+            raise _not_one_each(self._of_image, max(context.prompt_index) + 1)
         of_row = [self._of_image[image] if condition == self.condition else () for condition, image in context.entries]
         if context.recomputing or not any(of_row):
             return
@@ -116,6 +116,10 @@ class CollectStatistics(Instrument):
                 stacklevel=2,
             )
         return self.statistics
+
+
+def _not_one_each(concepts: Sequence[Any], prompts: int) -> ValueError:
+    return ValueError(f"concepts= has {len(concepts)} entries for {prompts} prompts; give one for each prompt.")
 
 
 class _BeforeSteps(Instrument):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
-from sparsefeat.arguments import NotThere
+from sparsefeat.arguments import NotThere, truth, whole
 from sparsefeat.pipeline.base_models import difference
 from sparsefeat.pipeline.call_arguments import check_pipeline
 from sparsefeat.pipeline.compiled import refuse_compiled
@@ -30,7 +30,8 @@ CLOSED = "the session is closed; attach again"
 def attach(
     pipe: Any, *instruments: Instrument, layout: Sequence[str] | Sequence[Sequence[str]] | None = None
 ) -> Session:
-    """Attach instruments to a pipeline. They are active at once, until the `with` block or `.close()` ends it.
+    """Attach instruments to a pipeline. They are active at once, until the `with` block or `.close()` ends it. A
+    call that is going on has no part in them.
 
         with sf.attach(pipe, rec, steer) as run:
             image = pipe("a fox").images[0]
@@ -162,6 +163,13 @@ class Recordings:
         return cast("T", self._values[id(instrument)])
 
 
+class _Entering(property):
+    """A property of the session, and of its class what `ExitStack` calls."""
+
+    def __call__(self, session: Session) -> Session:
+        return session
+
+
 class Session:
     """An `attach` that is going on, or has ended: recordings stay readable after it."""
 
@@ -225,14 +233,20 @@ class Session:
 
         Modules that are hooked may only run inside `pipe(...)` or inside this. `guidance` says whether the denoiser's
         batch is [uncond, cond], or that it runs on one and then on the other, the conditional first; the steps are
-        those of `pipe.scheduler`. `pipe` says which of the session's pipelines it is, where there are several.
+        those of `pipe.scheduler`. Without prompts an even batch is taken for the two halves: give them where one run is of one
+        condition, or state it, `attach(..., layout=[("cond",), ("uncond",)])`. `pipe` says which of the session's pipelines it is, where there are several.
 
         Raises:
             RuntimeError: the session is closed.
-            ValueError: it is not attached to `pipe`.
+            ValueError: it is not attached to `pipe`; an argument that cannot be, by its name.
         """
         if self._wiring is None:
             raise RuntimeError(CLOSED)
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        if not (texts is None or (isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts))):
+            raise ValueError(f"prompts={prompts!r:.80} must be a text or a list of texts.")
+        whole("images_per_prompt", images_per_prompt)
+        truth("guidance", guidance)
         if pipe is not None and pipe is not self._pipe:
             other = next((session for session in self.beside if session._pipe is pipe), None)
             if other is None:
@@ -243,7 +257,7 @@ class Session:
                 yield call
             return
         call = Call(
-            prompts=[prompts] if isinstance(prompts, str) else prompts,
+            prompts=None if texts is None else list(texts),
             images_per_prompt=images_per_prompt,
             guidance=guidance,
             n_steps=n_steps,
@@ -290,7 +304,7 @@ class Session:
     else:
         # A call of a weak reference gives the object. No line of Python runs in it: one could be interrupted, and `with`
         # would not close what it had not yet entered.
-        __enter__ = property(weakref.ref)
+        __enter__ = _Entering(weakref.ref)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from sparsefeat.arguments import wholes
 from sparsefeat.pipeline.context import Context
 
 Steps: TypeAlias = tuple[float, float] | Iterable[int] | None
@@ -32,14 +33,12 @@ class StepWindow:
                 )
             return cls((float(steps[0]), float(steps[1])), None)
         try:
-            indices = list(steps)
-        except TypeError:
-            indices = []
-        if not indices or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices):
+            indices = wholes("steps", steps)
+        except ValueError:
             raise ValueError(
                 f"steps={steps!r} must be a list of step indices, counted from 0, or a tuple of two fractions, "
                 "(0.0, 0.5)."
-            )
+            ) from None
         return cls(None, frozenset(indices))
 
     def contains(self, context: Context) -> bool:

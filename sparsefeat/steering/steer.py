@@ -95,7 +95,7 @@ class Steer(SavableInstrument):
         self.window: StepWindow = StepWindow.parse(steps)
         self.mask: Mask = mask if mask is None or callable(mask) else mask_map("mask", mask)
         self.condition: str = check_condition(condition)
-        self._n_images = 0
+        self._n_images: int | None = None
         self._change: Tensor | None = None
         self._weighed, self._moved = False, torch.tensor(False)
 
@@ -103,7 +103,7 @@ class Steer(SavableInstrument):
         return (self.at,) if self.writes == self.at else (self.at, self.writes)
 
     def begin_call(self, call: Call) -> None:
-        self._n_images = call.n_images or 1
+        self._n_images = call.n_images
         self._change = None
         self._weighed, self._moved = False, torch.tensor(False)
 
@@ -192,7 +192,7 @@ class Steer(SavableInstrument):
         steer.condition = check_condition(config["condition"])
         steer.at = config["at"]
         steer.writes = _written(sae, steer.at, len(steer.rule) > 0)
-        steer._n_images = 0
+        steer._n_images = None
         steer._change = None
         steer._weighed, steer._moved = False, torch.tensor(False)
         return steer
@@ -201,7 +201,7 @@ class Steer(SavableInstrument):
 _RULE_FIELDS = ("latents", "gain", "offset", "low", "high", "gate")
 
 
-def row_weights(condition: str, mask: Mask, context: Context, rows: int, n_images: int) -> Tensor:
+def row_weights(condition: str, mask: Mask, context: Context, rows: int, n_images: int | None) -> Tensor:
     """fp32 [rows]: sign of the row's condition times the mask at its position."""
     signs = condition_signs(condition, context)
     weights = signs[:, None].expand(-1, rows // len(signs))

@@ -53,7 +53,7 @@ class AddVector(SavableInstrument):
         self.window: StepWindow = StepWindow.parse(steps)
         self.mask: Mask = mask if mask is None or callable(mask) else mask_map("mask", mask)
         self.condition: str = check_condition(condition)
-        self._n_images = 1
+        self._n_images: int | None = None
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (self.at,)
@@ -65,7 +65,7 @@ class AddVector(SavableInstrument):
         return self.window.contains(context)
 
     def begin_call(self, call: Call) -> None:
-        self._n_images = call.n_images or 1
+        self._n_images = call.n_images
 
     def at_hookpoint(self, activations: Activations, context: Context) -> Delta:
         x = activations.tensor

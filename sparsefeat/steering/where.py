@@ -59,8 +59,11 @@ def on_grid(maps: Tensor, grid: tuple[int, ...]) -> Tensor:
     return maps.repeat(*(1 for _ in leading), grid[0]) if len(grid) == 3 else maps
 
 
-def map_of_rows(name: str, maps: Tensor, context: Context, n_images: int) -> Tensor:
-    """An `image_map` as [batch, positions] of this context: each row gets its image's."""
+def map_of_rows(name: str, maps: Tensor, context: Context, n_images: int | None) -> Tensor:
+    """An `image_map` as [batch, positions] of this context: each row gets its image's. `n_images` are those of the call, None
+    where it does not say (a loop of one's own without prompts) and they are those of the rows.
+    """
+    n_images = n_images or max(context.prompt_index, default=0) + 1
     if context.grid is None:
         raise ValueError(f"{name} needs an image grid, which {context.hookpoint} has not (stream {context.stream!r}).")
     if maps.ndim == 3 and maps.shape[0] != n_images:
@@ -73,7 +76,7 @@ def map_of_rows(name: str, maps: Tensor, context: Context, n_images: int) -> Ten
     return resized[[image for _, image in context.entries]]
 
 
-def mask_of_rows(mask: Mask, context: Context, n_images: int) -> Tensor | None:
+def mask_of_rows(mask: Mask, context: Context, n_images: int | None) -> Tensor | None:
     """[batch, positions] weights of a mask: a checked map, or a callable giving [h, w] or [batch, h, w]."""
     if mask is None:
         return None

@@ -219,6 +219,7 @@ def test_maps_are_those_of_the_definition(case):
     ("build", "options", "said"),
     [
         ("qwen_image", {"concepts": CONCEPTS}, "kind='concept' needs a text stream whose blocks are known"),
+        ("lumina2", {"concepts": CONCEPTS}, "Lumina2Transformer2DModel: take kind='joint' or kind='text_renormalised'"),
         ("sd", {"concepts": CONCEPTS}, "take kind='cross'"),
         ("flux", {"concepts": ["cat", "unicorn"]}, "the tokenizer does not know 'unicorn'"),
         ("flux", {"concepts": CONCEPTS, "layers": "single"}, "match no joint-attention module"),

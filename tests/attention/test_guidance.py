@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor
 import sparsefeat as sf
 from sparsefeat.attention.guidance import AStar, AttendAndExcite
 from sparsefeat.attention.losses import mean_overlap, neglect, overlap, retention, segregation, sharpened, smoothed
+from sparsefeat.attention.moved_latents import rows_of_arguments
 from sparsefeat.pipeline import attach
 from tests.attention.test_families import PLACES
 from tests.families import families
@@ -68,6 +69,8 @@ def test_maps_are_sharpened_over_tokens_and_smoothed_in_space():
     for outside in (0, 5, -1):
         with pytest.raises(ValueError, match="name tokens from 1 to 4, without the start and the end"):
             sharpened(a, [(outside,)])
+    unended = sharpened(a, [(5,)], ended=False)
+    torch.testing.assert_close(unended[0], smoothed((100 * a[1:]).softmax(0)[4:])[0])
 
 
 # --------------------------------------------------------------------------------------- diffusers' own, and by hand
@@ -95,6 +98,9 @@ def test_attend_and_excite_is_diffusers_own_pipeline(guidance):
     assert (found - plain).abs().max() > 100 * (found - wanted).abs().max()
     assert set(run[guide].losses) == {(0, 0), (0, 1)}
     assert set(run[guide].moves.values()) == {1}
+    assert all(
+        first == last for first, last in run[guide].losses.values()
+    )  # both before the one move, as is documented
 
 
 def eager_maps(unet, latent, t, text, more, n_positions, grid):
@@ -247,6 +253,30 @@ def test_a_size_of_zero_changes_no_bit_and_parameters_keep_no_gradient():
     assert np.array_equal(pixels(pipe, PROMPT), before)
     assert all(parameter.grad is None for parameter in pipe.unet.parameters())
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in pipe.unet.modules())
+
+
+@pytest.mark.parametrize("name", ["lumina2", "cogview4", "hidream"])
+def test_a_prompts_last_word_is_guided_where_no_mark_follows_it(name):
+    tiny = families()[name]
+    if not tiny.available:
+        pytest.skip(f"this diffusers has no {tiny.pipeline}")
+    pipe = tiny.build()
+    plain = tiny.call(pipe, ["a fox"], guidance=True)
+    with attach(pipe, guide := AttendAndExcite(["fox"], steps=1)) as run:
+        assert not torch.equal(tiny.call(pipe, ["a fox"], guidance=True), plain)
+    assert run[guide].moves[0, 0] >= 1
+
+
+def test_one_entry_of_a_models_arguments_is_cut_from_what_has_the_batch_second_too():
+    text = torch.arange(8.0).view(2, 2, 1, 2)  # [layers, batch, tokens, width], as many layers as entries
+    given = {
+        "hidden_states": torch.zeros(2, 4, 8, 8),
+        "encoder_hidden_states_llama3": text,
+        "encoder_hidden_states_t5": text,
+    }
+    cut = rows_of_arguments(given, [1], 2)
+    assert torch.equal(cut["encoder_hidden_states_llama3"], text[:, 1:])
+    assert torch.equal(cut["encoder_hidden_states_t5"], text[1:])
 
 
 def test_a_pipeline_with_cross_attention_and_another_kind_of_model_is_guided_too():

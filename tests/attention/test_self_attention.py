@@ -136,6 +136,19 @@ def test_the_affinity_of_a_joint_attention_is_that_of_the_image_alone():
     rows = run[own].affinity().sum(1)
     torch.testing.assert_close(rows, torch.ones_like(rows))
     assert run[own].grid == run[maps].grid
+    assert repr(run[own]) == f"SelfAttentionRecording(1 images, {' x '.join(map(str, run[maps].grid))})"
+
+
+@pytest.mark.parametrize("name", ["lumina2", "z_image"])
+def test_what_refines_the_text_alone_is_no_part_of_it(name):
+    family = families()[name]
+    if not family.available:
+        pytest.skip(f"this diffusers has no {family.pipeline}")
+    pipe = family.build()
+    every, images = SelfAttention(), SelfAttention(layers=["noise_refiner", "transformer.layers"])
+    with attach(pipe, every, images) as run:
+        family.call(pipe, ["a fox"], guidance=False)
+    assert torch.equal(run[every].means, run[images].means)
 
 
 @pytest.mark.parametrize("common", [None, (2, 3), (12, 20)])

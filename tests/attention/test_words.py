@@ -76,6 +76,10 @@ def test_a_word_is_not_found_inside_another_and_the_error_lists_the_words():
     tokens = tokens_of(tiny_tokenizer(), text)
     with pytest.raises(ValueError, match=r"'fox' is not in the prompt .*; its words are: foxes, and, a, cat\.$"):
         token_indices(tokens, text, "fox")
+    with pytest.raises(
+        ValueError, match=r"'fox' is not in the prompt ''; there is no word in it, only tokens, .*\.map\("
+    ):
+        token_indices(tokens_of(tiny_tokenizer(), ""), "", "fox")
 
 
 def test_errors_name_the_mistake():

@@ -228,6 +228,20 @@ def test_prompts_and_concepts_must_match(pipe, sae):
     collect = CollectStatistics(sae, statistics, {"a fox": "fox"})
     with attach(pipe, collect), pytest.raises(ValueError, match="nothing about the prompt 'a cat'"):
         pixels(pipe, ["a fox", "a cat"])
+    text, negative = pipe.encode_prompt(["a fox", "a cat"], "cpu", 1, True)
+
+    def embedded(run):
+        pipe(prompt_embeds=text, negative_prompt_embeds=negative, num_inference_steps=1)
+
+    def loop_of_ones_own(run):  # in which nobody says how many
+        with run.call(), torch.no_grad():
+            pipe.unet(torch.zeros(2, 4, 16, 16), 1, text)
+
+    for concepts, do in ((["fox"], embedded), (["fox"] * 3, embedded), (["fox"], loop_of_ones_own)):
+        collect = CollectStatistics(sae, statistics, concepts)
+        with attach(pipe, collect) as run, pytest.raises(ValueError, match="entries for 2"):
+            do(run)
+    assert statistics.rows("fox") == 0
     with pytest.raises(ValueError, match=r"prompts\['fox'\]='a fox' must be a list"):
         collect_statistics(pipe, sae, {"fox": "a fox"})
 

@@ -4,6 +4,7 @@ test_wiring.py.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import threading
@@ -309,6 +310,17 @@ def test_a_session_is_not_copied(sd, how):
         how(session)
     with pytest.raises(TypeError, match=r"copy what it recorded, run\[instrument\]"):
         how(session)
+
+
+def test_an_exit_stack_enters_a_session_and_closes_it(sd):
+    plain = pixels(sd)
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(attach(sd, watch := Watch(BLOCK)))
+        pixels(sd)
+        assert run[watch] > 0
+    with pytest.raises(RuntimeError, match="closed; attach again"), contextlib.ExitStack() as stack:
+        stack.enter_context(run)
+    assert (pixels(sd) == plain).all()
 
 
 def test_the_base_instrument_does_nothing(sd):

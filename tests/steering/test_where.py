@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,9 @@ def context(step=0, n_steps=10, **options):
         ([0, 3], 5, [0, 3]),
         (range(1, 3), 5, [1, 2]),
         ({4}, 5, [4]),
+        (np.arange(1, 3), 5, [1, 2]),
+        ([np.int64(2)], 5, [2]),
+        (torch.tensor([0, 2]), 5, [0, 2]),
     ],
 )
 def test_a_window_holds_these_steps(steps, n, expected):
@@ -101,6 +105,7 @@ def test_every_row_gets_the_mask_of_its_image():
     two = context(condition=("uncond", "uncond", "cond", "cond"), prompt_index=(0, 1, 0, 1), grid=(1, 2), batch=4)
     masks = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])
     assert mask_of_rows(masks, two, 2).tolist() == [[1, 2], [3, 4], [1, 2], [3, 4]]
+    assert mask_of_rows(masks, two, None).tolist() == [[1, 2], [3, 4], [1, 2], [3, 4]]  # the call does not say how many
     assert mask_of_rows(masks[0], two, 2).tolist() == [[1, 2]] * 4
     assert mask_of_rows(lambda c: torch.eye(4)[:, None, :2], two, 2).tolist() == torch.eye(4)[:, :2].tolist()
     assert mask_of_rows(None, two, 2) is None

@@ -289,6 +289,18 @@ def test_weights_that_are_not_finite_stop_the_run_and_never_reach_the_checkpoint
     assert everything(tmp_path) == kept
 
 
+def test_a_run_goes_on_with_its_own_rows_alone_and_one_that_is_done_says_so(tmp_path: Path, capsys):
+    done = SAETrainer(small(), small_rows(), CONFIG, tmp_path).fit(progress=False)
+    with pytest.raises(
+        ValueError, match=r"was trained on other rows \(n_rows=\d+, now 99\): use those, or another folder"
+    ):
+        SAETrainer(small(), small_rows()[:99], CONFIG, tmp_path)
+    capsys.readouterr()
+    again = SAETrainer(small(), small_rows(), CONFIG, tmp_path).fit()
+    assert "has all 24 steps: nothing is trained; for other rows take another folder" in capsys.readouterr().err
+    assert torch.equal(again.W_enc, done.W_enc)
+
+
 def everything(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

@@ -48,7 +48,7 @@ class UnknownRowsError(ValueError):
 
     def __init__(self, path: str, module: nn.Module, why: str):
         super().__init__(
-            f"which rows of {path} ({type(module).__name__}) are which stream's cannot be told, as {why}: take a place "
+            f"which rows of {path or 'the model itself'} ({type(module).__name__}) are which stream's cannot be told, as {why}: take a place "
             "that sparsefeat.hookpoints(pipe) lists, or state the rows of [batch, rows, width], as in "
             "Hookpoint(path, rows=(0, 256))"
         )

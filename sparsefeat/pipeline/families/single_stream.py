@@ -38,6 +38,8 @@ class SingleStream(Transformer):
     def rows(self, path: str, stream: str, tensor: torch.Tensor, run: Run, apart: bool) -> Rows | None:
         if self.known(path) != "image":
             return super().rows(path, stream, tensor, run, apart)
+        if tensor.ndim > 3 and not path:
+            return 0, None  # what it predicts, in the layout of the latents
         # What a model pads its tokens with comes after them, in the refiner too.
         start = self.starts(run) if path.startswith("layers.") else 0
         made, last = None if run.grid is None else math.prod(run.grid), start if isinstance(start, int) else max(start)

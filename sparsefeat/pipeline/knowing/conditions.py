@@ -91,8 +91,9 @@ class Conditions:
     def entries(self, pipe: Any, run: DenoiserRun, guided: str | None) -> Entries:
         """The entries of this run. `guided` is what a guider says of it."""
         n_images = self.call.n_images
-        if n_images is None:  # neither prompts nor embeddings: the guidance tells how many chunks there are
-            n_images = run.batch // 2 if self.call.guidance and run.batch % 2 == 0 else run.batch
+        if n_images is None:  # neither prompts nor embeddings: guidance, or who states it, tells how many chunks
+            usual = 2 if self.call.guidance and run.batch % 2 == 0 else 1
+            n_images = run.batch // (usual if self.layout is None else len(self._stated(run)))
         if guided is not None:
             return (guided,) * run.batch, _in_turn(run.batch, n_images)
         references = self._references_and_zeros()
@@ -190,13 +191,16 @@ class Conditions:
                 )
         return _seen(evidence) or ((UNKNOWN,) * run.batch, _in_turn(run.batch, n_images))
 
+    def _stated(self, run: DenoiserRun) -> Layout:
+        assert self.layout is not None
+        return self.layout[len(run.earlier) % len(self.layout)]
+
     def _proposals(self, pipe: Any, run: DenoiserRun, n_images: int, chunks: int) -> Iterator[Layout]:
         """The layouts that the run may have, the likeliest first."""
         call = self.call
         if self.layout is not None:
-            run_of_step = self.layout[len(run.earlier) % len(self.layout)]
-            if len(run_of_step) == chunks:
-                yield run_of_step
+            if len(stated := self._stated(run)) == chunks:
+                yield stated
             return
         if chunks == 1 and any(run.arguments.get(name) for name in _PERTURBING):
             yield ("perturbed",)

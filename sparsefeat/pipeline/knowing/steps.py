@@ -2,9 +2,9 @@
 
 A call of a pipeline may run the model once or several times a scheduler step (guidance in one batch or in passes, a
 refinement of the latent), and a second-order scheduler (Heun, KDPM2) takes 2 n - 1 scheduler steps for n denoising
-steps, PNDM n + 1. A `Loop` is one way through one schedule, and maps the scheduler's steps onto the n that the user
-asked for. A call may have several: a prior and a decoder with a scheduler each, segments of a video, images in turn.
-It begins with `scheduler.set_timesteps`, or when the model runs again after the last step.
+steps, PNDM n + 1, or four for each of its first three with Runge-Kutta (`skip_prk_steps=False`). A `Loop` is one way
+through one schedule, and maps the scheduler's steps onto the n that the user asked for. A call may have several: a prior
+and a decoder with a scheduler each, segments of a video, images in turn. It begins with `scheduler.set_timesteps`, or when the model runs again after the last step.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Loop:
         """Nothing steps the scheduler, and the model ran at a timestep that is not among those of this loop."""
         self._n_scheduled = 0
         self._first = 0
+        self._begun = 0  # where in the scheduler's timesteps the loop begins
+        self._in_fours = 0  # how many of these are Runge-Kutta's
         self._ran_at: Any = None
         self._counts: dict[int, tuple[Any, int]] = {}  # by scheduler, which is held so that its id stays its own
         self._runs = -1
@@ -53,7 +55,16 @@ class Loop:
         """The denoising step that is going on, 0 to n_steps - 1."""
         if self.total is None or self.n_steps is None or self.lost:
             return None
-        return min(self.done * self.n_steps // self.total, self.n_steps - 1)
+        return min(self._step_at(self.done), self.n_steps - 1)
+
+    def _step_at(self, done: int) -> int:
+        """The denoising step, from the loop's first on, that is going on after so many of the scheduler's."""
+        if self._in_fours:
+            return self._after(self._begun + done) - self._after(self._begun)
+        return done * (self.n_steps or 0) // (self.total or 1)
+
+    def _after(self, scheduled: int) -> int:
+        return min(scheduled, self._in_fours) // 4 + max(0, scheduled - self._in_fours)
 
     @property
     def fraction(self) -> float | None:
@@ -95,9 +106,14 @@ class Loop:
             else:  # flow models are given the timestep on another scale (FLUX by a thousandth)
                 first = begin if isinstance(begin, int) else end or 0
             self.total = scheduled - first if length is None else length
+        fours = getattr(self.scheduler, "prk_timesteps", None)
+        fours = 0 if fours is None else len(fours)
+        self._begun, self._in_fours = first, fours if fours // 4 + scheduled - fours == asked else 0
         self.n_steps = max(1, round(self.total * asked / scheduled))
+        if self._in_fours:
+            self.n_steps = max(1, self._after(first + self.total) - self._after(first))
         self._n_scheduled = max(asked, self.n_steps)
-        self._first = first * asked // scheduled
+        self._first = self._after(first) if self._in_fours else first * asked // scheduled
         self.timesteps = timesteps[first : first + self.total]
 
     def stepped(self, scheduler: Any, runs: int) -> bool:
@@ -130,7 +146,7 @@ class Loop:
     def _completes(self, before: int) -> bool:
         if self.total is None or self.n_steps is None or before >= self.total or self.done <= before:
             return False
-        return self.done * self.n_steps // self.total > before * self.n_steps // self.total
+        return self._step_at(self.done) > self._step_at(before)
 
 
 class Steps:

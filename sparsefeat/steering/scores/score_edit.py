@@ -106,7 +106,7 @@ class ScoreEdit(SavableInstrument):
     def begin_call(self, call: Call) -> None:
         self._begin()
         self._call = call
-        self._n_images = call.n_images or 1
+        self._n_images = call.n_images
         if not self._is_nothing:
             self._texts = Texts(self._pipe, call, self.rule.prompts(), type(self.rule).__name__)
 

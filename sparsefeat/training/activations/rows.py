@@ -153,6 +153,8 @@ class SideBySide:
 
     def origin(self, place: int) -> Mapping[str, Any]:
         source = self.sources[place]
+        if isinstance(source, TensorRows):
+            return {"n_rows": source.n_rows}
         return source.reader.metadata if isinstance(source, StoreRows) else {}
 
     def check(self, batch_size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import sys
@@ -174,7 +175,11 @@ class SAETrainer:
         self._check_finite()
         if self.folder is not None and self._saved != self.step:
             self._saved = self.step
-            described = {"sae_config": self.sae.config.to_json(), "train_config": asdict(self.config)}
+            described = {
+                "sae_config": self.sae.config.to_json(),
+                "train_config": asdict(self.config),
+                "rows": self._rows(),
+            }
             write_checkpoint(self.folder, self.step, described, self._state(), self.ranks)
 
     def finish(self) -> SAE:
@@ -226,6 +231,11 @@ class SAETrainer:
                 "unharmed"
             )
 
+    def _rows(self) -> dict[str, Any]:
+        """What the rows are of, as a checkpoint keeps it."""
+        rows: dict[str, Any] = json.loads(json.dumps(self.source.origin(self.place)))
+        return rows
+
     def _resume(self, checkpoint: Path) -> None:
         kept = read_description(checkpoint)
         for name, now in (("sae_config", self.sae.config.to_json()), ("train_config", asdict(self.config))):
@@ -234,6 +244,13 @@ class SAETrainer:
                 raise ValueError(
                     f"{checkpoint} was written with another config ({'; '.join(changed)}): use that, or another folder"
                 )
+        before, rows = kept.get("rows", {}), self._rows()
+        other = next((name for name in sorted(before.keys() & rows.keys()) if before[name] != rows[name]), None)
+        if other is not None:
+            raise ValueError(
+                f"{checkpoint} was trained on other rows ({other}={before[other]!r}, now {rows[other]!r}): use those, or "
+                "another folder"
+            )
         read_tensors(checkpoint, self._state(), self.ranks)
         self.step = self._saved = int(kept["step"])
         self.metrics.resume(self.step)
@@ -255,6 +272,9 @@ def fit_together(trainers: Sequence[SAETrainer], progress: bool = True) -> list[
     ranks, batch_size = first.ranks, first.config.batch_size
     left = [trainer for trainer in trainers if trainer.step < trainer.config.steps]
     start, stop = min((t.step for t in left), default=0), max((t.config.steps for t in left), default=0)
+    if not left and progress and ranks.first:
+        done = ", ".join(f"{trainer.folder} has all {trainer.config.steps} steps" for trainer in trainers)
+        print(f"{done}: nothing is trained; for other rows take another folder", file=sys.stderr)
     interval = 0.5 if sys.stderr.isatty() else 20  # seconds; a log file wants few lines
     bar = tqdm(
         total=stop,

@@ -259,6 +259,23 @@ def test_the_conditions_of_a_run_by_pipeline_batch_and_the_runs_before_it(name, 
     assert images == (0, 1) * (batch // 2)
 
 
+@pytest.mark.parametrize(
+    ("layout", "conditions"),
+    [
+        (None, ("uncond", "cond")),
+        ((("cond", "uncond"),), ("cond", "uncond")),
+        ((("cond",), ("uncond",)), ("cond", "cond")),
+    ],
+)
+def test_in_a_loop_of_ones_own_without_prompts_the_layout_says_how_many_images_there_are(layout, conditions):
+    call = Call(guidance=True, own_loop=True)
+    found, images = Conditions(call, References(call), layout).entries(
+        own_class("Any"), DenoiserRun("unet", {}, 2), None
+    )
+    assert found == conditions
+    assert images == ((0, 1) if conditions[0] == conditions[1] else (0, 0))
+
+
 def test_in_a_loop_of_ones_own_a_run_without_guidance_is_conditional_whatever_ran_before():
     call = Call(prompts=["fox", "cat"], guidance=True, own_loop=True)
     run = DenoiserRun("unet", {}, 2, (4,))

@@ -53,6 +53,17 @@ def test_a_second_order_scheduler_runs_the_model_twice_in_a_step(sd):
     assert [context.step for context in watch.contexts] == [0, 0, 1, 1, 2]
 
 
+def test_each_runge_kutta_step_of_pndm_is_four_of_the_schedulers(sd):
+    sd.scheduler = diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    watch = Watch(BLOCK)
+    with attach(sd, watch):
+        pixels(sd, steps=6)
+    assert [context.step for context in watch.contexts] == [0] * 4 + [1] * 4 + [2] * 4 + [3, 4, 5]
+    assert [context.step for context in watch.ended] == list(range(6))
+    assert [c.fraction for c in watch.contexts] == pytest.approx([c.step / 6 for c in watch.contexts])
+    assert max(c.timestep for c in watch.contexts if c.step >= 3) < 500
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -243,6 +243,18 @@ def test_a_prompt_composed_with_itself_negated_and_a_mask_of_zeros_change_no_bit
         assert (pixels(pipe, [FOX, DOG], num_images_per_prompt=2) == before).all()
 
 
+def test_what_a_model_of_one_stream_predicts_is_edited_too():
+    family = families()["lumina2"]
+    if not family.available:
+        pytest.skip(f"this diffusers has no {family.pipeline}")
+    pipe = family.build()
+    plain = family.call(pipe, ["a fox"], guidance=True)
+    with sf.attach(pipe, sf.ScoreEdit(sf.Compose({"a cat": 0.5}), mask=torch.zeros(8, 8))):
+        assert torch.equal(family.call(pipe, ["a fox"], guidance=True), plain)
+    with sf.attach(pipe, sf.ScoreEdit(sf.Compose({"a cat": 0.5}))):
+        assert not torch.equal(family.call(pipe, ["a fox"], guidance=True), plain)
+
+
 def test_a_batch_is_what_its_images_are_alone_and_windows_and_masks_hold():
     pipe = tiny_sd()
     options = {"steps": (0.0, 0.5), "mask": torch.eye(16)}
