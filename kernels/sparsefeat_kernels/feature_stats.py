@@ -104,7 +104,9 @@ def _feature_stats_cpu(
     if _within(indices, n_latents) and _within(group, groups):
         small = indices.dtype == torch.int32 and groups * n_latents <= LARGEST_INT32
         own = group.to(torch.int32 if small else torch.int64)
-        keys = torch.add(indices, own[:, None], alpha=n_latents).view(-1).long()  # mixed, an addition takes twice as long
+        keys = (
+            torch.add(indices, own[:, None], alpha=n_latents).view(-1).long()
+        )  # mixed, an addition takes twice as long
     else:
         keys = _statistic_keys(values, indices, group, groups, n_latents).view(-1)
         inside = keys < groups * n_latents

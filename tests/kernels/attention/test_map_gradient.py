@@ -214,7 +214,8 @@ def test_a_row_whose_scores_all_overflow_downwards_has_neither_a_map_nor_a_gradi
     torch.testing.assert_close(maps, attention_map(query.detach(), key.detach()))
     assert maps[0, 2].sum().item() == pytest.approx(2)
     grad_query, grad_key = torch.autograd.grad(maps[..., 0].sum(), (query, key))
-    assert grad_query.isfinite().all() and grad_key.isfinite().all()
+    assert grad_query.isfinite().all()
+    assert grad_key.isfinite().all()
     assert torch.equal(grad_query[0, 1, 2], torch.zeros_like(grad_query[0, 1, 2]))
 
 
