@@ -120,8 +120,8 @@ def _concept_attention_cpu(
     def joined(piece: tuple[int | slice, slice]) -> None:
         """Two attentions of torch's, joined by their log-sum-exps."""
         (of_own, own_lse), (of_image, image_lse) = (
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query[piece], k[piece], v[piece], scale=scale)
-            for k, v in ((key, value), (image_key, image_value))
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[piece], k[piece], v[piece], scale=scale)
+            for q, k, v in both
         )
         out[piece] = torch.lerp(of_image, of_own, torch.sigmoid(own_lse - image_lse)[..., None])
 
@@ -136,6 +136,9 @@ def _concept_attention_cpu(
 
     # Torch's rounds the probabilities of half precision, and takes one width for keys and values.
     if query.device.type == "cpu" and query.dtype == wide and query.shape[3] == value.shape[3] and n:
+        # Torch's takes every other stride as it is, but the last for 1.
+        q, *others = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value, image_key, image_value))
+        both = (q, *others[:2]), (q, *others[2:])
         together(each(joined, [(slice(None), of_heads) for of_heads in shares(heads, threads())]))
         return
     most = block_bytes(query, BLOCK_BYTES) // threads()
