@@ -117,12 +117,16 @@ def _concept_attention_cpu(
     batch, heads, c, _ = query.shape
     wide, n = sum_dtype(query), image_key.shape[2]
 
-    def joined(piece: tuple[int | slice, slice]) -> None:
+    def joined(piece: tuple[slice, slice]) -> None:
         """Two attentions of torch's, joined by their log-sum-exps."""
         (of_own, own_lse), (of_image, image_lse) = (
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[piece], k[piece], v[piece], scale=scale)
             for q, k, v in both
         )
+        if not (own_lse.all() and image_lse.all()):  # 0: torch's answer also where every score is -inf
+            for b, h in itertools.product(range(batch), range(heads)[piece[1]]):
+                dense((b, slice(h, h + 1)))
+            return
         out[piece] = torch.lerp(of_image, of_own, torch.sigmoid(own_lse - image_lse)[..., None])
 
     def dense(piece: tuple[int, slice]) -> None:
@@ -224,7 +228,8 @@ def _concept_attention_join_kernel(
         at = ((b * heads + head) * parts + part) * rows + row
         its_highest = tl.load(sums_ptr + at * 2, mask=row < rows, other=0.0)
         higher = tl.maximum(highest, its_highest)
-        mine, its = tl.exp2(highest - higher), tl.exp2(its_highest - higher)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        mine, its = tl.exp2(highest - base), tl.exp2(its_highest - base)
         sums = sums * mine + tl.load(sums_ptr + at * 2 + 1, mask=row < rows, other=1.0) * its
         added = tl.load(partial_ptr + at[:, None] * D_VALUE + wide[None, :], mask=inside, other=0.0)
         total = total * mine[:, None] + added * its[:, None]
