@@ -90,7 +90,7 @@ class Circuit:
             ValueError: the file holds no circuit.
         """
         try:
-            told = json.loads(Path(path).read_text(encoding="utf-8"))
+            told = json.loads(Path(path).read_text(encoding="utf-8-sig"))
             edges = tuple(Edge(**edge) for edge in told.pop("edges"))
             prompts = tuple(told.pop("prompts"))
             scores, *names = ({int(k): v for k, v in one.items()} for one in (told.pop("scores"), *told.pop("names")))
