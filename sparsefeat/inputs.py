@@ -74,6 +74,8 @@ def read_prompts(
     kind = path.suffix.lower()
     if split is not None and path.is_file():
         raise ValueError(f"split={split!r} is of a data set and {name} is a file: leave it out.")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{name} is a pipe or a device: write one prompt a line into a .txt file.")
     if path.is_file():
         if kind not in _READERS:
             raise ValueError(f"{name} is none of {', '.join(_READERS)}: write one prompt a line into a .txt file.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,13 @@ def test_a_file_that_is_no_image_is_named(pipe, tmp_path):
     drawing = Drawing(pipe, read_images(tmp_path / "photos"), 1, call={"num_inference_steps": 2})
     with pytest.raises(OSError, match=r"a\.png cannot be read as an image .*: mend it, or take it away"):
         collect_activations(drawing, ["unet.mid_block.attentions.0"], tmp_path / "rows")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_prompts_are_of_a_file_and_no_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe is a pipe or a device: write one prompt a line into a \.txt file"):
+        read_prompts(tmp_path / "pipe")
 
 
 def test_captions_are_utf_8_with_a_mark_or_without_and_anything_else_is_named(tmp_path):
