@@ -13,6 +13,7 @@ Lines and entries that are empty are left out. Nothing here loads torch.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import importlib
@@ -73,6 +74,8 @@ def read_prompts(
     kind = path.suffix.lower()
     if split is not None and path.is_file():
         raise ValueError(f"split={split!r} is of a data set and {name} is a file: leave it out.")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{name} is a pipe or a device: write one prompt a line into a .txt file.")
     if path.is_file():
         if kind not in _READERS:
             raise ValueError(f"{name} is none of {', '.join(_READERS)}: write one prompt a line into a .txt file.")
@@ -81,12 +84,8 @@ def read_prompts(
         raise FileNotFoundError(f"{name!r} does not exist: name a file of prompts, or a data set of the hub.")
     else:
         found = _of_dataset(name, path, column, split)
-    try:
+    with _in_utf8(name):
         prompts = tuple(islice((text for text in map(str.strip, found) if text), limit))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name} is not text in UTF-8 ({error.reason} at byte {error.start}): save it as that."
-        ) from None
     if not prompts:
         raise ValueError(f"{name} has no prompt in it: write at least one.")
     return Inputs(prompts)
@@ -105,17 +104,29 @@ def read_images(folder: str | Path, limit: int | None = None) -> Inputs:
     beside = {f.name: f.with_suffix(".txt") for f in files}
     for file in files:
         if file.name not in captions and beside[file.name].is_file():
-            captions[file.name] = beside[file.name].read_text(encoding="utf-8").strip()
+            with _in_utf8(beside[file.name]):
+                captions[file.name] = beside[file.name].read_text(encoding="utf-8-sig").strip()
     return Inputs(tuple(captions.get(file.name, "") for file in files), tuple(files))
 
 
 def _captions(folder: Path) -> Iterator[tuple[str, str]]:
     for path, rows in ((folder / "metadata.jsonl", _json_lines), (folder / "metadata.csv", _csv_rows)):
         if path.is_file():
-            for row in rows(path):
-                caption = next((row[name] for name in ("text", *COLUMNS) if name in row), None)
-                if "file_name" in row and caption is not None:
-                    yield str(row["file_name"]), str(caption)
+            with _in_utf8(path):
+                for row in rows(path):
+                    caption = next((row[name] for name in ("text", *COLUMNS) if name in row), None)
+                    if "file_name" in row and caption is not None:
+                        yield str(row["file_name"]), str(caption)
+
+
+@contextlib.contextmanager
+def _in_utf8(name: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name} is not text in UTF-8 ({error.reason} at byte {error.start}): save it as that."
+        ) from None
 
 
 def _lines(path: Path, column: str | None) -> Iterator[str]:

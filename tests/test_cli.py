@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import sparsefeat
 from sparsefeat.assets import block_sae_folder
 from sparsefeat.cli import app
+from sparsefeat.cli.commands.erase import read_concepts
 from sparsefeat.cli.commands.steer import parse_pairs
 from sparsefeat.cli.failures import in_options
 from sparsefeat.sae import SAE, SAEConfig, load_sae
@@ -252,6 +253,12 @@ def test_erase_on_the_embedded_pipeline_draws_saves_and_uses_the_saved_erasure(m
     assert after == again
     kinds = {None: "Exchange", "cad": "WeightMask", "uce": "UCE", "sld": "ScoreEdit"}
     assert json.loads((tmp_path / "kept" / "instrument.json").read_text())["kind"].endswith(kinds[method])
+
+
+def test_concepts_are_read_as_utf_8_with_a_mark_or_without(tmp_path):
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "c.json").write_text('{"Bär": ["ein Bär"], "Uhu": ["ein Uhu"]}', encoding=encoding)
+        assert read_concepts("Bär", tmp_path / "c.json")["Bär"] == ["ein Bär"]
 
 
 @pytest.mark.embedded

@@ -260,18 +260,23 @@ def _check_differentiable(name: str, args: tuple[Any, ...]) -> None:
             )
 
 
-def _unwatched(args: tuple[Any, ...], plain: list[tuple[type, ...]]) -> bool:
-    """Whether nothing compiles, traces, transforms, profiles or differentiates, and arguments are what `run` takes: dense
-    tensors with data, and numbers."""
-    if (
+def watched() -> bool:
+    """Whether something compiles, traces, transforms, profiles or takes forward derivatives."""
+    return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or bool(torch._C._len_torch_dispatch_stack())
+        or bool(torch._C._len_torch_function_stack())
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
         or torch.autograd.forward_ad._current_level >= 0
-    ):
+    )
+
+
+def _unwatched(args: tuple[Any, ...], plain: list[tuple[type, ...]]) -> bool:
+    """Whether nothing compiles, traces, transforms, profiles or differentiates, and arguments are what `run` takes: dense
+    tensors with data, and numbers."""
+    if watched():
         return False
     graded = torch.is_grad_enabled()
     for argument, others in zip(args, plain, strict=False):

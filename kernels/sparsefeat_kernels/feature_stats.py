@@ -105,10 +105,10 @@ def _feature_stats_cpu(
         small = indices.dtype == torch.int32 and groups * n_latents <= LARGEST_INT32
         own = group.to(torch.int32 if small else torch.int64)
         keys = (
-            torch.add(indices, own[:, None], alpha=n_latents).view(-1).long()
+            torch.add(indices, own[:, None], alpha=n_latents).reshape(-1).long()
         )  # mixed, an addition takes twice as long
     else:
-        keys = _statistic_keys(values, indices, group, groups, n_latents).view(-1)
+        keys = _statistic_keys(values, indices, group, groups, n_latents).reshape(-1)
         inside = keys < groups * n_latents
         keys, v = keys[inside], v[inside]
     if v.numel() and float(v.amin()) >= 0:  # not so with NaN. Two ops of whole vectors in the place of five
@@ -134,7 +134,7 @@ def _feature_stats_plainly_on_gpu(
 ) -> None:
     """There scatters add in any order. index_put_ sorts, and adds in order."""
     groups, n_latents = sum.shape
-    keys = _statistic_keys(values, indices, group, groups, n_latents).view(-1)
+    keys = _statistic_keys(values, indices, group, groups, n_latents).reshape(-1)
     counted = (keys < groups * n_latents).nonzero()[:, 0]
     keys, v = keys[counted], values.reshape(-1)[counted]
     sum.view(-1).index_put_((keys,), v, accumulate=True)
@@ -245,7 +245,7 @@ def _feature_stats_triton(
     sum: Tensor, count: Tensor, maximum: Tensor, values: Tensor, indices: Tensor, group: Tensor, block: int = 512
 ) -> None:
     groups, n_latents = sum.shape
-    keys, order = _statistic_keys(values, indices, group, groups, n_latents).view(-1).sort(stable=True)
+    keys, order = _statistic_keys(values, indices, group, groups, n_latents).reshape(-1).sort(stable=True)
     entries = keys.shape[0]
     blocks = -(-entries // block)
     partial_sum = sum.new_empty(blocks, 2)

@@ -90,7 +90,7 @@ class Circuit:
             ValueError: the file holds no circuit.
         """
         try:
-            told = json.loads(Path(path).read_text(encoding="utf-8"))
+            told = json.loads(Path(path).read_text(encoding="utf-8-sig"))
             edges = tuple(Edge(**edge) for edge in told.pop("edges"))
             prompts = tuple(told.pop("prompts"))
             scores, *names = ({int(k): v for k, v in one.items()} for one in (told.pop("scores"), *told.pop("names")))
@@ -140,15 +140,17 @@ class _Edges(EachStep):
         leaf = rows.detach().requires_grad_()
         with torch.enable_grad():
             activity = self._activity(given, leaf)
-            if not activity.requires_grad:
+            reached = False
+            for j, value in enumerate(activity):
+                gradient = finite_gradient(value, leaf, keep=True)
+                if gradient is not None:
+                    reached = True
+                    self.sums[:, j] += self.upstream.sums(found, gradient)
+            if not reached:  # also where weights ask for gradients, which activity has then
                 raise ValueError(
                     f"what {self.downstream.read.at} codes does not depend on {self.upstream.written.at}, or its code has no "
                     "gradient (pursuits): name the earlier block first, and an SAE with an encoder."
                 )
-            for j, value in enumerate(activity):
-                gradient = finite_gradient(value, leaf, keep=True)
-                if gradient is not None:
-                    self.sums[:, j] += self.upstream.sums(found, gradient)
 
     def _activity(self, given: Mapping[str, Any], rows: Tensor) -> Tensor:
         """m `[to]`, where the upstream rows are these."""
@@ -230,6 +232,10 @@ def circuit(
     check_arguments(pipe, call, also=inspect.signature(circuit).parameters)
     if source.read.target.root_name != target.read.target.root_name:
         raise ValueError(f"{source.read.at} and {target.read.at} lie in different models; name blocks of one denoiser.")
+    if source.read.at == target.read.at:
+        raise ValueError(
+            f"upstream and downstream are both of {source.read.at}; name a block and one that runs after it."
+        )
     if latents is None:
         told: dict[str, Any] = {"objective": objective, "at": at[1], "steps": steps, "seed": seed}
         scores = _strongest(attribute_latents(pipe, downstream, texts, **told, **call), n_latents)

@@ -96,7 +96,7 @@ def coco_gen(folder: Path | str) -> Iterator[Annotated]:
         if words:
             name = str(here.relative_to(folder))
             nothing = torch.zeros_like(masks[0])
-            text = prompt.read_text(encoding="utf-8").strip()
+            text = prompt.read_text(encoding="utf-8-sig").strip()
             yield Annotated(name, image, tuple(words), torch.stack(masks), nothing, text)
 
 
@@ -113,7 +113,7 @@ def _annotated(name: str, image: Image.Image, words: tuple[str, ...], masks: Ten
 def _lines(path: Path, holding: str) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"no {path}; it lists the set, {holding}")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
 
 def _labels(path: Path) -> Tensor:

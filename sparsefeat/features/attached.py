@@ -38,7 +38,7 @@ def hookpoint_of(sae: SAE, at: str | Hookpoint | None, called: str = "sae") -> H
     where = at if at is not None else sae.config.hookpoint
     if where is None:
         raise ValueError(
-            'at=None, and the SAE does not know its hookpoint; name one, as in at="unet.mid_block.attentions.0".'
+            'at is missing, and the SAE does not know its hookpoint; name one, as in at="unet.mid_block.attentions.0".'
         )
     return where if isinstance(where, Hookpoint) else Hookpoint.parse(where)
 

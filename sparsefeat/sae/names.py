@@ -113,10 +113,10 @@ class Names(Mapping[int, str]):
             names: dict[int, str] = {}
             for latent, name in found:
                 if name is not None and str(name).strip():
-                    names.setdefault(int(latent), str(name).strip())
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError, csv.Error) as error:
+                    names.setdefault(_number(latent), str(name).strip())
+            return cls(names)
+        except (ValueError, OverflowError, TypeError, AttributeError, KeyError, RecursionError, csv.Error) as error:
             raise ValueError(f"{path} is no list of latents and names ({str(error)[:120]}): see Names.read") from None
-        return cls(names)
 
     @classmethod
     def of_neuronpedia(cls, source: str, latents: Iterable[int], cache: str | Path | None = None) -> Names:
@@ -169,6 +169,14 @@ def _parsed(path: Path, text: str) -> Iterator[tuple[Any, Any]]:
     else:
         values = json.loads(text)
         yield from values.items() if isinstance(values, dict) else map(_pair, values)
+
+
+def _number(latent: Any) -> int:
+    """Of a latent, which files also have as a text or, from a table, as 12.0."""
+    number = int(latent)
+    if isinstance(latent, float) and latent != number:
+        raise ValueError(f"latent {latent} is no whole number")
+    return number
 
 
 def _pair(values: Mapping[str, Any]) -> tuple[Any, Any]:

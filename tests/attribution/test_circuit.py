@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from xml.etree import ElementTree
 
 import pytest
@@ -182,6 +183,11 @@ def test_wrong_inputs_are_refused_in_a_sentence(pipe, saes):
     call = {"guidance_scale": 1.0, **CALL}
     with pytest.raises(ValueError, match="name the earlier block first"):
         circuit(pipe, after, before, "a fox", latents=[3, 17, 30, 8], **call)
+    learning = [copy.deepcopy(sae).requires_grad_() for sae in (after, before)]  # as they are read from a file
+    with pytest.raises(ValueError, match="name the earlier block first"):
+        circuit(pipe, *learning, "a fox", latents=[3, 17, 30, 8], **call)
+    with pytest.raises(ValueError, match=f"are both of {UP}"):
+        circuit(pipe, after, after, "a fox", latents=[3], **call)
     with pytest.raises(ValueError, match="without guidance"):
         circuit(pipe, before, after, "a fox", **call)
     with pytest.raises(ValueError, match="each once"):

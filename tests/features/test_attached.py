@@ -39,7 +39,7 @@ def test_the_hookpoint_is_the_one_named_or_the_saes():
     assert hookpoint_of(sae, None) == Hookpoint("unet.mid_block.attentions.0", "diff")
     assert hookpoint_of(sae, "unet.mid_block") == Hookpoint("unet.mid_block")
     assert hookpoint_of(sae, Hookpoint("transformer.x", stream="text")).stream == "text"
-    with pytest.raises(ValueError, match="does not know its hookpoint; name one"):
+    with pytest.raises(ValueError, match="at is missing, and the SAE does not know its hookpoint; name one"):
         hookpoint_of(SAE(SAEConfig(d_model=4, n_latents=8, k=2)), None)
 
 

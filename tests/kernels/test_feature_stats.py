@@ -49,6 +49,18 @@ def test_both_sides_of_the_smallest_value_from_which_zeros_are_told_by_their_bit
     assert_is_reference(arguments, before)
 
 
+@pytest.mark.parametrize("out_of_range", [False, True])
+def test_codes_of_any_strides(path: str, out_of_range: bool):
+    arguments = problem(30, 4, 9, 2, path)
+    arguments[5].clamp_(min=0)
+    if out_of_range:
+        arguments[4][3, 1] = 9
+    arguments[3:5] = [t.T.contiguous().T for t in arguments[3:5]]
+    before = [t.clone() for t in arguments]
+    feature_stats_(*arguments)
+    assert_is_reference(arguments, before)
+
+
 def test_runs_longer_than_a_block_are_joined_in_order():
     # 40 rows of latents 0, 1 and 2 of 3, in blocks of 8 entries: runs of up to 40 cross several blocks.
     arguments = problem(40, 3, 3, 2, DEVICE)

@@ -60,7 +60,19 @@ def test_files_of_every_kind_give_the_same_names(tmp_path, name, packed):
     assert dict(Names.read(path)) == LABELS
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "{", '{"a": "b"}', '[{"name": "fox"}]', "[[[" * 10**5])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1, 2]",
+        "{",
+        '{"a": "b"}',
+        '[{"name": "fox"}]',
+        '{"-3": "fox"}',
+        '[{"index": 3.7, "name": "fox"}]',
+        '[{"index": Infinity, "name": "fox"}]',
+        "[[[" * 10**5,
+    ],
+)
 def test_a_file_of_something_else_is_refused_in_one_sentence(tmp_path, text):
     (tmp_path / "names.json").write_text(text)
     with pytest.raises(ValueError, match=r"names\.json is no list of latents and names \(.*\): see Names\.read"):
@@ -116,6 +128,7 @@ def test_the_command_gives_names_and_prints_them(tmp_path):
     (tmp_path / "labels.csv").write_text(FILES["header.csv"])
     run = CliRunner().invoke
     assert "has no names" in run(app, ["sae", "names", str(folder)]).output
+    assert "give it some, sparsefeat sae names" in run(app, ["sae", "names", str(folder), "--find", "fox"]).stderr
     done = run(app, ["sae", "names", str(folder), str(tmp_path / "labels.csv")])
     assert done.exit_code == 0
     assert "names of 4 of 37 latents" in done.output
@@ -123,6 +136,11 @@ def test_the_command_gives_names_and_prints_them(tmp_path):
         str(k): v for k, v in LABELS.items()
     }
     assert run(app, ["sae", "names", str(folder), "--find", "canids"]).output.split()[0] == "3"
+    given = run(app, ["sae", "names", str(folder), str(tmp_path / "labels.csv"), "--json"])
+    assert json.loads(given.stdout) == {str(k): v for k, v in LABELS.items()}
+    both = run(app, ["sae", "names", str(folder), str(tmp_path / "labels.csv"), "--find", "canids"])
+    assert both.exit_code == 2
+    assert "--find is of the names that an SAE has" in both.stderr
     (tmp_path / "labels.csv").write_text("99,far")
     refused = run(app, ["sae", "names", str(folder), str(tmp_path / "labels.csv")])
     assert refused.exit_code == 2

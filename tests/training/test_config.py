@@ -199,6 +199,8 @@ def test_an_sae_that_explains_less_than_the_mean_is_said():
         ({"decay": "step"}, "decay='step' must be one of linear, cosine"),
         ({"precision": "float16"}, "precision='float16' must be one of float32, bfloat16"),
         ({"accumulate": 0}, "accumulate=0 must be a whole number from 1 to 64"),
+        ({"accumulate": 33}, "accumulate=33 leaves a piece of a batch one row, without a variance"),
+        ({"batch_size": 1}, "batch_size=1 leaves a piece of a batch one row, without a variance"),
         ({"ema": 1.0}, "ema=1.0 must be between 0 and 1"),
         ({"decay_steps": 99}, "decay_steps=99 must be a whole number from 0 to 24"),
     ],

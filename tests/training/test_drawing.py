@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,25 @@ def test_a_file_that_is_no_image_is_named(pipe, tmp_path):
     drawing = Drawing(pipe, read_images(tmp_path / "photos"), 1, call={"num_inference_steps": 2})
     with pytest.raises(OSError, match=r"a\.png cannot be read as an image .*: mend it, or take it away"):
         collect_activations(drawing, ["unet.mid_block.attentions.0"], tmp_path / "rows")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_prompts_are_of_a_file_and_no_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe is a pipe or a device: write one prompt a line into a \.txt file"):
+        read_prompts(tmp_path / "pipe")
+
+
+def test_captions_are_utf_8_with_a_mark_or_without_and_anything_else_is_named(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("ein Bär\n", encoding="utf-8-sig")
+    assert read_images(tmp_path).prompts == ("ein Bär",)
+    for name, content in (("a.txt", "ein Bär"), ("metadata.csv", "file_name,text\na.png,ein Bär\n")):
+        (tmp_path / name).write_text(content, encoding="latin-1")
+        with pytest.raises(
+            ValueError, match=rf"{re.escape(name)} is not text in UTF-8 \(.* at byte \d+\): save it as that"
+        ):
+            read_images(tmp_path)
 
 
 def test_images_are_noised_to_a_step_and_seen_once(pipe, tmp_path):

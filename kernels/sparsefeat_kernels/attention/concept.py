@@ -117,12 +117,16 @@ def _concept_attention_cpu(
     batch, heads, c, _ = query.shape
     wide, n = sum_dtype(query), image_key.shape[2]
 
-    def joined(piece: tuple[int | slice, slice]) -> None:
+    def joined(piece: tuple[slice, slice]) -> None:
         """Two attentions of torch's, joined by their log-sum-exps."""
         (of_own, own_lse), (of_image, image_lse) = (
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query[piece], k[piece], v[piece], scale=scale)
-            for k, v in ((key, value), (image_key, image_value))
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[piece], k[piece], v[piece], scale=scale)
+            for q, k, v in both
         )
+        if not (own_lse.all() and image_lse.all()):  # 0: torch's answer also where every score is -inf
+            for b, h in itertools.product(range(batch), range(heads)[piece[1]]):
+                dense((b, slice(h, h + 1)))
+            return
         out[piece] = torch.lerp(of_image, of_own, torch.sigmoid(own_lse - image_lse)[..., None])
 
     def dense(piece: tuple[int, slice]) -> None:
@@ -136,6 +140,9 @@ def _concept_attention_cpu(
 
     # Torch's rounds the probabilities of half precision, and takes one width for keys and values.
     if query.device.type == "cpu" and query.dtype == wide and query.shape[3] == value.shape[3] and n:
+        # Torch's takes every other stride as it is, but the last for 1.
+        q, *others = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value, image_key, image_value))
+        both = (q, *others[:2]), (q, *others[2:])
         together(each(joined, [(slice(None), of_heads) for of_heads in shares(heads, threads())]))
         return
     most = block_bytes(query, BLOCK_BYTES) // threads()
@@ -221,7 +228,8 @@ def _concept_attention_join_kernel(
         at = ((b * heads + head) * parts + part) * rows + row
         its_highest = tl.load(sums_ptr + at * 2, mask=row < rows, other=0.0)
         higher = tl.maximum(highest, its_highest)
-        mine, its = tl.exp2(highest - higher), tl.exp2(its_highest - higher)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        mine, its = tl.exp2(highest - base), tl.exp2(its_highest - base)
         sums = sums * mine + tl.load(sums_ptr + at * 2 + 1, mask=row < rows, other=1.0) * its
         added = tl.load(partial_ptr + at[:, None] * D_VALUE + wide[None, :], mask=inside, other=0.0)
         total = total * mine[:, None] + added * its[:, None]

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dispatch import check_kind, implementation, jit, next_power_of_2, ops, register, registered, sum_dtype, tl
+from ..dispatch import (
+    check_kind,
+    implementation,
+    jit,
+    next_power_of_2,
+    ops,
+    register,
+    registered,
+    sum_dtype,
+    tl,
+    watched,
+)
 from ..flop_formulas import register_flop_formula
 from ..threads import conducted, each, together
 from .scores import (
@@ -136,7 +148,7 @@ def _keeps(query: Tensor, key: Tensor) -> bool:
     graph = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     if not graph or query.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
-    here = implementation("attention_map", query) == "torch" and query.dim() == key.dim() == 4
+    here = implementation("attention_map", query) == "torch" and query.dim() == key.dim() == 4 and key.shape[2] > 0
     return here and query.shape[:3].numel() * key.shape[2] * sum_dtype(query).itemsize <= KEPT_BYTES
 
 
@@ -145,6 +157,9 @@ def _keeping(query: Tensor, key: Tensor, scale: float, head_weight: Tensor | Non
     keys = key.to(wide) * scale
     keys = keys if shared == 1 else keys.repeat_interleave(shared, 1)
     p = torch.softmax(query.to(wide) @ keys.mT, -1)
+    if not watched() and type(p) is Tensor and math.isnan(p.detach()[..., 0].sum()):
+        # Of rows whose scores are all -inf, perhaps, of which the op makes 0.
+        return ops.attention_map(query, key, scale, None, head_weight, tokens)
     summed = p.sum(1) if head_weight is None else torch.einsum("bhnt,h->bnt", p, head_weight.to(wide))
     if tokens is None:
         return summed
@@ -438,7 +453,7 @@ def _gradient(
     tokens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     _check_gradient(grad, query, key, tokens)
-    if grad.numel() == 0 or query.numel() == 0:
+    if grad.numel() == 0 or query.numel() == 0 or key.numel() == 0:
         return query.new_zeros(query.shape), key.new_zeros(key.shape)
     grad, slots = _slots(grad, tokens, key.shape[2])
     by_triton = implementation("attention_map_gradient", query) == "triton"

@@ -193,7 +193,7 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_concepts(concept: str, file: Path) -> dict[str, list[str]]:
     try:
-        given = json.loads(file.read_text(), object_pairs_hook=each_once)
+        given = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=each_once)
     except OSError as error:
         raise ValueError(f"--concepts {file} cannot be read ({error.strerror}); give a JSON file") from None
     except ValueError as error:

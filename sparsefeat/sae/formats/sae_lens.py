@@ -173,6 +173,8 @@ def _flattened(path: Path) -> tuple[Described, frozenset[str]]:
     values = {**metadata, **values}
     values.setdefault("hook_name", values.get("hook_point"))
     function = values.get("activation_fn", values.get("activation_fn_str", "relu"))
+    if "k" in values and not {"architecture", "activation_fn", "activation_fn_str"} & set(values):
+        raise ValueError(f"{path} gives k and no architecture, without which k means nothing: say topk, or what it is")
     values.setdefault("architecture", "standard")
     if function == "topk":
         arguments = values.get("activation_fn_kwargs")

@@ -29,7 +29,8 @@ class TrainConfig:
         half a cosine as `decay` says.
     grad_clip: largest norm of the whole gradient; None for no bound.
     accumulate: the batch is gone through in so many pieces, each a batch of its own to the loss, whose gradients are averaged:
-        for batches that do not fit at once.
+        for batches that do not fit at once. Each has two rows or more, whose variance
+        the error is compared with.
     ema: the SAE that comes out is the exponential average of the weights with this decay (fae has 0.995); None for the last.
     precision: of the loss and its gradients; weights and optimiser are float32 throughout. "bfloat16" is for GPUs.
     objective: what is minimised, under which constraints, and which latents are dead; see `objectives`.
@@ -91,6 +92,12 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r:.100} must be one of {', '.join(choices)}.")
         if self.weight_decay and self.optimizer != "adamw":
             raise ValueError(f"weight_decay={self.weight_decay!r} is adamw's: pass optimizer='adamw', or leave it out.")
+        if self.batch_size < 2 * self.accumulate:
+            name = "accumulate" if self.accumulate > 1 else "batch_size"
+            raise ValueError(
+                f"{name}={getattr(self, name)} leaves a piece of a batch one row, without a variance to compare its error with: "
+                "give each at least two rows."
+            )
         if self.start != "random" and self.objective.decoder == "archetypal":
             raise ValueError(
                 f"start={self.start!r} is not for decoder 'archetypal', which begins at centres: leave it out."

@@ -48,6 +48,28 @@ def test_concepts_attend_to_themselves_and_the_image(path: str, shape, dtype, re
         torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_any_strides_give_the_same_attention(path: str, dtype, request):
+    skip_in_interpreter(dtype, path, request)
+    for shape in ((2, 3, 7, 19, 5, 5), (1, 2, 3, 4, 8, 6)):
+        tensors = problem(shape, dtype, path)
+        expected = reference(*(t.double() for t in tensors), shape[4] ** -0.5)
+        for strided in (lambda t: t.mT.contiguous().mT, lambda t: t.repeat_interleave(2, 3)[..., ::2]):
+            out = concept_attention(*(strided(t) for t in tensors))
+            torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("which", [1, 3], ids=["of the concepts", "of the image"])
+def test_keys_whose_scores_all_overflow_downwards_take_no_part(path: str, which: int):
+    tensors = problem((2, 3, 4, 6, 5, 5), torch.float32, path)
+    tensors[0] = tensors[0].abs() + 1
+    tensors[which] = torch.full_like(tensors[which], -3e38)
+    out = concept_attention(*tensors, 2.0)
+    others = [t.double() for t in tensors]
+    others[which] = torch.full_like(others[which], -torch.inf)
+    torch.testing.assert_close(out.double(), reference(*others, 2.0), rtol=1e-5, atol=1e-5)
+
+
 def test_an_image_of_several_parts_and_scores_far_apart(path: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(concept, "KEYS_A_PART", 32)
     tensors = problem((1, 2, 3, 90, 4, 6), torch.float32, path, seed=1)

@@ -196,6 +196,29 @@ def test_nothing_to_attend_to_or_from(path: str):
             assert torch.equal(grad, torch.zeros_like(of))
 
 
+def test_tokens_of_an_attention_without_keys_have_maps_of_zeros(path: str):
+    query, key, _ = problem((2, 2, 2, 5, 3, 4), torch.float32, path)
+    none = key[:, :, :0]
+    maps = attention_map(query, none, tokens=torch.tensor([0, -1, 3], device=query.device))
+    assert torch.equal(maps, maps.new_zeros(2, 5, 3))
+    for grad, of in zip(torch.autograd.grad(maps.sum(), (query, none)), (query, none), strict=True):
+        assert torch.equal(grad, torch.zeros_like(of))
+
+
+def test_a_row_whose_scores_all_overflow_downwards_has_neither_a_map_nor_a_gradient(path: str):
+    query, key, _ = problem((1, 3, 3, 6, 5, 4), torch.float32, path)
+    with torch.no_grad():
+        key[:] = key.abs() + 1
+        query[0, 1, 2] = -3e38
+    maps = attention_map(query, key)
+    torch.testing.assert_close(maps, attention_map(query.detach(), key.detach()))
+    assert maps[0, 2].sum().item() == pytest.approx(2)
+    grad_query, grad_key = torch.autograd.grad(maps[..., 0].sum(), (query, key))
+    assert grad_query.isfinite().all()
+    assert grad_key.isfinite().all()
+    assert torch.equal(grad_query[0, 1, 2], torch.zeros_like(grad_query[0, 1, 2]))
+
+
 @pytest.mark.parametrize("block_bytes", [1, 300, 5000])
 def test_blocks_of_any_size_give_the_gradients_of_the_reference_to_rounding(
     monkeypatch: pytest.MonkeyPatch, block_bytes: int

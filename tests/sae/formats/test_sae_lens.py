@@ -175,6 +175,7 @@ def test_wrong_weights_are_refused_in_one_sentence(tmp_path, case, changes, word
         ("topk", {"d_sae": None}, r"cfg\.json lacks 'd_sae'"),
         ("topk", {"d_in": 12.5}, r"d_in in .* is 12\.5: a whole number"),
         ("topk", {"k": None}, r"cfg\.json lacks 'k'"),
+        ("topk", {"architecture": None}, r"cfg\.json gives k and no architecture"),
         ("topk", {"k": 99}, r"cfg\.json: k is 99 but n_latents is 24"),
         (
             "topk",

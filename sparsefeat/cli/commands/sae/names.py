@@ -29,6 +29,8 @@ def names(
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: name that of an SAE")
     if file is not None:
+        if find is not None:
+            raise ValueError("--find is of the names that an SAE has, and FILE gives it others; leave one of them out")
         given = Names.read(file)
         n_latents = load_sae(folder).n_latents
         beyond = [latent for latent in given if not 0 <= latent < n_latents]
@@ -37,10 +39,15 @@ def names(
                 f"{file} names latent {beyond[0]}, and the SAE has {n_latents}: they do not belong together"
             )
         given.write(folder / NAMES)
+        if as_json:
+            print_json({str(latent): name for latent, name in given.items()})
+            return
         typer.echo(f"wrote {folder / NAMES}: names of {len(given)} of {n_latents} latents")
         return
     known = Names.read(folder / NAMES) if (folder / NAMES).exists() else Names()
     if find is not None:
+        if not known:
+            raise ValueError(f"{folder} has no names: give it some, sparsefeat sae names {folder} FILE")
         latent = known.find(find)
         known = Names({latent: known[latent]})
     if as_json:
