@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from sparsefeat_kernels import attention_map, attention_map_, force_triton
-from sparsefeat_kernels.attention import map_gradient, scores
+from sparsefeat_kernels.attention import map_gradient_cpu, scores
 from sparsefeat_kernels.attention.map_gradient import reference
 from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
 from torch import Tensor
@@ -31,7 +31,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     if request.param == "triton" and not TRITON_AVAILABLE:
         pytest.skip("Triton is not installed")
     if request.param != "kept":
-        monkeypatch.setattr(map_gradient, "KEPT_BYTES", -1)
+        monkeypatch.setattr(map_gradient_cpu, "KEPT_BYTES", -1)
     with force_triton() if request.param == "triton" else nullcontext():
         yield "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
 
@@ -69,7 +69,7 @@ def compare(query: Tensor, key: Tensor, grad: Tensor, scale=None, mask=None, hea
 def test_gradients_are_those_of_the_dense_softmax(path: str, shape: tuple[int, ...], dtype: torch.dtype):
     query, key, grad = problem(shape, dtype, path)
     maps, _, _ = compare(query, key, grad)
-    if map_gradient.KEPT_BYTES > 0:
+    if map_gradient_cpu.KEPT_BYTES > 0:
         return
     alone = torch.zeros_like(maps)
     attention_map_(alone, query.detach(), key.detach())
@@ -79,7 +79,7 @@ def test_gradients_are_those_of_the_dense_softmax(path: str, shape: tuple[int, .
 @pytest.mark.parametrize(("positions", "kept_bytes"), [(256, 4 * 4 * 256 * 32), (257, 0)])
 def test_no_more_is_kept_than_is_said(monkeypatch: pytest.MonkeyPatch, positions: int, kept_bytes: int):
     """Both sides of the border, of 4 x 256 x 32 probabilities."""
-    monkeypatch.setattr(map_gradient, "KEPT_BYTES", 4 * 4 * 256 * 32)
+    monkeypatch.setattr(map_gradient_cpu, "KEPT_BYTES", 4 * 4 * 256 * 32)
     query, key, grad = problem((1, 4, 4, positions, 32, 2), torch.float32, "cpu")
     found: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: found.append(tensor) or tensor, lambda tensor: tensor):
@@ -223,7 +223,7 @@ def test_a_row_whose_scores_all_overflow_downwards_has_neither_a_map_nor_a_gradi
 def test_blocks_of_any_size_give_the_gradients_of_the_reference_to_rounding(
     monkeypatch: pytest.MonkeyPatch, block_bytes: int
 ):
-    monkeypatch.setattr(map_gradient, "KEPT_BYTES", -1)
+    monkeypatch.setattr(map_gradient_cpu, "KEPT_BYTES", -1)
     monkeypatch.setattr(scores, "BLOCK_BYTES", block_bytes)
     compare(*problem((2, 3, 1, 70, 9, 4), torch.float64, "cpu"))
 
