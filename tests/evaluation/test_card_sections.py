@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from sparsefeat.assets import load_pipeline
+from sparsefeat.evaluation.card import dictionaries
 from sparsefeat.evaluation.card.dictionaries import dissected
 from sparsefeat.evaluation.card.explaining import area
 from sparsefeat.evaluation.card.steering import DOSES, figures
@@ -34,6 +38,17 @@ def test_a_steerer_that_does_nothing_has_no_quotient():
     assert rows["dose"].value == 0
     assert rows["else per unit"].value is None
     assert "less than" in rows["else per unit"].note
+
+
+def test_each_drawing_is_dissected_by_its_own_mask(monkeypatch: pytest.MonkeyPatch):
+    drawings = dictionaries.real_drawings()[:12]
+    monkeypatch.setattr(dictionaries, "real_drawings", lambda: drawings)
+    rows, masks, of = dictionaries.seen(SimpleNamespace(pipe=load_pipeline()), "unet.up_blocks.1.attentions.0")
+    assert rows.shape[:3] == masks.shape == (12, *rows.shape[1:3])
+    assert of[:, 0].tolist() == [drawing.objects[0] for drawing in drawings]
+    covered = torch.stack([drawing.masks.float().mean() for drawing in drawings])
+    assert covered.max() - covered.min() > 0.1
+    torch.testing.assert_close(masks.float().mean((1, 2)), covered, rtol=0, atol=0.05)
 
 
 def test_dissection_finds_the_unit_that_is_an_objects_mask():

@@ -129,7 +129,7 @@ def test_what_users_get_wrong_is_said(pipe):
     sae = SAE(SAEConfig(32, 64, k=4)).eval()
     with pytest.raises(ValueError, match="pass a list with at least one prompt"):
         check(sae, pipe, "a fox", at=BLOCK)
-    with pytest.raises(ValueError, match="at=None"):
+    with pytest.raises(ValueError, match="at is missing"):
         check(sae, pipe, PROMPTS)
     with pytest.raises(TypeError, match="sae is StableDiffusionPipeline, not an SAE; open it first"):
         check(pipe, sae, PROMPTS)

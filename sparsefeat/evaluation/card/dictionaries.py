@@ -83,7 +83,7 @@ def seen(bench: Bench, hookpoint: str) -> tuple[Tensor, Tensor, Tensor]:
     rows = Rows(hookpoint)
     pipe = image_to_image(bench.pipe)[0]
     with attach(pipe, rows):
-        masks = torch.cat([torch.cat(called(pipe, chunk)[0]) for chunk in in_batches(pictures, 10)])
+        masks = torch.cat([torch.cat(called(pipe, chunk)) for chunk in in_batches(pictures, 10)])
     kept = torch.cat(rows.kept)
     small = F.interpolate(masks[:, None].float(), size=kept.shape[1:3], mode="area")[:, 0] > 0.5
     styles = torch.arange(len(pictures)) // len(emojicanvas.OBJECTS)

@@ -149,9 +149,11 @@ def _exchange_and_clamp(bench: Bench, target: Target, factor: float) -> Edit:
     return Edit(both)
 
 
-def _exchange_and_guard(bench: Bench, target: Target) -> Edit:
-    """What words still bring to the cross-attentions is noticed there."""
+def _exchange_and_guard(bench: Bench, target: Target, **of_uce: Any) -> Edit:
+    """What words still bring to the cross-attentions is noticed there; `of_uce`: what is left of them after UCE."""
     exchange = _exchange(bench, target, 32).instruments
+    if of_uce:
+        exchange += _uce(bench, target, **of_uce).instruments
     prompts: dict[str, list[str]] = {}
     for t in whole_grid(STATISTICS):
         prompts.setdefault(OBJECTS[t.object] if target.kind == OBJECT else STYLES[t.style], []).append(t.prompt)
@@ -262,6 +264,7 @@ ERASERS: tuple[Eraser, ...] = (
     Eraser("exchange", _exchange, ({"n_latents": 32}, {"n_latents": 64}, {"n_latents": 16})),
     Eraser("exchange and clamp", _exchange_and_clamp, ({"factor": 0.0}, {"factor": 1.0}), behind="exchange"),
     Eraser("exchange and guard", _exchange_and_guard, behind="exchange"),
+    Eraser("exchange, UCE and guard", _exchange_and_guard, like="UCE", behind="exchange"),
     Eraser(
         "SAeUron",
         _saeuron,
