@@ -48,6 +48,18 @@ class Budget:
         return tuple(Target(OBJECT, i) for i in self.objects[: self.n_attacked])
 
 
+SPARED = (
+    "CAD-Erase",
+    "as many random latents",
+    "ItD",
+    "Concept Steerers",
+    "APP",
+    "clamp",
+    "replace where",
+    "concept lancet",
+)
+"""Erasers that leave much of the target or spoil much else: against them no words are learned."""
+
 QUICK = Budget(
     "quick",
     objects=(7,),
@@ -63,16 +75,7 @@ QUICK = Budget(
     n_explained=2,
     n_pictures=10,
     n_drawn=80,
-    spared=(
-        "CAD-Erase",
-        "as many random latents",
-        "ItD",
-        "Concept Steerers",
-        "APP",
-        "clamp",
-        "replace where",
-        "concept lancet",
-    ),
+    spared=SPARED,
 )
 FULL = Budget(
     "full",
@@ -83,10 +86,11 @@ FULL = Budget(
     n_adjacent=4,
     n_validation=4,
     n_settings=4,
-    n_attacked=3,
+    n_attacked=2,
     n_inverted=40,
     n_steered=24,
     n_explained=8,
     n_pictures=48,
     n_drawn=200,
+    spared=SPARED,
 )

@@ -51,17 +51,13 @@ def card_header(results: dict[str, Any]) -> str:
     said = (
         f"Measured on {results['date']}, {results['device']}, {results['precision']}, with `sparsefeat evaluate card{quick}`; "
         f"weights {results['fingerprint']}. Erased: {_counted(budget.objects, 'object')} and {_counted(budget.styles, 'style')}, "
-        f"{budget.n_target} images of each ({budget.n_inverted} under the adversary)."
+        f"{budget.n_target} images of each. Under the adversary: {_counted(budget.attacked, 'object')}, {budget.n_inverted} images "
+        f"of each; spared of learned words: {', '.join(budget.spared)}."
     )
-    if is_quick:
-        said += (
-            " The quick card: its intervals are wide; good for a look, not for quoting. "
-            f"Spared of learned words: {', '.join(budget.spared)}."
-        )
-    return said
+    return said + " The quick card: its intervals are wide; good for a look, not for quoting." if is_quick else said
 
 
-def _counted(some: Sequence[int], thing: str) -> str:
+def _counted(some: Sequence[object], thing: str) -> str:
     return f"{len(some)} {thing}{'' if len(some) == 1 else 's'}"
 
 
