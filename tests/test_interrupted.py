@@ -20,8 +20,10 @@ COMMAND = [sys.executable, "-m", "sparsefeat.cli"]
 
 
 def start(line: list[str], folder: Path) -> subprocess.Popen:
-    # A process group of its own, as a shell gives it; the bar speaks at once.
-    return subprocess.Popen([*COMMAND, *line], cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # Whoever started these tests in the background may have had signals ignored, which children inherit.
+    heard = "import signal, os, sys; signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", heard, *COMMAND, *line]
+    return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 900) -> None:

@@ -269,7 +269,8 @@ def speed(devices: dict[str, dict[str, Any]]) -> str:
     parts = []
     for name, results in devices.items():
         full = f"All shapes and programs: `bench/results/{Path(name).with_suffix('.md')}`."
-        parts.append(f"**{results['device']}**\n\n{speed_markdown(results, A_TABLES_ROWS_AN_OP)} {full}")
+        tuned = ", with its tuning table" if Path(name).stem.endswith("-tuned") else ""
+        parts.append(f"**{results['device']}{tuned}**\n\n{speed_markdown(results, A_TABLES_ROWS_AN_OP)} {full}")
     return "\n\n".join(parts) or "No device was measured yet: `make bench`."
 
 

@@ -66,7 +66,7 @@ TRITON_AVAILABLE = _triton_is_here()
 tl: Any = None
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# What no card has run is not the default on one. By backend and op: the record in bench/results with which
+# What no card has found right is not the default on one. By backend and op: the record in bench/results with which
 # `python -m bench.gpu smoke` found the op's kernels right and faster than plain torch; `python -m bench.gpu prove` writes it.
 PROVEN: Mapping[str, Mapping[str, str]] = json.loads(Path(__file__).with_name("proven.json").read_text())
 # The largest block of a GPU's plain path: a CPU's caches are no reason there, and every block is some launches.

@@ -300,7 +300,11 @@ class Statistics:
         )
 
     def places(self, concepts: Concepts) -> Tensor:
-        """int64 `[concepts]`: where these stand in `self.concepts`; ValueError for one that is not there."""
+        """int64 `[concepts]`: where these stand in `self.concepts`.
+
+        Raises:
+            ValueError: one that is not there, or none.
+        """
         several = isinstance(concepts, Iterable) and not isinstance(concepts, str)
         names = tuple(concepts) if several else (concepts,)
         unknown = ", ".join(repr(name) for name in names if name not in self.concepts)

@@ -23,6 +23,11 @@ ops = torch.ops.sparsefeat
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_proven(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dispatch, "PROVEN", {"cuda": {}, "hip": {}})
+
+
 def tensors(dtype, rows=9, d=13, n=150, k=4):
     g = torch.Generator().manual_seed(7)
     x, W, b, c = (torch.randn(size, generator=g).to(dtype) for size in ((rows, d), (n, d), (n,), (d,)))

@@ -52,7 +52,7 @@ def resize_add_(sums: Tensor, maps: Tensor, weight: Tensor | None = None, clamp:
 
 def reference(sums: Tensor, maps: Tensor, weight: Tensor | None, clamp: bool) -> Tensor:
     """The meaning of resize_add_: the new sums, by a matrix for each side. Dense, any dtype."""
-    rows, columns = (_matrix(maps.shape[2 + i], sums.shape[1 + i]).to(maps.dtype) for i in (0, 1))
+    rows, columns = (_matrix(maps.shape[2 + i], sums.shape[1 + i]).to(maps) for i in (0, 1))
     resized = torch.einsum("Hh,mthw,Ww->mtHW", rows, maps, columns)
     resized = resized.clamp(min=0) if clamp else resized
     weight = maps.new_ones(len(maps)) if weight is None else weight.to(maps.dtype)
