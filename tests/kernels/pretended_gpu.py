@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
+# Half precision with wider sums, which a CPU does not have, nor a torch before 2.8.
+WIDER = tuple(getattr(aten.mm, name) for name in ("dtype", "dtype_out") if name in aten.mm.overloads())
 # Answers that the host reads, and results whose size it must know.
 WAITING = (aten._local_scalar_dense, aten.nonzero, aten._unique2, aten.unique_consecutive, aten.masked_select)
 # What CUDA takes from the CPU: indices, numbers, copies.
@@ -72,7 +74,7 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     if here and (packet in WAITING or by_mask):
         waits.append(str(packet))
     plain_args, plain_kwargs = pytree.tree_map(back, args), pytree.tree_map(back, kwargs)
-    if func in (aten.mm.dtype, aten.mm.dtype_out):  # which a CPU does not have: half precision, with wider sums
+    if func in WIDER:
         x, W, dtype = plain_args
         wide = x.to(dtype) @ W.to(dtype)
         answer = plain_kwargs["out"].copy_(wide) if plain_kwargs else wide

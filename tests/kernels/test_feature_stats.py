@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 from sparsefeat_kernels import feature_stats_
+from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
 from sparsefeat_kernels.feature_stats import reference
 from torch import Tensor
 
@@ -61,6 +62,7 @@ def test_codes_of_any_strides(path: str, out_of_range: bool):
     assert_is_reference(arguments, before)
 
 
+@pytest.mark.skipif(not TRITON_AVAILABLE, reason="Triton is not installed")
 def test_runs_longer_than_a_block_are_joined_in_order():
     # 40 rows of latents 0, 1 and 2 of 3, in blocks of 8 entries: runs of up to 40 cross several blocks.
     arguments = problem(40, 3, 3, 2, DEVICE)
