@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+from sparsefeat_kernels import force_triton
 from torch import Tensor
 
 import sparsefeat as sf
 from sparsefeat.sae import SAE, SAEConfig
 from sparsefeat.training import Batch, Learner, Objective, TensorRows, build_itda
+from tests.kernels.pretended_gpu import back, on_gpu, place, pretended
 
 D, N, K, ROWS = 9, 40, 3, 31
 DEAD = torch.tensor([1, 4, 5, 17, 30, 33])
@@ -446,3 +448,18 @@ def test_what_users_get_wrong_is_said():
         TensorRows(torch.zeros(4, D), timestep=torch.zeros(3))
     with pytest.raises(ValueError, match="target has shape"):
         TensorRows(torch.zeros(4, D), torch.zeros(4, D + 1))
+
+
+def test_the_loss_of_a_step_waits_for_the_device_once_and_settling_never(monkeypatch):
+    """To learn how many latents are dead. A number that is copied from the host would be waited for as well."""
+    monkeypatch.setattr(torch.Tensor, "new_tensor", None)
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    learner = Learner(SAE(SAEConfig(16, 96, k=4)), Objective(auxk=1 / 32))
+    learner.begin(x)
+    learner.get_buffer("rows_since_fired")[:40] = 10**9
+    place(learner)
+    with force_triton(False), pretended() as waits:
+        loss = learner.loss(on_gpu(x), 0)
+        learner.settle(loss, 0)
+    assert waits == ["aten.nonzero"]
+    assert float(back(loss.parts["auxk"])) > 0

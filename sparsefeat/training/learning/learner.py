@@ -184,7 +184,7 @@ class Learner(nn.Module):
             return
         weight, gradient = self.sae.W_dec, self.sae.W_dec.grad
         assert gradient is not None
-        gradient -= (gradient * weight).sum(-1, keepdim=True) * weight
+        gradient.addcmul_((gradient * weight).sum(-1, keepdim=True), weight, value=-1)
 
     @torch.no_grad()
     def settle(self, loss: Loss, step: int) -> Tensor:
@@ -194,7 +194,7 @@ class Learner(nn.Module):
             self.dictionary.settle()
             remake(self.dictionary, sae)
         else:
-            sae.W_dec /= torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True)
+            sae.W_dec.div_(torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True))
         if self.thresholds is not None and sae.threshold is not None:
             sae.threshold.copy_(self.thresholds.clamp_(min=0))
         above = objective.fired_above
@@ -203,7 +203,7 @@ class Learner(nn.Module):
         counts, active = (loss.counts, None) if loss.code is None else fired(loss.code, above)
         assert counts is not None
         counts = self.ranks.sum(counts.clone())
-        rows = self.ranks.sum(counts.new_tensor(loss.rows))
+        rows = self.ranks.sum(counts.new_full((), loss.rows))
         l0 = (counts.sum() if active is None else self.ranks.sum(active)) / rows
         since = self.get_buffer("rows_since_fired")
         since += rows

@@ -86,7 +86,7 @@ class Spread:
 
     @classmethod
     def of(cls, x: Tensor, ranks: Across = ONE) -> Spread:
-        rows = ranks.sum(x.new_tensor(x.shape[0]))
+        rows = ranks.sum(x.new_full((), x.shape[0]))  # a copy from the host would wait for a GPU
         mean = ranks.sum(x.detach().sum(0)) / rows
         variance = ranks.sum(squares(x.detach(), mean.expand_as(x)))
         # At least the smallest normal number: a batch of equal rows must not divide by zero.

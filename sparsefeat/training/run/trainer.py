@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import sys
 import threading
@@ -139,8 +138,11 @@ class SAETrainer:
             if len(losses) > 1:
                 parameter.grad /= len(losses)
         learner.project()
-        largest = math.inf if config.grad_clip is None else config.grad_clip
-        norm = torch.nn.utils.clip_grad_norm_(learner.trained, largest)
+        norm = None
+        if config.grad_clip is not None:
+            norm = torch.nn.utils.clip_grad_norm_(learner.trained, config.grad_clip)
+        elif measure:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in learner.trained if p.grad is not None])
         lr = config.lr_at(self.step, self.sae.n_latents)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -149,7 +151,7 @@ class SAETrainer:
         for name, parameter in zip(learner.names, learner.trained, strict=True) if self.averaged else ():
             self.averaged[name].lerp_(parameter.detach(), 1 - (config.ema or 0))
         self.step += 1
-        if not measure:
+        if norm is None or not measure:
             return None
         self._check_finite()
         measured = {
