@@ -75,7 +75,7 @@ def attention_map(
 
     Products and sums are fp32 (fp64 for float64). On a GPU half-precision queries have dS rounded to their dtype before
     its two products, as in every flash attention, after a power of two is taken out of G so that it does not underflow.
-    The same bits every run. Gradients have query's and key's dtype; those of a second order are refused by torch where
+    The same bits every run, of the same strides. Gradients have query's and key's dtype; those of a second order are refused by torch where
     probabilities are made again.
 
     Cost: forward as `attention_map_`; backward 6 batch heads n t d FLOPs as counted (a GPU makes the scores three times,

@@ -56,7 +56,8 @@ def threshold_encode(
         active indices, whatever the values, and counts is still exact. A row in which any a is NaN has max_active NaN
         values, the indices 0 .. max_active - 1 and count 1. An a of +inf is active.
 
-    Precision: sums as in topk_encode, IEEE fp32 (fp64 for float64 inputs). A latent whose a is nearer to the threshold
+    Precision: sums as in topk_encode, IEEE fp32 (fp64 for float64 inputs), and on a GPU with the same limits: a part of an
+    fp32 product below 1.2e-38 may count as 0, and a number beyond bf16's largest as infinite. A latent whose a is nearer to the threshold
     than the rounding of its sum may fall on either side. The same bits on every run of the same build, path and shape.
 
     Gradients reach x, W_enc, b_enc and b_pre through the entries whose value is not 0, without float atomics; not the

@@ -57,8 +57,8 @@ def topk_encode(
         A row in which any a is NaN has k NaN values and the indices 0 .. k - 1. Infinities are ordered like numbers.
 
     Precision: sums are held in fp32 (fp64 for float64 inputs); fp32 products are IEEE, or (a GPU's kernels) six products
-    of bf16 parts, which are within an IEEE sum's bound, never TF32. Gradients reach x,
-    W_enc, b_enc and b_pre through the entries whose value is not 0, without float atomics: the same bits every run.
+    of bf16 parts, which are within an IEEE sum's bound, never TF32. Of a GPU's fp32 products a part below 1.2e-38 may
+    count as 0, and a number beyond bf16's largest, 3.39e38, as infinite. Gradients reach x, W_enc, b_enc and b_pre through the entries whose value is not 0, without float atomics: the same bits every run.
 
     Cost: 2 rows n_latents d FLOPs; reads W_enc once a chunk of rows. Never holds [rows, n_latents]: scratch stays
     below 64 MiB whatever rows is (as long as one row of pre-activations, 4 n_latents bytes, does too).

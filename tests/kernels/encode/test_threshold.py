@@ -17,6 +17,8 @@ from sparsefeat_kernels.encode.gpu import tiles
 from sparsefeat_kernels.encode.threshold import reference
 from torch import Tensor
 
+from tests.kernels.encode.test_topk import row_of
+
 # rows, d, n_latents, max_active: odd sizes, one tile of latents and several, one that is cut off by the end
 SHAPES = {
     "small": (5, 7, 33, 12),
@@ -152,7 +154,7 @@ THRESHOLDS = {"relu": 0.0, "above": 2.0, "negative": -1.0, "infinite": INF, "min
 
 @pytest.mark.parametrize("name", ROWS_OF_A)
 def test_equality_nan_infinity_and_zeros(path: str, name: str):
-    a = torch.tensor(ROWS_OF_A[name], device=path)
+    a = row_of(ROWS_OF_A, name, path)
     for threshold in THRESHOLDS.values():
         inputs = (*preactivations(a), torch.tensor(threshold, device=path))
         for max_active in {1, min(5, len(a))}:

@@ -13,7 +13,16 @@ from sparsefeat_kernels.encode.gpu import groups, select, tiles, topk
 from sparsefeat_kernels.encode.topk import SELECTIONS, reference
 from torch import Tensor
 
-from tests.kernels.encode.test_topk import INF, NAN, ROWS_OF_A, assert_is_topk, assert_same, preactivations, problem
+from tests.kernels.encode.test_topk import (
+    INF,
+    NAN,
+    ROWS_OF_A,
+    assert_is_topk,
+    assert_same,
+    preactivations,
+    problem,
+    row_of,
+)
 
 pytestmark = pytest.mark.skipif(not TRITON_AVAILABLE, reason="Triton is not installed, or older than 3.4")
 
@@ -104,7 +113,7 @@ def test_the_k_largest_within_the_rounding_bound(shape: tuple, dtype: torch.dtyp
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("name", ROWS_OF_A)
 def test_ties_nan_infinity_and_zeros(name: str, selection: str):
-    inputs = preactivations(torch.tensor(ROWS_OF_A[name], device=DEVICE))
+    inputs = preactivations(row_of(ROWS_OF_A, name, DEVICE))
     assert_same(encode(inputs, 5, selection), expected(inputs, 5, selection))
 
 
