@@ -76,7 +76,7 @@ _asked: bool | None = True if os.environ.get("SPARSEFEAT_FORCE_TRITON", "0") not
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 # Of a batch of codes, from call to call. A kernel made for their being 1, or divisible by 16, would be compiled again in
 # the middle of somebody's run. (Attention's sizes change with the resolution only, and its kernels spill without this.)
-_UNSPECIALISED = ("k", "n_rules", "places", "rows", "segment_length")
+_UNSPECIALISED = ("entries", "k", "n_dead", "n_rules", "places", "rows", "segment_length", "width")
 
 
 class _Kernel:

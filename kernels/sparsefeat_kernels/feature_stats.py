@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .code import check_code
 from .dispatch import implementation, jit, jit_over_rows, ops, register, tl
+from .gradient.csr import sorted_entries
 
 __all__ = ["feature_stats_"]
 
@@ -29,7 +30,7 @@ def feature_stats_(sum: Tensor, count: Tensor, maximum: Tensor, values: Tensor, 
     The sum of a batch is added up in row order and with a fixed tree on a GPU: the same bits on every run, without
     float atomics. A NaN value makes its sum and maximum NaN.
 
-    Cost: one sort of rows * k keys (GPU); reads the code, reads and writes the touched statistics. Scratch is of the
+    Cost: on a GPU one sort of rows * k keys and three launches; reads the code, reads and writes the touched statistics. Scratch is of the
     size of the code.
 
     Raises: ValueError or TypeError naming the argument, for wrong shapes, dtypes or devices.
@@ -245,12 +246,11 @@ def _feature_stats_triton(
     sum: Tensor, count: Tensor, maximum: Tensor, values: Tensor, indices: Tensor, group: Tensor, block: int = 512
 ) -> None:
     groups, n_latents = sum.shape
-    keys, order = _statistic_keys(values, indices, group, groups, n_latents).reshape(-1).sort(stable=True)
+    keys, order = sorted_entries(values, indices, n_latents, group, groups)
     entries = keys.shape[0]
     blocks = -(-entries // block)
-    partial_sum = sum.new_empty(blocks, 2)
+    partial_sum, partial_maximum = sum.new_empty(2, blocks, 2)
     partial_count = count.new_empty(blocks, 2)
-    partial_maximum = sum.new_empty(blocks, 2)
     open_key = keys.new_empty(blocks)
     with torch.cuda.device_of(sum):
         _feature_stats_scan_kernel[(blocks,)](

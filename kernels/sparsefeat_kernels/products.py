@@ -1,5 +1,5 @@
 """Products on a CPU: of matrices, by the faster of the two libraries that torch has for fp32; of chosen pairs of rows,
-without gathering either side, which costs more than the products.
+without gathering either side, which costs more than the products. On a GPU: with sums in fp32, and when fp32 is IEEE's.
 
 F.linear goes to MKL, which gives processors that are not Intel's its AVX2 program: 95 GFLOP/s on one core of an AMD EPYC
 (Zen 5). oneDNN makes its program for the instructions that are there: 200 GFLOP/s.
@@ -13,7 +13,9 @@ import warnings
 import torch
 from torch import Tensor
 
-__all__ = ["pair_products", "product", "quiet_about_csr"]
+from .dispatch import sum_dtype
+
+__all__ = ["ieee_products", "pair_products", "product", "quiet_about_csr", "sums_wider", "wide_product"]
 
 
 def product(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -34,6 +36,35 @@ def _onednn() -> bool:
     """Whether oneDNN's program is at least as fast: with AVX-512."""
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return there and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b of matrices of one dtype, whose sums are in fp32 (fp64) and are not rounded again."""
+    dtype = sum_dtype(a)
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda and sums_wider(a.dtype, a.device):
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+@functools.cache
+def sums_wider(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch has a product of this dtype there whose sums it keeps in fp32: on a GPU, from 2.8."""
+    one, out = torch.ones(16, 16, dtype=dtype, device=device), torch.empty(16, 32, device=device)
+    try:
+        torch.mm(one, one, out_dtype=torch.float32, out=out[:, :16])
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def ieee_products() -> bool:
+    """Whether torch's products of fp32 on a GPU are of fp32: nobody has allowed TF32."""
+    try:
+        return not torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # it was set by the other name that torch has for it
+        return bool(torch.backends.cuda.matmul.fp32_precision != "tf32")
 
 
 def pair_products(x: Tensor, W: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:

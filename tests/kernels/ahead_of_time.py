@@ -52,6 +52,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int8: "*i8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -138,12 +139,13 @@ def launches(
     names = (
         "encode.gpu.topk",
         "decode.sparse_decode",
+        "decode.auxk_dense",
         "decode.sparse_edit",
         "feature_stats",
         "gradient.weight_gradient",
         "encode.gpu.threshold",
     )
-    encode, decode, edit, stats, gradient, threshold = (
+    encode, decode, dense, edit, stats, gradient, threshold = (
         importlib.import_module(f"sparsefeat_kernels.{name}") for name in names
     )
     d, n, k = SHAPES[shape]
@@ -164,6 +166,9 @@ def launches(
                 marked.compact(group, values, indices, torch.empty(rows + 1, dtype=torch.int64))
             decode.sparse_decode_triton(values, indices, W, c)
             decode._grad_values_triton(x, values, indices, W)
+            places, dots = torch.empty(n, dtype=torch.int32), torch.empty(rows, 16 * (d // 8 + 1))
+            dense._dense_triton(values, indices, places, 2 * d, dots.shape[1], dtype)
+            dense._picked_triton(dots, values, indices, places, torch.empty(rows, k))
             gradient._weight_gradient_triton(values, indices, x, c, n)
             edit._edit_triton(x, values, indices, latents, W[:8], *rule, weight)
             stats._feature_stats_triton(*tables, values, indices, group)

@@ -18,6 +18,8 @@ import torch
 from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
 
 KERNELS = {
+    "_auxk_dense_kernel",
+    "_auxk_picked_kernel",
     "_attention_column_join_kernel",
     "_attention_column_kernel",
     "_attention_flash_kernel",
@@ -30,6 +32,7 @@ KERNELS = {
     "_concept_attention_kernel",
     "_concept_map_kernel",
     "_resize_add_kernel",
+    "_entry_keys_kernel",
     "_feature_stats_join_kernel",
     "_feature_stats_scan_kernel",
     "_sparse_decode_grad_values_kernel",
@@ -41,7 +44,8 @@ KERNELS = {
     "_topk_encode_product_kernel",
     "_topk_encode_repair_kernel",
     "_topk_encode_select_kernel",
-    "_weight_gradient_partial_kernel",
+    "_weight_gradient_entries_kernel",
+    "_weight_gradient_join_kernel",
     "_weight_gradient_segment_kernel",
 }
 ATTENTION = {name for name in KERNELS if name.startswith(("_attention", "_concept")) and "join" not in name}

@@ -5,9 +5,12 @@ import importlib
 import pytest
 import torch
 from sparsefeat_kernels import feature_stats_
-from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
+from sparsefeat_kernels.dispatch import INTERPRETED, TRITON_AVAILABLE
 from sparsefeat_kernels.feature_stats import reference
+from sparsefeat_kernels.gradient import csr
 from torch import Tensor
+
+from tests.kernels.launches import launches
 
 feature_stats = importlib.import_module("sparsefeat_kernels.feature_stats")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of tests that call the launcher itself
@@ -72,6 +75,16 @@ def test_runs_longer_than_a_block_are_joined_in_order():
     again = [t.clone() for t in before]
     feature_stats._feature_stats_triton(*again, block=8)
     assert all(torch.equal(a, b) for a, b in zip(arguments, again, strict=True))
+
+
+@pytest.mark.skipif(not (TRITON_AVAILABLE and INTERPRETED), reason="needs Triton's interpreter")
+def test_a_batch_is_one_sort_and_three_launches(monkeypatch):
+    sizes = ((40, 20480), torch.float32), ((40, 20480), torch.int32), ((40, 20480), torch.float32)
+    sizes += ((4096, 32), torch.float32), ((4096, 32), torch.int32), ((4096,), torch.int64)
+    arguments = [torch.empty(size, dtype=dtype, device="meta") for size, dtype in sizes]
+    with launches(monkeypatch, csr, feature_stats) as launched:
+        feature_stats._feature_stats_triton(*arguments)
+    assert launched == ["_entry_keys_kernel", "sort", "_feature_stats_scan_kernel", "_feature_stats_join_kernel"]
 
 
 def test_nan_reaches_its_own_statistics_only(path: str):

@@ -1,7 +1,8 @@
 """What AuxK decodes in a training step: the code, and beside it the code of the dead latents, with one gradient of W_dec.
 
-On a CPU the code of the dead latents is dense in them: d / 2 entries a row, among perhaps a few thousand dead latents.
-A matrix product over all the dead latents then costs less than gathering a decoder row for every entry.
+The code of the dead latents is dense in them: d / 2 entries a row, among perhaps a few thousand dead latents. A matrix
+product over all the dead latents then costs less than gathering a decoder row for every entry: on a CPU a tile that its
+caches hold after the other, on a GPU in few launches and without a wait (`auxk_dense`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..dispatch import implementation, ops, register, row_chunks
 from ..gradient.weight_gradient import check_gradient, weight_gradient, weight_gradient_cpu
 from ..products import product
 from ..threads import conducted, each, pieces, threads, together
+from .auxk_dense import add_dense_weight_gradient, dense_decode, dense_grad_values, dense_pays
 from .sparse_decode import check_decode, grad_values_cpu, sparse_decode_cpu
 from .sparse_decode import reference as decode_reference
 
@@ -39,17 +41,19 @@ def auxk_decode(
 
     Args:
         values, indices: [rows, k]; aux_values, aux_indices: [rows, k_aux]; as in `sparse_decode`.
-        dead: int64 [n_dead], the latents that aux_indices are from, each once.
+        dead: int64 [n_dead], the latents that aux_indices are from, each once. (On a GPU the row of any other may be NaN.)
         W_dec: [n_latents, d]; b_out: [d], as in `sparse_decode`.
 
     Returns:
         y, guess: [rows, d] in W_dec's dtype, as `sparse_decode` gives them, but that the order of guess's sum is free (the
-        same on every run).
+        same on every run). On a GPU bfloat16 weights are multiplied with values taken to 2^-18 of themselves, and Inf or NaN
+        in the decoder row of a dead latent may reach all rows of guess.
 
     Gradients: of both codes' values, W_dec and b_out, as of two `sparse_decode`; that of W_dec is made once for both.
 
     Cost: 2 rows (k + k_aux) d FLOPs. On a CPU, in float32 and float64, with n_dead <= 8 k_aux: 2 rows (k d + n_dead d),
-    as matrix products; scratch some 40 MiB.
+    as matrix products; scratch some 40 MiB. So on a GPU, with n_dead <= 20 k_aux in bfloat16 (float16, and float32 where TF32
+    is allowed: as they were): scratch 48 MiB, and the dead latents' decoder rows.
 
     Raises: ValueError or TypeError naming the argument.
 
@@ -88,9 +92,12 @@ def auxk_weight_gradient(
         coefficients, indices: [rows, k]; x: [rows, d]; shift: [d]; n_latents: as in `weight_gradient`.
         aux_coefficients, aux_indices: [rows, k_aux]; dead: as in `auxk_decode`; aux_x: [rows, d].
 
-    Returns: weight [n_latents, d], bias [n_latents], as `weight_gradient`. The same bits on every run.
+    Returns: weight [n_latents, d], bias [n_latents], as `weight_gradient`, but that on a GPU the parts of both codes may be
+        rounded before they are added, and that there Inf, NaN and an entry of no latent of `dead` may reach all dead
+        latents. The same bits on every run.
 
-    Cost: 2 rows (k + k_aux) d FLOPs, or dense in the dead latents as `auxk_decode` is.
+    Cost: 2 rows (k + k_aux) d FLOPs, or dense in the dead latents as `auxk_decode` is; then on a GPU scratch also for their
+    sums, in fp32.
 
     Example:
         >>> one, row = torch.ones(1, 1), torch.tensor([[1.0, 2.0]])
@@ -110,9 +117,9 @@ def auxk_weight_gradient(
 
 
 def dense_in(W: Tensor, dead: Tensor, k_aux: int) -> bool:
-    """Whether a code of k_aux entries a row among the latents `dead` is best multiplied as a dense one."""
+    """Whether on a CPU a code of k_aux entries a row among the latents `dead` is best multiplied as a dense one."""
     plain = W.dtype in (torch.float32, torch.float64) and implementation("sparse_decode", W) == "torch"
-    return plain and 0 < dead.shape[0] <= DENSE * k_aux
+    return plain and W.device.type == "cpu" and 0 < dead.shape[0] <= DENSE * k_aux
 
 
 def _columns(values: Tensor, indices: Tensor, dead: Tensor, n_latents: int) -> tuple[Tensor, Tensor] | None:
@@ -236,6 +243,8 @@ def _auxk_decode(
     check_decode(values, indices, W_dec, b_out)
     _check_aux(aux_values, aux_indices, dead, len(values), W_dec, "aux_values")
     y = ops.sparse_decode(values, indices, W_dec, b_out)
+    if dense_pays(W_dec, dead, aux_values.shape[1]):
+        return y, dense_decode(aux_values, aux_indices, dead, W_dec)
     if implementation("sparse_decode", W_dec) == "torch":
         return y, _decode_cpu(aux_values, aux_indices, dead, W_dec)
     return y, ops.sparse_decode(aux_values, aux_indices, W_dec, torch.zeros_like(b_out))
@@ -251,6 +260,8 @@ def _auxk_decode_fake(
 
 
 def _grad_aux_values(grad: Tensor, values: Tensor, indices: Tensor, dead: Tensor, W_dec: Tensor) -> Tensor:
+    if dense_pays(W_dec, dead, values.shape[1]):
+        return dense_grad_values(grad, values, indices, dead, W_dec)
     if implementation("sparse_decode", W_dec) == "torch":
         return _grad_aux_values_cpu(grad, values, indices, dead, W_dec)
     return ops.sparse_decode_grad_values(grad, values, indices, W_dec)
@@ -276,6 +287,11 @@ def _auxk_weight_gradient(
     _check_aux(aux_coefficients, aux_indices, dead, len(coefficients), x, "aux_coefficients")
     if aux_x is not None and (aux_x.shape != x.shape or aux_x.dtype != x.dtype or aux_x.device != x.device):
         raise ValueError(f"aux_x must have x's shape {tuple(x.shape)}, dtype and device, got {tuple(aux_x.shape)}")
+    if dense_pays(x, dead, aux_coefficients.shape[1]):
+        weight, bias = weight_gradient(coefficients, indices, x, shift, n_latents)
+        of_dead = aux_coefficients, aux_indices, x if aux_x is None else aux_x, dead, shift
+        add_dense_weight_gradient(weight, bias, *of_dead)
+        return weight, bias
     if implementation("weight_gradient", x) == "torch":
         found = _auxk_weight_gradient_cpu(
             coefficients, indices, x, aux_coefficients, aux_indices, aux_x, dead, shift, n_latents

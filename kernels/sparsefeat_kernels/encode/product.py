@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from ..dispatch import jit_over_rows, tl
+from ..products import sums_wider
 from ..threads import each, pieces, threads, together
 
 __all__ = [
@@ -49,22 +48,11 @@ def check_bias(bias: Tensor | None, W_enc: Tensor) -> None:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; pass what prepare_encoder made of these weights")
 
 
-@functools.cache
-def _sums_wider(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch has a product of this dtype there whose sums it keeps in fp32: on a GPU, from 2.8."""
-    one, out = torch.ones(16, 16, dtype=dtype, device=device), torch.empty(16, 32, device=device)
-    try:
-        torch.mm(one, one, out_dtype=torch.float32, out=out[:, :16])
-    except (TypeError, RuntimeError):
-        return False
-    return True
-
-
 def preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, out: Tensor) -> None:
     """(x - b_pre) W_enc^T + b_enc into `out`, in out's dtype. On a GPU half precision is multiplied as it is, with sums in
     fp32 and b_pre in the bias, as the Triton kernels do; elsewhere weights are widened a tile at a time."""
     dtype = out.dtype
-    if x.is_cuda and x.dtype != dtype and _sums_wider(x.dtype, x.device):
+    if x.is_cuda and x.dtype != dtype and sums_wider(x.dtype, x.device):
         torch.mm(x, W_enc.T, out_dtype=dtype, out=out)
         out += b_enc.to(dtype) - torch.mm(b_pre[None], W_enc.T, out_dtype=dtype)
         return

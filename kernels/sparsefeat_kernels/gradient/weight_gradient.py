@@ -9,6 +9,7 @@ from ..code import check_code
 from ..dispatch import (
     block_bytes,
     implementation,
+    jit,
     jit_over_rows,
     next_power_of_2,
     ops,
@@ -18,7 +19,7 @@ from ..dispatch import (
     tl,
 )
 from ..threads import conducted, each, together
-from .csr import latent_major
+from .csr import latent_major, sorted_entries
 from .gradient_memory import empty_gradient
 
 __all__ = ["check_gradient", "weight_gradient", "weight_gradient_cpu"]
@@ -57,7 +58,7 @@ def weight_gradient(
         [n_latents] in the dtype of the sum. The same bits on every run.
 
     Cost: 3 * entries * d FLOPs; reads d values of x an entry, writes n_latents * d. Scratch on a CPU: 36 MiB and
-    the sorted code; on a GPU 16 MiB of partial sums and the sorted code.
+    the sorted code; on a GPU 16 MiB of partial sums and the sorted code, which takes 7 launches.
 
     Raises: ValueError or TypeError naming the argument, for wrong shapes, dtypes or devices.
 
@@ -115,103 +116,169 @@ def weight_gradient_cpu(
 # ------------------------------------------------------------------------------------------------------------ Triton
 
 
-# A latent that fires on most rows would keep one program busy long after all others are done, so no program takes more
-# than a segment of a latent's entries. Each latent has a program for its first segment, whose sum is the result of most; the
-# further segments have programs of their own, and a latent that has such leaves partial sums, which a second kernel adds in
-# order. Nothing waits for the device.
+# One program sums a segment of the sorted entries, wherever latents begin and end in it: one that fires on most rows keeps no
+# program busy longer than others. What lies in one segment is a result; of a latent that crosses into later segments there
+# are partial sums, which a second kernel adds in order. Nothing waits for the device.
 
-SEGMENT = 512  # entries: 128 steps of 4
+SEGMENT = 128  # entries
 PARTIAL_BYTES = 16 << 20  # a bound on the partial sums; beyond it segments are longer
 
 
 @jit_over_rows
+def _weight_gradient_entries_kernel(
+    keys_ptr,
+    order_ptr,
+    coefficients_ptr,
+    latents_ptr,
+    row_ids_ptr,
+    sorted_ptr,
+    entries,
+    k,
+    stride_coefficients_row,
+    stride_coefficients_k,
+    BLOCK_ENTRIES: tl.constexpr,
+):
+    """Latent, row and coefficient of every entry in the new order: without a detour when their sums are made."""
+    entry = tl.program_id(0).to(tl.int64) * BLOCK_ENTRIES + tl.arange(0, BLOCK_ENTRIES)
+    inside = entry < entries
+    position = tl.load(order_ptr + entry, mask=inside, other=0)
+    row, place = position // k, position % k
+    place_ptr = coefficients_ptr + row * stride_coefficients_row + place * stride_coefficients_k
+    tl.store(latents_ptr + entry, tl.load(keys_ptr + entry, mask=inside, other=0).to(tl.int32), mask=inside)
+    tl.store(row_ids_ptr + entry, row.to(tl.int32), mask=inside)
+    tl.store(sorted_ptr + entry, tl.load(place_ptr, mask=inside, other=0.0).to(tl.float32), mask=inside)
+
+
+@jit
+def _entry(entry, last, latents_ptr, row_ids_ptr, coefficients_ptr, x_ptr, stride_x_row, n_latents, inside):
+    """Latent, coefficient and row of x; n_latents, 0 and zeros from `last` on."""
+    latent = tl.load(latents_ptr + entry, mask=entry < last, other=n_latents)
+    coefficient = tl.load(coefficients_ptr + entry, mask=entry < last, other=0.0)
+    row = tl.load(row_ids_ptr + entry, mask=entry < last, other=0).to(tl.int64)
+    x = tl.load(x_ptr + row * stride_x_row, mask=inside & (latent < n_latents), other=0.0)
+    return latent, coefficient, x
+
+
+@jit
+def _add_entry(
+    total, bias, latent, coefficient, x, following, before, n_latents, d, shift, inside, of_bias, weight_ptr, bias_ptr,
+    partial_ptr, partial_bias_ptr,
+):  # fmt: skip
+    """The sums of the entry's latent, stored where it is the last of them; what the next entry goes on with."""
+    total += coefficient * (x.to(tl.float32) - shift)
+    bias += coefficient
+    ends = (latent != following) & (latent < n_latents)
+    if ends & (latent == before):
+        tl.store(partial_ptr, total, mask=inside)
+        tl.store(partial_bias_ptr, bias, mask=of_bias)
+    whole = ends & (latent != before)
+    tl.store(weight_ptr + latent.to(tl.int64) * d, total, mask=inside & whole)
+    tl.store(bias_ptr + latent, bias, mask=of_bias & whole)
+    return tl.where(latent != following, 0.0, total), tl.where(latent != following, 0.0, bias)
+
+
+@jit_over_rows
 def _weight_gradient_segment_kernel(
+    latents_ptr,
+    row_ids_ptr,
     coefficients_ptr,
     x_ptr,
     shift_ptr,
-    row_ids_ptr,
-    order_ptr,
-    latent_offsets_ptr,
-    further_ptr,
-    latent_of_further_ptr,
     weight_ptr,
     bias_ptr,
     partial_ptr,
     partial_bias_ptr,
+    entries,
     n_latents,
     d,
     segment_length,
     stride_x_row,
     stride_x_d,
     stride_shift_d,
-    BLOCK_ENTRIES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One segment and one block of columns: its entries in row order, BLOCK_ENTRIES partial sums, one final tree."""
-    program = tl.program_id(0).to(tl.int64)
-    further = program - n_latents  # the number of a further segment, or negative: a latent's first
-    latent = program
-    if further >= 0:
-        latent = tl.load(latent_of_further_ptr + further)
-    exists = latent < n_latents
-    begin = tl.load(latent_offsets_ptr + latent, mask=exists, other=0)
-    end = tl.load(latent_offsets_ptr + latent + 1, mask=exists, other=0)
-    of_latent = tl.load(further_ptr + latent, mask=exists, other=0)  # the number of its first further segment
-    alone = end - begin <= segment_length
-    place = tl.where(further >= 0, further, tl.num_programs(0) - n_latents + of_latent)
-    first = begin + tl.where(further >= 0, further - of_latent + 1, 0) * segment_length
-    last = tl.minimum(first + segment_length, end)
+    """Sums of the latents in one segment of the sorted entries and one block of columns, an entry after the other.
+    partial[0] of a segment: the latent that began in an earlier one; partial[1]: the latent that goes on in the next."""
+    segment = tl.program_id(0).to(tl.int64)
+    first = segment * segment_length
+    last = tl.minimum(first + segment_length, entries)
+    before = tl.load(latents_ptr + first - 1, mask=first > 0, other=-1)
     column = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
-    shift = tl.load(shift_ptr + column * stride_shift_d, mask=column < d, other=0.0).to(tl.float32)  # [BLOCK_D]
-    total = tl.zeros([BLOCK_ENTRIES, BLOCK_D], tl.float32)
-    bias = tl.zeros([BLOCK_ENTRIES], tl.float32)
-    for start in range(first, last, BLOCK_ENTRIES):
-        entry = start + tl.arange(0, BLOCK_ENTRIES)
-        inside = entry < last
-        row = tl.load(row_ids_ptr + entry, mask=inside, other=0)
-        position = tl.load(order_ptr + entry, mask=inside, other=0)
-        coefficient = tl.load(coefficients_ptr + position, mask=inside, other=0.0).to(tl.float32)
-        x_ptrs = x_ptr + row[:, None] * stride_x_row + column[None, :] * stride_x_d
-        read = inside[:, None] & (column < d)[None, :]
-        x = tl.load(x_ptrs, mask=read, other=0.0).to(tl.float32)  # [BLOCK_ENTRIES, BLOCK_D]
-        total += coefficient[:, None] * (x - shift[None, :])
-        bias += coefficient
-    total_of_segment, bias_of_segment = tl.sum(total, axis=0), tl.sum(bias, axis=0)
-    tl.store(weight_ptr + latent * d + column, total_of_segment, mask=(column < d) & exists & alone)
-    tl.store(partial_ptr + place * d + column, total_of_segment, mask=(column < d) & exists & (not alone))
-    of_bias = exists & (tl.program_id(1) == 0)
-    tl.store(bias_ptr + latent, bias_of_segment, mask=of_bias & alone)
-    tl.store(partial_bias_ptr + place, bias_of_segment, mask=of_bias & (not alone))
+    inside, of_bias = column < d, tl.program_id(1) == 0
+    shift = tl.load(shift_ptr + column * stride_shift_d, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_D]
+    x_ptr += column * stride_x_d
+    weight_ptr += column
+    partial_ptr += 2 * segment * d + column
+    partial_bias_ptr += 2 * segment
+    total = tl.zeros([BLOCK_D], tl.float32)
+    bias = 0.0
+    for start in range(first, last, 4):  # four rows of x are read before anything is stored
+        latent0, coefficient0, x0 = _entry(
+            start, last, latents_ptr, row_ids_ptr, coefficients_ptr, x_ptr, stride_x_row, n_latents, inside
+        )
+        latent1, coefficient1, x1 = _entry(
+            start + 1, last, latents_ptr, row_ids_ptr, coefficients_ptr, x_ptr, stride_x_row, n_latents, inside
+        )
+        latent2, coefficient2, x2 = _entry(
+            start + 2, last, latents_ptr, row_ids_ptr, coefficients_ptr, x_ptr, stride_x_row, n_latents, inside
+        )
+        latent3, coefficient3, x3 = _entry(
+            start + 3, last, latents_ptr, row_ids_ptr, coefficients_ptr, x_ptr, stride_x_row, n_latents, inside
+        )
+        latent4 = tl.load(latents_ptr + start + 4, mask=start + 4 < entries, other=-1)
+        total, bias = _add_entry(
+            total, bias, latent0, coefficient0, x0, latent1, before, n_latents, d, shift, inside, of_bias,
+            weight_ptr, bias_ptr, partial_ptr, partial_bias_ptr,
+        )  # fmt: skip
+        total, bias = _add_entry(
+            total, bias, latent1, coefficient1, x1, latent2, before, n_latents, d, shift, inside, of_bias,
+            weight_ptr, bias_ptr, partial_ptr, partial_bias_ptr,
+        )  # fmt: skip
+        total, bias = _add_entry(
+            total, bias, latent2, coefficient2, x2, latent3, before, n_latents, d, shift, inside, of_bias,
+            weight_ptr, bias_ptr, partial_ptr, partial_bias_ptr,
+        )  # fmt: skip
+        total, bias = _add_entry(
+            total, bias, latent3, coefficient3, x3, latent4, before, n_latents, d, shift, inside, of_bias,
+            weight_ptr, bias_ptr, partial_ptr, partial_bias_ptr,
+        )  # fmt: skip
+    latent = tl.load(latents_ptr + last - 1)
+    after = tl.load(latents_ptr + last, mask=last < entries, other=-1)
+    if (latent == after) & (latent < n_latents):
+        slot = (latent != before).to(tl.int64)
+        tl.store(partial_ptr + slot * d, total, mask=inside)
+        tl.store(partial_bias_ptr + slot, bias, mask=of_bias)
 
 
 @jit_over_rows
-def _weight_gradient_partial_kernel(
-    further_ptr,
-    latent_of_further_ptr,
-    partial_ptr,
-    partial_bias_ptr,
+def _weight_gradient_join_kernel(
+    latents_ptr,
     weight_ptr,
     bias_ptr,
+    partial_ptr,
+    partial_bias_ptr,
+    entries,
     n_latents,
     d,
+    segment_length,
     BLOCK_D: tl.constexpr,
 ):
-    """One further segment and one block of columns. Where it is its latent's first, the sum of the latent's partial sums, in
-    their order."""
-    further = tl.program_id(0).to(tl.int64)
-    latent = tl.load(latent_of_further_ptr + further)
-    exists = latent < n_latents
-    first = tl.load(further_ptr + latent, mask=exists, other=-1)
-    last = tl.load(further_ptr + latent + 1, mask=exists, other=0)
-    if first == further:
+    """The latent that a segment leaves open, and its parts in the segments after it, one after the other."""
+    segment = tl.program_id(0).to(tl.int64)  # of the last nothing is open: it has no program
+    first = segment * segment_length
+    last = first + segment_length
+    before = tl.load(latents_ptr + first - 1, mask=first > 0, other=-1)
+    latent = tl.load(latents_ptr + last - 1)
+    if (latent == tl.load(latents_ptr + last)) & (latent != before) & (latent < n_latents):
         column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        place = tl.num_programs(0) + first  # of the latent's first segment
-        total = tl.load(partial_ptr + place * d + column, mask=column < d, other=0.0)  # [BLOCK_D]
-        bias = tl.load(partial_bias_ptr + place)
-        for place in range(first, last):
-            total += tl.load(partial_ptr + place * d + column, mask=column < d, other=0.0)
-            bias += tl.load(partial_bias_ptr + place)
-        tl.store(weight_ptr + latent * d + column, total, mask=column < d)
+        total = tl.load(partial_ptr + (2 * segment + 1) * d + column, mask=column < d, other=0.0)  # [BLOCK_D]
+        bias = tl.load(partial_bias_ptr + 2 * segment + 1)
+        while tl.load(latents_ptr + last, mask=last < entries, other=-1) == latent:
+            segment += 1
+            last += segment_length
+            total += tl.load(partial_ptr + 2 * segment * d + column, mask=column < d, other=0.0)
+            bias += tl.load(partial_bias_ptr + 2 * segment)
+        tl.store(weight_ptr + latent.to(tl.int64) * d + column, total, mask=column < d)
         tl.store(bias_ptr + latent, bias, mask=tl.program_id(1) == 0)
 
 
@@ -219,29 +286,29 @@ def _weight_gradient_triton(
     coefficients: Tensor, indices: Tensor, x: Tensor, shift: Tensor, n_latents: int
 ) -> tuple[Tensor, Tensor]:
     d, entries = x.shape[1], indices.numel()
-    weight, bias = x.new_empty(n_latents, d), x.new_empty(n_latents, dtype=torch.float32)
-    if n_latents == 0:
+    weight, bias = x.new_zeros(n_latents, d), x.new_zeros(n_latents, dtype=torch.float32)
+    if n_latents == 0 or entries == 0:
         return weight, bias
-    row_ids, order, offsets = latent_major(indices, coefficients, n_latents)
-    length = max(SEGMENT, -(-2 * entries * 4 * d // PARTIAL_BYTES))
-    most = entries // length  # further segments: at most so many latents have any, and none but its last is short
-    further = offsets.new_zeros(n_latents + 1)
-    torch.cumsum(((offsets.diff() - 1) // length).clamp_(min=0), 0, out=further[1:])
-    latent_of_further = torch.searchsorted(further[1:], torch.arange(most, device=x.device), right=True)
-    partial = x.new_empty(2 * most, d, dtype=torch.float32)  # further ones, and first ones of latents that have such
-    partial_bias = x.new_empty(2 * most, dtype=torch.float32)
-    block_d = min(next_power_of_2(max(d, 16)), 512)  # 128 threads times 4 columns
+    keys, order = sorted_entries(coefficients, indices, n_latents)
+    latents, row_ids = torch.empty(2, entries, dtype=torch.int32, device=x.device)
+    sorted_coefficients = x.new_empty(entries, dtype=torch.float32)
+    length = 4 * -(-max(SEGMENT, -(-2 * entries * 4 * d // PARTIAL_BYTES)) // 4)  # a program takes four at a time
+    segments = -(-entries // length)
+    partial, partial_bias = (x.new_empty(2 * segments * size, dtype=torch.float32) for size in (d, 1))
+    block_d = min(next_power_of_2(max(d, 16)), 256)  # of one warp, whose threads need nothing of each other
     columns = max(1, -(-d // block_d))
     with torch.cuda.device_of(x):
-        _weight_gradient_segment_kernel[(n_latents + most, columns)](
-            coefficients.contiguous(), x, shift, row_ids, order, offsets, further, latent_of_further, weight, bias,
-            partial, partial_bias, n_latents, d, length, *x.stride(), *shift.stride(), BLOCK_ENTRIES=4, BLOCK_D=block_d,
-            num_warps=4,
+        _weight_gradient_entries_kernel[(-(-entries // 1024),)](
+            keys, order, coefficients, latents, row_ids, sorted_coefficients, entries, indices.shape[1],
+            *coefficients.stride(), BLOCK_ENTRIES=1024, num_warps=4,
         )  # fmt: skip
-        if most:
-            _weight_gradient_partial_kernel[(most, columns)](
-                further, latent_of_further, partial, partial_bias, weight, bias, n_latents, d, BLOCK_D=block_d,
-                num_warps=4,
+        _weight_gradient_segment_kernel[(segments, columns)](
+            latents, row_ids, sorted_coefficients, x, shift, weight, bias, partial, partial_bias, entries, n_latents, d,
+            length, *x.stride(), *shift.stride(), BLOCK_D=block_d, num_warps=1,
+        )  # fmt: skip
+        if segments > 1:
+            _weight_gradient_join_kernel[(segments - 1, columns)](
+                latents, weight, bias, partial, partial_bias, entries, n_latents, d, length, BLOCK_D=block_d, num_warps=1,
             )  # fmt: skip
     return weight, bias
 
