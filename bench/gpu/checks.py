@@ -138,6 +138,27 @@ def encode_checks(op: str, rehearse: bool) -> Made:
     yield f"NaN, {dtype}, plain torch", partial(faults.not_finite, shape, dtype, False)
 
 
+def stored_checks(_: str, rehearse: bool) -> Made:
+    """topk_encode from stored pre-activations: where k is a large part of the latents, and of float32."""
+    part, dtypes = (0.4, ("float32",)) if rehearse else (0.3, ("bfloat16", "float32", "float16"))
+    odd = TINY_ODD if rehearse else ODD
+    odd = {**odd, "k": int(part * odd["n_latents"])}
+    wanted: dict[str, Shape] = {"tiny": TINY | {"k": 90}}
+    if not rehearse:
+        wanted = {"sdxl-unbox, k 160": sae_shape("sdxl-unbox, k 160", 4096), "TIDE": sae_shape("TIDE", 1024),
+                  "one row": ONE_ROW | {"k": 300}, "three pieces": {**ODD, "n_latents": 70001, "k": 300}}  # fmt: skip
+        yield "SAeUron, float32", partial(faults.stored_fault, sae_shape("SAeUron", 4096), "float32")
+    for name, shape in wanted.items():
+        yield f"{name}, {dtypes[0]}", partial(faults.stored_fault, shape, dtypes[0])
+    for dtype in dtypes:
+        yield f"odd, {dtype}", partial(faults.stored_fault, odd, dtype)
+        yield f"ties, {dtype}", partial(faults.ties, odd, dtype, True)
+    yield f"ties, {dtypes[0]}, plain torch", partial(faults.ties, odd, dtypes[0], False)
+    yield f"NaN, {dtypes[0]}", partial(faults.not_finite, odd, dtypes[0], True)
+    if not rehearse:
+        yield "of the dead, bfloat16", partial(faults.auxk, sae_shape("SAeUron", 4096), "bfloat16", True)
+
+
 def path_checks(fault: Callable[[Shape, str], str]) -> Maker:
     """Of a way of topk_encode that its own checks do not take, at every published shape."""
 
@@ -157,6 +178,7 @@ CHECKS: dict[str, Maker] = {
     "topk_encode": encode_checks,
     "topk_encode, rows without a proof": path_checks(faults.unproved_fault),
     "topk_encode, bias kept": path_checks(faults.bias_fault),
+    "topk_encode_stored": stored_checks,
     "sparse_decode": sae_checks(shapes=("SAeUron", "FLUX")),
     "attention_map": attention_checks(CROSS),
     "threshold_encode": sae_checks(shapes=("SAeUron", "768 wide")),

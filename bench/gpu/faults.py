@@ -19,6 +19,8 @@ from sparsefeat_kernels.attention.rows import reference as rows_reference
 from sparsefeat_kernels.attention.tap import reference as tap_reference
 from sparsefeat_kernels.decode.auxk_decode import reference as auxk_reference
 from sparsefeat_kernels.decode.sparse_edit import reference as edit_reference
+from sparsefeat_kernels.encode.gpu.topk import topk_encode_triton, way
+from sparsefeat_kernels.encode.topk import reference as topk_reference
 from sparsefeat_kernels.gradient.weight_gradient import reference as gradient_reference
 from torch import Tensor
 
@@ -82,8 +84,36 @@ def unproved(case: SAECase) -> SAECase:
 
 def unproved_fault(sizes: Shape, dtype: str) -> str:
     case = unproved(case_of(sizes, dtype))
-    answer = by_triton(lambda: kernels.topk_encode(case.x, case.W_enc, case.b_enc, case.b, case.k))
-    return code_fault(case, answer)
+    return code_fault(case, encoded_in_groups(case))
+
+
+def encoded_in_groups(case: SAECase) -> tuple[Tensor, Tensor]:
+    """By the three best of every 16 latents, whichever way topk_encode takes."""
+    return topk_encode_triton(case.x, case.W_enc, case.b_enc, case.b, case.k, "relu")
+
+
+def stored_fault(sizes: Shape, dtype: str) -> str:
+    """Of topk_encode where it stores the pre-activations."""
+    case = case_of(sizes, dtype)
+    taken = by_triton(lambda: way(case.x, len(case.W_enc), case.k))
+    if taken != "stored":
+        return f"pre-activations are not stored: {taken}"
+    return code_fault(case, by_triton(lambda: kernels.topk_encode(case.x, case.W_enc, case.b_enc, case.b, case.k)))
+
+
+def ties(sizes: Shape, dtype: str, triton: bool) -> str:
+    """Small integers, whose sums are exact in any order and tie constantly, and infinite biases: the reference's own answer."""
+    g = torch.Generator().manual_seed(8)
+    rows, d, n, k = (sizes[name] for name in ("rows", "d_model", "n_latents", "k"))
+    drawn = [torch.randint(-2, 3, size, generator=g) for size in ((rows, d), (n, d), (n,), (d,))]
+    x, W, b_enc, b_pre = (t.to(device(), getattr(torch, dtype)) for t in drawn)
+    b_enc[::5] = -torch.inf
+    for how in ("relu", "raw", "signed"):
+        found = by_triton(partial(kernels.topk_encode, x, W, b_enc, b_pre, k, how), triton)
+        wanted = topk_reference(*(t.double() for t in (x, W, b_enc, b_pre)), k, how)
+        if not torch.equal(found[1], wanted[1]) or not torch.equal(found[0].double(), wanted[0]):
+            return f"{how}: not the reference's answer"
+    return ""
 
 
 def with_bias(case: SAECase) -> tuple[SAECase, kernels.PreparedEncoder]:

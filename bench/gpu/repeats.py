@@ -9,7 +9,7 @@ import sparsefeat_kernels as kernels
 import torch
 from torch import Tensor
 
-from bench.gpu.faults import by_triton, unproved
+from bench.gpu.faults import by_triton, encoded_in_groups, unproved
 from bench.gpu.record import Record
 from bench.measure import OURS, available
 from bench.shapes import sae_shape
@@ -27,13 +27,19 @@ SMALL_MAPS = {
 
 
 def encoded_unproved(case: SAECase) -> tuple[Tensor, Tensor]:
-    case = unproved(case)
-    return by_triton(lambda: kernels.topk_encode(case.x, case.W_enc, case.b_enc, case.b, case.k))
+    return encoded_in_groups(unproved(case))
+
+
+def encoded_stored(case: SAECase) -> tuple[Tensor, Tensor]:
+    """Of a large part of the latents."""
+    k = min(300, len(case.W_enc) // 2)
+    return by_triton(lambda: kernels.topk_encode(case.x, case.W_enc, case.b_enc, case.b, k))
 
 
 # What no figure runs, and the dtypes it is for.
 OTHER_PATHS: dict[str, tuple[Callable[[SAECase], tuple[Tensor, Tensor]], tuple[str, ...]]] = {
     "topk_encode, rows without a proof": (encoded_unproved, ("bfloat16", "float16", "float32")),
+    "topk_encode_stored": (encoded_stored, ("bfloat16", "float16", "float32")),
 }
 
 

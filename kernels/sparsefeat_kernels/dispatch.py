@@ -76,7 +76,7 @@ _asked: bool | None = True if os.environ.get("SPARSEFEAT_FORCE_TRITON", "0") not
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 # Of a batch of codes, from call to call. A kernel made for their being 1, or divisible by 16, would be compiled again in
 # the middle of somebody's run. (Attention's sizes change with the resolution only, and its kernels spill without this.)
-_UNSPECIALISED = ("entries", "k", "n_dead", "n_rules", "places", "rows", "segment_length", "width")
+_UNSPECIALISED = ("entries", "k", "n_dead", "n_rules", "places", "rows", "segment_length", "stride_code_row", "width")
 
 
 class _Kernel:
@@ -326,7 +326,7 @@ def row_chunks(rows: int, bytes_a_row: int, most_bytes: int, block: int = 1) -> 
     """`rows` rows in as few chunks as `most_bytes` allow, of equal size but the last; of whole blocks of `block` rows
     where more than one fits."""
     most = max(1, min(rows, most_bytes // max(bytes_a_row, 1)))
-    if most > block:
+    if rows > most > block:
         most -= most % block
     size = -(-rows // -(-rows // most)) if rows else 1
     if most > block:

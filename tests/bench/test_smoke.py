@@ -215,6 +215,19 @@ def test_what_smoke_found_right_and_faster_becomes_the_default_and_no_longer_whe
         prove.prove(tmp_path, results, proven)
 
 
+def test_kernels_with_a_name_of_their_own_are_proven_by_their_own_checks(tmp_path):
+    """topk_encode_stored is no check of topk_encode, and neither stands in the other's way."""
+    took, proven = {"topk_encode": (1.0, 2.0), "topk_encode_stored": (1.0, 2.0)}, tmp_path / "proven.json"
+    for wrong, right in (("topk_encode_stored", "topk_encode"), ("topk_encode, bias kept", "topk_encode_stored")):
+        proven.write_text('{"cuda": {}, "hip": {}}')
+        smoked(tmp_path, **took)
+        found = json.loads((tmp_path / "smoke.json").read_text())
+        found["summary"][wrong] = "failed at odd, bfloat16: a latent was missed"
+        (tmp_path / "smoke.json").write_text(json.dumps(found))
+        prove.prove(tmp_path, tmp_path, proven)
+        assert list(json.loads(proven.read_text())["cuda"]) == [right]
+
+
 def test_an_op_that_is_the_default_on_a_gpu_has_a_record_that_says_it_is_right_and_faster():
     """Of dispatch.PROVEN: smoke.json of a card of that backend, under bench/results."""
     for backend, of in dispatch.PROVEN.items():

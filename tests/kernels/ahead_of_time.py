@@ -58,6 +58,16 @@ TYPES = {
 }
 # d_model, n_latents, k: SAeUron, Concept Steerers (SD 1.4), FLUX SAE
 SHAPES = {"1280/20480/32": (1280, 20480, 32), "768/3072/32": (768, 3072, 32), "3072/65536/64": (3072, 65536, 64)}
+# n_latents, k, selection, how many are dead: what is selected from stored pre-activations. sdxl-unbox, TIDE, in fp32 also
+# SAeUron and Concept Steerers (SDXL), the dead of SAeUron; all latents, by their magnitude.
+STORED = (
+    (5120, 160, "relu", 0),
+    (18432, 922, "relu", 0),
+    (20480, 32, "raw", 0),
+    (32768, 64, "relu", 0),
+    (20480, 640, "relu", 2560),
+    (32768, 1024, "signed", 0),
+)
 # batch, heads, n, d, key heads, t: cross-attention of SD 1.5 (first and last level), SDXL, SD 1.5 with a prompt of two
 # windows, Sana; joint attention of FLUX (the text's keys)
 ATTENTION = (
@@ -78,6 +88,7 @@ SHAPED = (
     "_topk_encode_product_kernel",
     "_topk_encode_repair_kernel",
     "_topk_encode_select_kernel",
+    "_topk_encode_stored_kernel",
 )
 # In fp32: products, whose tiles are others.
 PRODUCTS = (
@@ -102,6 +113,9 @@ ROWS = 128  # one chunk at every shape
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
+Launch = tuple[str, str, Any, dict[str, Any]]  # shape, dtype, kernel, arguments
+
+
 @contextlib.contextmanager
 def recorded() -> Iterator[list[tuple[Any, dict[str, Any]]]]:
     """(kernel, arguments) of every call that is made inside the block; none is launched."""
@@ -118,7 +132,7 @@ def recorded() -> Iterator[list[tuple[Any, dict[str, Any]]]]:
         triton.runtime.jit.JITFunction.run = original
 
 
-def tuned_launches(architecture: str) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
+def tuned_launches(architecture: str) -> Iterator[Launch]:
     """Shape, dtype, kernel and arguments of every call that the packaged tuning tables of this architecture lead to."""
     for path in sorted(tuning_table.FOLDER.glob("*.json")):
         table = tuning_table.read_table(path)
@@ -138,6 +152,7 @@ def launches(
     """(kernel, arguments) of every call that the launchers make at this shape."""
     names = (
         "encode.gpu.topk",
+        "encode.gpu.stored",
         "decode.sparse_decode",
         "decode.auxk_dense",
         "decode.sparse_edit",
@@ -145,7 +160,7 @@ def launches(
         "gradient.weight_gradient",
         "encode.gpu.threshold",
     )
-    encode, decode, dense, edit, stats, gradient, threshold = (
+    encode, stored, decode, dense, edit, stats, gradient, threshold = (
         importlib.import_module(f"sparsefeat_kernels.{name}") for name in names
     )
     d, n, k = SHAPES[shape]
@@ -159,6 +174,7 @@ def launches(
         with recorded() as calls:
             encode.topk_encode_triton(x, W, b, c, k, "relu")
             encode.topk_encode_triton(x, W, b, c, k, "signed")
+            stored.topk_stored(x, W, torch.empty(n), c, k, "relu")
             threshold.threshold_encode_triton(x, W, b, c, b, k)
             for marked in threshold.marked_chunks(
                 x, W, b, c, b, None, 1
@@ -174,6 +190,18 @@ def launches(
             stats._feature_stats_triton(*tables, values, indices, group)
             attention_launches(dtype, attention)
     return calls
+
+
+def stored_launches() -> Iterator[Launch]:
+    """Of the selection from stored pre-activations, at published sizes."""
+    stored = importlib.import_module("sparsefeat_kernels.encode.gpu.stored")
+    for n, k, selection, n_dead in STORED:
+        for dtype in (torch.bfloat16, torch.float32) if k in (32, 64) else (torch.bfloat16,):
+            with torch.device("meta"), recorded() as calls:
+                x, W = torch.empty(ROWS, 64, dtype=dtype), torch.empty(n, 64, dtype=dtype)
+                dead = torch.empty(n_dead, dtype=torch.int64) if n_dead else None
+                stored.topk_stored(x, W, torch.empty(n), x[0], k, selection, dead)
+            yield from ((f"{n_dead or n}/{k}", str(dtype).removeprefix("torch."), *call) for call in calls)
 
 
 def attention_launches(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...]) -> None:
@@ -269,9 +297,6 @@ def of_instructions(sass: str) -> dict[str, Any]:
     }
 
 
-Launch = tuple[str, str, Any, dict[str, Any]]  # shape, dtype, kernel, arguments
-
-
 def all_launches(architecture: str) -> Iterator[Launch]:
     """Of the ops, with the blocks they take without a tuning table. See the top of the file for what is left out."""
     first, *others = SHAPES
@@ -287,6 +312,7 @@ def all_launches(architecture: str) -> Iterator[Launch]:
         for shape in others:
             calls = launches(shape, torch.bfloat16, attention=())
             yield from ((shape, "bfloat16", *call) for call in calls if call[0].fn.__name__ in SHAPED)
+        yield from stored_launches()
     if architecture == "sm_80":
         with torch.device("meta"), recorded() as calls:
             attention_launches(torch.bfloat16, (ONE_WIDE_HEAD,))

@@ -44,6 +44,7 @@ KERNELS = {
     "_topk_encode_product_kernel",
     "_topk_encode_repair_kernel",
     "_topk_encode_select_kernel",
+    "_topk_encode_stored_kernel",
     "_weight_gradient_entries_kernel",
     "_weight_gradient_join_kernel",
     "_weight_gradient_segment_kernel",
@@ -155,6 +156,7 @@ class CompiledInFull(Compiled):
                 "_sparse_decode_sum_kernel",
                 "_topk_encode_repair_kernel",
                 "_topk_encode_select_kernel",
+                "_topk_encode_stored_kernel",
             }
         )
         for row in rows:

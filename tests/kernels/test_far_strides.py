@@ -47,7 +47,8 @@ def both(run, near: tuple[Tensor, ...]) -> None:
 
 def test_encoders(inputs: dict[str, Tensor]):
     b, c = inputs["b"], inputs["c"]
-    both(lambda x, W: kernels.topk_encode(x, W, b, c, K), (inputs["x"], inputs["W"]))
+    for k in (K, N // 2):
+        both(lambda x, W, k=k: kernels.topk_encode(x, W, b, c, k), (inputs["x"], inputs["W"]))
     threshold = torch.tensor(5.0)
     both(lambda x, W: kernels.threshold_encode(x, W, b, c, threshold, 40), (inputs["x"], inputs["W"]))
 

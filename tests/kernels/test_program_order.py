@@ -144,7 +144,8 @@ def map_gradient() -> list[Tensor]:
 
 
 CASES: dict[str, Callable[[], list[Tensor]]] = {
-    "topk_encode": lambda: list(torch.ops.sparsefeat.topk_encode(*encoder(), 3, "signed")),
+    "topk_encode": lambda: list(topk_encode_triton(*encoder(), 3, "signed")),
+    "topk_encode, stored": lambda: list(torch.ops.sparsefeat.topk_encode(*encoder(), 50, "signed")),
     "topk_encode, every row without a proof": unproved,
     "threshold_encode": lambda: list(torch.ops.sparsefeat.threshold_encode(*encoder(), torch.tensor(5.0), 7)),
     "threshold_encode_csr": lambda: list(torch.ops.sparsefeat.threshold_encode_csr(*encoder(), torch.tensor(5.0))),

@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 from ..decode.auxk_decode import auxk_weight_gradient
-from ..dispatch import block_bytes, implementation, ops, register, row_chunks, sum_dtype
+from ..dispatch import block_bytes, ops, register, row_chunks, sum_dtype
 from ..products import product
 from ..threads import conducted, each, pieces, threads, together
 from .cpu import PREACTIVATION_BYTES, select, topk_encode_cpu
-from .gpu.topk import selects, topk_encode_triton
+from .gpu.stored import topk_stored
+from .gpu.topk import takes_stored, way
 from .prepared import PreparedEncoder
-from .product import WEIGHT_TILE_BYTES, check_encoder, preactivations
+from .product import WEIGHT_TILE_BYTES, check_encoder, encoder_bias, preactivations
 from .rounded import can_prefilter, pays_to_round
 from .survivors import topk_prefiltered_cpu
 from .topk import reference as topk_reference
+from .topk import topk_by_kernels
 
 __all__ = ["auxk_encode"]
 
@@ -54,8 +56,8 @@ def auxk_encode(
     Gradients: of the values as in `topk_encode`. Those of aux_values reach W_enc and b_enc and stop there: the auxiliary
     loss teaches dead latents and moves nothing else. One weight gradient serves both codes; the same bits every run.
 
-    Cost: 2 rows n_latents d FLOPs, as for topk_encode alone. Scratch below 64 MiB, whatever rows is. On a GPU the
-    selection among the dead latents is made of torch calls, for which the host does not wait.
+    Cost: 2 rows n_latents d FLOPs, as for topk_encode alone. Scratch below 64 MiB, whatever rows is. A GPU's kernels
+    multiply by the dead latents once more. The host does not wait.
 
     Raises: as `topk_encode`; ValueError or TypeError for `dead` and `k_aux`.
 
@@ -138,13 +140,18 @@ def _both_codes(
 
         together(each(some, row_chunks(a.shape[0], 8 * n_dead, selection_bytes)))
 
-    kernels = implementation("topk_encode", x) == "triton" and selects(W_enc.shape[0], k)
+    taken = way(x, W_enc.shape[0], k)
+    kernels = taken != "torch"
+    if kernels and takes_stored(x, n_dead, k_aux):
+        bias = encoder_bias(W_enc, b_enc, b_pre)
+        values, indices = topk_by_kernels(taken, x, W_enc, b_enc, b_pre, k, selection, bias)
+        return values, indices, *topk_stored(x, W_enc, bias, b_pre, k_aux, "relu", dead)
     rounded = can_prefilter(x) and (low is not None or pays_to_round(x, W_enc))
     if not kernels and not (rounded and 2 * n_dead <= W_enc.shape[0]):
         values, indices = topk_encode_cpu(x, W_enc, b_enc, b_pre, k, selection, among_the_dead)
         return values, indices, aux_values, aux_indices
     if kernels:
-        values, indices = topk_encode_triton(x, W_enc, b_enc, b_pre, k, selection)
+        values, indices = topk_by_kernels(taken, x, W_enc, b_enc, b_pre, k, selection, None)
     else:
         values, indices = topk_prefiltered_cpu(x, W_enc, b_enc, b_pre, low, bounds, k, selection)
     # The dead latents have a product of their own.

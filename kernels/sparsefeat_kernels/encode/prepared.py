@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..dispatch import implementation
 from ..threads import conducted, together
-from .gpu.topk import selects
+from .gpu.topk import way
 from .product import encoder_bias
 from .rounded import bf16_products, bias_columns, encoder_bounds, rounded_width, rounding_of_weights
 
@@ -111,7 +111,7 @@ def prefilter_pays(W_enc: Tensor, rows: int, k: int) -> bool:
     On a CPU with bf16 instructions, measured: for float32 and PREFILTERED_ROWS rows or more, which also pay for preparing
     once. By a GPU's kernels in half precision: they then read W_enc once less.
     """
-    if implementation("topk_encode", W_enc) == "triton":
-        return W_enc.dtype != torch.float32 and selects(W_enc.shape[0], k)
+    if way(W_enc, W_enc.shape[0], k) != "torch":
+        return W_enc.dtype != torch.float32
     at_home = W_enc.device.type == "cpu" and W_enc.dtype == torch.float32
     return at_home and rows >= PREFILTERED_ROWS and bf16_products()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import jit_over_rows, tl
+from ..dispatch import jit_over_rows, row_chunks, tl
 from ..products import sums_wider
 from ..threads import each, pieces, threads, together
 
@@ -15,6 +15,7 @@ __all__ = [
     "check_encoder",
     "encoder_bias",
     "preactivations",
+    "product_into",
 ]
 
 SELECTIONS = ("relu", "signed", "raw")
@@ -48,12 +49,26 @@ def check_bias(bias: Tensor | None, W_enc: Tensor) -> None:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; pass what prepare_encoder made of these weights")
 
 
+def product_into(x: Tensor, W: Tensor, out: Tensor) -> None:
+    """x W^T into `out`, whose dtype sums are held in. On a GPU half precision is multiplied as it is; elsewhere weights are
+    widened a tile at a time."""
+    dtype = out.dtype
+    if x.dtype == dtype:
+        torch.mm(x, W.T, out=out)
+    elif x.is_cuda and sums_wider(x.dtype, x.device):
+        torch.mm(x, W.T, out_dtype=dtype, out=out)
+    else:
+        wide = x.to(dtype)
+        for tile in row_chunks(len(W), dtype.itemsize * W.shape[1], WEIGHT_TILE_BYTES):
+            torch.mm(wide, W[tile].to(dtype).T, out=out[:, tile])
+
+
 def preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, out: Tensor) -> None:
     """(x - b_pre) W_enc^T + b_enc into `out`, in out's dtype. On a GPU half precision is multiplied as it is, with sums in
     fp32 and b_pre in the bias, as the Triton kernels do; elsewhere weights are widened a tile at a time."""
     dtype = out.dtype
     if x.is_cuda and x.dtype != dtype and sums_wider(x.dtype, x.device):
-        torch.mm(x, W_enc.T, out_dtype=dtype, out=out)
+        product_into(x, W_enc, out)
         out += b_enc.to(dtype) - torch.mm(b_pre[None], W_enc.T, out_dtype=dtype)
         return
     centred = x.to(dtype) - b_pre.to(dtype)

@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import implementation, ops, register, sum_dtype
+from ..dispatch import ops, register, sum_dtype
 from ..gradient.weight_gradient import weight_gradient
 from ..tuning_table import tuned
 from .cpu import topk_encode_cpu
-from .gpu.topk import selects, topk_encode_triton
+from .gpu.stored import topk_stored
+from .gpu.topk import Way, topk_encode_triton, way
 from .prepared import PreparedEncoder
-from .product import SELECTIONS, check_bias, check_encoder
+from .product import SELECTIONS, check_bias, check_encoder, encoder_bias
 from .rounded import BIAS_COLUMNS, can_prefilter, pays_to_round
 from .survivors import topk_prefiltered_cpu
 
-__all__ = ["SELECTIONS", "topk_encode"]
+__all__ = ["SELECTIONS", "topk_by_kernels", "topk_encode"]
 
 
 def topk_encode(
@@ -101,18 +102,30 @@ def reference(
 # ------------------------------------------------------------------------------------------------------- registration
 
 
+def topk_by_kernels(
+    taken: Way, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int, selection: str, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`topk_encode` of checked arguments on a GPU, by a `way` that is not plain torch. bias: what `encoder_bias` made of
+    these weights before."""
+    if taken == "stored":
+        bias = encoder_bias(W_enc, b_enc, b_pre) if bias is None else bias
+        return topk_stored(x, W_enc, bias, b_pre, k, selection)
+    entry = tuned("topk_encode", W_enc, x.shape[0], k)
+    blocks = None if entry is None else entry.blocks
+    return topk_encode_triton(x, W_enc, b_enc, b_pre, k, selection, bias, blocks)
+
+
 def _topk_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int, selection: str, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     check_encoder(x, W_enc, b_enc, b_pre, k, selection)
-    if implementation("topk_encode", x) != "triton" or not selects(W_enc.shape[0], k):
-        if pays_to_round(x, W_enc):
-            return topk_prefiltered_cpu(x, W_enc, b_enc, b_pre, None, None, k, selection)
-        return topk_encode_cpu(x, W_enc, b_enc, b_pre, k, selection)
-    check_bias(bias, W_enc)
-    entry = tuned("topk_encode", W_enc, x.shape[0], k)
-    blocks = None if entry is None else entry.blocks
-    return topk_encode_triton(x, W_enc, b_enc, b_pre, k, selection, bias, blocks)
+    taken = way(x, W_enc.shape[0], k)
+    if taken != "torch":
+        check_bias(bias, W_enc)
+        return topk_by_kernels(taken, x, W_enc, b_enc, b_pre, k, selection, bias)
+    if pays_to_round(x, W_enc):
+        return topk_prefiltered_cpu(x, W_enc, b_enc, b_pre, None, None, k, selection)
+    return topk_encode_cpu(x, W_enc, b_enc, b_pre, k, selection)
 
 
 def _topk_encode_fake(

@@ -6,7 +6,7 @@ from sparsefeat_kernels import auxk_encode, bf16_products, prepare_encoder, spar
 from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
 from sparsefeat_kernels.encode import auxk, cpu, product
 from sparsefeat_kernels.encode.auxk import reference
-from sparsefeat_kernels.encode.gpu import groups, select
+from sparsefeat_kernels.encode.gpu import groups, select, stored, topk
 
 
 def case(device: str, rows=7, d=19, n=53, dtype=torch.float32, seed=0):
@@ -49,8 +49,11 @@ def test_any_number_of_rows_in_small_chunks(monkeypatch):
 
 
 @pytest.mark.skipif(not TRITON_AVAILABLE, reason="Triton is not installed")
-@pytest.mark.parametrize("k", [4, 9000])  # the second is left to plain torch
-def test_the_host_never_waits_for_the_device(k, monkeypatch):
+@pytest.mark.parametrize(
+    ("k", "stored_is_proven", "selections"),
+    [(4, True, {"select", "stored"}), (4, False, {"select"}), (900, True, {"stored"}), (9000, True, set())],
+)
+def test_the_host_never_waits_for_the_device(k, stored_is_proven, selections, monkeypatch):
     """On tensors that have no data, any value that was asked for would be an error."""
     launched = []
 
@@ -61,18 +64,18 @@ def test_the_host_never_waits_for_the_device(k, monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **options: launched.append(self.name)
 
-    for module in (groups, select, product):
+    for module in (groups, select, stored, product):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorded(name))
     sizes = ((300, 64), (20480, 64), (20480,), (64,))
     inputs = [torch.empty(size, dtype=torch.float16, device="meta") for size in sizes]
     dead = torch.empty(5000, dtype=torch.int64, device="meta")
-    monkeypatch.setattr(
-        auxk, "implementation", lambda op, x: "triton"
-    )  # on a machine with a GPU too, where nothing is interpreted
+    # On a machine with a GPU too, where nothing is interpreted.
+    by_name = {"topk_encode": "triton", "topk_encode_stored": "triton" if stored_is_proven else "torch"}
+    monkeypatch.setattr(topk, "implementation", lambda op, x: by_name[op])
     found = auxk._auxk_encode(*inputs, k, dead, 320, "relu", None, None)
     assert [tuple(t.shape) for t in found] == [(300, k)] * 2 + [(300, 320)] * 2
-    assert ("_topk_encode_select_kernel" in launched) == (k == 4)
+    assert {name.split("_")[3] for name in launched if name.startswith("_topk")} - {"product", "repair"} == selections
 
 
 def test_gradients_are_those_of_the_formulas():

@@ -82,7 +82,7 @@ def test_cpu_path_at_sizes_with_many_groups_and_chunks(selection: str, dtype: to
     torch.testing.assert_close(values.double(), expected_values, atol=1e-4, rtol=1e-4)
 
 
-def test_a_k_that_is_a_large_part_of_the_latents_is_left_to_plain_torch_on_the_triton_path():
+def test_a_k_that_is_a_large_part_of_the_latents_on_the_triton_path():
     assert not selects(70, 30)
     inputs = problem(3, 5, 70, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
     with force_triton():

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ...dispatch import row_chunks
+from ...dispatch import implementation, row_chunks
+from ...products import ieee_products
 from ..product import encoder_bias
 from .groups import GROUP, PLANES, kept_bytes, launch_product, n_groups_of
 from .select import LARGEST_K, MOST_GROUPS, Selected, entries_of, launch_repair, launch_select, sizes_of
+from .stored import stores
 from .tiles import chunks_of, default_tile
 
-__all__ = ["selects", "topk_encode_triton"]
+__all__ = ["Way", "selects", "takes_stored", "topk_encode_triton", "way"]
+
+# Three of every 16 latents kept, pre-activations stored, plain torch.
+Way = Literal["groups", "stored", "torch"]
 
 # Of rows with a suspect, of latents spread by chance. Each costs a program two groups of latents and more.
 MOST_UNPROVED = 0.25
@@ -26,9 +32,27 @@ MOST_ROWS = 8192  # whose states, 8 bytes of k, are kept from chunk to chunk of 
 
 def selects(n_latents: int, k: int) -> bool:
     """Whether groups of 16 that keep three are a way to find k of n_latents: by the expected number of groups that hold
-    three of the k largest. Elsewhere the torch implementation runs."""
+    three of the k largest."""
     groups = max(1, n_latents // GROUP)
     return k <= LARGEST_K and math.comb(k, 3) <= MOST_UNPROVED * groups**2
+
+
+def takes_stored(x: Tensor, n_latents: int, k: int) -> bool:
+    """Whether k of n_latents are selected from pre-activations that are stored (stored.py). Its kernel is one of its own,
+    by the name of topk_encode_stored; its product is torch's, which must not be of TF32."""
+    if implementation("topk_encode_stored", x) != "triton" or not stores(n_latents, k):
+        return False
+    return x.dtype != torch.float32 or ieee_products()
+
+
+def way(x: Tensor, n_latents: int, k: int) -> Way:
+    """How topk_encode finds k of n_latents. In float32 the product is what takes long, and torch's is the fastest."""
+    groups = implementation("topk_encode", x) == "triton" and selects(n_latents, k)
+    if groups and x.dtype != torch.float32:
+        return "groups"
+    if takes_stored(x, n_latents, k):
+        return "stored"
+    return "groups" if groups else "torch"
 
 
 def topk_encode_triton(
