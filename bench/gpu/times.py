@@ -54,7 +54,7 @@ def encode_providers(figure: Figure) -> list[Provider]:
 
 def large_tile(case: SAECase) -> Mapping[str, int]:
     """That only GPUs with the most shared memory have room for, whatever a tuning table says."""
-    return LARGE_TILE if case.x.dtype != torch.float32 else default_tile(case.x.dtype)
+    return LARGE_TILE if case.x.dtype != torch.float32 else default_tile(case.x, case.W_enc)
 
 
 def of_large_tile(case: SAECase) -> tuple[Tensor, Tensor]:

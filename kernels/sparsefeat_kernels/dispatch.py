@@ -24,6 +24,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from .launch import Launcher
+
 __all__ = [
     "INTERPRETED",
     "NAMESPACE",
@@ -34,6 +36,7 @@ __all__ = [
     "check_kind",
     "force_triton",
     "has_copy_engine",
+    "has_warp_groups",
     "implementation",
     "jit",
     "jit_over_rows",
@@ -42,6 +45,7 @@ __all__ = [
     "register",
     "registered",
     "row_chunks",
+    "shared_memory",
     "sum_dtype",
     "tensor_descriptor",
     "tl",
@@ -76,22 +80,29 @@ _asked: bool | None = True if os.environ.get("SPARSEFEAT_FORCE_TRITON", "0") not
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 # Of a batch of codes, from call to call. A kernel made for their being 1, or divisible by 16, would be compiled again in
 # the middle of somebody's run. (Attention's sizes change with the resolution only, and its kernels spill without this.)
-_UNSPECIALISED = ("entries", "k", "n_dead", "n_rules", "places", "rows", "segment_length", "stride_code_row", "width")
+_UNSPECIALISED = (
+    "entries", "first_row", "k", "n_dead", "n_rules", "places", "rows", "segment_length", "stride_code_row", "width",
+)  # fmt: skip
 
 
 class _Kernel:
     """What `triton.jit` makes of a function, made when somebody first asks for it, together with all others: kernels call
-    each other by the names in their modules, which from then on are Triton's own."""
+    functions by the names in their modules, which from then on are Triton's own. A name that ends in "_kernel" is launched
+    from Python alone, and stays."""
 
     waiting: ClassVar[list[_Kernel]] = []
     _making = threading.RLock()
 
     def __init__(self, function: Callable[..., Any], **options: Any):
         self.function, self.options, self.made = function, options, None
+        self.launcher: Launcher | None = None
         _Kernel.waiting.append(self)
 
-    def __getitem__(self, grid: Any) -> Any:
-        return self._kernel()[grid]
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        launcher = self.launcher
+        if launcher is None:
+            launcher = self.launcher = Launcher(self._kernel())
+        return lambda *args, **options: launcher(grid, args, options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._kernel(), name)
@@ -104,7 +115,8 @@ class _Kernel:
                     kernel.made = triton.jit(kernel.function, **kernel.options)
                 for kernel in _Kernel.waiting:
                     names = kernel.function.__globals__
-                    names |= {name: value.made for name, value in names.items() if isinstance(value, _Kernel)}
+                    own = {name: value for name, value in names.items() if isinstance(value, _Kernel)}
+                    names |= {name: value.made for name, value in own.items() if not name.endswith("_kernel")}
                     names["tl"] = triton.language
                 _Kernel.waiting.clear()
         return self.made
@@ -128,10 +140,15 @@ def triton_version() -> tuple[int, ...]:
     return tuple(map(int, importlib.import_module("triton").__version__.split(".")[:2]))
 
 
+@functools.cache
+def _imported(name: str) -> Any:
+    """importlib's own look takes microseconds."""
+    return importlib.import_module(name)
+
+
 def tensor_descriptor(t: torch.Tensor, block: list[int]) -> Any:
     """What a kernel reads blocks of `t` through."""
-    descriptors = importlib.import_module("triton.tools.tensor_descriptor")
-    return descriptors.TensorDescriptor(t, list(t.shape), list(t.stride()), block)
+    return _imported("triton.tools.tensor_descriptor").TensorDescriptor(t, list(t.shape), list(t.stride()), block)
 
 
 def implementation(op: str, x: torch.Tensor) -> Literal["torch", "triton"]:
@@ -167,7 +184,7 @@ def register(
 
     @functools.wraps(run)
     def without_autocast(*args: Any) -> Any:
-        device = next(argument.device.type for argument in args if isinstance(argument, torch.Tensor))
+        device = args[0].device.type
         if not torch.is_autocast_enabled(device):  # a context costs as much as a small op
             return run(*args)
         with torch.autocast(device, enabled=False):
@@ -296,8 +313,35 @@ def backend() -> Literal["cuda", "hip"]:
 
 def has_copy_engine() -> bool:
     """Whether the current GPU reads tiles through tensor descriptors: compute capability 9.0 and later."""
-    target = importlib.import_module("triton").runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch >= 90
+    return _architecture() >= 90
+
+
+def has_warp_groups() -> bool:
+    """Whether its matrix units take the products of four warps together and leave the sums in registers: 9.0 alone."""
+    return _architecture() // 10 == 9
+
+
+def _architecture() -> int:
+    """Of the current GPU, ten times its compute capability; 0 of AMD's."""
+    driver = _imported("triton").runtime.driver.active
+    return _architecture_of(driver, driver.get_current_device())
+
+
+@functools.cache
+def _architecture_of(driver: Any, device: int) -> int:
+    target = driver.get_current_target()
+    return int(target.arch) if target.backend == "cuda" else 0
+
+
+def shared_memory() -> int:
+    """Bytes that one program may have of the current GPU's."""
+    driver = _imported("triton").runtime.driver.active
+    return _shared_memory(driver, driver.get_current_device())
+
+
+@functools.cache
+def _shared_memory(driver: Any, device: int) -> int:
+    return int(driver.utils.get_device_properties(device)["max_shared_mem"])
 
 
 @contextlib.contextmanager
@@ -319,7 +363,10 @@ def next_power_of_2(n: int) -> int:
 
 def sum_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """What sums over `tensors` are held in: float64 where one of them is, float32 for all others."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def row_chunks(rows: int, bytes_a_row: int, most_bytes: int, block: int = 1) -> list[slice]:

@@ -15,14 +15,11 @@ spills are asserted, what differs from bf16 by more than the width of its loads.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import importlib.util
 import json
 import os
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +34,7 @@ from sparsefeat_kernels.tuning import measure as tuning  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from bench.pretended_driver import pretend  # noqa: E402
 from bench.sass import Code, disassembled, units  # noqa: E402
 
 TARGETS = {
@@ -110,6 +108,8 @@ FULL = ("sm_80", "sm_90")
 # Of what the others stand for in the rest.
 ENCODERS_ALONE = ("sm_89", "sm_120")
 ROWS = 128  # one chunk at every shape
+# Of those with a copy engine, the shared memory that a program may have.
+SHARED = {"sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -318,11 +318,11 @@ def all_launches(architecture: str) -> Iterator[Launch]:
             attention_launches(torch.bfloat16, (ONE_WIDE_HEAD,))
         yield from (("d 512", "bfloat16", *call) for call in calls)
     if architecture == "sm_90":
-        yield from ((first, "bfloat16", *call) for call in large_tile_launches(first))
+        yield from ((first, "bfloat16", *call) for call in small_tile_launches(first))
 
 
-def large_tile_launches(shape: str) -> list[tuple[Any, dict[str, Any]]]:
-    """Of the tile that only the GPUs with the most shared memory have room for."""
+def small_tile_launches(shape: str) -> list[tuple[Any, dict[str, Any]]]:
+    """Of the tile that runs where large ones would be few."""
     encode, threshold, tiles = (
         importlib.import_module(f"sparsefeat_kernels.encode.gpu.{name}") for name in ("topk", "threshold", "tiles")
     )
@@ -330,28 +330,11 @@ def large_tile_launches(shape: str) -> list[tuple[Any, dict[str, Any]]]:
     with torch.device("meta"), recorded() as calls:
         x, W = torch.empty(ROWS, d, dtype=torch.bfloat16), torch.empty(n, d, dtype=torch.bfloat16)
         weights = torch.empty(n, dtype=torch.bfloat16), torch.empty(d, dtype=torch.bfloat16)
-        encode.topk_encode_triton(x, W, *weights, k, "relu", blocks=tiles.LARGE_TILE)
-        threshold.threshold_encode_triton(x, W, *weights, weights[0], k, tile=tiles.LARGE_TILE)
+        multiprocessors, tiles.multiprocessors = tiles.multiprocessors, lambda _: n
+        encode.topk_encode_triton(x, W, *weights, k, "relu")
+        threshold.threshold_encode_triton(x, W, *weights, weights[0], k)
+        tiles.multiprocessors = multiprocessors
     return [call for call in calls if call[0].fn.__name__.endswith("product_kernel")]
-
-
-def pretended_driver(folder: Path) -> bool:
-    """Let Triton launch on pretended_driver.c; whether there is a compiler to build it."""
-    compiler = shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        return False
-    library = folder / "libcuda.so.1"
-    source = Path(__file__).with_name("pretended_driver.c")
-    header = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
-    command = [compiler, "-shared", "-fPIC", f"-I{header}", f"-Wl,-soname,{library.name}", "-o", library, source]
-    subprocess.run(command, check=True)
-    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # whoever asks for it by its name from now on gets this one
-    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-    driver = importlib.import_module("triton.backends.nvidia.driver").CudaDriver()
-    driver.get_current_device = driver.get_current_stream = lambda *_: 0
-    driver.get_device_capability = lambda *_: (9, 0)
-    triton.runtime.driver.set_active(driver)
-    return True
 
 
 def launched(kernel: Any, arguments: dict[str, Any], source: ASTSource) -> Any:
@@ -369,8 +352,10 @@ def main(folder: Path, architecture: str) -> None:
     for name in ("encode.product", "encode.gpu.tiles", "attention.map"):
         importlib.import_module(f"sparsefeat_kernels.{name}").backend = lambda: TARGETS[architecture].backend
     copies = TARGETS[architecture].backend == "cuda" and TARGETS[architecture].arch >= 90
-    importlib.import_module("sparsefeat_kernels.encode.gpu.tiles").has_copy_engine = lambda: copies
-    on_driver = architecture == "sm_90" and pretended_driver(folder)
+    tiles = importlib.import_module("sparsefeat_kernels.encode.gpu.tiles")
+    tiles.has_copy_engine, tiles.shared_memory = lambda: copies, lambda: SHARED[architecture]
+    tiles.has_warp_groups = lambda: architecture == "sm_90"
+    on_driver = architecture == "sm_90" and pretend(folder)
     seen, rows, cubins = set(), [], []
     tuned = ((launch, {"tuned": True}) for launch in tuned_launches(architecture))
     for (shape, dtype, kernel, arguments), more in (*((launch, {}) for launch in all_launches(architecture)), *tuned):
@@ -384,13 +369,14 @@ def main(folder: Path, architecture: str) -> None:
             compiled = triton.compile(source, target=TARGETS[architecture], options=options)
         row = {"architecture": architecture, "kernel": kernel.fn.__name__, "shape": shape, "dtype": dtype} | more
         row |= evidence(compiled, architecture) | ({"launched": True} if on_driver else {})
-        if architecture == "sm_90" and row["kernel"].endswith("_encode_product_kernel"):
+        if row["kernel"].endswith("_encode_product_kernel"):
+            row |= {"large": arguments["BLOCK_LATENTS"] > 128, "signed": arguments.get("SIGNED", False)}
+        if architecture == "sm_90" and "large" in row:
             tile = arguments["BLOCK_ROWS"], arguments["BLOCK_LATENTS"]
             entries = tile[0] * tile[1] / (32 * arguments["num_warps"])  # of a thread
             (folder / "kernel.cubin").write_bytes(compiled.asm["cubin"])
             alone = Code(folder / "kernel.cubin", TOOLS / "cuobjdump")
-            row |= {"epilogue": units(alone.after_product())["integer"] / entries, "large": tile[1] > 128}
-            row["products"] = alone.ops.count("HGMMA")
+            row |= {"epilogue": units(alone.after_product())["integer"] / entries, "products": alone.ops.count("HGMMA")}
         rows.append(row)
         cubins.append(compiled.asm.get("cubin"))
     if TARGETS[architecture].backend == "cuda":
@@ -409,7 +395,9 @@ def key_of(kernel: Any, source: ASTSource, options: dict[str, Any]) -> str:
 def compiled_again() -> list[str]:
     """Names of kernels that are another program for one row, an odd number of rows, or a number that 16 divides."""
     programs: dict[str, set[frozenset[str]]] = {}
-    importlib.import_module("sparsefeat_kernels.encode.gpu.tiles").has_copy_engine = lambda: True
+    tiles = importlib.import_module("sparsefeat_kernels.encode.gpu.tiles")
+    tiles.has_copy_engine = tiles.has_warp_groups = lambda: True
+    tiles.shared_memory = lambda: SHARED["sm_90"]
     for rows in (1, 48, 77, 300):
         found: dict[str, set[str]] = {}
         for kernel, arguments in launches(next(iter(SHAPES)), torch.bfloat16, rows, attention=()):

@@ -78,7 +78,7 @@ def digest(architecture: str) -> str:
     of = hashlib.sha256(f"{architecture} {importlib.metadata.version('triton')} {torch.__version__}".encode())
     for path in (
         SCRIPT,
-        SCRIPT.with_name("pretended_driver.c"),
+        *sorted((ROOT / "bench").glob("pretended_driver.*")),
         ROOT / "bench" / "sass.py",
         *sorted(Path(sparsefeat_kernels.__file__).parent.rglob("*.*")),
     ):
@@ -135,6 +135,11 @@ class Compiled:
         assert {row["kernel"] for row in products} == PRODUCTS
         copies = self.architecture in ("sm_90", "sm_100", "sm_120")
         assert all((row.get("copies", 0) > 0) == copies for row in products)
+
+    def test_the_large_tile_runs_by_itself_on_sm_90_alone(self, rows: list[dict[str, Any]]):
+        found = {(row["kernel"], row["large"]) for row in rows if row["kernel"] in PRODUCTS and not row.get("tuned")}
+        sizes = (False, True) if self.architecture == "sm_90" else (False,)
+        assert found == {(kernel, large) for kernel in PRODUCTS for large in sizes}
 
     def test_half_precision_products_run_on_matrix_units(self, rows: list[dict[str, Any]]):
         products = [row for row in rows if row["kernel"] in PRODUCTS | ATTENTION]

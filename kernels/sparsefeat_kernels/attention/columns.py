@@ -222,7 +222,7 @@ def _attention_column_sums_triton(
             num_stages=1 if full else 2,
         )  # fmt: skip
         _attention_column_join_kernel[(sums.shape[0], -(-n_tokens // 256))](
-            sums, partial, weight_argument(head_weight, query), group, batch, heads, n_tokens, *sums.stride(), WEIGHTED=head_weight is not None,
+            sums, partial, weight_argument(head_weight), group, batch, heads, n_tokens, *sums.stride(), WEIGHTED=head_weight is not None,
             BLOCK_TOKENS=256, num_warps=4,
         )  # fmt: skip
 

@@ -22,13 +22,12 @@ from ..dispatch import (
 )
 from ..flop_formulas import register_flop_formula
 from ..threads import conducted, each, shares, threads, together
-from .scores import BLOCK_BYTES, arguments, check_device, check_query_and_key
+from .scores import BLOCK_BYTES, check_device, check_query_and_key, scale_of
 from .tiles import (
     LOG2_E,
     aligned,
     heads_of,
     load_tile,
-    mask_argument,
     softmax_start,
     softmax_step,
     store_tile,
@@ -77,7 +76,7 @@ def concept_attention(
 
     Source: Helbling et al., "ConceptAttention", ICML 2025, section 3.
     """
-    scale, _ = arguments(query, scale, None)
+    scale = scale_of(query, scale)
     return ops.concept_attention(query, key, value, image_key, image_value, scale)
 
 
@@ -164,7 +163,6 @@ def _concept_attention_kernel(
     query,
     key,
     value,
-    mask,
     partial_ptr,
     sums_ptr,
     heads,
@@ -194,7 +192,7 @@ def _concept_attention_kernel(
     for start in range(part * PART, min((part + 1) * PART, n_tokens), BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS).to(tl.int64)
         k = load_tile(key, b, head, token, n_tokens, column, D, ALIGN)
-        scores = tile_scores(q, k, scale, mask, b, head, row, rows, token, n_tokens, 0)
+        scores = tile_scores(q, k, scale, None, b, head, row, rows, token, n_tokens, 0)
         p, shrink, _, highest, sums = softmax_step(scores, highest, sums)
         v = load_tile(value, b, head, token, n_tokens, wide, D_VALUE, ALIGN)
         total = total * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
@@ -248,14 +246,14 @@ def _concept_attention_triton(
     sums = torch.empty(batch, heads, parts, c, 2, dtype=torch.float32, device=query.device)
     block_rows = min(next_power_of_2(max(c, 16)), 16 if full else 64)
     block_d, block_value = next_power_of_2(max(d, 16)), next_power_of_2(max(e, 16))
-    row_blocks, (no_mask, _) = -(-c // block_rows), mask_argument(None, query, key)
+    row_blocks = -(-c // block_rows)
     warps = 8 if full else 4  # 720 instructions a thread for 1,170 of 4 warps, which spill on sm_80 under Triton 3.6
     with torch.cuda.device_of(query):
         for k, v, before, its_parts in ((key, value, 0, own), (image_key, image_value, own, of_image)):
             if its_parts:
                 align, (queries, keys, values) = aligned(query, k, v)
                 _concept_attention_kernel[(row_blocks * its_parts, heads, batch)](
-                    queries, keys, values, no_mask, partial, sums, heads, c, k.shape[2], before, its_parts, parts,
+                    queries, keys, values, partial, sums, heads, c, k.shape[2], before, its_parts, parts,
                     scale * LOG2_E, ALIGN=align, D=d, D_VALUE=e, PART=KEYS_A_PART,
                     BLOCK_ROWS=block_rows, BLOCK_TOKENS=16 if full else 32, BLOCK_D=block_d, BLOCK_VALUE=block_value,
                     num_warps=warps, num_stages=1 if full or max(d, e) > 160 else 2,

@@ -188,7 +188,7 @@ def _concept_map_triton(
     block_rows = 16 if n <= 256 or full or block_tokens > 64 else 32
     with torch.cuda.device_of(output):
         _concept_map_kernel[(-(-n // block_rows), batch)](
-            Maps(maps, *maps.stride()), outputs, of_concepts, weight_argument(head_weight, output), group.contiguous(),
+            Maps(maps, *maps.stride()), outputs, of_concepts, weight_argument(head_weight), group.contiguous(),
             batch, heads, n, c, maps.shape[0], WEIGHTED=head_weight is not None, SOFTMAX=softmax, ALIGN=align, D=e,
             BLOCK_BATCH=next_power_of_2(batch), BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens,
             BLOCK_D=min(next_power_of_2(max(e, 16)), 32 if full else 64), num_warps=4,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -274,6 +276,27 @@ def _attention_map_kernel(
             add_to_maps(maps, g, row, rows, token, n_tokens, total)
 
 
+@functools.lru_cache(maxsize=1024)
+def _sizes(
+    batch: int, heads: int, n: int, n_tokens: int, widest: int, full: bool, programs: int
+) -> tuple[int, int, Mapping[str, int]]:
+    """Blocks of rows, heads of a program, and the sizes of a block, for heads of up to `widest` columns."""
+    block_tokens = next_power_of_2(max(n_tokens, 16))
+    # 32 rows of 128 keys: 250 registers with the output, and 128 programs at 64 x 64 positions, an H100's 132
+    # multiprocessors; 64 rows spill. Few rows: smaller blocks still, for more programs.
+    block_rows = 16 if n <= 256 or full else 32
+    row_blocks = -(-n // block_rows)
+    return row_blocks, -(-heads // max(1, programs // (row_blocks * batch))), {
+        "BLOCK_BATCH": next_power_of_2(batch),
+        "BLOCK_ROWS": block_rows,
+        "BLOCK_TOKENS": block_tokens,
+        "BLOCK_D": min(next_power_of_2(max(widest, 16)), 32 if full else 64),
+        "num_warps": 8 if full or block_tokens > 128 else 4,
+        # The next head's tiles are fetched ahead where two heads' fit (AMD: the compiler fails on it with the output).
+        "num_stages": 1 if full or widest > 64 or backend() == "hip" else 2,
+    }  # fmt: skip
+
+
 def _attention_triton(
     maps: Tensor,
     query: Tensor,
@@ -294,32 +317,21 @@ def _attention_triton(
         return
     (batch, heads, n, d), n_tokens = query.shape, key.shape[2]
     bias, is_masked = mask_argument(mask, query, key)
-    v = key if value is None else value
-    align, (queries, keys, values) = aligned(query, key, v)
-    block_tokens = next_power_of_2(max(n_tokens, 16))
-    # 32 rows of 128 keys: 250 registers with the output, and 128 programs at 64 x 64 positions, an H100's 132
-    # multiprocessors; 64 rows spill. Few rows: smaller blocks still, for more programs.
-    block_rows = 16 if n <= 256 or full else 32
-    widest = max(d, v.shape[3])
-    block_d = min(next_power_of_2(max(widest, 16)), 32 if full else 64)
-    # The next head's tiles are fetched ahead where two heads' fit (AMD: the compiler fails on it with the output).
-    stages = 1 if full or widest > 64 or backend() == "hip" else 2
-    row_blocks = -(-n // block_rows)
-    heads_each = -(-heads // max(1, PROGRAMS // (row_blocks * batch)))
+    d_value = d if value is None else value.shape[3]
+    align, (queries, keys, *values) = aligned(query, key) if value is None else aligned(query, key, value)
+    row_blocks, heads_each, blocks = _sizes(batch, heads, n, n_tokens, max(d, d_value), full, PROGRAMS)
     parts = -(-heads // heads_each)
-    to = maps if parts == 1 else maps.new_zeros(parts * maps.shape[0], *maps.shape[1:])
+    to = maps if parts == 1 else maps.new_zeros(parts, *maps.shape)
     with torch.cuda.device_of(query):
         _attention_map_kernel[(row_blocks, batch, parts)](
-            Maps(to, *to.stride()), queries, keys, values, heads_of(query if out is None else out), bias,
-            weight_argument(head_weight, query), group.contiguous(), group if tokens is None else tokens.contiguous(),
+            Maps(to, *to.stride()[-3:]), queries, keys, values[0] if values else None, None if out is None else heads_of(out),
+            bias, weight_argument(head_weight), group.contiguous(), None if tokens is None else tokens.contiguous(),
             batch, heads, heads_each, n, n_tokens, maps.shape[2], maps.shape[0], scale * LOG2_E, heads // key.shape[1],
             OUTPUT=out is not None, WEIGHTED=head_weight is not None, SELECTED=tokens is not None, MASK=is_masked,
-            ALIGN=align, D=d, D_VALUE=v.shape[3],
-            BLOCK_BATCH=next_power_of_2(batch), BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, BLOCK_D=block_d,
-            num_warps=8 if full or block_tokens > 128 else 4, num_stages=stages,
+            ALIGN=align, D=d, D_VALUE=d_value, **blocks,
         )  # fmt: skip
     if parts > 1:
-        maps += to.view(parts, *maps.shape).sum(0)
+        maps += to.sum(0)
 
 
 # ------------------------------------------------------------------------------------------------------- registration

@@ -21,12 +21,12 @@ from ..dispatch import (
 from ..flop_formulas import register_flop_formula
 from .map_gradient_cpu import gradient_cpu, keeping, keeps
 from .scores import (
-    arguments,
     check_head_weight,
     check_query_and_key,
     check_tokens,
     dense_probabilities,
     head_weights,
+    scale_of,
 )
 from .tiles import (
     Maps,
@@ -97,7 +97,7 @@ def attention_map(
             raise ValueError(
                 f"{name} requires a gradient, and attention_map gives one to query and key only; detach it"
             )
-    scale, _ = arguments(query, scale, None)
+    scale = scale_of(query, scale)
     check_kind("key", "Tensor", key)
     if mask is None and keeps(query, key):
         check_query_and_key("attention_map", query, key, None)
@@ -315,7 +315,7 @@ def _gradient_triton(
     align, (queries, keys) = aligned(query, key)
     block_d = next_power_of_2(max(d, 16))
     block_rows, block_tokens, warps = _blocks(query.dtype == torch.float32, block_d)
-    given = (lse, dots, bias, weight_argument(head_weight, query), grad if slots is None else slots)
+    given = (lse, dots, bias, weight_argument(head_weight), grad if slots is None else slots)
     sizes = (_power_of_two(grad), heads, n, n_tokens, scale, heads // key_heads)
     grads = Maps(grad, *grad.stride())
     options = {

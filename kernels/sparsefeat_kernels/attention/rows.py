@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..dispatch import implementation, jit, next_power_of_2, ops, register, registered, sum_dtype, tl
 from ..flop_formulas import register_flop_formula
-from .scores import additive, arguments, check_device, check_query_and_key, dense_probabilities, score_blocks
+from .scores import additive, check_device, check_query_and_key, dense_probabilities, scale_of, score_blocks
 from .tiles import LOG2_E, aligned, load_tile, mask_argument, softmax_start, softmax_step, tile_scores
 
 __all__ = ["attention_rows"]
@@ -52,7 +52,7 @@ def attention_rows(
         >>> attention_rows(query, key, marked=torch.tensor([True, False]))
         (tensor([[[0.6931]]]), tensor([[[0.6931]]]), tensor([[[0.5000]]]))
     """
-    scale, _ = arguments(query, scale, None)
+    scale = scale_of(query, scale)
     lse, entropy, mass = ops.attention_rows(query, key, scale, mask, marked)
     return lse, entropy, mass
 

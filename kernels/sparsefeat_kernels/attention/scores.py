@@ -71,7 +71,9 @@ def check_accumulator(
         raise ValueError(f"{name} must be [groups, {sizes}] to match query and key, got shape {tuple(sums.shape)}")
     if sums.dtype != sum_dtype(query):
         raise TypeError(f"{name} must be {sum_dtype(query)} for a query of {query.dtype}, got {sums.dtype}")
-    if any(stride == 0 and size > 1 for stride, size in zip(sums.stride(), sums.shape, strict=True)):
+    if 0 in sums.stride() and any(
+        stride == 0 and size > 1 for stride, size in zip(sums.stride(), sums.shape, strict=True)
+    ):
         raise ValueError(f"{name} is written in place and must not be expanded, got strides {tuple(sums.stride())}")
     check_device(name, sums, query)
     batch = query.shape[0]
@@ -118,11 +120,16 @@ def check_device(name: str, tensor: Tensor, query: Tensor) -> None:
         raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}; move one of them")
 
 
-def arguments(query: Tensor, scale: float | None, group: Tensor | None) -> tuple[float, Tensor]:
-    """The defaults: scale 1 / sqrt(d), and batch row b in group b."""
+def scale_of(query: Tensor, scale: float | None) -> float:
+    """Without one 1 / sqrt(d)."""
     check_kind("query", "Tensor", query)
     check_kind("scale", "Optional[float]", scale)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    return query.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def arguments(query: Tensor, scale: float | None, group: Tensor | None) -> tuple[float, Tensor]:
+    """The defaults: of the scale, and batch row b in group b."""
+    scale = scale_of(query, scale)
     return scale, torch.arange(query.shape[0], device=query.device) if group is None else group
 
 

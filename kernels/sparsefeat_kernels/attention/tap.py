@@ -248,7 +248,7 @@ def attention_tap_triton(
     stages = 1 if full or d > 160 else 2
     with torch.cuda.device_of(query):
         _attention_tap_kernel[(row_blocks * token_blocks, batch)](
-            Maps(maps, *maps.stride()), queries, keys, heads_of(lse), bias, weight_argument(head_weight, query),
+            Maps(maps, *maps.stride()), queries, keys, heads_of(lse), bias, weight_argument(head_weight),
             group.contiguous(), batch, heads, n, n_tokens, maps.shape[0], scale * LOG2_E, heads // key.shape[1],
             WEIGHTED=head_weight is not None, MASK=is_masked, ALIGN=align, D=d,
             BLOCK_BATCH=next_power_of_2(batch), BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens,

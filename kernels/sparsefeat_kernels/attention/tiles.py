@@ -6,6 +6,7 @@ powers of two. A tensor comes as a tuple of its pointer and strides.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -53,28 +54,33 @@ def aligned(*tensors: Tensor) -> tuple[int, list[Heads]]:
     Multiplied by it again in a kernel strides show the compiler that loads may be 128 bits wide. A head of 40 starts at
     any multiple of 80 bytes, which the usual hint, divisibility by 16 elements, does not cover.
     """
-    align = 16 // tensors[0].dtype.itemsize
+    pointers = 0
     for tensor in tensors:
-        if tensor.stride(3) != 1 or tensor.data_ptr() % 16:
-            align = 1
-        align = math.gcd(align, *tensor.stride()[:3])
-    strides = ([stride // align for stride in tensor.stride()[:3]] for tensor in tensors)
-    return align, [
-        Heads(t, batch, head, row, t.stride(3)) for t, (batch, head, row) in zip(tensors, strides, strict=True)
-    ]
+        pointers |= tensor.data_ptr()
+    most = 1 if pointers % 16 else 16 // tensors[0].itemsize
+    align, strides = _counted(most, tuple([tensor.stride() for tensor in tensors]))
+    return align, [Heads(tensor, *own) for tensor, own in zip(tensors, strides, strict=True)]
 
 
-def mask_argument(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Heads, int]:
+@functools.lru_cache(maxsize=1024)
+def _counted(most: int, strides: tuple[tuple[int, ...], ...]) -> tuple[int, list[tuple[int, ...]]]:
+    """ALIGN, at most `most`, and the strides that count it."""
+    align = most if all(own[3] == 1 for own in strides) else 1
+    align = math.gcd(align, *(stride for own in strides for stride in own[:3]))
+    return align, [(*(stride // align for stride in own[:3]), own[3]) for own in strides]
+
+
+def mask_argument(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Heads | None, int]:
     """The mask, additive and expanded, and MASK."""
     bias = additive(mask, query, key)
     if bias is None:
-        return Heads(query, 0, 0, 0, 0), NO_MASK
+        return None, NO_MASK
     return heads_of(bias), MASK_OF_KEYS if bias.stride(2) == 0 or bias.shape[2] == 1 else MASK_OF_PAIRS
 
 
-def weight_argument(head_weight: Tensor | None, query: Tensor) -> Tensor:
+def weight_argument(head_weight: Tensor | None) -> Tensor | None:
     """What a kernel reads where WEIGHTED."""
-    return query if head_weight is None else head_weight.float().contiguous()
+    return None if head_weight is None else head_weight.float().contiguous()
 
 
 # Head dims are padded to what a matrix unit takes, 16 at least, in chunks of BLOCK_D: 40 becomes 64, 72 and 112 two
@@ -131,7 +137,8 @@ def _biased(scores, bias):
 @jit
 def masked(scores, mask, b, head, row, rows, token, n_tokens, MASK: tl.constexpr):
     """Scores with the mask: -inf where it says so (whatever the key holds, NaN too) and where there is no token."""
-    ptr = mask.ptr + b * mask.batch + head * mask.head
+    if MASK != 0:
+        ptr = mask.ptr + b * mask.batch + head * mask.head
     if MASK == 1:
         bias = tl.load(ptr + token * mask.column, mask=token < n_tokens, other=float("-inf"))
         scores = _biased(scores, bias.to(tl.float32)[None, :])

@@ -290,17 +290,38 @@ def test_shapes_after_the_time_is_over_are_listed_as_missing(tmp_path: Path, mon
     assert [m["n_latents"] for m in json.loads(out.read_text())["missing"]] == [128, 100]
 
 
-def test_published_shapes_are_measured_the_default_first():
+def test_published_shapes_are_measured_the_defaults_first(monkeypatch: pytest.MonkeyPatch):
     of_saeuron = next(iter(tuning.shapes()))
     assert of_saeuron == Shape(4096, 1280, 20480, 32, "bfloat16")
     for dtype in ("bfloat16", "float32"):
-        first = tuning.configurations("topk_encode", replace(of_saeuron, dtype=dtype))[0]
-        assert first.blocks == tiles.default_tile(getattr(torch, dtype))
+        found = tuning.configurations("topk_encode", replace(of_saeuron, dtype=dtype))
+        x, W = (torch.empty(rows, 1280, dtype=getattr(torch, dtype), device="meta") for rows in (4096, 20480))
+        assert found[0].blocks == tiles.default_tile(x, W)
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    monkeypatch.setattr(tiles, "has_warp_groups", lambda: True)
+    assert tuning.configurations("topk_encode", of_saeuron)[1].blocks == tiles.default_tile(x.bfloat16(), W.bfloat16())
     assert tuning.configurations("topk_encode", replace(of_saeuron, n_latents=5120, k=160)) == []
     for shape in tuning.shapes():
         for op in tuning.OPS:
             for found in tuning.configurations(op, shape):  # each can stand in a table
                 Entry(op, shape.rows, shape.d, shape.n_latents, shape.k, shape.dtype, found.design, found.blocks, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "d", "n_latents", "dtype", "large"),
+    [(1, 1280, 20480, "bfloat16", True), (384, 1280, 5120, "bfloat16", False), (385, 1280, 5120, "float16", True),
+     (4096, 1280, 20480, "float32", False), (4096, 1281, 20480, "bfloat16", False)],
+)  # fmt: skip
+def test_the_large_tile_is_the_default_of_sm_90_where_it_pays(
+    rows: int, d: int, n_latents: int, dtype: str, large: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Of 132 multiprocessors more than half have one; of rows that begin at multiples of 16 bytes."""
+    x, W = (torch.empty(size, d, dtype=getattr(torch, dtype), device="meta") for size in (rows, n_latents))
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    monkeypatch.setattr(tiles, "multiprocessors", lambda _: 132)
+    for warp_groups in (False, True):
+        monkeypatch.setattr(tiles, "has_warp_groups", lambda of=warp_groups: of)
+        assert (tiles.default_tile(x, W) == tiles.LARGE_TILE) == (large and warp_groups)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -14,13 +14,10 @@ which sends its row to be computed plainly; no row is lost by that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
 from torch import Tensor
 
 from ...dispatch import jit, jit_over_rows, tl
-from .tiles import operands, precision, programs_of, tile_sums
+from .tiles import Operands, tile_sums
 
 __all__ = [
     "GROUP",
@@ -128,6 +125,7 @@ def _topk_encode_product_kernel(
     d,
     n_groups,
     first_row,
+    first_latent,
     stride_x_row,
     stride_x_d,
     stride_W_latent,
@@ -141,12 +139,14 @@ def _topk_encode_product_kernel(
     BLOCK_LATENTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """kept [rows, planes, n_groups] of x W^T + bias. The first rows' puts 0 into count: none is without a proof yet."""
+    """kept [rows, planes, n_groups] of x W^T + bias, of rows and latents from the first ones on. The first rows' puts 0 into
+    count: none is without a proof yet."""
     STRETCHES: tl.constexpr = BLOCK_LATENTS // 64
     GROUPS: tl.constexpr = 4 * STRETCHES
     N_PLANES: tl.constexpr = 6 if SIGNED else 5
     if (tl.program_id(0) == 0) & (first_row == 0):
         tl.store(count_ptr, 0)
+    bias_ptr += first_latent  # here: added to every latent it would be an operation of each
     row_blocks = tl.cdiv(rows, BLOCK_ROWS)
     tiles = row_blocks * tl.cdiv(n_latents, BLOCK_LATENTS)
     # Programs that share latents run together: a tile of W comes from memory once.
@@ -154,7 +154,8 @@ def _topk_encode_product_kernel(
         row = (tile % row_blocks) * BLOCK_ROWS
         block = tile // row_blocks
         total = tile_sums(
-            x, W, b_pre_ptr, row, block * BLOCK_LATENTS, rows, n_latents, d,
+            x, W, b_pre_ptr, first_row + row, first_latent + block * BLOCK_LATENTS, first_row + rows,
+            first_latent + n_latents, d,
             stride_x_row, stride_x_d, stride_W_latent, stride_W_d, stride_b_pre_d,
             DESCRIBED, CENTRED, PRECISION, BLOCK_ROWS, BLOCK_LATENTS, BLOCK_D,
         )  # fmt: skip
@@ -196,21 +197,18 @@ def _topk_encode_product_kernel(
 
 
 def launch_product(
-    x: Tensor,
-    W: Tensor,
+    of: Operands,
     b_pre: Tensor,
     bias: Tensor,
     kept: Tensor,
     count: Tensor,
-    first_row: int,
+    rows: slice,
+    latents: slice,
     signed: bool,
-    tile: Mapping[str, int],
 ) -> None:
-    """kept and count, of x and W."""
-    (rows, d), n_latents = x.shape, W.shape[0]
-    x_tiles, W_tiles, described = operands(x, W, tile)
-    _topk_encode_product_kernel[(programs_of(rows, n_latents, tile, x.device),)](
-        x_tiles, W_tiles, b_pre, bias, kept, count, rows, n_latents, d, n_groups_of(n_latents, tile["BLOCK_LATENTS"]),
-        first_row, *x.stride(), *W.stride(), b_pre.stride(0), SIGNED=signed, DESCRIBED=described,
-        CENTRED=x.dtype == torch.float32, PRECISION=precision(x.dtype), **tile,
+    """kept and count, of some rows and latents."""
+    n_rows, n_latents = rows.stop - rows.start, latents.stop - latents.start
+    _topk_encode_product_kernel[(of.programs(n_rows, n_latents),)](
+        of.x, of.W, b_pre, bias, kept, count, n_rows, n_latents, of.d, n_groups_of(n_latents, of.tile["BLOCK_LATENTS"]),
+        rows.start, latents.start, *of.strides, b_pre.stride(0), SIGNED=signed, **of.constants,
     )  # fmt: skip

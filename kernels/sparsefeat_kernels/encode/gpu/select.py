@@ -167,10 +167,7 @@ def _topk_encode_select_kernel(
     kept_ptr,
     ids_ptr,
     state_ptr,
-    suspects_ptr,
-    n_suspects_ptr,
     list_ptr,
-    count_ptr,
     values_ptr,
     indices_ptr,
     k,
@@ -242,10 +239,10 @@ def _topk_encode_select_kernel(
     # The largest finite value stands for -inf where it is negative; fewer than k are candidates.
     plainly |= (tl.max(best, axis=0) >= 0x7F7FFFF0) | (last == -0x80000000)
     if plainly | (n_suspects > 0):
-        place = tl.atomic_add(count_ptr, 1)
-        tl.store(list_ptr + place, row.to(tl.int32))
-        tl.store(n_suspects_ptr + place, tl.where(plainly, -1, n_suspects))
-        out = suspects_ptr + place * MOST_SUSPECTS + tl.cumsum(suspect.to(tl.int32), axis=0) - 1
+        list_ptr += 1 + tl.atomic_add(list_ptr, 1) * (2 + MOST_SUSPECTS)
+        tl.store(list_ptr, row.to(tl.int32))
+        tl.store(list_ptr + 1, tl.where(plainly, -1, n_suspects))
+        out = list_ptr + 1 + tl.cumsum(suspect.to(tl.int32), axis=0)
         tl.store(out, group, mask=suspect & (not plainly))
         # Of its k largest, those of suspects are left to the repair.
         latent = (index_of(top) - first_latent).to(tl.int32)
@@ -270,10 +267,7 @@ def _topk_encode_repair_kernel(
     b_pre_ptr,
     bias_ptr,
     state_ptr,
-    suspects_ptr,
-    n_suspects_ptr,
     list_ptr,
-    count_ptr,
     values_ptr,
     indices_ptr,
     k,
@@ -299,9 +293,10 @@ def _topk_encode_repair_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """The code or state of the rows of the list: of their state and of all latents of their suspects."""
-    for i in range(tl.program_id(0), tl.load(count_ptr), tl.num_programs(0)):
-        row = tl.load(list_ptr + i).to(tl.int64)
-        n_suspects = tl.load(n_suspects_ptr + i)
+    for i in range(tl.program_id(0), tl.load(list_ptr), tl.num_programs(0)):
+        entry_ptr = list_ptr + 1 + i * (2 + MOST_SUSPECTS)
+        row = tl.load(entry_ptr).to(tl.int64)
+        n_suspects = tl.load(entry_ptr + 1)
         plainly = n_suspects < 0
         n_suspects = tl.where(plainly, n_groups, n_suspects)
         top = tl.load(state_ptr + row * BLOCK_K + tl.arange(0, BLOCK_K))
@@ -309,7 +304,7 @@ def _topk_encode_repair_kernel(
             entry = tl.arange(0, REPAIRED * 16)
             slot = start + entry // 16
             named = (slot < n_suspects) & (not plainly)
-            group = tl.load(suspects_ptr + i * MOST_SUSPECTS + slot, mask=named, other=0)
+            group = tl.load(entry_ptr + 2 + slot, mask=named, other=0)
             latent = latent_of(tl.where(plainly, slot, group), entry % 16, STRETCHES).to(tl.int64)
             inside = (slot < n_suspects) & (latent < n_latents)
             total = tl.zeros([REPAIRED * 16, BLOCK_D], tl.float32)
@@ -333,8 +328,8 @@ def _topk_encode_repair_kernel(
         tl.store(state_ptr + row * BLOCK_K + tl.arange(0, BLOCK_K), top)
     if LAST:  # in a loop of its own: what that keeps in registers would be in the way of the one above
         tl.debug_barrier()  # other warps read what these wrote
-        for i in range(tl.program_id(0), tl.load(count_ptr), tl.num_programs(0)):
-            row = tl.load(list_ptr + i).to(tl.int64)
+        for i in range(tl.program_id(0), tl.load(list_ptr), tl.num_programs(0)):
+            row = tl.load(list_ptr + 1 + i * (2 + MOST_SUSPECTS)).to(tl.int64)
             top = tl.load(state_ptr + row * BLOCK_K + tl.arange(0, BLOCK_K))
             _finish(top, values_ptr, indices_ptr, row, k, RELU, SIGNED, BLOCK_K)
 
@@ -345,25 +340,20 @@ class Selected:
 
     code: tuple[Tensor, Tensor]  # values, indices [rows, k]
     state: Tensor  # int64 [rows, BLOCK_K]: the keys of the k largest so far
-    suspects: Tensor  # [rows, MOST_SUSPECTS] groups, by place on the list
-    n_suspects: Tensor  # [rows]
-    listed: Tensor  # [rows]
-    count: Tensor  # one: how many are listed
+    listed: (
+        Tensor  # int32: how many are on the list, then of each its row, the number of its suspects, and their groups
+    )
 
     @classmethod
     def of(cls, code: tuple[Tensor, Tensor], block_k: int) -> Selected:
         values, indices = code
         rows = values.shape[0]
-
-        def numbers(*size: int) -> Tensor:
-            return indices.new_empty(size)
-
         state = values.new_empty(rows, block_k, dtype=torch.int64)
-        return cls(code, state, numbers(rows, MOST_SUSPECTS), numbers(rows), numbers(rows), numbers(1))
+        return cls(code, state, indices.new_empty(1 + rows * (2 + MOST_SUSPECTS)))
 
     @property
     def arguments(self) -> tuple[Tensor, ...]:
-        return self.state, self.suspects, self.n_suspects, self.listed, self.count, *self.code
+        return self.state, self.listed, *self.code
 
 
 def launch_select(

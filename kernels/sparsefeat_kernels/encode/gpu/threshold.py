@@ -20,7 +20,7 @@ from torch import Tensor
 from ...dispatch import jit, jit_over_rows, next_power_of_2, tl
 from ...tuning_table import tuned
 from ..product import encoder_bias
-from .tiles import chunks_of, default_tile, operands, precision, programs_of, tile_sums
+from .tiles import Operands, chunks_of, default_tile, room, stage_bytes, tile_sums
 
 __all__ = ["marked_chunks", "threshold_encode_csr_triton", "threshold_encode_triton"]
 
@@ -58,6 +58,8 @@ def _threshold_encode_product_kernel(
     n_latents,
     d,
     n_words,
+    first_row,
+    first_latent,
     stride_x_row,
     stride_x_d,
     stride_W_latent,
@@ -71,8 +73,12 @@ def _threshold_encode_product_kernel(
     BLOCK_LATENTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """words [rows, n_words] of x W^T + bias, and scratch [rows, n_words, 32] where a word is not 0."""
+    """words [rows, n_words] of x W^T + bias, and scratch [rows, n_words, 32] where a word is not 0, of rows and latents from
+    the first ones on."""
     WORDS: tl.constexpr = BLOCK_LATENTS // 32
+    # Here: added to every latent they would be operations of each.
+    bias_ptr += first_latent
+    threshold_ptr += tl.cast(first_latent, tl.int64) * stride_threshold_latent
     row_blocks = tl.cdiv(rows, BLOCK_ROWS)
     tiles = row_blocks * tl.cdiv(n_latents, BLOCK_LATENTS)
     # Programs that share latents run together: a tile of W comes from memory once.
@@ -80,7 +86,8 @@ def _threshold_encode_product_kernel(
         row = (tile % row_blocks) * BLOCK_ROWS
         block = tile // row_blocks
         total = tile_sums(
-            x, W, b_pre_ptr, row, block * BLOCK_LATENTS, rows, n_latents, d,
+            x, W, b_pre_ptr, first_row + row, first_latent + block * BLOCK_LATENTS, first_row + rows,
+            first_latent + n_latents, d,
             stride_x_row, stride_x_d, stride_W_latent, stride_W_d, stride_b_pre_d,
             DESCRIBED, CENTRED, PRECISION, BLOCK_ROWS, BLOCK_LATENTS, BLOCK_D,
         )  # fmt: skip
@@ -123,23 +130,25 @@ def _threshold_encode_compact_kernel(
     indices_ptr,
     places,
     n_words,
+    first_row,
     first_latent,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):
-    """One row: the marked entries move to their places behind those of the chunks before, those past the row's last are
-    dropped; after the last chunk zeros fill the row. Until then a row with NaN has count -1. Without row_starts all rows
-    have `places`."""
+    """One row, counted from the first of its chunk: the marked entries move to their places behind those of the chunks before,
+    those past the row's last are dropped; after the last chunk zeros fill the row. Until then a row with NaN has count -1.
+    Without row_starts all rows have `places`."""
     row = tl.program_id(0).to(tl.int64)
+    words_ptr += row * n_words
+    scratch_ptr += row * n_words * 32
+    row += first_row
     start = row * places
     if row_starts_ptr is not None:
         start = tl.load(row_starts_ptr + row)
         places = (tl.load(row_starts_ptr + row + 1) - start).to(tl.int32)
     values_ptr += start
     indices_ptr += start
-    words_ptr += row * n_words
-    scratch_ptr += row * n_words * 32
     found, broken = 0, False
     if not FIRST:
         found = tl.load(counts_ptr + row)
@@ -183,28 +192,30 @@ class Marked(NamedTuple):
     rows: slice
     latents: slice
     last: bool  # no latents follow
+    n_words: int
     scratch: Tensor  # fp32 [rows, n_words, 32], written only where a word is not 0
     words: Tensor  # int32 [rows, n_words]
 
     def compact(
-        self, counts: Tensor, values: Tensor, indices: Tensor, row_starts: Tensor | None = None, places: int = 0
-    ) -> None:
+        self, counts: Tensor, values: Tensor, indices: Tensor, row_starts: Tensor | None = None, places: int = 0,
+        first_row: int = 0,
+    ) -> None:  # fmt: skip
         """Move entries to `values` and `indices`, whose row r has the places row_starts[r] .. row_starts[r + 1] - 1, or of
-        whose rows each has `places`."""
-        rows, n_words = self.words.shape
+        whose rows each has `places`; first_row: the one of these that is the chunk's first."""
         with torch.cuda.device_of(values):
-            _threshold_encode_compact_kernel[(rows,)](
-                self.scratch, self.words, row_starts, counts, values, indices, places, n_words, self.latents.start,
-                FIRST=self.latents.start == 0, LAST=self.last,
-                BLOCK_WORDS=min(next_power_of_2(max(n_words, 2)), 128), num_warps=1,
+            _threshold_encode_compact_kernel[(self.rows.stop - self.rows.start,)](
+                self.scratch, self.words, row_starts, counts, values, indices, places, self.n_words, first_row,
+                self.latents.start, FIRST=self.latents.start == 0, LAST=self.last,
+                BLOCK_WORDS=min(next_power_of_2(max(self.n_words, 2)), 128), num_warps=1,
             )  # fmt: skip
 
 
 def _tile(x: Tensor, W_enc: Tensor) -> Mapping[str, int]:
-    """That of topk_encode, and one stage fewer, which leaves room for what passes through shared memory."""
+    """That of topk_encode, with as many stages as leave room for what passes through shared memory, fp32 [rows, 64]."""
     entry = tuned("topk_encode", W_enc, x.shape[0])
-    tile = default_tile(x.dtype) if entry is None else entry.blocks
-    return {**tile, "num_stages": max(2, tile["num_stages"] - 1)}
+    tile = default_tile(x, W_enc) if entry is None else entry.blocks
+    stages = (room(tile) - tile["BLOCK_ROWS"] * 64 * 4) // stage_bytes(tile, x.itemsize)
+    return {**tile, "num_stages": max(2, min(tile["num_stages"], stages))}
 
 
 def marked_chunks(
@@ -217,24 +228,23 @@ def marked_chunks(
     chunks = chunks_of(x, W_enc, tile, 4 + 4 / WORD, 0, 1 << 31, least_rows)
     most = chunks[0][1][0].stop, -(-chunks[0][0].stop // width) * width
     scratch = x.new_empty(most[0] * most[1], dtype=torch.float32)
-    marks = x.new_empty(most[0] * most[1] // WORD, dtype=torch.int32)
-    floor = threshold.to(torch.float32).expand(n_latents)
+    words = x.new_empty(most[0] * most[1] // WORD, dtype=torch.int32)
+    of = Operands.of(x, W_enc, tile)
+    threshold = threshold.to(torch.float32)
+    strides = *of.strides, b_pre.stride(0), threshold.stride(0) if threshold.dim() else 0
     with torch.cuda.device_of(x):
         bias = encoder_bias(W_enc, b_enc, b_pre) if bias is None else bias
     for latents, of_rows in chunks:
-        W = W_enc[latents]
-        n_words = -(-len(W) // width) * width // WORD
+        n = latents.stop - latents.start
+        n_words = -(-n // width) * width // WORD
         for rows in of_rows:
-            some = x[rows]
-            words = marks[: len(some) * n_words].view(len(some), n_words)
-            x_tiles, W_tiles, described = operands(some, W, tile)
+            n_rows = rows.stop - rows.start
             with torch.cuda.device_of(x):
-                _threshold_encode_product_kernel[(programs_of(len(some), len(W), tile, x.device),)](
-                    x_tiles, W_tiles, b_pre, bias[latents], floor[latents], scratch, words, len(some), *W.shape, n_words,
-                    *some.stride(), *W.stride(), b_pre.stride(0), floor.stride(0), DESCRIBED=described,
-                    CENTRED=x.dtype == torch.float32, PRECISION=precision(x.dtype), **tile,
+                _threshold_encode_product_kernel[(of.programs(n_rows, n),)](
+                    of.x, of.W, b_pre, bias, threshold, scratch, words, n_rows, n, of.d, n_words, rows.start,
+                    latents.start, *strides, **of.constants,
                 )  # fmt: skip
-            yield Marked(rows, latents, latents.stop == n_latents, scratch, words)
+            yield Marked(rows, latents, latents.stop == n_latents, n_words, scratch, words)
 
 
 def threshold_encode_triton(
@@ -247,8 +257,7 @@ def threshold_encode_triton(
     indices = x.new_empty(rows, max_active, dtype=torch.int32)
     counts = x.new_empty(rows, dtype=torch.int32)
     for marked in marked_chunks(x, W_enc, b_enc, b_pre, threshold, bias, LEAST_ROWS, tile) if rows else ():
-        part = marked.rows
-        marked.compact(counts[part], values[part], indices[part], places=max_active)
+        marked.compact(counts, values, indices, places=max_active, first_row=marked.rows.start)
     return values, indices, counts
 
 
@@ -260,9 +269,9 @@ def threshold_encode_csr_triton(
     indices = [x.new_empty(0, dtype=torch.int32)]
     row_offsets = x.new_zeros(x.shape[0] + 1, dtype=torch.int64)
     for marked in marked_chunks(x, W_enc, b_enc, b_pre, threshold, bias, 1) if x.shape[0] else ():
-        counts = x.new_empty(len(marked.words), dtype=torch.int32)
+        counts = x.new_empty(marked.rows.stop - marked.rows.start, dtype=torch.int32)
         marked.compact(counts, values[0], indices[0])  # to no places: what it does is count
-        row_starts = x.new_zeros(len(counts) + 1, dtype=torch.int64)
+        row_starts = x.new_zeros(counts.shape[0] + 1, dtype=torch.int64)
         torch.cumsum(counts, 0, out=row_starts[1:])
         entries = int(row_starts[-1])  # the host waits for the device
         values.append(x.new_empty(entries, dtype=torch.float32))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,10 @@ from ...dispatch import (
     INTERPRETED,
     backend,
     has_copy_engine,
+    has_warp_groups,
     jit,
     row_chunks,
+    shared_memory,
     tensor_descriptor,
     tl,
     triton_version,
@@ -32,12 +34,13 @@ from ...dispatch import (
 __all__ = [
     "LARGE_TILE",
     "SCRATCH_BYTES",
+    "Operands",
     "chunks_of",
     "default_tile",
     "multiprocessors",
-    "operands",
     "precision",
-    "programs_of",
+    "room",
+    "stage_bytes",
     "tile_sums",
 ]
 
@@ -45,17 +48,44 @@ SCRATCH_BYTES = 58 << 20  # what one call holds beside its inputs and outputs
 # Fewer rows at once, and reading W would take a fifth of the time that multiplying takes (H100: 3 TB/s, 700 TFLOP/s).
 LEAST_ROWS = 1024
 IEEE = os.environ.get("SPARSEFEAT_IEEE", "0") not in ("", "0")
-# With four stages 192 KiB of shared memory, which an H100 has: the cheapest loop a product there can have.
+HEIGHTS = "BLOCK_ROWS", "BLOCK_LATENTS"  # of a tile of x and of one of W
+SMALLEST_ROOM = 99 << 10  # of shared memory, which the smaller GPUs of each generation have
+# With four stages 192 KiB of shared memory, which an H100 has: the cheapest loop a product there can have. An H200 measured it
+# 1.37 to 1.45 times as fast as the small one at 4,096 rows, 1.07 times at 256 (bench/results/smoke-nvidia-h200.json).
 LARGE_TILE = {"BLOCK_ROWS": 128, "BLOCK_LATENTS": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 4}
 
 
-def default_tile(dtype: torch.dtype) -> dict[str, int]:
-    """Block sizes, warps and stages without a tuning table: within the 99 KiB of shared memory that the smaller GPUs of
-    each generation have (AMD: 64 KiB)."""
+def default_tile(x: Tensor, W: Tensor) -> Mapping[str, int]:
+    """Block sizes, warps and stages without a tuning table: for half precision LARGE_TILE on sm_90 (on sm_100 it spills) where
+    the copy engine fills it and small ones would be more than the multiprocessors; else within SMALLEST_ROOM (AMD: 64 KiB)."""
+    if x.dtype == torch.float32:
+        return {"BLOCK_ROWS": 64, "BLOCK_LATENTS": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
+    # One takes as long as two small ones: of fewer, each could have a multiprocessor.
+    many = 2 * tiles_of(x.shape[0], W.shape[0], LARGE_TILE) > multiprocessors(x.device)
+    if many and not INTERPRETED and has_warp_groups() and readable(x) and readable(W):
+        return LARGE_TILE
     few = backend() == "hip"
-    if dtype != torch.float32:
-        return {"BLOCK_ROWS": 128, "BLOCK_LATENTS": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2 if few else 3}
-    return {"BLOCK_ROWS": 64, "BLOCK_LATENTS": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_ROWS": 128, "BLOCK_LATENTS": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2 if few else 3}
+
+
+def each(tile: Mapping[str, int]) -> int:
+    """Programs of one multiprocessor."""
+    return 1 if tile["BLOCK_LATENTS"] > 128 else 2
+
+
+def room(tile: Mapping[str, int]) -> int:
+    """Bytes of shared memory to plan a program with."""
+    alone = each(tile) == 1 and not INTERPRETED and has_copy_engine()
+    return shared_memory() if alone else SMALLEST_ROOM
+
+
+def stage_bytes(tile: Mapping[str, int], itemsize: int) -> int:
+    """Of a product's loads in flight."""
+    return (tile["BLOCK_ROWS"] + tile["BLOCK_LATENTS"]) * tile["BLOCK_D"] * itemsize
+
+
+def tiles_of(rows: int, n_latents: int, tile: Mapping[str, int]) -> int:
+    return -(-rows // tile["BLOCK_ROWS"]) * -(-n_latents // tile["BLOCK_LATENTS"])
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -71,19 +101,37 @@ def readable(tensor: Tensor) -> bool:
     return rows and tensor.stride(1) == 1 and tensor.data_ptr() % 16 == 0
 
 
-def operands(x: Tensor, W: Tensor, tile: Mapping[str, int]) -> tuple[Any, Any, bool]:
-    """What a product reads tiles of x and W from, and whether these are descriptors. (They are when interpreted.)"""
-    if not (INTERPRETED or has_copy_engine()) or not (readable(x) and readable(W)):
-        return x, W, False
-    heights = tile["BLOCK_ROWS"], tile["BLOCK_LATENTS"]
-    found = [tensor_descriptor(t, [height, tile["BLOCK_D"]]) for t, height in zip((x, W), heights, strict=True)]
-    return *found, True
+class Operands(NamedTuple):
+    """The arguments that all launches of a call's product share."""
 
+    x: Any  # what tiles are read from: descriptors, or the tensors
+    W: Any
+    d: int
+    strides: tuple[int, ...]  # of x and of W
+    most: int  # programs that run at once
+    tile: Mapping[str, int]
+    constants: Mapping[str, Any]
 
-def programs_of(rows: int, n_latents: int, tile: Mapping[str, int], device: torch.device) -> int:
-    """Persistent programs: as many as run at once, or one for every tile where these are fewer."""
-    tiles = -(-rows // tile["BLOCK_ROWS"]) * -(-n_latents // tile["BLOCK_LATENTS"])
-    return min(tiles, multiprocessors(device) * (1 if tile["BLOCK_LATENTS"] > 128 else 2))
+    @classmethod
+    def of(cls, x: Tensor, W: Tensor, tile: Mapping[str, int]) -> Operands:
+        described = (INTERPRETED or has_copy_engine()) and readable(x) and readable(W)
+        of = x, W
+        if described:
+            of = tuple(
+                tensor_descriptor(t, [tile[height], tile["BLOCK_D"]]) for t, height in zip(of, HEIGHTS, strict=True)
+            )
+        constants = {
+            "DESCRIBED": described,
+            "CENTRED": x.dtype == torch.float32,
+            "PRECISION": precision(x.dtype),
+            **tile,
+        }
+        most = multiprocessors(x.device) * each(tile)
+        return cls(*of, x.shape[1], (*x.stride(), *W.stride()), most, tile, constants)
+
+    def programs(self, rows: int, n_latents: int) -> int:
+        """Persistent: as many as run at once, or one for every tile where these are fewer."""
+        return min(tiles_of(rows, n_latents, self.tile), self.most)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from ..product import encoder_bias
 from .groups import GROUP, PLANES, kept_bytes, launch_product, n_groups_of
 from .select import LARGEST_K, MOST_GROUPS, Selected, entries_of, launch_repair, launch_select, sizes_of
 from .stored import stores
-from .tiles import chunks_of, default_tile
+from .tiles import Operands, chunks_of, default_tile
 
 __all__ = ["Way", "selects", "takes_stored", "topk_encode_triton", "way"]
 
@@ -70,7 +70,7 @@ def topk_encode_triton(
     rows = x.shape[0]
     values = x.new_empty(rows, k, dtype=torch.float32)
     indices = x.new_empty(rows, k, dtype=torch.int32)
-    tile = default_tile(x.dtype) if blocks is None else blocks
+    tile = default_tile(x, W_enc) if blocks is None else blocks
     with torch.cuda.device_of(x):
         bias = encoder_bias(W_enc, b_enc, b_pre) if bias is None and rows else bias
         for some in row_chunks(rows, 1, MOST_ROWS):
@@ -95,7 +95,7 @@ def _encode_some(
     code: tuple[Tensor, Tensor],
 ) -> None:
     n_latents, signed = W_enc.shape[0], selection == "signed"
-    to = Selected.of(code, sizes_of(1, k).block_k)
+    to, of = Selected.of(code, sizes_of(1, k).block_k), Operands.of(x, W_enc, tile)
     bytes_a_row = 4 * 2 * entries_of(k)
     chunks = chunks_of(x, W_enc, tile, kept_bytes(signed), bytes_a_row, MOST_GROUPS * GROUP)
     most_rows = chunks[0][1][0].stop
@@ -103,13 +103,13 @@ def _encode_some(
     kept = x.new_empty(most_rows, PLANES + signed, most_groups, dtype=torch.int32)
     ids = x.new_empty(most_rows, 2 * entries_of(k), dtype=torch.int32)
     for part, of_rows in chunks:
-        W, part_bias, first = _part(part, W_enc), _part(part, bias), part.start
-        sizes = sizes_of(n_groups_of(W.shape[0], tile["BLOCK_LATENTS"]), k)
+        n, first = part.stop - part.start, part.start
+        sizes = sizes_of(n_groups_of(n, tile["BLOCK_LATENTS"]), k)
         constants = {
             "RELU": selection == "relu", "SIGNED": signed, "LAST": part.stop == n_latents,
             "STRETCHES": tile["BLOCK_LATENTS"] // 64,
         }  # fmt: skip
         for some in of_rows:
-            launch_product(_part(some, x), W, b_pre, part_bias, kept, to.count, some.start, signed, tile)
-            launch_select(kept, ids, to, some, W.shape[0], first, sizes, constants)
-        launch_repair((x, W, b_pre, part_bias), to, first, sizes, constants)
+            launch_product(of, b_pre, bias, kept, to.listed, some, part, signed)
+            launch_select(kept, ids, to, some, n, first, sizes, constants)
+        launch_repair((x, _part(part, W_enc), b_pre, _part(part, bias)), to, first, sizes, constants)
