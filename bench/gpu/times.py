@@ -17,6 +17,7 @@ import torch
 from sparsefeat_kernels.encode.gpu.threshold import threshold_encode_triton
 from sparsefeat_kernels.encode.gpu.tiles import LARGE_TILE, default_tile
 from sparsefeat_kernels.encode.gpu.topk import topk_encode_triton
+from sparsefeat_kernels.tuning.graphs import captured
 from torch import Tensor
 
 from bench.gpu.checks import SLOW, SMALLEST, TINY, TINY_ATTENTION
@@ -103,15 +104,7 @@ AT_ONE_SHAPE = ("weight_gradient", "sparse_edit", "feature_stats")
 def graph_ms(figure: Figure, provider: Provider) -> float:
     """Milliseconds of a replay of one captured call. Raises where it cannot be captured."""
     state = provider.prepare(figure.inputs(0))
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        provider.run(state)
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        provider.run(state)
-    times = []
+    graph, times = captured(lambda: provider.run(state)), []
     for _ in range(REPLAYS):
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         first.record()

@@ -1,9 +1,9 @@
 """Measure a tuning table on this machine's GPU: `python -m sparsefeat_kernels.tuning --out FILE`.
 
-At each published shape every configuration of an op is checked against fp64, then all that were right are timed in turns,
-between flushes of the L2 cache; the fastest becomes the shape's entry. The most wanted shapes come first, the file is
-complete after each, and `--seconds` ends the run between two shapes. To use the table: set SPARSEFEAT_TUNING=FILE, or put
-it into tuning/tables/ (see tuning_table.py).
+At each published shape every configuration of an op is checked against fp64, then all that were right are timed in turns, as
+replays of a CUDA graph between flushes of the L2 cache; the fastest becomes the shape's entry. The most wanted shapes come
+first, the file is complete after each, and `--seconds` ends the run between two shapes. To use the table: set
+SPARSEFEAT_TUNING=FILE, or put it into tuning/tables/ (see tuning_table.py).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ..decode.sparse_decode import sparse_decode_triton
 from ..dispatch import backend
 from ..encode.gpu.topk import selects, topk_encode_triton
 from ..tuning_table import Entry, Table
+from .graphs import captured
 
 __all__ = ["OPS", "Shape", "configurations", "main", "tune"]
 
@@ -48,8 +49,8 @@ SAES: Mapping[str, tuple[int, int, int]] = {
 ROWS = (4096, 256)
 FULL = ("SAeUron", "Concept Steerers, SD 1.5")  # also measured in float32
 
-# Products: rows, latents, columns, warps, stages. The first of each is the default; the others trade shared memory for
-# fewer loads (256 wide) or a deeper pipeline, and a tile's size for more programs at once (64 high).
+# Products: rows, latents, columns, warps, stages. The first of each is the default, the second of half precision that of sm_90.
+# The others trade shared memory for a deeper pipeline, and a tile's size for more programs at once (64 high).
 PRODUCTS: dict[str, tuple[tuple[int, ...], ...]] = {
     "bfloat16": (
         (128, 128, 64, 8, 3),
@@ -245,10 +246,22 @@ def milliseconds(run: Callable[[], Any], flush: Tensor) -> float:
     return first.elapsed_time(last)
 
 
+def timed_calls(calls: Mapping[int, Callable[[], Any]], device: str) -> tuple[dict[int, Callable[[], Any]], bool]:
+    """What is timed of each call, and whether these are replays of graphs: of a call that Python launches, the host's noise
+    would decide. All or none: a call and a replay do not compare."""
+    if device == "cuda":
+        try:
+            return {i: captured(run).replay for i, run in calls.items()}, True
+        except Exception as error:
+            print(f"timed with what the host takes: no graph of a call ({type(error).__name__}: {error})", flush=True)
+    return dict(calls), False
+
+
 def measure(
     op: str, shape: Shape, tried: list[Configuration], device: str, seconds: float, flush: Tensor
 ) -> list[dict[str, Any]]:
-    """One record a configuration: design, blocks, and median_ms or the fault for which it was not timed."""
+    """One record a configuration: design, blocks, and median_ms (`replayed`: of a graph) or the fault for which it was not
+    timed."""
     inputs = inputs_of(shape, device)
     records: list[dict[str, Any]] = [{"design": one.design, "blocks": dict(one.blocks)} for one in tried]
     calls: dict[int, Callable[[], Any]] = {}
@@ -264,6 +277,7 @@ def measure(
             records[i]["fault"] = fault
         else:
             calls[i] = run
+    calls, replayed = timed_calls(calls, device)
     times: dict[int, list[float]] = {i: [] for i in calls}
     began, rounds = time.perf_counter(), 0
     while calls and (rounds < LEAST_ROUNDS or time.perf_counter() - began < seconds):
@@ -271,7 +285,7 @@ def measure(
             times[i].append(milliseconds(run, flush))
         rounds += 1
     for i, found in times.items():
-        records[i]["median_ms"] = statistics.median(found)
+        records[i] |= {"median_ms": statistics.median(found), "replayed": replayed}
     return records
 
 
@@ -279,7 +293,9 @@ def entry_of(op: str, shape: Shape, records: list[dict[str, Any]]) -> Entry | No
     """The fastest right configuration, the first of equally fast ones; None if none was right."""
     timed = [record for record in records if "median_ms" in record]
     best = min(timed, key=lambda record: record["median_ms"], default=None)
-    return None if best is None else Entry(op=op, **asdict(shape), **best)
+    if best is None:
+        return None
+    return Entry(op=op, **asdict(shape), **{name: best[name] for name in ("design", "blocks", "median_ms")})
 
 
 def tune(

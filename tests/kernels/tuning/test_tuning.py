@@ -282,6 +282,45 @@ def test_a_wrong_answer_is_not_timed_however_fast(wrong: str, tmp_path: Path, mo
     assert says[wrong] in a["fault"]
 
 
+class Graph:
+    """Of a call: its replays are counted apart."""
+
+    def __init__(self, run: Any) -> None:
+        self.run, self.replays = run, 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+def test_a_gpu_is_timed_by_replays_of_graphs(monkeypatch: pytest.MonkeyPatch):
+    graphs, launched = [], []
+    monkeypatch.setattr(tuning, "captured", lambda run: graphs.append(Graph(run)) or graphs[-1])
+    calls = {0: lambda: launched.append(0), 2: lambda: launched.append(2)}
+    timed, replayed = tuning.timed_calls(calls, "cuda")
+    for run in timed.values():
+        run()
+    assert replayed
+    assert [graph.replays for graph in graphs] == [1, 1]
+    assert [graph.run for graph in graphs] == list(calls.values())
+    assert (list(timed), launched) == ([0, 2], [])
+    assert tuning.timed_calls(calls, "cpu") == (calls, False)
+
+
+def test_where_one_call_cannot_be_captured_all_are_timed_as_they_are_launched(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    calls = {0: lambda: None, 1: lambda: None}
+
+    def captured(run: Any) -> Graph:
+        if run is calls[1]:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return Graph(run)
+
+    monkeypatch.setattr(tuning, "captured", captured)
+    assert tuning.timed_calls(calls, "cuda") == (calls, False)
+    assert "timed with what the host takes: no graph of a call (RuntimeError: operation not" in capsys.readouterr().out
+
+
 @needs_triton
 def test_shapes_after_the_time_is_over_are_listed_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     wanted, out = small(monkeypatch), tmp_path / "t.json"
