@@ -11,23 +11,34 @@ from pathlib import Path
 import torch
 
 
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def _cpuinfo() -> str:
+    """What Linux says of its processors, each a paragraph; elsewhere nothing."""
+    return CPUINFO.read_text() if CPUINFO.is_file() else ""
+
+
 def device_name() -> str:
-    """The machine in words: the GPU's name, or the processor's and its cores."""
+    """The machine in words: the GPU's name, or the processor's and its cores.
+
+    A virtual machine may call every AMD processor "AMD EPYC", of which one multiplies bf16 twice as fast as the other: a name
+    without a number is told by family and model.
+    """
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
+    first = _cpuinfo().split("\n\n")[0]
+    says = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    model = says.get("model name") or platform.processor() or platform.machine()
+    if not any(letter.isdigit() for letter in model) and {"cpu family", "model"} <= says.keys():
+        model += f" (family {says['cpu family']}, model {says['model']})"
     threads = torch.get_num_threads()
     return f"{model}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def has_bfloat16() -> bool:
     """Whether this CPU has bfloat16 matrix instructions (Linux only): the embedded pipeline then draws in half the time."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    flags = _cpuinfo()
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from sparsefeat.measure import machine
 from sparsefeat.measure import timing as core
 from sparsefeat.measure.figures import build
 from sparsefeat.measure.ops.encode import PRODUCT
@@ -231,3 +232,19 @@ def test_a_killed_run_keeps_what_was_measured_and_goes_on(tmp_path):
     ours = [r for r in json.loads(path.read_text())["records"] if r["provider"] == OURS]
     assert len(ours) == 3
     assert all(record["checked"] for record in ours)
+
+
+@pytest.mark.parametrize(
+    ("says", "name"),
+    [
+        ("cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nmodel\t\t: 3\n", "AMD EPYC (family 25, model 17)"),
+        ("cpu family\t: 6\nmodel\t\t: 143\nmodel name\t: Xeon 8481C @ 2.7 GHz\n", "Xeon 8481C @ 2.7 GHz"),
+        ("model name\t: Somebody\n", "Somebody"),
+    ],
+)
+def test_a_processor_without_a_number_in_its_name_is_told_by_its_model(monkeypatch, tmp_path, says, name):
+    (tmp_path / "cpuinfo").write_text(says)
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert machine.device_name() == f"{name}, 2 threads"
