@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-
 CPUINFO = Path("/proc/cpuinfo")
 
 

@@ -78,7 +78,8 @@ def _attention_in_blocks(
                 probabilities = torch.softmax(scores, -1, out=scores)
                 if math.isnan(probabilities[..., 0].sum()):  # of rows whose scores are all -inf, perhaps
                     of_block = None if of_row is None else of_row[block, rows]
-                    again = score_blocks(query[b, block, at], _of_heads(key[b], block, heads), scale, of_block)
+                    k = _of_heads(key[b], block, heads)
+                    again = score_blocks(query[b, block, at], k, scale, of_block, n_tokens)  # as large a block
                     probabilities.masked_fill_((next(again)[2] == -torch.inf).all(-1, keepdim=True), 0)
                 if out is not None and values is not None:
                     p, v, to = probabilities[..., :n_tokens], _of_heads(values, block, heads), out[b, block, at]

@@ -12,10 +12,8 @@ from ..dispatch import block_bytes, check_kind, implementation, sum_dtype
 
 __all__ = ["arguments", "score_blocks"]
 
-# One block on the CPU path: with another beside it, what two cores' L2 holds.
+# One block of scores on the CPU path: with the block of probabilities beside it, what two cores' L2 holds.
 BLOCK_BYTES = 1 << 20
-# A block of scores, which softmax overwrites. Two products read and write it, and those of few rows are slow.
-SCORES_BYTES = 2 << 20
 # Numbers in the widest register: a softmax of 80 columns takes three fifths of the time of one of 77, whose end is done apart,
 # and the product three quarters.
 LANES = 16
@@ -164,12 +162,12 @@ def score_blocks(
     """The scores of one batch row, block by block, in memory that the next block uses again.
 
     query [heads, n, d], key [key heads, t, d], mask a bias [heads, n, t] or None. Yields (heads, rows, scores
-    [heads of the block, rows of the block, columns]), columns t or more: -inf beyond t. A block is SCORES_BYTES or, if that is
-    more, one row of one head.
+    [heads of the block, rows of the block, columns]), columns t or more: -inf beyond t. A block is BLOCK_BYTES or, if that is
+    more, one row of one head. `columns` is for a softmax in place, which needs no second block: this one is twice as large.
     """
     (heads, n, _), tokens, dtype = query.shape, key.shape[1], sum_dtype(query)
+    most = block_bytes(query, BLOCK_BYTES if columns is None else 2 * BLOCK_BYTES)
     columns = tokens if columns is None else columns
-    most = block_bytes(query, SCORES_BYTES)
     room = max(1, most // (dtype.itemsize * max(columns, 1)))  # rows of one head in a block
     # Below 64 rows a product runs at half speed: fewer heads instead.
     row_step = min(n, room, max(64, room // heads))

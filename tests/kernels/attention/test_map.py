@@ -246,7 +246,7 @@ def test_blocks_of_any_size_give_the_maps_and_output_of_the_reference_to_roundin
     monkeypatch: pytest.MonkeyPatch, block_bytes: int
 ):
     tensors = problem((2, 3, 1, 70, 9, 4, 4), torch.float64, "cpu")
-    monkeypatch.setattr(scores, "SCORES_BYTES", block_bytes)
+    monkeypatch.setattr(scores, "BLOCK_BYTES", block_bytes)
     for ours, theirs in zip(both(*tensors), expected(*tensors), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
@@ -342,7 +342,7 @@ def test_both_sides_of_the_sizes_from_which_a_call_is_conducted_and_its_position
 def test_rows_without_a_probability_among_many_positions(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     """Grouped queries, several blocks of rows: a row of NaN, one whose scores are all -inf, and a batch row that is not
     counted."""
-    monkeypatch.setattr(scores, "SCORES_BYTES", 64 << 10)
+    monkeypatch.setattr(scores, "BLOCK_BYTES", 64 << 10)
     batch, n = 3, 768
     maps, query, key, value = problem((batch, 4, 2, n, 9, 8, 5), dtype, "cpu")
     key = key.abs() + 0.1

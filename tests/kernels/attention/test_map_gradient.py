@@ -227,7 +227,7 @@ def test_blocks_of_any_size_give_the_gradients_of_the_reference_to_rounding(
     monkeypatch: pytest.MonkeyPatch, block_bytes: int
 ):
     monkeypatch.setattr(map_gradient_cpu, "KEPT_BYTES", -1)
-    monkeypatch.setattr(scores, "SCORES_BYTES", block_bytes)
+    monkeypatch.setattr(scores, "BLOCK_BYTES", block_bytes)
     compare(*problem((2, 3, 1, 70, 9, 4), torch.float64, "cpu"))
 
 
