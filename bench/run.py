@@ -115,7 +115,7 @@ def write_plot(results: Results) -> None:
     axes.set_yticks(range(len(rows)), labels, fontsize=6)
     axes.invert_yaxis()
     axes.set_xlabel("its time / sparsefeat's (right of 1: sparsefeat is faster)")
-    axes.set_title(f"{device_name()}, {results.records[0]['date']}", fontsize=9)
+    axes.set_title(f"{results.records[0]['device']}, {results.records[0]['date']}", fontsize=9)
     axes.legend([plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names], names, fontsize=6)
     figure.savefig(results.path.with_suffix(".png"), dpi=120)
     plt.close(figure)

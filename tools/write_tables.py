@@ -264,13 +264,18 @@ def optimizers(results: dict[str, Any]) -> str:
     return f"{table(['hookpoint', 'optimiser', *(f'lr {lr:g}' for lr in rates)], rows)}\n\n{size} {where(results, 'python -m bench.optimizers')}"
 
 
+def tuned(name: str) -> bool:
+    """Whether a results file is of a second run, by the tuning table that the first ended with."""
+    return Path(name).stem.endswith("-tuned")
+
+
 def speed(devices: dict[str, dict[str, Any]]) -> str:
     """A table a device that was measured; a device that nobody measured has none."""
     parts = []
     for name, results in devices.items():
         full = f"All shapes and programs: `bench/results/{Path(name).with_suffix('.md')}`."
-        tuned = ", with its tuning table" if Path(name).stem.endswith("-tuned") else ""
-        parts.append(f"**{results['device']}{tuned}**\n\n{speed_markdown(results, A_TABLES_ROWS_AN_OP)} {full}")
+        table_of = ", with its tuning table" if tuned(name) else ""
+        parts.append(f"**{results['device']}{table_of}**\n\n{speed_markdown(results, A_TABLES_ROWS_AN_OP)} {full}")
     return "\n\n".join(parts) or "No device was measured yet: `make bench`."
 
 
@@ -359,7 +364,7 @@ def filled(text: str, devices: dict[str, dict[str, Any]]) -> str:
 
 def carried(devices: dict[str, dict[str, Any]]) -> Iterator[tuple[Path, Path]]:
     """The files that the package carries a copy of, and the copies."""
-    for name in (EMOJI, OVERHEAD, *devices):
+    for name in (EMOJI, OVERHEAD, *(name for name in devices if not tuned(name))):
         yield MEASURED / name, CARRIED / name
 
 

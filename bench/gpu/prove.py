@@ -1,11 +1,14 @@
 """What a smoke run on a GPU makes the default there: `python -m bench.gpu prove --out FOLDER`, from the results of smoke.
 
 An op whose every check passed, and of which every time of the kernels is below plain torch's, is written to
-sparsefeat_kernels/proven.json with the name of the record, which goes to bench/results.
+sparsefeat_kernels/proven.json with the name of the record, which goes to bench/results, and a digest of the kernels: a test
+fails where they are others by now.
 """
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +50,28 @@ def _reason(op: str, smoke: Mapping[str, Any]) -> str:
     return ""
 
 
+def kernels_digest(op: str, package: Path = PROVEN.parent) -> str:
+    """Of the kernels that are named after an op, and of all that these call; comments, docstrings and layout do not count.
+    Not in it are kernels of other names that an op launches besides, as the sort's keys, and how it launches."""
+    functions: dict[str, ast.FunctionDef] = {}
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and {"jit", "jit_over_rows"} & set(
+                map(ast.unparse, node.decorator_list)
+            ):
+                functions[node.name] = node
+    wanted = [name for name in functions if name.endswith("_kernel") and _owner(name.strip("_")) == op]
+    for name in wanted:  # which grows
+        called = {node.id for node in ast.walk(functions[name]) if isinstance(node, ast.Name)}
+        wanted += sorted(called & functions.keys() - set(wanted))
+    digest = hashlib.sha256()
+    for name in sorted(wanted):
+        node = functions[name]
+        body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+        digest.update(f"{name} {ast.dump(node.args)} {[ast.dump(line) for line in body]}\n".encode())
+    return digest.hexdigest()[:12] if wanted else ""
+
+
 def prove(out: Path, results: Path = RESULTS, proven: Path = PROVEN) -> dict[str, str]:
     smoke = json.loads((out / "smoke.json").read_text())
     if smoke["machine"]["rehearsal"]:
@@ -57,9 +82,9 @@ def prove(out: Path, results: Path = RESULTS, proven: Path = PROVEN) -> dict[str
     of = known[smoke["machine"]["backend"]]
     for op, reason in found.items():
         if reason:  # a record of the same card that says so takes back what it said before
-            of.pop(op, None) if of.get(op) == name else None
+            of.pop(op, None) if of.get(op, {}).get("record") == name else None
         else:
-            of[op] = name
+            of[op] = {"record": name, "kernels": kernels_digest(op)}
         print(f"{op:24s}{reason or 'right and faster: the default'}")
     write_json(results / name, smoke)
     write_json(proven, known)

@@ -71,8 +71,9 @@ tl: Any = None
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # What no card has found right is not the default on one. By backend and op: the record in bench/results with which
-# `python -m bench.gpu smoke` found the op's kernels right and faster than plain torch; `python -m bench.gpu prove` writes it.
-PROVEN: Mapping[str, Mapping[str, str]] = json.loads(Path(__file__).with_name("proven.json").read_text())
+# `python -m bench.gpu smoke` found the op's kernels right and faster than plain torch, and a digest of these kernels;
+# `python -m bench.gpu prove` writes it, and a test compares.
+PROVEN: Mapping[str, Mapping[str, Mapping[str, str]]] = json.loads(Path(__file__).with_name("proven.json").read_text())
 # The largest block of a GPU's plain path: a CPU's caches are no reason there, and every block is some launches.
 GPU_BLOCK_BYTES = 8 << 20
 

@@ -198,13 +198,15 @@ def smoked(folder, rehearsal=False, **took):
 
 def test_what_smoke_found_right_and_faster_becomes_the_default_and_no_longer_when_it_is_not(tmp_path, capsys):
     proven, results = tmp_path / "proven.json", tmp_path
-    proven.write_text(
-        '{"cuda": {"sparse_decode": "smoke-a-card.json", "attention_map": "smoke-other.json"}, "hip": {}}'
-    )
+    other = {"record": "smoke-other.json", "kernels": "0"}
+    known = {"sparse_decode": {"record": "smoke-a-card.json", "kernels": "1"}, "attention_map": other}
+    proven.write_text(json.dumps({"cuda": known, "hip": {}}))
     smoked(tmp_path, topk_encode=(1.0, 2.0), sparse_decode=(3.0, 2.0), sparse_edit=(1.0, 2.0), feature_stats=(1.0, 200))
     prove.prove(tmp_path, results, proven)
     found = json.loads(proven.read_text())
-    assert found == {"cuda": {"topk_encode": "smoke-a-card.json", "attention_map": "smoke-other.json"}, "hip": {}}
+    digest = found["cuda"]["topk_encode"].pop("kernels")
+    assert len(digest) == 12
+    assert found == {"cuda": {"topk_encode": {"record": "smoke-a-card.json"}, "attention_map": other}, "hip": {}}
     assert json.loads((results / "smoke-a-card.json").read_text())["machine"]["device"] == "A Card"
     said = capsys.readouterr().out
     assert "sparse_edit_delta: 2 of 5 steps not reached" in said
@@ -213,6 +215,23 @@ def test_what_smoke_found_right_and_faster_becomes_the_default_and_no_longer_whe
     smoked(tmp_path, rehearsal=True, topk_encode=(1.0, 2.0))
     with pytest.raises(SystemExit, match="proves nothing"):
         prove.prove(tmp_path, results, proven)
+
+
+def test_a_digest_is_of_an_ops_kernels_and_of_what_they_call(tmp_path):
+    helper, kernel = (
+        "@jit\ndef _add(x):\n    return x + {}\n",
+        "@jit_over_rows\ndef _sparse_edit_row_kernel(x):\n    {}return _add(x)\n",
+    )
+    other = "@jit\ndef _sparse_decode_sum_kernel(x):\n    return {}\n"
+
+    def digest(of_helper="1", before="", of_other="1"):
+        (tmp_path / "a.py").write_text(helper.format(of_helper))
+        (tmp_path / "b.py").write_text(kernel.format(before) + other.format(of_other))
+        return prove.kernels_digest("sparse_edit", tmp_path)
+
+    assert digest() == digest(before='"""Says something."""\n    # and more\n    ') == digest(of_other="2")
+    assert len({digest(), digest(of_helper="2"), digest(before="x = x + 1\n    ")}) == 3
+    assert prove.kernels_digest("attention_tap", tmp_path) == ""
 
 
 def test_kernels_with_a_name_of_their_own_are_proven_by_their_own_checks(tmp_path):
@@ -231,7 +250,9 @@ def test_kernels_with_a_name_of_their_own_are_proven_by_their_own_checks(tmp_pat
 def test_an_op_that_is_the_default_on_a_gpu_has_a_record_that_says_it_is_right_and_faster():
     """Of dispatch.PROVEN: smoke.json of a card of that backend, under bench/results."""
     for backend, of in dispatch.PROVEN.items():
-        for op, name in of.items():
+        for op, entry in of.items():
+            name = entry["record"]
+            assert prove.kernels_digest(op) == entry["kernels"], f"{op} has other kernels than a card ran: take it out"
             found = json.loads((children.ROOT / "bench" / "results" / name).read_text())
             assert not found["machine"]["rehearsal"]
             assert found["machine"]["backend"] == backend
