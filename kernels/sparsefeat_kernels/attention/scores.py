@@ -175,16 +175,17 @@ def score_blocks(
     head_step = min(heads, max(1, room // row_step)) if n else heads
     shared = heads // key.shape[0]
     buffer = query.new_empty(head_step * row_step * columns, dtype=dtype)
-    scaled = key.new_zeros(len(key), columns, key.shape[2], dtype=dtype)
-    torch.mul(key.to(dtype), scale, out=scaled[:, :tokens])
     for first_head in range(0, heads, head_step):
         block = slice(first_head, min(first_head + head_step, heads))
-        k = scaled[block] if shared == 1 else scaled[[h // shared for h in range(block.start, block.stop)]]
+        k = key[block] if shared == 1 else key[[h // shared for h in range(block.start, block.stop)]]
+        k = k.to(dtype)
+        if columns > tokens:
+            k = torch.nn.functional.pad(k, (0, 0, 0, columns - tokens))
         for first_row in range(0, n, row_step):
             rows = slice(first_row, min(first_row + row_step, n))
             shape = (block.stop - block.start, rows.stop - rows.start, columns)
             scores = buffer[: math.prod(shape)].view(shape)
-            torch.bmm(query[block, rows].to(dtype), k.mT, out=scores)
+            torch.baddbmm(scores, query[block, rows].to(dtype), k.mT, beta=0, alpha=scale, out=scores)
             if columns > tokens:
                 scores[..., tokens:].fill_(-torch.inf)
             if mask is not None:

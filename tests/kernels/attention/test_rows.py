@@ -238,3 +238,12 @@ def test_sums_that_do_not_fit_are_refused():
         attention_column_sums_(torch.zeros(2, 4), query, key, lse)
     with pytest.raises(ValueError, match="lse must be"):
         attention_column_sums_(torch.zeros(2, 3), query, key, lse[..., :2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_keys_are_not_copied(one_thread, dtype: torch.dtype):
+    query, key, marked = problem((1, 16, 16, 64, 8192, 64), dtype, "cpu")  # 32 MiB of keys in float32
+    with torch.profiler.profile(profile_memory=True) as profile:
+        lse = attention_rows(query, key, marked=marked)[0]
+        attention_column_sums_(torch.zeros(1, 8192), query, key, lse)
+    assert max(event.cpu_memory_usage for event in profile.events()) <= 3 << 20

@@ -146,3 +146,10 @@ def test_mistakes_are_refused_by_name(named: str):
     arguments = {"maps": maps, "query": query, "key": key, "lse": lse} | MISTAKES[named](maps, query, key, lse)
     with pytest.raises((ValueError, TypeError), match=named):
         attention_tap_(**arguments)
+
+
+def test_the_query_is_not_copied(one_thread):
+    maps, query, key, _, lse = problem((1, 8, 8, 4096, 4096, 8, 8, 40), torch.float32, "cpu")  # 5 MiB of queries
+    with torch.profiler.profile(profile_memory=True) as profile:
+        attention_tap_(maps, query, key, lse)
+    assert max(event.cpu_memory_usage for event in profile.events()) <= 5 << 18
