@@ -18,7 +18,6 @@ from sparsefeat_kernels import (
     auxk_encode,
     bf16_products,
     concept_attention,
-    concept_map_,
     prepare_encoder,
     resize_add_,
     threshold_encode,
@@ -284,16 +283,15 @@ def test_a_call_waits_for_its_threads_a_few_times_and_the_caller_runs_few_ops(
 
 
 @pytest.mark.parametrize("whose", ["torch's", "Python's"])
-@pytest.mark.parametrize(
-    "op", ["attention_map", "concept_attention", "concept_attention of bfloat16", "concept_map", "resize_add"]
-)
+@pytest.mark.parametrize("op", ["attention_map", "concept_attention", "concept_attention of bfloat16", "resize_add"])
 def test_an_attention_is_handed_out_once_and_the_caller_runs_few_ops(
     op: str, whose: str, monkeypatch: pytest.MonkeyPatch
 ):
     """Whole pieces of it: positions with all their heads, or heads with all their keys."""
-    from sparsefeat_kernels.attention import concept, concept_map, map_cpu, resize
+    from sparsefeat_kernels.attention import concept, map_cpu, resize
 
     take_threads(whose, monkeypatch)
+    monkeypatch.setattr(map_cpu, "CONDUCTED_SCORES", 0)
     g = torch.Generator().manual_seed(3)
     q = torch.randn(2, 8, 3100, 24, generator=g)
     k, v, own = (torch.randn(2, 8, 9, 24, generator=g) for _ in range(3))
@@ -310,7 +308,6 @@ def test_an_attention_is_handed_out_once_and_the_caller_runs_few_ops(
         "attention_map": (map_cpu, lambda: attention_with_map_(maps, q, k, v)),
         "concept_attention": (concept, lambda: concept_attention(*given)),
         "concept_attention of bfloat16": (concept, lambda: concept_attention(*half)),
-        "concept_map": (concept_map, lambda: added(concept_map_, (2, 3100, 9), q, k)),
         "resize_add": (resize, lambda: added(resize_add_, (6, 128, 128), enlarged, None, True)),
     }[op]
     phases = []
@@ -336,23 +333,17 @@ def test_an_attention_is_handed_out_once_and_the_caller_runs_few_ops(
 
 
 @pytest.mark.parametrize("short", [0, 1], ids=["from it on", "below"])
-@pytest.mark.parametrize("op", ["concept_map", "resize_add"])
-def test_both_sides_of_the_sizes_from_which_maps_are_handed_out(op: str, short: int, monkeypatch: pytest.MonkeyPatch):
-    from sparsefeat_kernels.attention import concept_map, resize
+def test_both_sides_of_the_size_from_which_maps_are_handed_out(short: int, monkeypatch: pytest.MonkeyPatch):
+    from sparsefeat_kernels.attention import resize
 
-    output, maps = torch.rand(1, 2, 10, 4), torch.rand(3, 2, 4, 4)
-    monkeypatch.setattr(concept_map, "CONDUCTED_NUMBERS", output.numel() + short)
+    maps = torch.rand(3, 2, 4, 4)
     monkeypatch.setattr(resize, "CONDUCTED_BYTES", 4 * 3 * 2 * 8 * 8 + short)
-    module, call = {
-        "concept_map": (concept_map, lambda: concept_map_(torch.zeros(1, 10, 2), output, output[:, :, :2])),
-        "resize_add": (resize, lambda: resize_add_(torch.zeros(2, 8, 8), maps, None, True)),
-    }[op]
-    inner, pieces = module.together, []
-    monkeypatch.setattr(module, "together", lambda tasks: pieces.append(len(tasks)) or inner(tasks))
+    inner, pieces = resize.together, []
+    monkeypatch.setattr(resize, "together", lambda tasks: pieces.append(len(tasks)) or inner(tasks))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        call()
+        resize_add_(torch.zeros(2, 8, 8), maps, None, True)
     finally:
         torch.set_num_threads(before)
     assert pieces == [1 if short else 2]

@@ -10,7 +10,6 @@ from torch import Tensor
 from ..dispatch import implementation, jit, next_power_of_2, ops, register, registered, sum_dtype, tl
 from ..flop_formulas import register_flop_formula
 from ..products import product
-from ..threads import conducted, each, shares, threads, together
 from .scores import add_to_group, arguments, check_accumulator, check_device, counted_rows
 from .tiles import Maps, add_to_maps, aligned, group_of, head_product, weight_argument
 
@@ -98,31 +97,17 @@ def _check(
 # --------------------------------------------------------------------------------------------------------------- CPU
 
 
-# Numbers of an output, from which on a thread of its own is worth waking.
-CONDUCTED_NUMBERS = 1 << 20
-
-
-def _concept_map_cpu(maps: Tensor, output: Tensor, *others: Any) -> None:
-    run = conducted(_concept_map_in_blocks) if output.numel() >= CONDUCTED_NUMBERS else _concept_map_in_blocks
-    run(maps, output, *others)
-
-
-def _concept_map_in_blocks(
+def _concept_map_cpu(
     maps: Tensor, output: Tensor, concepts: Tensor, head_weight: Tensor | None, group: Tensor, softmax: bool
 ) -> None:
-    wide, counted = sum_dtype(output), counted_rows(group, maps.shape[0])
-
-    def some(positions: slice) -> None:
-        """All batch rows, in order."""
-        for b, g in counted:
-            # As one product over heads and width, without a copy where heads lie side by side.
-            rows, columns = output[b, :, positions].transpose(0, 1), concepts[b].transpose(0, 1).to(wide)
-            if head_weight is not None:
-                columns = columns * head_weight.to(wide)[:, None]
-            scores = product(rows.flatten(1).to(wide), columns.flatten(1))
-            add_to_group(maps[:, positions], g, torch.softmax(scores, -1) if softmax else scores)
-
-    together(each(some, shares(output.shape[2], threads())))
+    wide = sum_dtype(output)
+    for b, g in counted_rows(group, maps.shape[0]):
+        # As one product over heads and width, without a copy where heads lie side by side.
+        rows, columns = output[b].transpose(0, 1), concepts[b].transpose(0, 1).to(wide)
+        if head_weight is not None:
+            columns = columns * head_weight.to(wide)[:, None]
+        scores = product(rows.flatten(1).to(wide), columns.flatten(1))
+        add_to_group(maps, g, torch.softmax(scores, -1) if softmax else scores)
 
 
 # ------------------------------------------------------------------------------------------------------------ Triton

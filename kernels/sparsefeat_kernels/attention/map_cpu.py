@@ -25,9 +25,10 @@ from .scores import (
 
 __all__ = ["attention_map_cpu"]
 
-# From how many positions on a call runs on threads that wait for no other at every op, and how many each takes at least.
-CONDUCTED_POSITIONS = 256
-FEWEST_POSITIONS = 256
+# From how many scores on a call runs on threads that wait for no other at every op. Handing out costs what an op of a
+# thousandth as many does, and saves the waiting beside other programs.
+CONDUCTED_SCORES = 4 << 20
+FEWEST_POSITIONS = 256  # of a thread
 # What a thread takes where there is more than one such piece for each.
 POSITIONS_A_PIECE = 1024
 
@@ -38,10 +39,10 @@ def _of_heads(values: Tensor, block: slice, heads: int) -> Tensor:
     return values[block] if shared == 1 else values[[h // shared for h in range(block.start, block.stop)]]
 
 
-def attention_map_cpu(maps: Tensor, query: Tensor, *others: Any) -> None:
+def attention_map_cpu(maps: Tensor, query: Tensor, key: Tensor, *others: Any) -> None:
     """Adds to maps; fills `out` where it is given."""
-    run = conducted(_attention_in_blocks) if query.shape[2] >= CONDUCTED_POSITIONS else _attention_in_blocks
-    run(maps, query, *others)
+    large = query.shape[:3].numel() * key.shape[2] >= CONDUCTED_SCORES
+    (conducted(_attention_in_blocks) if large else _attention_in_blocks)(maps, query, key, *others)
 
 
 def _attention_in_blocks(

@@ -308,7 +308,7 @@ def test_a_value_that_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("more", [-2, 0], ids=["below", "from it on"])
-@pytest.mark.parametrize("kept", [map_cpu.CONDUCTED_POSITIONS, 2 * map_cpu.FEWEST_POSITIONS])
+@pytest.mark.parametrize("kept", [map_cpu.FEWEST_POSITIONS, 2 * map_cpu.FEWEST_POSITIONS])
 def test_both_sides_of_the_sizes_from_which_a_call_is_conducted_and_its_positions_are_handed_out(
     kept: int, more: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ):
@@ -316,6 +316,7 @@ def test_both_sides_of_the_sizes_from_which_a_call_is_conducted_and_its_position
     heads, tokens = 4, 16
     positions = kept + more
     tensors = problem((batch, heads, heads, positions, tokens, 4, 4), torch.float32, "cpu")
+    monkeypatch.setattr(map_cpu, "CONDUCTED_SCORES", batch * heads * map_cpu.FEWEST_POSITIONS * tokens)
     handed_out = []
     inner = map_cpu.together
     monkeypatch.setattr(
@@ -328,7 +329,7 @@ def test_both_sides_of_the_sizes_from_which_a_call_is_conducted_and_its_position
     finally:
         torch.set_num_threads(before)
     assert len(handed_out) == 2
-    if positions < map_cpu.CONDUCTED_POSITIONS:
+    if positions < map_cpu.FEWEST_POSITIONS:
         assert set(handed_out) == {(1, batch)}
     else:
         halves = batch == 1 and positions >= 2 * map_cpu.FEWEST_POSITIONS
