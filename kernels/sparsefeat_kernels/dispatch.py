@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from .launch import Launcher
+from .precision import products_are_rounded, whole_products
 
 __all__ = [
     "INTERPRETED",
@@ -181,17 +182,21 @@ def register(
     setup_context: Callable[..., Any] | None = None,
 ) -> None:
     """Make `run` the op NAMESPACE::name. Its products have the precision that its docstring says also where autocast
-    would lower it. Without `backward` it has no gradient."""
+    or a setting of torch's would lower it. Without `backward` it has no gradient."""
 
     @functools.wraps(run)
-    def without_autocast(*args: Any) -> Any:
+    def as_said(*args: Any) -> Any:
         device = args[0].device.type
-        if not torch.is_autocast_enabled(device):  # a context costs as much as a small op
+        lowered, rounded = torch.is_autocast_enabled(device), products_are_rounded(device)
+        if not lowered and not rounded:  # a context costs as much as a small op
             return run(*args)
-        with torch.autocast(device, enabled=False):
+        with (
+            torch.autocast(device, enabled=False) if lowered else contextlib.nullcontext(),
+            whole_products() if rounded else contextlib.nullcontext(),
+        ):
             return run(*args)
 
-    op = torch.library.custom_op(f"{NAMESPACE}::{name}", without_autocast, mutates_args=mutates, schema=schema)
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", as_said, mutates_args=mutates, schema=schema)
     op.register_fake(fake)
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
@@ -199,7 +204,7 @@ def register(
     arguments = packet.default._schema.arguments
     places = [i for i, argument in enumerate(arguments) if argument.name in mutates]
     taken = {argument.name: str(argument.type) for argument in arguments}
-    setattr(ops, name, _direct(name, packet, without_autocast, places, taken))
+    setattr(ops, name, _direct(name, packet, as_said, places, taken))
 
 
 # The plain types of an argument, by its type in the schema. Others (numpy's numbers, symbols) go by the dispatcher.

@@ -1,5 +1,5 @@
 """Products on a CPU: of matrices, by the faster of the two libraries that torch has for fp32; of chosen pairs of rows,
-without gathering either side, which costs more than the products. On a GPU: with sums in fp32, and when fp32 is IEEE's.
+without gathering either side, which costs more than the products. On a GPU: with sums in fp32.
 
 F.linear goes to MKL, which gives processors that are not Intel's its AVX2 program: 95 GFLOP/s on one core of an AMD EPYC
 (Zen 5). oneDNN makes its program for the instructions that are there: 200 GFLOP/s.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .dispatch import sum_dtype
 
-__all__ = ["ieee_products", "pair_products", "product", "quiet_about_csr", "sums_wider", "wide_product"]
+__all__ = ["pair_products", "product", "quiet_about_csr", "sums_wider", "wide_product"]
 
 
 def product(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -57,14 +57,6 @@ def sums_wider(dtype: torch.dtype, device: torch.device) -> bool:
     except (TypeError, RuntimeError):
         return False
     return True
-
-
-def ieee_products() -> bool:
-    """Whether torch's products of fp32 on a GPU are of fp32: nobody has allowed TF32."""
-    try:
-        return not torch.backends.cuda.matmul.allow_tf32
-    except RuntimeError:  # it was set by the other name that torch has for it
-        return bool(torch.backends.cuda.matmul.fp32_precision != "tf32")
 
 
 def pair_products(x: Tensor, W: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:

@@ -52,8 +52,8 @@ def auxk_decode(
     Gradients: of both codes' values, W_dec and b_out, as of two `sparse_decode`; that of W_dec is made once for both.
 
     Cost: 2 rows (k + k_aux) d FLOPs. On a CPU, in float32 and float64, with n_dead <= 8 k_aux: 2 rows (k d + n_dead d),
-    as matrix products; scratch some 40 MiB. So on a GPU, with n_dead <= 20 k_aux in bfloat16 (float16, and float32 where TF32
-    is allowed: as they were): scratch 48 MiB, and the dead latents' decoder rows.
+    as matrix products; scratch some 40 MiB. So on a GPU, with n_dead <= 20 k_aux in bfloat16 (float16: as it was):
+    scratch 48 MiB, and the dead latents' decoder rows.
 
     Raises: ValueError or TypeError naming the argument.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import implementation, jit_over_rows, row_chunks, sum_dtype, tl
-from ..products import ieee_products, wide_product
+from ..products import wide_product
 
 __all__ = ["add_dense_weight_gradient", "dense_decode", "dense_grad_values", "dense_pays"]
 
@@ -27,9 +27,7 @@ ROWS_BYTES = 48 << 20
 
 def dense_pays(W: Tensor, dead: Tensor, k_aux: int) -> bool:
     """Whether on W's device a code of k_aux entries a row among the latents `dead` is best multiplied as a dense one here."""
-    if not (W.is_cuda or _by_kernels(W)) or (W.dtype == torch.float32 and not ieee_products()):
-        return False
-    return 0 < dead.shape[0] <= DENSE.get(W.dtype, 0) * k_aux
+    return (W.is_cuda or _by_kernels(W)) and 0 < dead.shape[0] <= DENSE.get(W.dtype, 0) * k_aux
 
 
 def _by_kernels(x: Tensor) -> bool:

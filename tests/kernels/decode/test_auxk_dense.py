@@ -158,16 +158,6 @@ def test_the_way_is_dense_up_to_so_many_dead_latents(dtype, most, monkeypatch):
     assert not auxk_dense.dense_pays(torch.zeros(2, 3, dtype=dtype), torch.zeros(9), 9)
 
 
-def test_it_is_sparse_where_torch_may_multiply_in_tf32():
-    W = on_gpu(torch.zeros(2, 3))
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        assert not auxk_dense.dense_pays(W, torch.zeros(9), 9)
-        assert auxk_dense.dense_pays(on_gpu(torch.zeros(2, 3, dtype=torch.bfloat16)), torch.zeros(9), 9)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
-
-
 @kernels
 def test_a_step_has_few_launches(monkeypatch):
     """At 4,096 rows, of which products take 2,048 at a time."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ...dispatch import implementation, row_chunks
-from ...products import ieee_products
 from ..product import encoder_bias
 from .groups import GROUP, PLANES, kept_bytes, launch_product, n_groups_of
 from .select import LARGEST_K, MOST_GROUPS, Selected, entries_of, launch_repair, launch_select, sizes_of
@@ -39,10 +38,8 @@ def selects(n_latents: int, k: int) -> bool:
 
 def takes_stored(x: Tensor, n_latents: int, k: int) -> bool:
     """Whether k of n_latents are selected from pre-activations that are stored (stored.py). Its kernel is one of its own,
-    by the name of topk_encode_stored; its product is torch's, which must not be of TF32."""
-    if implementation("topk_encode_stored", x) != "triton" or not stores(n_latents, k):
-        return False
-    return x.dtype != torch.float32 or ieee_products()
+    by the name of topk_encode_stored; its product is torch's."""
+    return implementation("topk_encode_stored", x) == "triton" and stores(n_latents, k)
 
 
 def way(x: Tensor, n_latents: int, k: int) -> Way:

@@ -246,24 +246,6 @@ def test_its_kernel_is_proven_by_a_name_of_its_own(proven):
         assert topk.way(half, 5120, 160) == "torch"
 
 
-@pytest.mark.parametrize("setting", ["allow_tf32", "fp32_precision"])
-def test_a_product_that_may_be_tf32_is_not_used(setting: str, proven):
-    proven("topk_encode", "topk_encode_stored")
-    matmul = torch.backends.cuda.matmul
-    if not hasattr(matmul, setting):
-        pytest.skip("this torch has no such setting")
-    half, wide = (on_gpu(torch.zeros(2, 3, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32))
-    before = getattr(matmul, setting)
-    try:
-        setattr(matmul, setting, "tf32" if isinstance(before, str) else True)
-        assert topk.way(wide, 20480, 32) == "groups"
-        assert not topk.takes_stored(wide, 2560, 640)
-        assert topk.way(half, 5120, 160) == "stored"
-    finally:
-        setattr(matmul, setting, before)
-    assert topk.way(wide, 20480, 32) == "stored"
-
-
 class Live(TorchDispatchMode):
     """The most bytes that were held at once of what was made, and how often each op was called."""
 
