@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sparsefeat_kernels as kernels
@@ -106,10 +107,11 @@ def test_opcheck(path: str, name: str):
     torch.library.opcheck(getattr(torch.ops.sparsefeat, name).default, calls(path)[name])
 
 
-def answers(name: str, dtype: torch.dtype) -> list[torch.Tensor]:
+def answers(name: str, dtype: torch.dtype, given: tuple[Any, ...] | None = None) -> list[torch.Tensor]:
     """What an op gives, and what it writes into, for inputs of a dtype; its gradients."""
     arguments = [
-        a.detach().to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in calls("cpu")[name]
+        a.detach().to(dtype, copy=True) if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in given or calls("cpu")[name]
     ]
     written = [a for a in arguments[:3] if name.endswith("_") and isinstance(a, torch.Tensor)]
     if name.endswith("_"):  # tables, sums and maps are float32
@@ -145,6 +147,41 @@ def test_autocast_does_not_reach_into_an_op(name: str, dtype: torch.dtype):
     assert [t.dtype for t in inside] == [t.dtype for t in plain]
     for a, b in zip(plain, inside, strict=True):
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", calls("cpu"))
+def test_the_default_dtype_does_not_reach_into_an_op(name: str, default: torch.dtype):
+    plain, given = answers(name, torch.float32), calls("cpu")[name]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        inside = answers(name, torch.float32, given)
+    finally:
+        torch.set_default_dtype(before)
+    for a, b in zip(plain, inside, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_default_dtype_does_not_reach_into_an_encoder_that_rounds_first(dtype: torch.dtype):
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(size, generator=g).to(dtype) for size in ((300, 512), (8192, 512), (8192,), (512,))]
+
+    def codes() -> list[torch.Tensor]:
+        csr = kernels.threshold_encode(*inputs, torch.tensor(80.0, dtype=torch.float32), 64)
+        return [*kernels.topk_encode(*inputs, 9), *csr]
+
+    plain = codes()
+    torch.set_default_dtype(torch.float64)
+    try:
+        inside = codes()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(plain, inside, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
 
 
 def test_a_training_step_compiles_to_one_graph():

@@ -132,7 +132,7 @@ def rounded_up(x: Tensor) -> Tensor:
 def norms_and_losses(W: Tensor, measured: bool) -> tuple[Tensor, Tensor]:
     """fp64 [rows] each: norms of the rows of W, and of what rounding to bf16 takes from them, rounded up."""
     root = W.shape[1] ** 0.5
-    norm = torch.empty(len(W))
+    norm = torch.empty(len(W), dtype=torch.float32)
     for start, part in widened_tiles(W):
         norm[start : start + len(part)] = norm_rounded_up(part)
     norm = norm.double()
@@ -141,7 +141,7 @@ def norms_and_losses(W: Tensor, measured: bool) -> tuple[Tensor, Tensor]:
     at_most = 2.0**-8 * norm + 2.0**-134 * root
     if not measured:
         return norm, at_most
-    lost = torch.empty(len(W))
+    lost = torch.empty(len(W), dtype=torch.float32)
     tile = max(1, min(len(W), WIDENED_TILE_BYTES // (4 * W.shape[1])))
     low, difference = torch.empty(tile, W.shape[1], dtype=torch.bfloat16), torch.empty(tile, W.shape[1])
     for start in range(0, len(W), tile):
@@ -203,7 +203,7 @@ class RoundedEncoder:
     def room_for(self, rows: int, centred: Tensor | None = None) -> RoundedRows:
         """What `rounding` fills; centred: where that goes."""
         low = torch.zeros(rows, self.width, dtype=torch.bfloat16)
-        centred = torch.empty(rows, self.W_enc.shape[1]) if centred is None else centred
+        centred = torch.empty(rows, self.W_enc.shape[1], dtype=torch.float32) if centred is None else centred
         return RoundedRows(centred, low, torch.empty(rows), torch.empty(rows), torch.empty(rows, dtype=torch.bool))
 
     def rounding(self, x: Tensor, b_pre: Tensor, out: RoundedRows) -> list[Task]:
@@ -290,7 +290,7 @@ def round_encoder(W_enc: Tensor, bias: Tensor, rows: int, keep_bytes: int = 0) -
     bias = bias.double()
     columns: Tensor | None
     columns, rest = bias_columns(bias)
-    bounds = torch.empty(3, n_latents)
+    bounds = torch.empty(3, n_latents, dtype=torch.float32)
     together(encoder_bounds(W_enc, bias, rest, width, bounds, rows >= MEASURED_ROWS))
     low = None
     if whole is None and 2 * n_latents * width <= keep_bytes:

@@ -130,7 +130,7 @@ class _Search:
         """The codes of the rows of `found`, whose pairs are computed in fp32. centred [rows, d]: from first_row on."""
         row = torch.cat([one.row + (one.rows.start - first_row) for one in found])
         latent = torch.cat([one.latent for one in found])
-        a = torch.empty(len(row))
+        a = torch.empty(len(row), dtype=torch.float32)
         together(self.encoder.rescoring(centred, row, latent, a))
         parts = a.add_(self.bias[latent]).split([len(one.row) for one in found])
 
@@ -153,12 +153,12 @@ def topk_of_rounded(
     rounded together before, and the survivors of all of them are rescored together, by latents: W_enc is read once.
     """
     rows, d = x.shape
-    values = torch.empty(rows, k)
+    values = torch.empty(rows, k, dtype=torch.float32)
     indices = torch.empty(rows, k, dtype=torch.int32)
     proved = torch.zeros(rows, dtype=torch.bool)
     search = _Search(encoder, b_enc.float(), k, selection, group, values, indices, proved)
     n_latents = len(encoder.W_enc)
-    room = torch.empty(0)
+    room = torch.empty(0, dtype=torch.float32)
     for batch in row_chunks(rows, 4 * d, CENTRED_BYTES):
         part = encoder.room_for(batch.stop - batch.start)
         together(encoder.rounding(x[batch], b_pre, part))
@@ -273,7 +273,7 @@ def _largest_of_each_row(
     longest = max(int(counts.max()), k) if len(row) else k
     table = torch.full((rows, longest), torch.iinfo(torch.int64).min)
     table[row, place] = keys
-    value_of = torch.zeros(rows, longest)
+    value_of = torch.zeros(rows, longest, dtype=torch.float32)
     value_of[row, place] = a
     top, where = table.topk(k, dim=1)
     values, indices = value_of.gather(1, where), 0x7FFFFFFF - (top & 0x7FFFFFFF)

@@ -61,7 +61,7 @@ def _entries_of_rounded(
     encoder = round_encoder(W_enc, b_enc.double() - floor.double().masked_fill(never, 0), rows)
     encoder.bounds[2].masked_fill_(never, -torch.inf)  # a group of nothing else reaches 0 nowhere
     bounds = group_bounds(encoder, group)
-    bias, zeros = b_enc.float(), torch.zeros(rows)
+    bias, zeros = b_enc.float(), torch.zeros(rows, dtype=torch.float32)
     most_groups = max(1, int(GROUPS_ALIVE * n_groups))
     chunks = row_chunks(rows, 2 * (n_latents + encoder.width) + 12 * d, PREACTIVATION_BYTES)
     product = torch.empty(chunks[0].stop if chunks else 0, n_latents, dtype=torch.bfloat16)
@@ -111,7 +111,7 @@ def _entries_of_rounded(
                 continue
             stop = several[-1].stop
             row, latent = (torch.cat(parts) for parts in zip(*(found[at] for at in sorted(found)), strict=True))
-            value = torch.empty(len(row))
+            value = torch.empty(len(row), dtype=torch.float32)
             together(encoder.rescoring(part.centred, row, latent, value))
             value += bias[latent]
             active = value > floor[latent]
