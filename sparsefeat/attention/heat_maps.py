@@ -251,14 +251,14 @@ class HeatMaps(Instrument):
         if held is None:
             dtype = torch.float64 if call.query.dtype == torch.float64 else torch.float32
             shape = (n_images, heads if apart else 1, positions(grid), self._n_columns)
-            kept = weights if apart else torch.ones(1)
+            kept = weights if apart else torch.ones(1, dtype=torch.float32)
             held = MapSum(call.query.new_zeros(shape, dtype=dtype), [0.0] * n_images, kept)
             self._now[part] = held
         image_of = tuple(
             image if condition == self.condition else -1
             for image, condition in zip(context.prompt_index, context.condition, strict=True)
         )
-        factor = torch.full((1,), step_weight) if apart else weights * step_weight
+        factor = torch.full((1,), step_weight, dtype=torch.float32) if apart else weights * step_weight
         n_columns = self._n_columns
         if attended.tokens < self._n_tokens:  # a shorter text than another of its batch
             n_columns = attended.tokens if self._columns is None else sum(c < attended.tokens for c in self._columns)
@@ -365,12 +365,12 @@ class HeatMaps(Instrument):
             print(f"{said}.", file=sys.stderr)
 
     def _head_weights(self, path: str, heads: int) -> Tensor:
-        weights = torch.ones(heads)
+        weights = torch.ones(heads, dtype=torch.float32)
         for part, given in self.layer_weights.items():
             if part in path:
                 if len(given) not in (1, heads):
                     raise ValueError(f"layer_weights[{part!r}] has {len(given)} numbers, and {path} has {heads} heads.")
-                weights = weights * torch.tensor(given)
+                weights = weights * torch.tensor(given, dtype=torch.float32)
         return weights
 
     def _step_weight(self, context: Context) -> float:

@@ -149,8 +149,8 @@ class SelfAttention(Instrument):
     def end_call(self, call: Call) -> SelfAttentionRecording:
         sums, self._sums = self._sums, None
         if sums is None or self._grid is None:
-            return SelfAttentionRecording(torch.zeros(0, 0, 0), (0, 0))
-        weight = torch.tensor(self._weight, device=sums.device).clamp(min=1e-30)
+            return SelfAttentionRecording(torch.zeros(0, 0, 0, dtype=torch.float32), (0, 0))
+        weight = torch.tensor(self._weight, dtype=torch.float32, device=sums.device).clamp(min=1e-30)
         return SelfAttentionRecording(sums / weight[:, None, None], self._grid)
 
 

@@ -29,7 +29,7 @@ class WordMask:
         recording = self.maps.so_far(f"mask= is the map of {self.word!r}")
         if recording is None:
             height, width = context.grid[-2:] if context.grid is not None else (1, 1)
-            return torch.zeros(context.batch, height, width)
+            return torch.zeros(context.batch, height, width, dtype=torch.float32)
         found = {}
         of_row = [image for _, image in context.entries]
         for image in set(of_row):
@@ -38,7 +38,7 @@ class WordMask:
             except ValueError:
                 if recording.prompts is None or len(recording.prompts) == 1:
                     raise
-                found[image] = torch.zeros(recording.grid, device=recording.device)
+                found[image] = torch.zeros(recording.grid, dtype=torch.float32, device=recording.device)
                 continue
             values = heat.scaled() if self.threshold is None else heat.mask(self.threshold).to(heat.values.dtype)
             found[image] = values

@@ -114,7 +114,7 @@ class OnLatents(EachStep):
         assert context.step is not None
         assert self.scheduler is not None
         timestep = self.scheduler.timesteps[context.step : context.step + 1]
-        noise = torch.randn(latents.shape, generator=self.generator).to(latents)
+        noise = torch.randn(latents.shape, generator=self.generator, dtype=torch.float32).to(latents)
         seen, aim = noised(self.scheduler, latents, noise, timestep)
 
         def loss(predict: Predict) -> Tensor:

@@ -51,11 +51,13 @@ class _Rise(EachStep):
             )
         plain = predicted(self.root, given).flatten()
         height, width = grid
-        total, weight = torch.zeros(height, width), torch.zeros(height, width)
+        total, weight = torch.zeros(2, height, width, dtype=torch.float32)
         for _ in range(self.masks):
-            cells = (torch.rand(1, 1, self.cells, self.cells, generator=self.generator) < self.share).float()
+            cells = (
+                torch.rand(1, 1, self.cells, self.cells, generator=self.generator, dtype=torch.float32) < self.share
+            ).float()
             mask = F.interpolate(cells, size=(height, width), mode="bilinear", align_corners=False)[0, 0]
-            noise = torch.randn(x.shape, generator=self.generator).to(x) * x.float().std().to(x)
+            noise = torch.randn(x.shape, generator=self.generator, dtype=torch.float32).to(x) * x.float().std().to(x)
             over = (mask if x.ndim == 4 else mask.reshape(-1, 1)).to(x)
             said = predicted(self.root, {**given, name: x * over + noise * (1 - over)}).flatten()
             total += mask * float(F.cosine_similarity(said, plain, dim=0))

@@ -182,9 +182,9 @@ class _Training(EachStep):
         self.up, self.down = {}, {}
         for path, weight in self.originals.items():
             rows, columns = weight.flatten(1).shape
-            down = torch.randn(rank, columns, generator=generator) / columns**0.5
+            down = torch.randn(rank, columns, generator=generator, dtype=torch.float32) / columns**0.5
             self.down[path] = down.to(weight.device).requires_grad_()
-            self.up[path] = torch.zeros(rows, rank, device=weight.device).requires_grad_()
+            self.up[path] = torch.zeros(rows, rank, dtype=torch.float32, device=weight.device).requires_grad_()
         self.optimiser = torch.optim.Adam([*self.up.values(), *self.down.values()], lr=lr)
 
     def changes(self) -> dict[str, LowRank]:

@@ -74,7 +74,11 @@ class ConceptLancet(SavableInstrument):
         stacked = torch.stack([directions[name].detach().float().cpu() for name in self.names])
         self.atoms: Tensor = stacked / stacked.norm(dim=1, keepdim=True)
         width = self.atoms.shape[1]
-        self.center: Tensor = torch.zeros(width) if center is None else finite("center", center).detach().float().cpu()
+        self.center: Tensor = (
+            torch.zeros(width, dtype=torch.float32)
+            if center is None
+            else finite("center", center).detach().float().cpu()
+        )
         if self.center.shape != (width,):
             raise ValueError(f"center has shape {list(self.center.shape)}; the directions are [{width}].")
         self.at: Hookpoint = Hookpoint.parse(at) if isinstance(at, str) else at
@@ -110,7 +114,7 @@ class ConceptLancet(SavableInstrument):
             )
         where = Hookpoint.parse(at) if isinstance(at, str) else at
         cls(
-            {c: torch.ones(1) for c in prompts}, remove, add, at=where, **options
+            {c: torch.ones(1, dtype=torch.float32) for c in prompts}, remove, add, at=where, **options
         )  # refused before the prompts are encoded
         means = {}
         for concept, its in prompts.items():

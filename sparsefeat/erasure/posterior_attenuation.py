@@ -159,7 +159,7 @@ class PosteriorAttenuation(SavableInstrument):
         whole("n_latents", n_latents, 1, sae.n_latents)
         if prior is not None:
             number("prior", prior, 0, 1)
-        cls(sae, [], torch.zeros(0, len(EDGES) + 1), condition=condition, steps=steps, at=at)
+        cls(sae, [], torch.zeros(0, len(EDGES) + 1, dtype=torch.float32), condition=condition, steps=steps, at=at)
         counted = Histograms(list(prompts), sae.n_latents)
         collect_statistics(pipe, sae, prompts, at=at, batch_size=batch_size, seed=seed, statistics=counted, **call)
         scores = normalized_mean_difference(counted.mean(concept), counted.mean(counted.others(concept)))

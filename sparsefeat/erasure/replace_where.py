@@ -85,7 +85,7 @@ class ReplaceWhere(SavableInstrument):
         if not bool(chosen.any()):
             return None
         code = activations.code(beside(self.sae, activations, context))
-        thresholds = torch.tensor(list(self.latents.values()), device=x.device)
+        thresholds = torch.tensor(list(self.latents.values()), dtype=torch.float32, device=x.device)
         fires = (code.select(list(self.latents)) > thresholds).any(1)
         wanted = (fires & chosen).nonzero()[:, 0]
         if not len(wanted):

@@ -71,7 +71,7 @@ class Selection:
             for i, f, m in zip(part.latents.tolist(), part.factor.tolist(), part.threshold.tolist(), strict=True)
         }
         latents = sorted(rules)
-        factor, threshold = (torch.tensor([rules[i][field] for i in latents]) for field in (0, 1))
+        factor, threshold = (torch.tensor([rules[i][field] for i in latents], dtype=torch.float32) for field in (0, 1))
         return Selection(torch.tensor(latents, dtype=torch.int64), factor, threshold)
 
 

@@ -145,7 +145,7 @@ class _Push(Instrument):
 
     def at_hookpoint(self, activations: Activations, context: Context) -> Delta:
         rows = activations.rows
-        noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(self.seed))
+        noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float32)
         return Delta(noise.to(rows.device) * rows.float().square().mean().sqrt())
 
 

@@ -106,7 +106,7 @@ def _given_noised(
             )
         step = len(losses)
         timestep = scheduler.timesteps[step : step + 1]
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        noise = torch.randn(latents.shape, generator=generator, dtype=torch.float32).to(latents)
         seen, aim = noised(scheduler, latents, noise, timestep)
         seen = seen.to(given)
         aims.append(aim)

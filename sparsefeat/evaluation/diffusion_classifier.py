@@ -59,7 +59,7 @@ def diffusion_classifier(
     errors = torch.zeros(len(images), len(prompts), dtype=torch.float64)
     for at in middle.round().long().tolist():
         timestep = pipe.scheduler.timesteps[at : at + 1]
-        noise = torch.randn(latents[:1].shape, generator=generator).to(latents)
+        noise = torch.randn(latents[:1].shape, generator=generator, dtype=torch.float32).to(latents)
         for i, one in enumerate(latents):
             seen, aim = noised(pipe.scheduler, one[None], noise, timestep)
             for part in torch.arange(len(prompts)).split(BATCH):

@@ -195,7 +195,9 @@ def random_control(sae: SAE, rows: Tensor | Batch, seed: int = 0) -> SAE:
     if config.normalizer != "none":
         control.b_pre.copy_(sae.b_out)
     if config.activation in PURSUITS:
-        directions = torch.randn(control.W_dec.shape, generator=torch.Generator().manual_seed(seed))
+        directions = torch.randn(
+            control.W_dec.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32
+        )
         control.W_dec.copy_(directions / directions.norm(dim=1, keepdim=True))
         return control
     if batch.timestep is not None:

@@ -71,7 +71,7 @@ def pooled(units: Units, rows: Tensor, image: Tensor, timestep: Tensor | None = 
     """`image [rows]` numbers the image that a row is of, from 0 on."""
     n_images = int(image.max()) + 1
     mean = torch.zeros(n_images, units.n, dtype=torch.float64)
-    peak = torch.zeros(n_images, units.n)
+    peak = torch.zeros(n_images, units.n, dtype=torch.float32)
     for part in torch.arange(len(rows)).split(max(1, AT_A_TIME // (4 * units.n))):
         found = units.activations(rows[part], None if timestep is None else timestep[part])
         mean.index_add_(0, image[part], found.double())

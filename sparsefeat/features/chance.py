@@ -179,7 +179,7 @@ def best_of_latents(
     order = torch.stack([torch.randperm(len(has), generator=generator) for _ in range(shuffles)])
     shuffled = has[order].T.float()  # [images, shuffles]
     n_with, n_without = int(has.sum()), int((~has).sum())
-    largest = torch.zeros(shuffles)
+    largest = torch.zeros(shuffles, dtype=torch.float32)
     for part in peaks:
         sums = midranks(part).float() @ shuffled
         largest = torch.maximum(largest, ((sums - n_with * (n_with + 1) / 2) / (n_with * n_without)).amax(0))

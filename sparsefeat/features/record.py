@@ -304,7 +304,7 @@ class Recording:
         self._check_image(image)
         steps = self.steps if step is None else (step,)
         wanted = torch.as_tensor(list(latents), dtype=torch.int64)
-        total = sum((self._code(s, image).select(wanted).float() for s in steps), torch.zeros(()))
+        total = sum((self._code(s, image).select(wanted).float() for s in steps), torch.zeros((), dtype=torch.float32))
         return (total / len(steps)).T.reshape(len(wanted), *(self.grid or (-1,)))
 
     def scores(self) -> Tensor:

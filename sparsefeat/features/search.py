@@ -155,7 +155,7 @@ class Examples:
 
     def peaks(self, latent: int) -> Tensor:
         """fp32 [images]: the largest activation of a latent in every image, over positions and steps; 0 where none."""
-        peaks = torch.zeros(len(self._peaks))
+        peaks = torch.zeros(len(self._peaks), dtype=torch.float32)
         for n, (latents, values) in enumerate(self._peaks):
             place = int(torch.searchsorted(latents, latent))
             if place < len(latents) and int(latents[place]) == latent:
@@ -176,7 +176,7 @@ class Examples:
         active, place = latents.unique(return_inverse=True)
         for start in range(0, len(active), LATENTS_AT_ONCE):
             inside = (place >= start) & (place < start + LATENTS_AT_ONCE)
-            part = torch.zeros(min(LATENTS_AT_ONCE, len(active) - start), len(self._peaks))
+            part = torch.zeros(min(LATENTS_AT_ONCE, len(active) - start), len(self._peaks), dtype=torch.float32)
             part[place[inside] - start, images[inside]] = values[inside]
             yield part
 
@@ -224,9 +224,9 @@ class Examples:
             "score": self._score,
             "image": self._image,
             "map_of": torch.tensor(list(self._maps), dtype=torch.int32).reshape(-1, 2),
-            "maps": torch.stack(list(self._maps.values())) if self._maps else torch.zeros(0),
+            "maps": torch.stack(list(self._maps.values())) if self._maps else torch.zeros(0, dtype=torch.float32),
             "peak_latents": torch.cat([torch.zeros(0, dtype=torch.int32), *latents]),
-            "peak_values": torch.cat([torch.zeros(0), *values]),
+            "peak_values": torch.cat([torch.zeros(0, dtype=torch.float32), *values]),
             "peak_lengths": torch.tensor([len(of_image) for of_image in latents], dtype=torch.int64),
         }
 

@@ -37,9 +37,9 @@ class _Block:
     @staticmethod
     def empty(concepts: int, n_latents: int) -> _Block:
         return _Block(
-            torch.zeros(concepts, n_latents),
+            torch.zeros(concepts, n_latents, dtype=torch.float32),
             torch.zeros(concepts, n_latents, dtype=torch.int32),
-            torch.full((concepts, n_latents), -torch.inf),
+            torch.full((concepts, n_latents), -torch.inf, dtype=torch.float32),
             torch.zeros(concepts, dtype=torch.int64),
         )
 

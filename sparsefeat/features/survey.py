@@ -163,7 +163,7 @@ class Survey:
         member = member.reshape(len(words), len(self.examples.concepts))  # of no words too
         n_with = member.sum(1)
         pairs = n_with * (member.shape[1] - n_with)
-        areas = torch.full((self.n_latents, len(words)), 0.5)
+        areas = torch.full((self.n_latents, len(words)), 0.5, dtype=torch.float32)
         areas[:, pairs == 0] = torch.nan
         active, first = self.examples.active, 0
         for peaks in self.examples.peaks_of_all():

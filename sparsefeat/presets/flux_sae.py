@@ -51,7 +51,7 @@ class Rectangle:
         height, width = context.grid[-2:]
         if self.bottom > height or self.right > width:
             raise ValueError(f"{self} does not lie in the grid of {height} x {width} image tokens.")
-        mask = torch.zeros(height, width)
+        mask = torch.zeros(height, width, dtype=torch.float32)
         mask[self.top : self.bottom, self.left : self.right] = 1
         return mask
 

@@ -70,7 +70,9 @@ def _read_back(sae: SAE, folder: Path) -> Converted:
     again = load_sae(folder, device=sae.device, dtype=wide)
     ours = sae if sae.dtype == wide else copy.deepcopy(sae).to(wide)
     training = ours.training
-    rows = torch.randn(CHECKED_ROWS, sae.d_model, generator=torch.Generator().manual_seed(0)).to(sae.device, wide)
+    rows = torch.randn(CHECKED_ROWS, sae.d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(
+        sae.device, wide
+    )
     difference = float((ours.eval()(rows) - again(rows)).abs().max())
     ours.train(training)
     old, new = sae.config, again.config

@@ -12,7 +12,7 @@ from sparsefeat.sae.module import SAE
 @torch.no_grad()
 def randomise(sae: SAE, sample: Tensor, seed: int, *, target: Tensor | None = None) -> SAE:
     """Give `sae` random unit decoder rows and the encoder tied to them; see `tie`."""
-    directions = torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(seed))
+    directions = torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     return tie(sae, directions, directions, sample, target=target)
 
 

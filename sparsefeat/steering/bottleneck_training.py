@@ -62,7 +62,7 @@ class _Middle(Instrument):
 
     def __init__(self, at: Hookpoint):
         self.at = at
-        self.seen = torch.zeros(0)
+        self.seen = torch.zeros(0, dtype=torch.float32)
         self.instead: Tensor | None = None
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
@@ -149,7 +149,7 @@ def learn_concepts(
                 some, seen, drawings = parts[part]
                 latents = drawings[int(torch.randint(images, (), generator=generator))]
                 step = within[int(torch.randint(len(within), (), generator=generator))]
-                noise = torch.randn(latents.shape, generator=generator).to(latents)
+                noise = torch.randn(latents.shape, generator=generator, dtype=torch.float32).to(latents)
                 noised = _Noised(session, middle, root, some, seen.given[step], levels[step], latents, noise)
                 with torch.no_grad():
                     if classifier is None:

@@ -40,7 +40,7 @@ class CodeRule:
         """From latent -> its fields; left out: gain 1, offset 0, low -inf, high inf, gate -inf (always)."""
         defaults = {"gain": 1.0, "offset": 0.0, "low": -torch.inf, "high": torch.inf, "gate": -torch.inf}
         columns = {
-            name: torch.tensor([float(rule.get(name, default)) for rule in rules.values()])
+            name: torch.tensor([float(rule.get(name, default)) for rule in rules.values()], dtype=torch.float32)
             for name, default in defaults.items()
         }
         return cls(torch.tensor(list(rules), dtype=torch.int64), **columns)

@@ -161,7 +161,7 @@ def decompose(
     def draw(n: int) -> tuple[int, Tensor, Tensor]:
         at = int(torch.randint(len(levels), (), generator=generator))
         chosen = torch.randint(images, (n,), generator=generator)
-        return at, chosen, torch.randn(clean[chosen].shape, generator=generator).to(clean)
+        return at, chosen, torch.randn(clean[chosen].shape, generator=generator, dtype=torch.float32).to(clean)
 
     _learn(weigh, lr, steps, loss_of, lambda: draw(batch))
     with torch.no_grad():

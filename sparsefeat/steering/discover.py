@@ -69,7 +69,7 @@ def discover_direction(
         )
     levels = seen.levels(pipe, "discover_direction")
     shape = (seen.width, *seen.grid) if spatial else (seen.width,)
-    vector = torch.zeros(shape, device=clean.device, requires_grad=True)
+    vector = torch.zeros(shape, dtype=torch.float32, device=clean.device, requires_grad=True)
     add = AddVector(place, vector, condition="both")
     optimiser = torch.optim.Adam([vector], lr=lr)
     generator = torch.Generator().manual_seed(seed)
@@ -79,7 +79,7 @@ def discover_direction(
         for _ in range(epochs):
             for images in torch.randperm(len(clean), generator=generator).split(batch):
                 step = int(torch.randint(len(levels), (), generator=generator))
-                noise = torch.randn(clean[images].shape, generator=generator).to(clean)
+                noise = torch.randn(clean[images].shape, generator=generator, dtype=torch.float32).to(clean)
                 with session.call([without] * len(images)):
                     loss = denoising_loss(root, seen.given[step], levels[step], clean[images], noise)
                 (vector.grad,) = torch.autograd.grad(loss, vector)

@@ -55,7 +55,7 @@ class Overwrite(Instrument):
         x = activations.rows
         sae = beside(self.sae, activations, context)
         signs = condition_signs(self.condition, context).to(x.device).repeat_interleave(context.positions)
-        amounts = torch.tensor(list(self.amounts.values()), device=x.device)
+        amounts = torch.tensor(list(self.amounts.values()), dtype=torch.float32, device=x.device)
         drawn = amounts @ sae.directions(list(self.amounts)).float()
         scale = sae.row_scale(x)
         return Replace(signs[:, None] * drawn * (1 if scale is None else scale.float()))

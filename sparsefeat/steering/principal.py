@@ -102,7 +102,7 @@ class PrincipalDirections:
         n = self.std.shape[1]
         if not isinstance(amounts, Mapping) or not amounts:
             raise ValueError(f"amounts={amounts!r} must be component -> amount, as in {{0: 2.0}}.")
-        weights = torch.zeros(n)
+        weights = torch.zeros(n, dtype=torch.float32)
         for index, amount in amounts.items():
             weights[whole_number("a component", index, 0, n - 1)] = number(f"amounts[{index}]", amount)
         scaled = (weights * self.std).unflatten(1, (n, *(1 for _ in self.mean.shape[1:])))
@@ -179,7 +179,7 @@ class _Sums(Instrument):
     def principal(self, index: int, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """mean, components, std and explained of one part of the schedule, in float32."""
         if self.whole:
-            data = torch.cat(self.maps[index]) if self.maps[index] else torch.zeros(0, 1)
+            data = torch.cat(self.maps[index]) if self.maps[index] else torch.zeros(0, 1, dtype=torch.float32)
             count, width = data.shape
         else:
             count, width = self.count[index], self.shape[0] if self.shape else 1

@@ -155,7 +155,7 @@ class Steer(SavableInstrument):
         weight = weight.to(x.device)
         parts = []
         if self.add:
-            amounts = torch.tensor(list(self.add.values()), device=x.device)
+            amounts = torch.tensor(list(self.add.values()), dtype=torch.float32, device=x.device)
             parts.append(weight[:, None] * (amounts @ self._directions(list(self.add), x.device)))
         if self.add_map:
             maps = [

@@ -268,7 +268,7 @@ def _moved(
 
 def _decoded(sae: SAE, code: SparseCode, device: torch.device) -> Tensor:
     if code.values.shape[1] == 0:
-        return torch.zeros(code.rows, sae.d_model, device=device)
+        return torch.zeros(code.rows, sae.d_model, dtype=torch.float32, device=device)
     nothing = torch.zeros_like(sae.b_out)
     return sparse_decode(code.values.to(device), code.indices.to(device), sae.W_dec, nothing).float()
 

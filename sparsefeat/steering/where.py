@@ -36,9 +36,9 @@ def check_condition(condition: str) -> str:
 def condition_signs(condition: str, context: Context) -> Tensor:
     """fp32 [batch]: 1, -1 or 0 for each batch row. "both" edits every row, whatever further conditions there are."""
     if condition == "both":
-        return torch.ones(len(context.entries))
+        return torch.ones(len(context.entries), dtype=torch.float32)
     signs = CONDITIONS[condition]
-    return torch.tensor([signs.get(row, 0.0) for row, _ in context.entries])
+    return torch.tensor([signs.get(row, 0.0) for row, _ in context.entries], dtype=torch.float32)
 
 
 def on_grid(maps: Tensor, grid: tuple[int, ...]) -> Tensor:

@@ -308,7 +308,7 @@ def _measure(texts: list[list[torch.Tensor]], references: list[Reference]) -> tu
                     pairs.append((argument, entry, reference, length))
                     distances.append(_distance(row, reference.tensor, length))
     device = distances[0].device if distances else None
-    return pairs, torch.stack([d.to(device) for d in distances]) if distances else torch.zeros(0)
+    return pairs, torch.stack([d.to(device) for d in distances]) if distances else torch.zeros(0, dtype=torch.float32)
 
 
 def _evidence(pairs: list[Pair], distances: list[float], batch: int) -> tuple[list[Evidence], tuple[int, ...]]:

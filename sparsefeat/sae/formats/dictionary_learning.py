@@ -229,7 +229,7 @@ def write(folder: Path, config: SAEConfig, tensors: Mapping[str, Tensor]) -> Non
         state = {
             "b_dec": t["b_out"],
             "k": torch.tensor(config.k, dtype=torch.int32),
-            "threshold": t["threshold"] if by_threshold else torch.tensor(-1.0),
+            "threshold": t["threshold"] if by_threshold else torch.tensor(-1.0, dtype=torch.float32),
             "decoder.weight": t["W_dec"].T.contiguous(),
             "encoder.weight": t["W_enc"],
             "encoder.bias": encoder_bias(t, t["b_out"]),

@@ -99,7 +99,10 @@ def _normalizer(described: Described, held: Weights, d: int) -> tuple[str, dict[
         )
     if not whitens and not said and "feature_means" not in held:
         norm = held.take({"avg_norm": ()})["avg_norm"].double() / math.sqrt(d)
-        return "affine", {"pca_mean": torch.zeros(d), "pca_std": norm.expand(d).float().contiguous()}
+        return "affine", {
+            "pca_mean": torch.zeros(d, dtype=torch.float32),
+            "pca_std": norm.expand(d).float().contiguous(),
+        }
     statistics = held.take({"feature_means": (d,), "feature_square_means": (d,)})
     mean = statistics["feature_means"]
     variance = statistics["feature_square_means"].double() - mean.double().square()

@@ -113,8 +113,8 @@ def write(folder: Path, config: SAEConfig, tensors: Mapping[str, Tensor]) -> Non
         "encoder.weight": t["W_enc"],
         "decoder.weight": t["W_dec"].T,
         "stats_last_nonzero": torch.zeros(n, dtype=torch.int64),
-        "latents_activation_frequency": t.get("statistic_activation_frequency", torch.ones(n)),
-        "latents_mean_square": t.get("statistic_mean_square", torch.zeros(n)),
+        "latents_activation_frequency": t.get("statistic_activation_frequency", torch.ones(n, dtype=torch.float32)),
+        "latents_mean_square": t.get("statistic_mean_square", torch.zeros(n, dtype=torch.float32)),
     }
     state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     state["activation"] = "ReLU" if topk is None else "TopK"

@@ -91,4 +91,4 @@ class Hamiltonian:
 
 def noise_like(x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """[images, ...] standard normal, each image's from its own generator (on the CPU: the same on every device)."""
-    return torch.stack([torch.randn(x.shape[1:], generator=each) for each in generators]).to(x)
+    return torch.stack([torch.randn(x.shape[1:], generator=each, dtype=torch.float32) for each in generators]).to(x)

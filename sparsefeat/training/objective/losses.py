@@ -73,7 +73,7 @@ class Loss:
     code: SparseCode | None = None
     counts: Tensor | None = None
     rows: int = 0
-    l0: Tensor = field(default_factory=lambda: torch.zeros(()))
+    l0: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32))
 
 
 @dataclass(frozen=True)
