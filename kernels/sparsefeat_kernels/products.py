@@ -20,7 +20,7 @@ __all__ = ["pair_products", "product", "quiet_about_csr", "sums_wider", "wide_pr
 
 def product(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T (+ bias): x [rows, d], W [n, d], bias [n], any strides, one floating dtype. No gradient."""
-    here = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and W.numel()
+    here = x.dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu" and x.numel() and W.numel()
     if here and torch.backends.mkldnn.enabled and _onednn():
         if not (
             W.is_contiguous() or W.T.is_contiguous()

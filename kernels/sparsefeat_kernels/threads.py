@@ -253,9 +253,10 @@ def shares(length: int, count: int, smallest: int = 1) -> list[slice]:
 
 
 def pieces(length: int, smallest: int = 1, least: int = 1) -> list[slice]:
-    """`shares` for the threads that there are: one alone takes `least`, several PIECES_A_THREAD each."""
-    count = PIECES_A_THREAD * threads() if threads() > 1 else 1
-    return shares(length, max(count, least), smallest)
+    """`shares` for the threads that there are, as many for each: PIECES_A_THREAD of them, one where a thread is alone, or
+    what makes `least` together."""
+    of_a_thread = max(PIECES_A_THREAD if threads() > 1 else 1, -(-least // threads()))
+    return shares(length, of_a_thread * threads(), smallest)
 
 
 def each(work: Callable[[Item], None], items: Iterable[Item]) -> list[Task]:

@@ -24,7 +24,7 @@ from sparsefeat_kernels import (
     topk_encode,
 )
 from sparsefeat_kernels import threads as kernels_threads
-from sparsefeat_kernels.threads import Team, conducted, each, shares
+from sparsefeat_kernels.threads import Team, conducted, each, pieces, shares
 from sparsefeat_kernels.threads import together as together_inside
 from torch import Tensor
 
@@ -71,14 +71,23 @@ def ops_outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
             counts[event.name] = counts.get(event.name, 0) + 1
 
 
-@pytest.mark.parametrize(("length", "pieces", "smallest"), [(0, 3, 1), (1, 4, 1), (10, 3, 1), (10, 4, 4), (7, 7, 2)])
-def test_shares_cover_everything_once_in_nearly_equal_pieces(length: int, pieces: int, smallest: int):
-    found = shares(length, pieces, smallest)
+@pytest.mark.parametrize(("length", "count", "smallest"), [(0, 3, 1), (1, 4, 1), (10, 3, 1), (10, 4, 4), (7, 7, 2)])
+def test_shares_cover_everything_once_in_nearly_equal_pieces(length: int, count: int, smallest: int):
+    found = shares(length, count, smallest)
     assert [i for part in found for i in range(part.start, part.stop)] == list(range(length))
     sizes = [part.stop - part.start for part in found]
-    assert len(found) <= pieces
+    assert len(found) <= count
     assert max(sizes) - min(sizes) <= 1
     assert min(sizes) >= min(smallest, length)
+
+
+@pytest.mark.parametrize(("least", "wanted"), [(1, (1, 8, 12)), (8, (8, 8, 12)), (9, (9, 10, 12)), (13, (13, 14, 15))])
+def test_every_thread_has_as_many_pieces(least: int, wanted: tuple[int, ...], torch_threads: int):
+    """A piece more would be waited for by the threads that have none of it."""
+    found: list[slice] = []
+    conducted(lambda: found.extend(pieces(1000, least=least)))()
+    assert len(found) == wanted[torch_threads - 1]
+    assert [i for part in found for i in range(part.start, part.stop)] == list(range(1000))
 
 
 def test_every_task_runs_once_with_its_share_of_torchs_threads(torch_threads: int):
@@ -338,15 +347,15 @@ def test_both_sides_of_the_size_from_which_maps_are_handed_out(short: int, monke
 
     maps = torch.rand(3, 2, 4, 4)
     monkeypatch.setattr(resize, "CONDUCTED_BYTES", 4 * 3 * 2 * 8 * 8 + short)
-    inner, pieces = resize.together, []
-    monkeypatch.setattr(resize, "together", lambda tasks: pieces.append(len(tasks)) or inner(tasks))
+    inner, handed_out = resize.together, []
+    monkeypatch.setattr(resize, "together", lambda tasks: handed_out.append(len(tasks)) or inner(tasks))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         resize_add_(torch.zeros(2, 8, 8), maps, None, True)
     finally:
         torch.set_num_threads(before)
-    assert pieces == [1 if short else 2]
+    assert handed_out == [1 if short else 2]
 
 
 SCRATCH = """

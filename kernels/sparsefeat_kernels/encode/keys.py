@@ -19,6 +19,7 @@ __all__ = [
     "largest",
     "largest_keys",
     "ordered",
+    "ordered_bits",
     "relu_in_order",
     "relu_keys",
     "store_broken",
@@ -28,8 +29,13 @@ __all__ = [
 
 def entry_keys(score: Tensor, index: Tensor) -> Tensor:
     """The keys of fp32 scores (no NaN; -0.0 equals 0.0) with indices below 2^31."""
-    bits = (score + 0.0).view(torch.int32)
-    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) + (0x7FFFFFFF - index)
+    return (ordered_bits(score + 0.0).long() << 32) + (0x7FFFFFFF - index)
+
+
+def ordered_bits(values: Tensor) -> Tensor:
+    """int32 ordered as fp32 values are, -0.0 below 0.0. Of these bits, read as floats, it gives the floats' bits."""
+    bits = values.view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def largest(values: Tensor, k: int, signed: bool) -> Tensor:

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from ..dispatch import implementation
-from ..products import pair_products, quiet_about_csr
+from ..products import pair_products, product, quiet_about_csr
 from ..threads import Task, each, pieces, shares, threads, together
 
 __all__ = [
     "RoundedEncoder",
+    "RoundedRows",
     "bf16_products",
     "bias_columns",
     "can_prefilter",
@@ -43,7 +44,6 @@ __all__ = [
 ]
 
 BIAS_COLUMNS = 3
-ALIGNMENT = 32  # bf16 columns: a cache line
 LARGEST = 1e38  # of |x'| |w| + |b|: beyond, a partial sum may overflow
 SMALLEST_PRODUCT = 1 << 16  # multiplications; torch makes smaller products by itself, summed as it likes
 # Latents rounded at a time, and half-precision latents widened at a time to rescore.
@@ -79,7 +79,7 @@ def pays_to_round(x: Tensor, W_enc: Tensor) -> bool:
 
 def rounded_width(d: int) -> int:
     """Columns of the rounded weights of an encoder of width d."""
-    return -(-(d + BIAS_COLUMNS) // ALIGNMENT) * ALIGNMENT
+    return d + BIAS_COLUMNS
 
 
 def bias_columns(bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ def bias_columns(bias: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_into(low: Tensor, W_enc: Tensor, columns: Tensor) -> None:
-    """W_enc and the bias's columns into low [n_latents, width], whose last columns are zeros."""
+    """W_enc and the bias's columns into low [n_latents, width]."""
     d = W_enc.shape[1]
     low[:, :d] = W_enc
     low[:, d : d + BIAS_COLUMNS] = columns
@@ -132,18 +132,19 @@ def rounded_up(x: Tensor) -> Tensor:
 def norms_and_losses(W: Tensor, measured: bool) -> tuple[Tensor, Tensor]:
     """fp64 [rows] each: norms of the rows of W, and of what rounding to bf16 takes from them, rounded up."""
     root = W.shape[1] ** 0.5
+    if W.dtype == torch.bfloat16:
+        norm = norm_rounded_up(W).double()
+        return norm, torch.zeros_like(norm)
     norm = torch.empty(len(W), dtype=torch.float32)
     for start, part in widened_tiles(W):
         norm[start : start + len(part)] = norm_rounded_up(part)
     norm = norm.double()
-    if W.dtype == torch.bfloat16:
-        return norm, torch.zeros_like(norm)
     at_most = 2.0**-8 * norm + 2.0**-134 * root
     if not measured:
         return norm, at_most
     lost = torch.empty(len(W), dtype=torch.float32)
     tile = max(1, min(len(W), WIDENED_TILE_BYTES // (4 * W.shape[1])))
-    low, difference = torch.empty(tile, W.shape[1], dtype=torch.bfloat16), torch.empty(tile, W.shape[1])
+    low, difference = (torch.empty(tile, W.shape[1], dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     for start in range(0, len(W), tile):
         part = W[start : start + tile]
         rounded, left = low[: len(part)].copy_(part), difference[: len(part)]
@@ -152,9 +153,10 @@ def norms_and_losses(W: Tensor, measured: bool) -> tuple[Tensor, Tensor]:
 
 
 def norm_rounded_up(x: Tensor) -> Tensor:
-    """fp32 norms of the rows of x [rows, d], never less than the true ones."""
+    """fp32 norms of the rows of x [rows, d], fp32 or bf16, never less than the true ones."""
     d = x.shape[1]
-    norm = torch.linalg.vector_norm(x, dim=1) * (1 + (d + 8) * 2.0**-24 + 1e-6) + 2.0**-63 * d**0.5
+    result = 2.0**-8 if x.dtype == torch.bfloat16 else 0.0  # its sums are in fp32 too: only they are rounded to bf16
+    norm = torch.linalg.vector_norm(x, dim=1).float() * (1 + (d + 8) * 2.0**-24 + 1e-6 + result) + 2.0**-63 * d**0.5
     # Where d is 1 nothing is squared, and bf16 is infinite from 3.39e38.
     return norm.masked_fill_(norm > 3e38, torch.inf)
 
@@ -163,7 +165,7 @@ def widened_tiles(x: Tensor) -> Iterator[tuple[int, Tensor]]:
     """First row and rows in fp32, a tile at a time; half precision in one buffer. (New memory for every tile costs more
     than what is done with it.)"""
     tile = max(1, min(len(x), WIDENED_TILE_BYTES // (4 * x.shape[1])))
-    buffer = None if x.dtype == torch.float32 else torch.empty(tile, x.shape[1])
+    buffer = None if x.dtype == torch.float32 else torch.empty(tile, x.shape[1], dtype=torch.float32)
     for start in range(0, len(x), tile):
         part = x[start : start + tile]
         yield start, part if buffer is None else buffer[: len(part)].copy_(part)
@@ -198,13 +200,15 @@ class RoundedEncoder:
 
     @property
     def width(self) -> int:
-        return rounded_width(self.W_enc.shape[1])
+        d = self.W_enc.shape[1]
+        return d if self.bias is not None else rounded_width(d)
 
     def room_for(self, rows: int, centred: Tensor | None = None) -> RoundedRows:
         """What `rounding` fills; centred: where that goes."""
-        low = torch.zeros(rows, self.width, dtype=torch.bfloat16)
+        low = torch.empty(rows, self.width, dtype=torch.bfloat16)
         centred = torch.empty(rows, self.W_enc.shape[1], dtype=torch.float32) if centred is None else centred
-        return RoundedRows(centred, low, torch.empty(rows), torch.empty(rows), torch.empty(rows, dtype=torch.bool))
+        size, lost = torch.empty(2, rows, dtype=torch.float32)
+        return RoundedRows(centred, low, size, lost, torch.empty(rows, dtype=torch.bool))
 
     def rounding(self, x: Tensor, b_pre: Tensor, out: RoundedRows) -> list[Task]:
         d = x.shape[1]
@@ -228,7 +232,8 @@ class RoundedEncoder:
         # Of equal size, and not below SMALLEST_PRODUCT.
         smallest = -(-SMALLEST_PRODUCT // (len(rows.low) * d))
         tile_bytes = ROUNDED_TILE_BYTES * min(1.0, 2 / threads())  # every thread has one
-        least = -(-2 * n_latents * self.width // int(tile_bytes)) if rounds else 1
+        of_a_tile = self.width if rounds else len(rows.low) if self.bias is not None else 0
+        least = max(1, -(-2 * n_latents * of_a_tile // int(tile_bytes)))
         tiles = pieces(n_latents, smallest, least)
         longest = max(tile.stop - tile.start for tile in tiles)
         buffers: deque[Tensor] = deque()
@@ -236,7 +241,7 @@ class RoundedEncoder:
         def some(tile: slice) -> None:
             to, W = out[:, tile], self.W_enc[tile]
             if self.bias is not None:
-                torch.addmm(self.bias[tile], rows.low[:, :d], W.T, out=to)
+                to.copy_(product(rows.low, W, self.bias[tile]))
                 return
             if self.low is not None:
                 torch.mm(rows.low, self.low[tile].T, out=to)
@@ -244,7 +249,7 @@ class RoundedEncoder:
             try:
                 buffer = buffers.pop()
             except IndexError:
-                buffer = torch.zeros(longest, self.width, dtype=torch.bfloat16)
+                buffer = torch.empty(longest, self.width, dtype=torch.bfloat16)
             low = buffer[: len(W)]
             assert self.columns is not None
             round_into(low, W, self.columns[tile])
@@ -264,7 +269,7 @@ class RoundedEncoder:
         tiles = pieces(n_latents, least=1 if full else -(-4 * n_latents * d // WIDENED_TILE_BYTES))
         quiet_about_csr()
         # The pairs of each tile, and within it latent by latent.
-        order = latent.argsort(stable=True)
+        order = latent.int().argsort(stable=True)  # in half the time
         counts = torch.bincount(latent, minlength=n_latents).cumsum(0)
         ends = [int(counts[tile.stop - 1]) for tile in tiles[:-1]]
 
@@ -273,9 +278,10 @@ class RoundedEncoder:
             if not len(pairs):
                 return
             offsets = torch.zeros(tile.stop - tile.start + 1, dtype=torch.int64)
-            counts = torch.bincount(latent[pairs] - tile.start, minlength=tile.stop - tile.start)
+            counts = torch.bincount(latent.index_select(0, pairs) - tile.start, minlength=tile.stop - tile.start)
             torch.cumsum(counts, 0, out=offsets[1:])
-            out[pairs] = pair_products(self.W_enc[tile].float(), centred, offsets, row[pairs])
+            products = pair_products(self.W_enc[tile].float(), centred, offsets, row.index_select(0, pairs))
+            out.scatter_(0, pairs, products)
 
         return each(some, zip(tiles, order.tensor_split(ends), strict=True))
 
@@ -288,13 +294,12 @@ def round_encoder(W_enc: Tensor, bias: Tensor, rows: int, keep_bytes: int = 0) -
     if whole is not None and not torch.equal(whole.double(), bias.double()):
         whole = None
     bias = bias.double()
-    columns: Tensor | None
-    columns, rest = bias_columns(bias)
+    columns, rest = (None, torch.zeros_like(bias)) if whole is not None else bias_columns(bias)
     bounds = torch.empty(3, n_latents, dtype=torch.float32)
     together(encoder_bounds(W_enc, bias, rest, width, bounds, rows >= MEASURED_ROWS))
     low = None
     if whole is None and 2 * n_latents * width <= keep_bytes:
-        low = torch.zeros(n_latents, width, dtype=torch.bfloat16)
+        low = torch.empty(n_latents, width, dtype=torch.bfloat16)
         together(rounding_of_weights(low, W_enc, columns))
         columns = None
     return RoundedEncoder(W_enc, columns, low, bounds, (float(bounds[0].max()), float(bias.abs().max())), whole)

@@ -15,18 +15,19 @@ from torch import Tensor
 from ..dispatch import row_chunks
 from ..threads import Task, conducted, each, shares, threads, together
 from .cpu import PREACTIVATION_BYTES, topk_encode_cpu
-from .keys import entry_keys, relu_in_order
+from .keys import entry_keys, ordered_bits, relu_in_order
 from .rounded import SMALLEST_PRODUCT, RoundedEncoder, RoundedRows, round_encoder, rounded_width
 
 __all__ = [
     "CANDIDATES",
     "GROUPS",
     "PAIRS",
+    "cuts",
     "entries_that_reach",
     "group_bounds",
-    "group_margins",
     "group_maxima",
     "most_groups",
+    "positive_maxima",
     "rounded_group",
     "survivors_of",
     "topk_of_rounded",
@@ -38,7 +39,7 @@ GROUPS = (16, 8, 4)  # latents a group, of which one maximum is looked at first
 # A row with more groups left is computed plainly: 8 for each of the k; for few k 128, or a quarter of all.
 SURVIVING_GROUPS = (8, 128)
 COARSER = 4  # groups of which the best lower bound counts, where that leaves enough: a quarter to search, hardly lower
-CANDIDATES = 1 << 19  # entries of surviving groups looked at together: 20 MiB of scratch at worst
+CANDIDATES = 1 << 20  # entries of surviving groups looked at together: 16 MiB of scratch at worst
 # Multiplications below which prepared weights are passed over: a row at 768 x 3,072 takes 2.2 ms of a processor through the
 # phases of the prefilter and 0.9 plainly, 77 rows 4.5 and 5.9 (two threads, AMD EPYC).
 PREFILTERED_PRODUCT = 1 << 24
@@ -109,7 +110,7 @@ class _Search:
         """Of the rows of a chunk: they are there when the tasks are done."""
         # Groups are strided: latents that are trained together (the first of a Matryoshka dictionary) fall into
         # different ones, and the maximum over a group is an elementwise one of long vectors.
-        bounds = group_bounds(self.encoder, self.group)
+        bounds = group_bounds(self.encoder.bounds, self.group)
         most = most_groups(p.shape[1] // self.group, self.k) * self.group
         block = max(1, CANDIDATES // threads() // most)
         found = [
@@ -120,8 +121,8 @@ class _Search:
 
         def search(one: _Found) -> None:
             some = slice(one.rows.start - chunk.start, one.rows.stop - chunk.start)
-            signed = self.selection == "signed"
-            one.row, one.latent, proved = survivors_of(p[some], part.part(some), bounds, self.k, signed)
+            of_block = p[some].abs_() if self.selection == "signed" else p[some]  # nobody reads p after this
+            one.row, one.latent, proved = survivors_of(of_block, part.part(some), bounds, self.k)
             self.proved[one.rows] = proved
 
         return found, each(search, found)
@@ -132,7 +133,7 @@ class _Search:
         latent = torch.cat([one.latent for one in found])
         a = torch.empty(len(row), dtype=torch.float32)
         together(self.encoder.rescoring(centred, row, latent, a))
-        parts = a.add_(self.bias[latent]).split([len(one.row) for one in found])
+        parts = a.add_(self.bias.index_select(0, latent)).split([len(one.row) for one in found])
 
         def finish(piece: tuple[_Found, Tensor]) -> None:
             one, of_one = piece
@@ -187,29 +188,32 @@ def topk_of_rounded(
     return values, indices
 
 
-def survivors_of(p: Tensor, rows: RoundedRows, bounds: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, latent) of every entry that may be among its row's k largest, rows ascending; and [rows] whether that could
-    be told. Of the other rows nothing is returned.
+def survivors_of(p: Tensor, rows: RoundedRows, bounds: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, latent) of every entry of the product p, or of its magnitudes, that may be among its row's k largest, rows
+    ascending; and [rows] whether that could be told. Of the other rows nothing is returned.
 
     The k-th largest of the groups' lower bounds is below at least k entries' values. Whatever has its upper bound below
     that cannot be among the k largest.
     """
     n_groups = bounds.shape[1]
     grouped = p.view(len(p), -1, n_groups)
-    top = group_maxima(grouped).float()  # [rows, n_groups]
-    if signed:
-        top = torch.maximum(top, -grouped.amin(1).float())
-    margin = group_margins(top, rows.size, rows.lost, bounds)
-    lower = top - margin
-    if n_groups % COARSER == 0 and n_groups >= COARSER * GROUPS_A_K * k:
-        lower = lower.view(len(p), COARSER, -1).amax(1)
-    threshold = lower.topk(k, dim=1, sorted=False).values.amin(1)
-    row, of_group = (margin.add_(top) >= threshold[:, None]).nonzero(as_tuple=True)
+    coarser = COARSER if n_groups % COARSER == 0 and n_groups >= COARSER * GROUPS_A_K * k else 1
+    coarse_bounds = group_bounds(bounds, coarser)
+
+    # Where every cut is positive, as in most blocks, nobody asks for a group without a positive entry.
+    for maxima in (positive_maxima, group_maxima):
+        top = maxima(grouped)
+        best = maxima(top.view(len(p), coarser, -1)).float()
+        lower = best.sub(best.abs(), alpha=2.0**-8).sub_(_margins(rows, coarse_bounds))
+        cut = cuts(_kth_largest(lower, k), rows, bounds)
+        if float(cut.amin()) > 0:
+            break
+    row, of_group = (top >= cut).nonzero(as_tuple=True)
     proved = rows.provable & (torch.bincount(row, minlength=len(p)) <= most_groups(n_groups, k))
     if not bool(proved.all()):
         kept = proved[row]
         row, of_group = row[kept], of_group[kept]
-    return *entries_that_reach(threshold, p, row, of_group, rows.size, rows.lost, bounds, signed), proved
+    return *entries_that_reach(cut, p, row, of_group), proved
 
 
 def group_maxima(grouped: Tensor) -> Tensor:
@@ -218,47 +222,56 @@ def group_maxima(grouped: Tensor) -> Tensor:
     The bits of floats that are not negative are ordered as integers are, those of negative ones the other way round. Integers
     are compared in a quarter of the time: a processor compares a cache line of them at once.
     """
-    bits = grouped.view(torch.int16)
-    top = bits.amax(1)
+    top = positive_maxima(grouped).view(torch.int16)
     negative = top < 0
     if bool(negative.any()):
-        top = torch.where(negative, bits.amin(1), top)
+        top = torch.where(negative, grouped.view(torch.int16).amin(1), top)
     return top.view(torch.bfloat16)
 
 
-def group_bounds(encoder: RoundedEncoder, group: int) -> Tensor:
-    """The largest bounds of every group, [3, n_groups]."""
-    return encoder.bounds.view(3, group, -1).amax(1)
+def positive_maxima(grouped: Tensor) -> Tensor:
+    """`group_maxima` where a group has a positive entry; of others any of its entries."""
+    return grouped.view(torch.int16).amax(1).view(torch.bfloat16)
 
 
-def group_margins(top: Tensor, size: Tensor, lost: Tensor, bounds: Tensor) -> Tensor:
-    """How far the entries of a group whose largest is `top` [rows, n_groups] can be from what the product says."""
-    margin = torch.outer(lost, bounds[0]).addr_(size, bounds[1]).add_(bounds[2])
-    return margin.add_(top.abs(), alpha=2.0**-8)
+def _kth_largest(values: Tensor, k: int) -> Tensor:
+    """Of every row. By their bits: torch compares floats, with a look for NaN, in half as much time again."""
+    top = ordered_bits(values).topk(k, dim=1, sorted=False).values.amin(1)
+    return ordered_bits(top.view(torch.float32)).view(torch.float32)
 
 
-def entries_that_reach(
-    threshold: Tensor,
-    p: Tensor,
-    row: Tensor,
-    of_group: Tensor,
-    size: Tensor,
-    lost: Tensor,
-    bounds: Tensor,
-    signed: bool,
-) -> tuple[Tensor, Tensor]:
-    """(row, latent), rows ascending, of the entries of these groups, `of_group` of `row`, that can reach their row's threshold
-    by what is known of their group.
+def group_bounds(bounds: Tensor, group: int) -> Tensor:
+    """The largest bounds of every group, [3, n_groups], of those [3, n_latents] of latents or of smaller groups."""
+    return bounds.view(3, group, -1).amax(1)
+
+
+def _margins(rows: RoundedRows, bounds: Tensor, times: float = 1.0) -> Tensor:
+    """How far the entries of every group can be from what the product says, but for its own rounding, [rows, n_groups]."""
+    of_x, of_weights, others = bounds * times
+    return torch.outer(rows.lost, of_x).addr_(rows.size, of_weights).add_(others)
+
+
+def cuts(threshold: Tensor, rows: RoundedRows, bounds: Tensor) -> Tensor:
+    """What the product must say of an entry, at the least, for the entry to reach its row's threshold, [rows, n_groups].
 
     An entry a can when a + 2^-8 |a| >= least, which is a number for the whole group: when a is least / (1 +- 2^-8).
     """
-    n_groups = bounds.shape[1]
-    least = threshold[row] - lost[row] * bounds[0, of_group] - size[row] * bounds[1, of_group] - bounds[2, of_group]
     slack = 2.0**-20  # of fp32's rounding here; that of the bounds has room for itself
-    cut = torch.minimum(least * (1 / (1 + 2.0**-8) - slack), least * (1 / (1 - 2.0**-8) + slack))
-    a = p.view(len(p), -1, n_groups).transpose(1, 2)[row, of_group].float()  # [groups, group]
-    of_row, slot = ((a.abs() if signed else a) >= cut[:, None]).nonzero(as_tuple=True)
-    return row[of_row], of_group[of_row] + slot * n_groups
+    positive, negative = 1 / (1 + 2.0**-8) - slack, 1 / (1 - 2.0**-8) + slack
+    least = _margins(rows, bounds, positive)
+    torch.sub(threshold[:, None] * positive, least, out=least)
+    return torch.nn.functional.leaky_relu_(least, negative / positive)
+
+
+def entries_that_reach(cut: Tensor, p: Tensor, row: Tensor, of_group: Tensor) -> tuple[Tensor, Tensor]:
+    """(row, latent), rows ascending, of the entries of these groups, `of_group` of `row`, that reach their group's `cut`."""
+    n_groups = cut.shape[1]
+    a = p.view(len(p), -1, n_groups).transpose(1, 2)[row, of_group]  # [groups, group]
+    # Of vectors as long as these, index_select takes a third of the time of an index.
+    least = cut.view(-1).index_select(0, row * n_groups + of_group)
+    place = (a.float() >= least[:, None]).view(-1).nonzero()[:, 0]
+    at, slot = place // a.shape[1], place % a.shape[1]
+    return row.index_select(0, at), of_group.index_select(0, at) + slot * n_groups
 
 
 def _largest_of_each_row(
@@ -269,12 +282,13 @@ def _largest_of_each_row(
     score = a.abs() if selection == "signed" else a
     keys = entry_keys(score, latent)
     counts = torch.bincount(row, minlength=rows)
-    place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
     longest = max(int(counts.max()), k) if len(row) else k
+    first = torch.arange(rows) * longest - (counts.cumsum(0) - counts)
+    place = first.index_select(0, row).add_(torch.arange(len(row)))
     table = torch.full((rows, longest), torch.iinfo(torch.int64).min)
-    table[row, place] = keys
+    table.view(-1).scatter_(0, place, keys)
     value_of = torch.zeros(rows, longest, dtype=torch.float32)
-    value_of[row, place] = a
+    value_of.view(-1).scatter_(0, place, a)
     top, where = table.topk(k, dim=1)
     values, indices = value_of.gather(1, where), 0x7FFFFFFF - (top & 0x7FFFFFFF)
     if selection == "relu" and bool((values[:, -1] <= 0).any()):

@@ -12,7 +12,7 @@ from ..dispatch import row_chunks, sum_dtype
 from ..threads import conducted, each, shares, threads, together
 from .product import preactivations
 from .rounded import RoundedRows, pays_to_round, round_encoder
-from .survivors import CANDIDATES, GROUPS, PAIRS, entries_that_reach, group_bounds, group_margins, group_maxima
+from .survivors import CANDIDATES, GROUPS, PAIRS, cuts, entries_that_reach, group_bounds, group_maxima
 
 __all__ = ["threshold_encode_cpu", "threshold_encode_csr_cpu"]
 
@@ -60,7 +60,7 @@ def _entries_of_rounded(
     never = ~floor.isfinite()
     encoder = round_encoder(W_enc, b_enc.double() - floor.double().masked_fill(never, 0), rows)
     encoder.bounds[2].masked_fill_(never, -torch.inf)  # a group of nothing else reaches 0 nowhere
-    bounds = group_bounds(encoder, group)
+    bounds = group_bounds(encoder.bounds, group)
     bias, zeros = b_enc.float(), torch.zeros(rows, dtype=torch.float32)
     most_groups = max(1, int(GROUPS_ALIVE * n_groups))
     chunks = row_chunks(rows, 2 * (n_latents + encoder.width) + 12 * d, PREACTIVATION_BYTES)
@@ -79,8 +79,8 @@ def _entries_of_rounded(
         alive = torch.empty(count, n_groups, dtype=torch.bool)
 
         def look(some: slice, p: Tensor = p, part: RoundedRows = part, alive: Tensor = alive) -> None:
-            top = group_maxima(p[some].view(-1, group, n_groups)).float()  # [block, n_groups]
-            alive[some] = top + group_margins(top, part.size[some], part.lost[some], bounds) >= 0
+            top = group_maxima(p[some].view(-1, group, n_groups))  # [block, n_groups]
+            alive[some] = top >= cuts(zeros[some], part.part(some), bounds)
 
         together(each(look, blocks))
         proved = part.provable & (alive.sum(1) <= most_groups)
@@ -99,8 +99,8 @@ def _entries_of_rounded(
             found: dict[int, tuple[Tensor, Tensor]] = found,
         ) -> None:
             row, of_group = alive[some].nonzero(as_tuple=True)
-            size, lost = part.size[some], part.lost[some]
-            row, latent = entries_that_reach(zeros, p[some], row, of_group, size, lost, bounds, signed=False)
+            cut = cuts(zeros[some], part.part(some), bounds)
+            row, latent = entries_that_reach(cut, p[some], row, of_group)
             found[some.start] = row + some.start, latent
 
         done = 0

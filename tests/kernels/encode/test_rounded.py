@@ -38,6 +38,19 @@ def share_of_bound(x: Tensor, W: Tensor, b: Tensor, b_pre: Tensor, rows: int = 1
     return (p - exact).abs() / bound
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("d", [1, 67, 1280])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e17])
+def test_norms_are_never_less_than_the_true_ones(dtype: str, d: int, scale: float):
+    """Of equal numbers too, whose sum bf16 could not hold beyond 256 of them."""
+    x = torch.randn(40, d, generator=torch.Generator().manual_seed(5)) * scale
+    x[::2] = scale
+    x = x.to(DTYPES[dtype])
+    true, found = x.double().norm(dim=1), rounded_encoder.norm_rounded_up(x).double()
+    assert (found >= true).all()
+    assert (found <= true * (1 + 2.0**-7) + 2.0**-62 * d**0.5).all()
+
+
 def signs(*shape: int) -> Tensor:
     return torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(4)) * 2.0 - 1
 

@@ -7,7 +7,7 @@ from sparsefeat_kernels import prepare_encoder, topk_encode
 from sparsefeat_kernels.encode import rounded as rounded_encoder
 from sparsefeat_kernels.encode import survivors
 from sparsefeat_kernels.encode import topk as topk_module
-from sparsefeat_kernels.encode.rounded import RoundedEncoder
+from sparsefeat_kernels.encode.rounded import RoundedEncoder, RoundedRows
 from sparsefeat_kernels.encode.topk import reference
 
 pytestmark = pytest.mark.skipif(not kernels.bf16_products(), reason="this processor has no bf16 matrix instructions")
@@ -310,6 +310,9 @@ def test_changed_weights_are_noticed():
         topk_encode(x, w.clone(), b, c, 5, prepared=prepare_encoder(w, b))
     with pytest.raises(TypeError, match=r"W_enc must be float32 to be prepared, got torch\.float16"):
         prepare_encoder(w.half(), b)
+    low, bounds = torch.zeros(N, 71).bfloat16(), torch.zeros(3, N)  # of another width than 67 + 3
+    with pytest.raises(ValueError, match="prepared is for 1024 latents of width 68"):
+        torch.ops.sparsefeat.topk_encode_prefiltered(x, w, b, c, low, bounds, 5, "relu")
     with pytest.raises(ValueError, match=r"pass W_enc \[n_latents, d\] and b_enc"):
         prepare_encoder(w, b[:5])
 
@@ -353,6 +356,20 @@ def test_a_large_share_of_the_latents_goes_the_plain_way(k, prefiltered, monkeyp
     assert bool(products) == prefiltered
 
 
+@pytest.mark.parametrize(("offset", "negative"), [(0.0, False), (-30.0, True)])
+@pytest.mark.parametrize("selection", ["raw", "relu"])
+def test_on_both_sides_of_zero_rows_are_proved(selection: str, offset: float, negative: bool, monkeypatch):
+    """Where the k largest are positive nobody looks for the largest of the groups that have no positive entry."""
+    x, w, b, c = case("plain")
+    b = b + offset
+    exact, inner = [], survivors.group_maxima
+    monkeypatch.setattr(survivors, "group_maxima", lambda p: exact.append(len(p)) or inner(p))
+    monkeypatch.setattr(survivors, "topk_encode_cpu", None)  # for rows without a proof
+    values, indices = topk_encode(x, w, b, c, 5, selection, prepared=prepare_encoder(w, b))
+    check(x, w, b, c, 5, selection, values, indices)
+    assert bool(exact) == negative
+
+
 @pytest.mark.parametrize("offset", [0.7, 0.0, -1.0, -8.0, 8.0])
 def test_the_maxima_of_groups_are_those_of_their_floats(offset: float):
     """Of integers with the floats' bits, where a group has a float that is not negative: no, few, many, all groups have none."""
@@ -369,10 +386,13 @@ def test_an_entry_reaches_where_its_upper_bound_does(threshold: float, signed: b
     g = torch.Generator().manual_seed(4)
     p = (3 * torch.randn(11, 4 * 9, generator=g)).bfloat16()
     p[:, ::5] = torch.linspace(threshold * 0.99, threshold * 1.01, 11).bfloat16()[:, None]
+    p = p.abs() if signed else p
     size, lost, bounds = torch.rand(11, generator=g), torch.rand(11, generator=g), torch.rand(3, 9, generator=g) / 99
     row, of_group = (torch.rand(11, 9, generator=g) > 0.2).nonzero(as_tuple=True)
-    found = survivors.entries_that_reach(torch.full((11,), threshold), p, row, of_group, size, lost, bounds, signed)
-    a = p.double().abs() if signed else p.double()
+    rows = RoundedRows(p, p, size, lost, torch.ones(11, dtype=torch.bool))
+    cut = survivors.cuts(torch.full((11,), threshold), rows, bounds)
+    found = survivors.entries_that_reach(cut, p, row, of_group)
+    a = p.double()
     margin = lost[:, None].double() * bounds[0] + size[:, None].double() * bounds[1] + bounds[2]
     over = a + a.abs() * 2.0**-8 + margin.repeat(1, 4) - threshold
     looked = torch.zeros(11, 9, dtype=torch.bool).index_put_((row, of_group), torch.tensor(True)).repeat(1, 4)
