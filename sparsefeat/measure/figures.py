@@ -41,7 +41,7 @@ def build(op: str, shape: Mapping[str, int], dtype: str = "float32", device: str
     flops, moved = what.cost(shape, size)
     providers = what.providers()
     if dtype != "float32" or (device == "cpu" and not kernels.bf16_products()):  # then it is the plain path again
-        providers = [provider for provider in providers if provider.name != encode.PREPARED]
+        providers = [p for p in providers if p.name not in (encode.PREPARED, encode.BF16_PRODUCT.name)]
     input_bytes = size * shape["n_latents"] * shape["d_model"] if "n_latents" in shape else moved
     return Figure(
         op=op, shape=shape, dtype=dtype, device=device, providers=tuple(providers),

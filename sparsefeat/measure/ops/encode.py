@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import sparsefeat_kernels as kernels
@@ -65,6 +66,10 @@ def product_fault(case: SAECase, answer: Tensor) -> str:
     return "" if off <= 1 else f"the product is {float(off):.1f} tolerances off"
 
 
+def bf16_product_fault(case: SAECase, answer: Tensor) -> str:
+    return product_fault(replace(case, dtype="bfloat16"), answer)
+
+
 PRODUCT = Provider(
     "the product alone",
     lambda case: F.linear(case.x, case.W_enc, case.extra["bias"]),
@@ -73,6 +78,14 @@ PRODUCT = Provider(
     bound=True,
     note="F.linear, which writes [rows, n_latents]: no code is selected",
 )
+BF16_PRODUCT = Provider(
+    "the bf16 product alone",
+    lambda low: F.linear(*low),
+    lambda case: tuple(t.bfloat16() for t in (case.x, case.W_enc, case.b_enc - case.W_enc @ case.b)),
+    check=bf16_product_fault,
+    bound=True,
+    note="F.linear of inputs and weights rounded to bf16",
+)
 
 
 def _encode_providers() -> list[Provider]:
@@ -80,6 +93,7 @@ def _encode_providers() -> list[Provider]:
         Provider(OURS, our_encode),
         *with_prepared(our_encode),
         PRODUCT,
+        BF16_PRODUCT,
         Provider(DENSE, lambda c: dense_encode(c.x, c.W_enc, c.b_enc, c.b, c.k)),
     ]
 
