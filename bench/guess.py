@@ -36,20 +36,18 @@ def bounded_by(bound: Bound) -> Iterator[list[int]]:
     """The op takes a row's bound from `bound(product, which rows, they, groups' bounds)`; how many survive, call by call."""
     own, seen, counts = survivors.survivors_of, 0, []
 
-    def told(
-        p: Tensor, rows: survivors.RoundedRows, bounds: Tensor, k: int, signed: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def told(p: Tensor, rows: survivors.RoundedRows, bounds: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         nonlocal seen
         n_groups, here = bounds.shape[1], slice(seen, seen + len(p))
         seen = here.stop
-        top = survivors.group_maxima(p.view(len(p), -1, n_groups)).float()
-        reach = survivors.group_margins(top, rows.size, rows.lost, bounds).add_(top)
-        threshold = bound(p, here, rows, bounds)
-        row, group = (reach >= threshold[:, None]).nonzero(as_tuple=True)
+        cut = survivors.cuts(bound(p, here, rows, bounds), rows, bounds)
+        maxima = survivors.positive_maxima if float(cut.amin()) > 0 else survivors.group_maxima
+        top = maxima(p.view(len(p), -1, n_groups))
+        row, group = (top >= cut).nonzero(as_tuple=True)
         proved = rows.provable & (torch.bincount(row, minlength=len(p)) <= survivors.most_groups(n_groups, k))
         if not bool(proved.all()):
             row, group = row[proved[row]], group[proved[row]]
-        found = survivors.entries_that_reach(threshold, p, row, group, rows.size, rows.lost, bounds, signed)
+        found = survivors.entries_that_reach(cut, p, row, group)
         counts.append(len(found[0]))
         return *found, proved
 
