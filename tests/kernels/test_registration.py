@@ -76,7 +76,7 @@ def calls(device: str) -> dict[str, tuple]:
         ),
         "topk_encode_prefiltered": (
             *(normal(3, 4), normal(5, 4), normal(5), normal(4)),
-            torch.zeros(5, 7, dtype=torch.bfloat16, device=device),
+            torch.zeros(5, 32, dtype=torch.bfloat16, device=device),
             torch.zeros(3, 5, device=device),
             2,
             "relu",

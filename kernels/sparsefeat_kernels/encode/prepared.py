@@ -25,11 +25,11 @@ PREFILTERED_ROWS = 128
 class PreparedEncoder:
     """What `topk_encode(..., prepared=)` keeps of an encoder between calls. Made by `prepare_encoder`.
 
-    On a CPU 2 n_latents (d + 3) bytes of bf16 weights and 12 n_latents bytes of norms, half the size of
+    On a CPU 2 n_latents (d + 3, rounded up to 32) bytes of bf16 weights and 12 n_latents bytes of norms, half the size of
     fp32 weights; on a GPU the bias b_enc - W_enc b_pre in fp32, 4 n_latents bytes.
     """
 
-    # bf16 [n_latents, width]: W_enc, b_enc in three parts; and bounds, fp32 [3, n_latents]: an entry is within
+    # bf16 [n_latents, width]: W_enc, b_enc in three parts, zeros; and bounds, fp32 [3, n_latents]: an entry is within
     # |x' - x'~| bounds[0] + |x'~| bounds[1] + bounds[2] + 2^-8 |p|
     rounded: tuple[Tensor, Tensor] | None
     bias: Tensor | None  # fp32 [n_latents]
@@ -93,7 +93,7 @@ def prepare_encoder(
     if into is not None and into.rounded is not None and into.rounded[0].shape == (len(W_enc), width):
         low, bounds = into.rounded
     else:
-        low, bounds = torch.empty(len(W_enc), width, dtype=torch.bfloat16), torch.empty(3, len(W_enc))
+        low, bounds = torch.zeros(len(W_enc), width, dtype=torch.bfloat16), torch.empty(3, len(W_enc))
     _fill(W_enc.detach(), b_enc.detach(), low, bounds)
     return PreparedEncoder((low, bounds), None, *kept)
 

@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 BIAS_COLUMNS = 3
+ALIGNMENT = 32  # bf16 columns: a cache line
 LARGEST = 1e38  # of |x'| |w| + |b|: beyond, a partial sum may overflow
 SMALLEST_PRODUCT = 1 << 16  # multiplications; torch makes smaller products by itself, summed as it likes
 # Latents rounded at a time, and half-precision latents widened at a time to rescore.
@@ -79,7 +80,7 @@ def pays_to_round(x: Tensor, W_enc: Tensor) -> bool:
 
 def rounded_width(d: int) -> int:
     """Columns of the rounded weights of an encoder of width d."""
-    return d + BIAS_COLUMNS
+    return -(-(d + BIAS_COLUMNS) // ALIGNMENT) * ALIGNMENT
 
 
 def bias_columns(bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +93,7 @@ def bias_columns(bias: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_into(low: Tensor, W_enc: Tensor, columns: Tensor) -> None:
-    """W_enc and the bias's columns into low [n_latents, width]."""
+    """W_enc and the bias's columns into low [n_latents, width], whose last columns are zeros."""
     d = W_enc.shape[1]
     low[:, :d] = W_enc
     low[:, d : d + BIAS_COLUMNS] = columns
@@ -205,7 +206,7 @@ class RoundedEncoder:
 
     def room_for(self, rows: int, centred: Tensor | None = None) -> RoundedRows:
         """What `rounding` fills; centred: where that goes."""
-        low = torch.empty(rows, self.width, dtype=torch.bfloat16)
+        low = torch.zeros(rows, self.width, dtype=torch.bfloat16)
         centred = torch.empty(rows, self.W_enc.shape[1], dtype=torch.float32) if centred is None else centred
         size, lost = torch.empty(2, rows, dtype=torch.float32)
         return RoundedRows(centred, low, size, lost, torch.empty(rows, dtype=torch.bool))
@@ -249,7 +250,7 @@ class RoundedEncoder:
             try:
                 buffer = buffers.pop()
             except IndexError:
-                buffer = torch.empty(longest, self.width, dtype=torch.bfloat16)
+                buffer = torch.zeros(longest, self.width, dtype=torch.bfloat16)
             low = buffer[: len(W)]
             assert self.columns is not None
             round_into(low, W, self.columns[tile])
@@ -299,7 +300,7 @@ def round_encoder(W_enc: Tensor, bias: Tensor, rows: int, keep_bytes: int = 0) -
     together(encoder_bounds(W_enc, bias, rest, width, bounds, rows >= MEASURED_ROWS))
     low = None
     if whole is None and 2 * n_latents * width <= keep_bytes:
-        low = torch.empty(n_latents, width, dtype=torch.bfloat16)
+        low = torch.zeros(n_latents, width, dtype=torch.bfloat16)
         together(rounding_of_weights(low, W_enc, columns))
         columns = None
     return RoundedEncoder(W_enc, columns, low, bounds, (float(bounds[0].max()), float(bias.abs().max())), whole)

@@ -15,7 +15,7 @@ from .gpu.stored import topk_stored
 from .gpu.topk import Way, topk_encode_triton, way
 from .prepared import PreparedEncoder
 from .product import SELECTIONS, check_bias, check_encoder, encoder_bias
-from .rounded import BIAS_COLUMNS, can_prefilter, pays_to_round
+from .rounded import BIAS_COLUMNS, can_prefilter, pays_to_round, rounded_width
 from .survivors import topk_prefiltered_cpu
 
 __all__ = ["SELECTIONS", "topk_by_kernels", "topk_encode"]
@@ -178,9 +178,9 @@ def _topk_encode_prefiltered(
 ) -> tuple[Tensor, Tensor]:
     check_encoder(x, W_enc, b_enc, b_pre, k, selection)
     n_latents, d = W_enc.shape
-    if low.shape[0] != n_latents or low.shape[1] != d + BIAS_COLUMNS or bounds.shape != (3, n_latents):
+    if low.shape[0] != n_latents or low.shape[1] != rounded_width(d) or bounds.shape != (3, n_latents):
         raise ValueError(
-            f"prepared is for {low.shape[0]} latents of width {low.shape[1] - BIAS_COLUMNS}, W_enc has shape "
+            f"prepared is for {low.shape[0]} latents of width up to {low.shape[1] - BIAS_COLUMNS}, W_enc has shape "
             f"{tuple(W_enc.shape)}; call prepare_encoder on these weights"
         )
     if not can_prefilter(x):

@@ -310,8 +310,8 @@ def test_changed_weights_are_noticed():
         topk_encode(x, w.clone(), b, c, 5, prepared=prepare_encoder(w, b))
     with pytest.raises(TypeError, match=r"W_enc must be float32 to be prepared, got torch\.float16"):
         prepare_encoder(w.half(), b)
-    low, bounds = torch.zeros(N, 71).bfloat16(), torch.zeros(3, N)  # of another width than 67 + 3
-    with pytest.raises(ValueError, match="prepared is for 1024 latents of width 68"):
+    low, bounds = torch.zeros(N, 128).bfloat16(), torch.zeros(3, N)  # of another width than 67 + 3, rounded up
+    with pytest.raises(ValueError, match="prepared is for 1024 latents of width up to 125"):
         torch.ops.sparsefeat.topk_encode_prefiltered(x, w, b, c, low, bounds, 5, "relu")
     with pytest.raises(ValueError, match=r"pass W_enc \[n_latents, d\] and b_enc"):
         prepare_encoder(w, b[:5])
