@@ -95,7 +95,7 @@ $(FLOOR)/.installed: constraints-floor.txt
 	touch $@
 
 card: $(CARD)/.installed
-	OMP_NUM_THREADS=1 $(CARD)/bin/python -m pytest -q tests/kernels/test_ahead_of_time*.py tests/bench/test_predict.py
+	AHEAD_OF_TIME=full OMP_NUM_THREADS=1 $(CARD)/bin/python -m pytest -q tests/kernels/test_ahead_of_time*.py tests/bench/test_predict.py
 	$(CARD)/bin/python -m bench.predict
 	$(CARD)/bin/python -m bench.gpu smoke --rehearse --out build/card
 

@@ -8,8 +8,10 @@ of C, it is then launched after all, on a driver that only looks at it (pretende
     python ahead_of_time.py FOLDER ARCHITECTURE    prints a JSON line a kernel: what it is and what it costs
     python ahead_of_time.py again                  prints the kernels that are compiled again because the rows are others
 
-What is compiled: every kernel at the first shape; at the others what runs there without a tuning table; in fp32, where
-spills are asserted, what differs from bf16 by more than the width of its loads.
+What is compiled: every kernel at the first shape; on the architectures in FULL, at the others what runs there without a
+tuning table, in fp32 what differs from bf16 by more than the width of its loads, and what is selected from stored
+pre-activations. `AHEAD_OF_TIME=full` in the environment, as `make card` sets it, has sm_80 among these and adds sizes of
+selections whose code is that of others: they take the compiler longest.
 """
 
 from __future__ import annotations
@@ -56,16 +58,16 @@ TYPES = {
 }
 # d_model, n_latents, k: SAeUron, Concept Steerers (SD 1.4), FLUX SAE
 SHAPES = {"1280/20480/32": (1280, 20480, 32), "768/3072/32": (768, 3072, 32), "3072/65536/64": (3072, 65536, 64)}
-# n_latents, k, selection, how many are dead: what is selected from stored pre-activations. sdxl-unbox, TIDE, in fp32 also
-# SAeUron and Concept Steerers (SDXL), the dead of SAeUron; all latents, by their magnitude.
+EVERYTHING = os.environ.get("AHEAD_OF_TIME") == "full"
+# n_latents, k, selection, how many are dead: what is selected from stored pre-activations. sdxl-unbox, in fp32 also SAeUron,
+# the dead of SAeUron; all latents, by their magnitude. TIDE and, in fp32 too, Concept Steerers (SDXL).
 STORED = (
     (5120, 160, "relu", 0),
-    (18432, 922, "relu", 0),
     (20480, 32, "raw", 0),
-    (32768, 64, "relu", 0),
     (20480, 640, "relu", 2560),
     (32768, 1024, "signed", 0),
 )
+STORED += ((18432, 922, "relu", 0), (32768, 64, "relu", 0)) if EVERYTHING else ()
 # batch, heads, n, d, key heads, t: cross-attention of SD 1.5 (first and last level), SDXL, SD 1.5 with a prompt of two
 # windows, Sana; joint attention of FLUX (the text's keys)
 ATTENTION = (
@@ -88,6 +90,8 @@ SHAPED = (
     "_topk_encode_select_kernel",
     "_topk_encode_stored_kernel",
 )
+# What follows the product whose blocks a tuning table chooses.
+SELECTIONS = ("_topk_encode_repair_kernel", "_topk_encode_select_kernel")
 # In fp32: products, whose tiles are others.
 PRODUCTS = (
     "_attention_column_kernel",
@@ -103,8 +107,8 @@ PRODUCTS = (
     "_topk_encode_product_kernel",
     "_topk_encode_repair_kernel",
 )
-# Where spills are asserted, also the configuration of fp32 (the kernels that only read wider values are left out).
-FULL = ("sm_80", "sm_90")
+# Also the configuration of fp32 (the kernels that only read wider values are left out).
+FULL = ("sm_80", "sm_90") if EVERYTHING else ("sm_90",)
 # Of what the others stand for in the rest.
 ENCODERS_ALONE = ("sm_89", "sm_120")
 ROWS = 128  # one chunk at every shape
@@ -143,6 +147,7 @@ def tuned_launches(architecture: str) -> Iterator[Launch]:
             chosen = tuning.Configuration(entry.design, entry.blocks)
             with recorded() as calls:
                 tuning.call_of(entry.op, shape, tuning.inputs_without_data(shape), chosen)()
+            calls = [call for call in calls if EVERYTHING or call[0].fn.__name__ not in SELECTIONS]
             yield from ((f"{entry.d}/{entry.n_latents}/{entry.k}", entry.dtype, *call) for call in calls)
 
 

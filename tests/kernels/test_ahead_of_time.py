@@ -75,7 +75,8 @@ def environment(cache: Path) -> dict[str, str]:
 
 def digest(architecture: str) -> str:
     """Of all that a compiler's answer depends on."""
-    of = hashlib.sha256(f"{architecture} {importlib.metadata.version('triton')} {torch.__version__}".encode())
+    asked = os.environ.get("AHEAD_OF_TIME", "")
+    of = hashlib.sha256(f"{architecture} {asked} {importlib.metadata.version('triton')} {torch.__version__}".encode())
     for path in (
         SCRIPT,
         *sorted((ROOT / "bench").glob("pretended_driver.*")),
