@@ -119,11 +119,11 @@ def test_saes_know_their_hookpoint_and_fit_it(pipe, saes):
 @pytest.mark.embedded
 def test_the_pipeline_draws_what_its_prompts_say(pipe):
     """A sample of the grid; `sparsefeat evaluate emoji` measures all of it."""
-    cells = [(o, s) for s in range(4) for o in range(s, 50, 10)]
+    cells = [(o, s) for s in range(4) for o in range(s, 50, 16)]
     prompts = [emojicanvas.prompt(emojicanvas.OBJECTS[o], emojicanvas.STYLES[s]) for o, s in cells]
     drawn = pipe(
         prompts,
-        num_inference_steps=20,
+        num_inference_steps=8,
         guidance_scale=3.0,
         generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
         output_type="pt",
