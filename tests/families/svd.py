@@ -15,7 +15,7 @@ from tests.families import Block, TinyFamily
 from tests.families.latents import quiet
 
 FRAMES = 3
-SIZES = {"square": (32, 32), "wide": (24, 40)}  # pixels, high and wide; 2 to a latent
+SIZES = {"square": (16, 16), "wide": (16, 24)}  # pixels, high and wide; 2 to a latent
 
 
 def build() -> Any:
@@ -100,9 +100,9 @@ FAMILY = TinyFamily(
     build=build,
     call=call,
     blocks=(
-        Block("unet.down_blocks.0.attentions.0", "image", 32, (FRAMES, 16, 16), (FRAMES, 12, 20)),
-        Block("unet.mid_block.attentions.0", "image", 64, (FRAMES, 8, 8), (FRAMES, 6, 10)),
-        Block("unet.mid_block.attentions.0.transformer_blocks.0", "image", 64, (FRAMES, 8, 8), (FRAMES, 6, 10)),
+        Block("unet.down_blocks.0.attentions.0", "image", 32, (FRAMES, 8, 8), (FRAMES, 8, 12)),
+        Block("unet.mid_block.attentions.0", "image", 64, (FRAMES, 4, 4), (FRAMES, 4, 6)),
+        Block("unet.mid_block.attentions.0.transformer_blocks.0", "image", 64, (FRAMES, 4, 4), (FRAMES, 4, 6)),
         Block("unet.mid_block.attentions.0.temporal_transformer_blocks.0.ff", "image", 64),
     ),
 )
