@@ -21,6 +21,9 @@ from sparsefeat.sae import SAE
 # Seeds of the pictures that thresholds and latents are chosen on, and of those that are scored.
 FIT, SCORED = 1_000, 2_000
 
+# How many latents an object is marked by: chosen on scenes of trained pairs.
+SEVERAL = 64
+
 # Of the embedded UNet: where it has its full resolution again.
 LAST_BLOCK = "up_blocks.1"
 
@@ -36,9 +39,9 @@ def evaluate_scenes(
 ) -> list[dict[str, Any]]:
     """Every method on every split: real scenes of held-out pairs, and what the pipeline draws from their
     captions. `n` pictures a split are scored; thresholds are chosen on as many other real ones and half as many drawn ones,
-    the SAEs' latents on EmojiCanvas' real drawings. Other packages' maps are measured where they are installed; what one of
-    them cannot do is a `note` in its row. What our own methods mark in a split is a part, and so is what each method costs,
-    kept under the pipeline's `name`.
+    the SAEs' latents by the words' maps of EmojiCanvas' real drawings. Other packages' maps are measured where they are
+    installed; what one of them cannot do is a `note` in its row. What our own methods mark in a split is a part, and so is
+    what each method costs, kept under the pipeline's `name`.
 
     Raises:
         ValueError: two of the SAEs are of one hookpoint, by which their rows are named.
@@ -93,15 +96,21 @@ def evaluate_scenes(
 
 
 def _of_latents(shown: Any, name: str, sae: SAE, asked: set[int], drawn: bool, parts: Parts) -> list[scenes.Method]:
-    """The SAE's latents of these objects, as they are and refined, `drawn` in more than one step late ones; none where one of
-    them has no latent."""
+    """The SAE's latents of these objects, the first alone and several, these refined too, `drawn` in more than one step late
+    ones; none where an object has no latent."""
     at = sae.config.hookpoint
-    kept = parts.kept(_key(name, at), lambda: scenes.latents_of_objects(shown, sae, scenes.real_drawings()))
-    latent = {int(o): index for o, index in kept.items()}
-    if asked - set(latent):
+    key = _key(name, at, f"{SEVERAL} latents")
+    kept = parts.kept(key, lambda: scenes.latents_of_objects(shown, sae, scenes.real_drawings(), SEVERAL))
+    several = {int(o): {int(latent): weight for latent, weight in of.items()} for o, of in kept.items()}
+    if asked - set(several):
         return []
-    what, late = f"a latent an object, {at}", "last quarter" if drawn else None
-    return [scenes.latents(what, sae, latent), scenes.latents(what, sae, latent, refined=1, late=late)]
+    one = {o: {max(of, key=lambda latent: of[latent]): 1.0} for o, of in several.items()}
+    what, late = f"{SEVERAL} latents an object, {at}", "last quarter" if drawn else None
+    return [
+        scenes.latents(f"a latent an object, {at}", sae, one),
+        scenes.latents(what, sae, several, late=late),
+        scenes.latents(what, sae, several, refined=1, late=late),
+    ]
 
 
 def _key(*names: str | None) -> str:

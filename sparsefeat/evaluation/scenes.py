@@ -10,7 +10,7 @@ ones, drawn from their captions. A *method* gives a map for each object's word; 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -190,9 +190,15 @@ def eager_daam() -> Method:
 
 
 def latents(
-    name: str, sae: SAE, of_object: dict[int, int], at: Any = None, refined: int = 0, late: str | None = None
+    name: str,
+    sae: SAE,
+    of_object: Mapping[int, Mapping[int, float]],
+    at: Any = None,
+    refined: int = 0,
+    late: str | None = None,
 ) -> Method:
-    """For each object the map of one latent; `latents_of_objects` chooses it. `refined` and `late` as of `heat_maps`."""
+    """For each object the sum of the maps of its latents, by their weights; `latents_of_objects` chooses them. `refined` and
+    `late` as of `heat_maps`."""
 
     @contextmanager
     def opened(pipe: Any, guidance: bool, pictures: Sequence[Picture]) -> Iterator[Maps]:
@@ -202,8 +208,8 @@ def latents(
             def read(image: int, picture: Picture) -> Tensor:
                 steps = run[record].steps
                 steps = steps if late is None else steps[round(LATE[late][0] * len(steps)) :]
-                latents = [of_object[o] for o in picture.objects]
-                found = torch.stack([run[record].maps(latents, image, step) for step in steps]).sum(0)
+                maps = [sum(run[record].heat(of_object[o], image, s).values for s in steps) for o in picture.objects]
+                found = torch.stack(maps)
                 return run[own].propagate(found, image, refined) if refined else found
 
             yield read
@@ -211,20 +217,19 @@ def latents(
     return Method(_called(name, late, refined), opened)
 
 
-def latents_of_objects(pipe: Any, sae: SAE, pictures: Sequence[Picture], at: Any = None) -> dict[int, int]:
-    """The latent whose map correlates most with each object's mask, over real pictures that are not scored; `pipe` is
-    `sparsefeat.pipeline.image_to_image`'s."""
-    objects = sorted({index for picture in pictures for index in picture.objects})
-    names = {index: emojicanvas.OBJECTS[index] for index in objects}
+def latents_of_objects(
+    pipe: Any, sae: SAE, pictures: Sequence[Picture], n: int, at: Any = None
+) -> dict[int, dict[int, float]]:
+    """For each object the n latents whose maps correlate most with its word's heat map, and their correlations, over real
+    pictures that are not scored, whose masks are not looked at; `pipe` is `sparsefeat.pipeline.image_to_image`'s."""
+    names = {o: emojicanvas.words(emojicanvas.OBJECTS[o]) for picture in pictures for o in picture.objects}
     found = WordCorrelations(sae.n_latents, list(names.values()))
-    record = Record(sae, at)
-    with attach(pipe, record) as run:
+    record, maps = Record(sae, at), HeatMaps()
+    with attach(pipe, record, maps) as run:
         for chunk in in_batches(pictures, BATCH):
-            masks = called(pipe, chunk)
-            for image, (picture, own) in enumerate(zip(chunk, masks, strict=True)):
-                found.add_maps(run[record], dict(zip((names[o] for o in picture.objects), own, strict=True)), image)
-    best = {index: found.latents(name, 1) for index, name in names.items()}
-    return {index: of[0].latent for index, of in best.items() if of}
+            called(pipe, chunk)
+            found.add(run[record], run[maps])
+    return {o: dict(latents) for o, name in names.items() if (latents := found.latents(name, n))}
 
 
 # --------------------------------------------------------------------------------------------------------- the pictures

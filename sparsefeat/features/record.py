@@ -15,7 +15,7 @@ import torch
 from sparsefeat_kernels import SparseCode
 from torch import Tensor
 
-from sparsefeat.arguments import latent_number, truth, whole
+from sparsefeat.arguments import latent_number, number, truth, whole
 from sparsefeat.attention import HeatMap
 from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument
@@ -281,14 +281,23 @@ class Recording:
         """
         return self.maps([latent], image, step)[0]
 
-    def heat(self, latent: int, image: int = 0, step: int | None = None) -> HeatMap:
-        """`map` of one latent as a heat map: its picture over the image, and its mask, `rec.heat(12).mask(0.5)`.
+    def heat(self, latent: int | Mapping[int, float], image: int = 0, step: int | None = None) -> HeatMap:
+        """`map` of one latent as a heat map: its picture over the image, and its mask, `rec.heat(12).mask(0.5)`. Of several,
+        `{12: 0.8, 40: 0.5}`, the sum of their maps by these weights.
 
         Raises:
-            ValueError: as `map`.
+            ValueError: no latents, or a weight that is not finite; as `map`.
         """
-        values = self.map(latent, image, step)
-        return HeatMap(values, self.names.get(latent) or f"latent {latent}")
+        if not isinstance(latent, Mapping):
+            return HeatMap(self.map(latent, image, step), self._called(latent))
+        if not latent:
+            raise ValueError("latent={} names no latents; give their weights, {12: 0.8, 40: 0.5}.")
+        weights = [number(f"latent[{one!r}]", weight) for one, weight in latent.items()]
+        maps = self.maps(list(latent), image, step)
+        return HeatMap(torch.tensordot(maps.new_tensor(weights), maps, 1), ", ".join(map(self._called, latent)))
+
+    def _called(self, latent: int) -> str:
+        return self.names.get(latent) or f"latent {latent}"
 
     def maps(self, latents: Sequence[int], image: int = 0, step: int | None = None) -> Tensor:
         """`map` of several latents, [latents, height, width].

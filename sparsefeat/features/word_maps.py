@@ -8,7 +8,7 @@ with sf.attach(pipe, maps, rec) as run:
         found.add(run[rec], run[maps])
 found.latents("fox")                  # the latents whose maps are most like the word's
 sae.names = found.names()             # each latent by the word that it goes with
-run[rec].heat(found.latents("fox")[0].latent).mask(0.5)     # the latent as a segmenter
+run[rec].heat(dict(found.latents("fox", 64))).mask(0.5)     # latents, each by its correlation, as a segmenter
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sparsefeat.assets import emojicanvas, emojiscenes, load_pipeline
-from sparsefeat.assets.embedded import JOINT, PIPELINE
+from sparsefeat.assets.embedded import JOINT, JOINT_SAES, PIPELINE
 from sparsefeat.attention import HeatMaps
 from sparsefeat.cli import app
 from sparsefeat.evaluation import peer_maps, scenes
@@ -21,6 +22,7 @@ from sparsefeat.evaluation.pixel_judge import load_pixel_judge
 from sparsefeat.evaluation.run_scenes import of_attention
 from sparsefeat.pipeline import attach
 from sparsefeat.pipeline.image_to_image import image_to_image
+from sparsefeat.sae import load_sae
 from tests.tiny import pixels, tiny_sd
 
 
@@ -128,6 +130,33 @@ def test_the_joint_pipeline_has_every_kind_of_map_late_ones_where_it_draws_and_t
         maps = read(0, picture)
     assert maps.shape[0] == 2
     assert (maps[0] - maps[1]).abs().max() > 1e-4
+
+
+@pytest.mark.embedded
+def test_latents_are_chosen_by_words_maps_and_mark_each_of_two_objects():
+    pipe = load_pipeline(JOINT)
+    own, sae = image_to_image(pipe)[0], load_sae(JOINT_SAES / "transformer_blocks.3")
+    fox, rocket = map(emojicanvas.OBJECTS.index, ("fox", "rocket"))
+    shown = [replace(one, masks=None) for one in scenes.real_drawings() if one.objects[0] in (fox, rocket)]
+    chosen = scenes.latents_of_objects(own, sae, shown, 16)
+    assert set(chosen) == {fox, rocket}
+    for of in chosen.values():
+        assert 1 < len(of) <= 16
+        assert all(0 < weight <= 1 for weight in of.values())
+    placed = emojiscenes.Placed(fox, 30, 2, 2), emojiscenes.Placed(rocket, 30, 32, 32)
+    scene = emojiscenes.Scene(0, placed)
+    drawn = emojiscenes.draw(scene)
+    picture = scenes.Picture(
+        scene.caption, scene.objects, 1, Image.fromarray(drawn.image), torch.from_numpy(drawn.masks)
+    )
+    with scenes.latents("latents", sae, chosen).opened(own, False, [picture]) as read:
+        (masks,) = scenes.called(own, [picture])
+        maps = read(0, picture)
+    inside = torch.nn.functional.interpolate(masks[None], size=maps.shape[-2:], mode="area")[0]
+    of_each = (maps[:, None] * inside).sum((-1, -2)) / inside.sum((-1, -2))  # [object, of whose mask]
+    assert of_each[0, 0] > 2 * of_each[0, 1]
+    assert of_each[1, 1] > 2 * of_each[1, 0]
+    assert (of_each.diagonal() > 2 * maps.mean((-1, -2))).all()
 
 
 @pytest.mark.embedded

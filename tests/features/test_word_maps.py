@@ -76,6 +76,31 @@ def test_masks_that_are_known_may_stand_in_for_maps_and_a_latent_is_a_segmenter(
     assert heat.mask(0.5, (64, 64)).shape == (64, 64)
 
 
+def test_several_latents_are_a_segmenter_by_their_weights():
+    pipe = tiny_sd()
+    record = Record(make_sae())
+    with attach(pipe, record) as run:
+        pixels(pipe, ["a fox", "a cat"])
+    recording = run[record]
+    found = WordCorrelations(40, ["fox"])
+    found.add_maps(recording, {"fox": recording.map(recording.top(1)[0].latent)})
+    weights = dict(found.latents("fox", 3))
+    assert len(weights) == 3
+    step = recording.steps[-1]
+    wanted = sum(weight * recording.map(latent, 1, step).double() for latent, weight in weights.items())
+    heat = recording.heat(weights, 1, step)
+    torch.testing.assert_close(heat.values.double(), wanted, rtol=1e-5, atol=1e-7)
+    assert wanted.abs().max() > 0
+    assert heat.label == ", ".join(f"latent {latent}" for latent in weights)
+    assert recording.heat({3: -1.0}).values.equal(-recording.map(3))
+    with pytest.raises(ValueError, match=r"latent=\{\} names no latents; give their weights"):
+        recording.heat({})
+    with pytest.raises(ValueError, match=r"latent\[3\]=nan must be a finite number"):
+        recording.heat({3: float("nan")})
+    with pytest.raises(ValueError, match="latent=40 is out of range"):
+        recording.heat({3: 1.0, 40: 1.0})
+
+
 def test_what_cannot_be_correlated_is_refused():
     with pytest.raises(ValueError, match="words='fox' must be a list of different words"):
         WordCorrelations(4, "fox")
