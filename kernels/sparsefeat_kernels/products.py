@@ -51,7 +51,7 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
 @functools.cache
 def sums_wider(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether torch has a product of this dtype there whose sums it keeps in fp32: on a GPU, from 2.8."""
-    one, out = torch.ones(16, 16, dtype=dtype, device=device), torch.empty(16, 32, device=device)
+    one, out = torch.ones(16, 16, dtype=dtype, device=device), torch.empty(16, 32, device=device, dtype=torch.float32)
     try:
         torch.mm(one, one, out_dtype=torch.float32, out=out[:, :16])
     except (TypeError, RuntimeError):
@@ -80,4 +80,6 @@ def quiet_about_csr() -> None:
     filters of warnings are not theirs.)"""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor(torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+        torch.sparse_csr_tensor(
+            torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float32)
+        )

@@ -98,7 +98,7 @@ class Guard(SavableInstrument):
         images = [image for _, image in context.entries]
         if not any(image in self._tripped for image in images):
             return None
-        untouched = torch.zeros((), device=x.device)
+        untouched = torch.zeros((), device=x.device, dtype=torch.float32)
         switches = torch.stack([self._tripped.get(image, untouched).to(x.device) for image in images])
         wide = torch.promote_types(x.dtype, torch.float32)
         change = switches[wanted // context.positions][:, None] * (x[other].to(wide) - x[wanted].to(wide))

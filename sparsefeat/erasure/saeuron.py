@@ -301,7 +301,9 @@ class Erase(SavableInstrument):
                     f"target={one!r} must be a key of prompts={list(prompts)}, which need at least one other concept."
                 )
         _check_choice(sae.n_latents, percentile, n_latents, gamma, magnitude)
-        nothing = Selection(torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0))
+        nothing = Selection(
+            torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float32), torch.zeros(0, dtype=torch.float32)
+        )
         cls(sae, {0.0: nothing}, error=error, condition=condition, steps=steps, at=at)
         statistics = collect_statistics(pipe, sae, prompts, at=at, batch_size=batch_size, seed=seed, **call)
         return cls.from_statistics(

@@ -115,7 +115,7 @@ class Namer:
         self._choosing = choosing
         self._chosen_on, self._tried_on = member[usable][:, choosing], member[usable][:, ~choosing]
         self._shuffles = [
-            torch.rand(shuffles, len(part[0]), generator=generator).argsort(1).int()
+            torch.rand(shuffles, len(part[0]), generator=generator, dtype=torch.float32).argsort(1).int()
             for part in (self._chosen_on, self._tried_on)
         ]
 

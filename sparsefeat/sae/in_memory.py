@@ -47,7 +47,9 @@ def written(module: nn.Module) -> Iterator[Path]:
 def check_codes(module: nn.Module, sae: SAE) -> None:
     """Raise ValueError if the codes of the two differ on 64 rows."""
     weight = next(module.parameters())
-    rows = torch.randn(ROWS, sae.d_model, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    rows = torch.randn(ROWS, sae.d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(
+        weight.device, weight.dtype
+    )
     theirs, ours = _code(module, rows), sae.encode(rows).dense()
     if theirs.shape != ours.shape:
         raise ValueError(

@@ -93,7 +93,10 @@ def prepare_encoder(
     if into is not None and into.rounded is not None and into.rounded[0].shape == (len(W_enc), width):
         low, bounds = into.rounded
     else:
-        low, bounds = torch.zeros(len(W_enc), width, dtype=torch.bfloat16), torch.empty(3, len(W_enc))
+        low, bounds = (
+            torch.zeros(len(W_enc), width, dtype=torch.bfloat16),
+            torch.empty(3, len(W_enc), dtype=torch.float32),
+        )
     _fill(W_enc.detach(), b_enc.detach(), low, bounds)
     return PreparedEncoder((low, bounds), None, *kept)
 

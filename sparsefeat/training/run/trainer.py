@@ -221,7 +221,10 @@ class SAETrainer:
         for name, parameter in zip(learner.names, learner.trained, strict=True):
             if not optimizer.state[parameter]:
                 moments = {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device, dtype=torch.float32),
+                    **moments,
+                }
             state |= {f"optimizer.{name}.{key}": tensor for key, tensor in optimizer.state[parameter].items()}
         return state
 
