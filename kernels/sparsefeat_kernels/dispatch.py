@@ -75,6 +75,14 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # `python -m bench.gpu smoke` found the op's kernels right and faster than plain torch, and a digest of these kernels;
 # `python -m bench.gpu prove` writes it, and a test compares.
 PROVEN: Mapping[str, Mapping[str, Mapping[str, str]]] = json.loads(Path(__file__).with_name("proven.json").read_text())
+# What has kernels and a torch implementation, of which one runs.
+SWITCHED = frozenset(
+    (
+        "attention_column_sums", "attention_map", "attention_map_gradient", "attention_rows", "attention_tap",
+        "concept_attention", "concept_map", "feature_stats", "resize_add", "sparse_decode", "sparse_edit",
+        "threshold_encode", "topk_encode", "topk_encode_stored", "weight_gradient",
+    )
+)  # fmt: skip
 # The largest block of a GPU's plain path: a CPU's caches are no reason there, and every block is some launches.
 GPU_BLOCK_BYTES = 8 << 20
 
@@ -160,6 +168,8 @@ def implementation(op: str, x: torch.Tensor) -> Literal["torch", "triton"]:
     kernels were asked for, by `force_triton()` or with SPARSEFEAT_FORCE_TRITON=1 in the environment at import. With
     TRITON_INTERPRET=1, asked for, also tensors on a CPU take the Triton launchers.
     """
+    if op not in SWITCHED:
+        raise ValueError(f"op must be one of {', '.join(sorted(SWITCHED))}, got {op!r:.80}")
     if not TRITON_AVAILABLE or x.dtype not in KERNEL_DTYPES or not (x.is_cuda or INTERPRETED):
         return "torch"
     by_triton = (x.is_cuda and op in PROVEN[backend()]) if _asked is None else _asked
@@ -260,6 +270,8 @@ def check_kind(argument: str, kind: str, given: Any) -> None:
         raise TypeError(f"{argument} must be a whole number, got {given!r:.80}")
     elif "float" in kind and (isinstance(given, str) or not hasattr(given, "__float__")):
         raise TypeError(f"{argument} must be a number{optional}, got {given!r:.80}")
+    elif kind == "bool" and not isinstance(given, bool):
+        raise TypeError(f"{argument} must be True or False, got {given!r:.80}")
     elif kind == "str" and not isinstance(given, str):
         raise TypeError(f"{argument} must be a text, got {given!r:.80}")
 
@@ -355,6 +367,7 @@ def force_triton(enabled: bool = True) -> Iterator[None]:
     """Inside the block, every op on a GPU runs its Triton kernels, or with `enabled` False plain torch, whatever the
     default there. It holds for the whole process: gradients are computed in threads of torch's own."""
     global _asked
+    check_kind("enabled", "bool", enabled)
     before, _asked = _asked, enabled
     try:
         yield

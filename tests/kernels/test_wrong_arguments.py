@@ -121,6 +121,18 @@ WRONG = {
         lambda: kernels.SparseCode(values, indices, N).select(torch.tensor([2, N])),
         r"latents must be whole numbers from 0 to 10, got \[2, 11\]",
     ),
+    "kernels of a misspelt op": (
+        lambda: kernels.implementation("topk", x),
+        "op must be one of attention_column_sums, ",
+    ),
+    "kernels by 'no'": (
+        lambda: kernels.force_triton("no").__enter__(),
+        "enabled must be True or False, got 'no'",
+    ),
+    "pursuit of 'no'": (
+        lambda: kernels.matching_pursuit(x, W, 2, nonnegative="no"),
+        "nonnegative must be True or False, got 'no'",
+    ),
     "keep 'a'": (lambda: kernels.keep_gradient_memory("a"), "blocks must be 0 or more, got 'a'"),
 }
 
