@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import operator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -75,6 +77,11 @@ class SAEConfig:
     time_width: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("d_model", "n_latents", "k"):
+            value: Any = getattr(self, name)
+            if not isinstance(value, int) and value is not None:  # a number of numpy, which JSON would not hold
+                with contextlib.suppress(TypeError):
+                    object.__setattr__(self, name, operator.index(value))
         for name in ("d_model", "n_latents"):
             _check_positive_int(name, getattr(self, name))
         _check_choice("activation", self.activation, ACTIVATIONS)

@@ -11,7 +11,7 @@ import torch
 from sparsefeat_kernels import PreparedEncoder, SparseCode, prefilter_pays, prepare_encoder, sparse_decode, topk_encode
 from torch import Tensor, nn
 
-from sparsefeat.arguments import number
+from sparsefeat.arguments import number, whole
 from sparsefeat.sae import in_memory
 from sparsefeat.sae.activations import (
     SELECTION,
@@ -156,8 +156,11 @@ class SAE(nn.Module):
         config = self.config
         if k is not None and config.k is None:
             raise ValueError(f"k is {k!r} but a {config.activation!r} code has none: leave it out")
-        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= config.n_latents):
-            raise ValueError(f"k is {k!r}: pass a whole number from 1 to {config.n_latents}")
+        if k is not None:
+            try:
+                k = whole("k", k, 1, config.n_latents)
+            except ValueError:
+                raise ValueError(f"k is {k!r}: pass a whole number from 1 to {config.n_latents}") from None
         if k is not None and config.activation == "groupmax" and config.n_latents % k:
             raise ValueError(f"k is {k} but n_latents is {config.n_latents}: groupmax needs k equal groups")
         weights = (self.W_enc, self.b_enc, self.b_pre)

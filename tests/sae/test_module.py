@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from sparsefeat_kernels import SparseCode, threshold_encode_csr
@@ -170,6 +171,13 @@ def test_k_of_a_call_replaces_that_of_the_config():
     other.load_state_dict(sae.state_dict())
     x = torch.randn(4, 13)
     assert torch.equal(sae.encode(x, k=11).dense(), other.encode(x).dense())
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    sae = SAE(SAEConfig(d_model=np.int64(6), n_latents=np.int32(12), k=np.int64(3))).eval()
+    x = torch.randn(4, 6)
+    assert sae.encode(x, k=np.int64(5)).values.shape == sae.encode(x, k=torch.tensor(5)).values.shape == (4, 5)
+    assert torch.equal(load_sae(sae.save(tmp_path / "sae"), k=np.int64(3))(x), sae(x))
 
 
 def test_half_precision_input_is_cast_to_the_sae():

@@ -20,6 +20,7 @@ from torch import Tensor
 from sparsefeat.disk import sync
 from sparsefeat.sae.config import SAEConfig
 from sparsefeat.sae.files import read_json, shown, weights
+from sparsefeat.sae.files.weights import FLOATING
 from sparsefeat.sae.formats.format import Format, Given
 from sparsefeat.whole import written_plainly
 
@@ -66,6 +67,8 @@ def write(
     an SAE of the same config has its weights replaced, by one rename; anything else in the way is refused unless
     `overwrite` (which replaces the two files, one after the other, and leaves others alone).
     """
+    if dtype is not None and dtype not in FLOATING.values():
+        raise ValueError(f"dtype is {dtype!r}: choose a floating dtype, such as torch.float16")
     state = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in config.tensor_shapes()}
     for name, tensor in state.items():
         if not tensor.isfinite().all():
