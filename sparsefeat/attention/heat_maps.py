@@ -19,7 +19,7 @@ with the chosen words' keys: exp(scale q . k - lse).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -123,6 +123,8 @@ class HeatMaps(Instrument):
         }
         self.step_weights: StepWeights = step_weights
         if step_weights is not None and not callable(step_weights):
+            if isinstance(step_weights, (str, Mapping)) or not isinstance(step_weights, Iterable):
+                raise ValueError(f"step_weights={step_weights!r:.80} must be a list, a factor for each step.")
             self.step_weights = tuple(number(f"step_weights[{i}]", w, 0) for i, w in enumerate(step_weights))
         self.keep: tuple[str, ...] = kept_of(keep)
         self.daam_exact = daam_exact
@@ -379,7 +381,7 @@ class HeatMaps(Instrument):
         if callable(self.step_weights):
             return number("step_weights(context)", self.step_weights(context), 0)
         step = context.step or 0
-        if step >= len(self.step_weights):
+        if step >= len(self.step_weights) or len(self.step_weights) != (context.n_steps or len(self.step_weights)):
             raise ValueError(
                 f"step_weights has {len(self.step_weights)} numbers, and the call has {context.n_steps} steps."
             )
