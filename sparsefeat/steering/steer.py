@@ -224,7 +224,7 @@ def _rule(
     for latent, bounds in clamp.items():
         low, high = bounds if isinstance(bounds, (tuple, list)) and len(bounds) == 2 else (math.nan, math.nan)
         low, high = -math.inf if low is None else low, math.inf if high is None else high
-        if not all(isinstance(bound, Real) for bound in (low, high)):
+        if not all(isinstance(bound, Real) and not isinstance(bound, bool) for bound in (low, high)):
             low, high = math.nan, math.nan
         if not -math.inf <= low <= high or low == math.inf or high == -math.inf:
             raise ValueError(f"clamp[{latent}]={bounds!r} must be (low, high) with low <= high, None for no bound.")
