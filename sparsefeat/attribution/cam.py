@@ -9,7 +9,6 @@ Assumed, as the formulas are not public: J = |eps|, the prediction's norm, where
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ from sparsefeat.attribution.components import prompts_of
 from sparsefeat.attribution.gradients import EachStep, predicted
 from sparsefeat.attribution.latents import Objective
 from sparsefeat.pipeline import Context, Hookpoint, attach
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import check_call
 from sparsefeat.pipeline.families.family import Run
 from sparsefeat.pipeline.instrument import rows_of
 from sparsefeat.pipeline.step_window import Steps, StepWindow
@@ -90,7 +89,7 @@ def df_cam(
     (text,) = prompts_of("prompt", [prompt])
     whole("seed", seed, 0)
     block = Block(pipe, at if isinstance(at, Hookpoint) else Hookpoint.parse(at))
-    check_arguments(pipe, call, also=inspect.signature(df_cam).parameters)
+    check_call(pipe, call, df_cam, "output_type")
     cam = _Cam(block, objective, StepWindow.parse(steps))
     with attach(pipe, cam):
         pipe(text, generator=torch.Generator().manual_seed(seed), output_type="latent", **call)

@@ -13,7 +13,6 @@ latents active; ablation also sees others take their place. The downstream laten
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +32,7 @@ from sparsefeat.attribution.gradients import EachStep, predicted
 from sparsefeat.attribution.latents import LatentScores, Objective, attribute_latents, distance_from_nothing
 from sparsefeat.features.attached import hookpoint_of
 from sparsefeat.pipeline import Context, Hookpoint, attach
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import check_call
 from sparsefeat.pipeline.instrument import like_tensor, rows_of
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.sae import SAE
@@ -229,7 +228,7 @@ def circuit(
     whole("n_latents", n_latents)
     whole("n_edges", n_edges)
     whole("seed", seed, 0)
-    check_arguments(pipe, call, also=inspect.signature(circuit).parameters)
+    check_call(pipe, call, circuit, "output_type")
     if source.read.target.root_name != target.read.target.root_name:
         raise ValueError(f"{source.read.at} and {target.read.at} lie in different models; name blocks of one denoiser.")
     if source.read.at == target.read.at:

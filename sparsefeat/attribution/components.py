@@ -15,7 +15,6 @@ The trajectory is walked once, with the gradient taken in passing.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +26,7 @@ from sparsefeat.arguments import finite, number, whole
 from sparsefeat.attribution.gradients import EachStep, Predict, WeightGradients, weight_paths
 from sparsefeat.attribution.masks import WeightMask, chosen_weights
 from sparsefeat.pipeline import Context, attach
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import check_call, for_several
 from sparsefeat.pipeline.noising import LATENTS, finished_latents, noised
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 
@@ -178,7 +177,7 @@ def attribute_weights(
         raise ValueError("concept= and latents= are of objective='amplify'; leave them out to erase.")
     if latents is not None and (not isinstance(latents, Tensor) or len(finite("latents", latents)) != len(prompts)):
         raise ValueError(f"latents must be a tensor of one entry for each of the {len(prompts)} prompts.")
-    check_arguments(pipe, call, also=inspect.signature(attribute_weights).parameters)
+    check_call(pipe, call, attribute_weights, "output_type", "return_dict")
     gradients = WeightGradients(pipe, weight_paths(pipe, modules))
     if objective == "erase":
         losses: list[float] = []
@@ -197,7 +196,8 @@ def attribute_weights(
         latents = finished_latents(pipe, prompts, seed, **call)
     on_latents = OnLatents(gradients, latents, seed)
     with attach(pipe, on_latents):
-        pipe([concept] * len(prompts), generator=torch.Generator().manual_seed(seed), output_type="latent", **call)
+        several = for_several(call, len(prompts))
+        pipe([concept] * len(prompts), generator=torch.Generator().manual_seed(seed), output_type="latent", **several)
     return _scores(gradients, on_latents.losses)
 
 

@@ -11,7 +11,6 @@ implementation has 7e-3 after 50 passes and more.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from sparsefeat.attribution.components import OnLatents, prompts_of
 from sparsefeat.attribution.gradients import WeightGradients, denoiser_name, weight_paths
 from sparsefeat.attribution.masks import WeightMask
 from sparsefeat.pipeline import Context, attach
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import GIVEN_TO_SEVERAL, check_call, for_several
 from sparsefeat.pipeline.hookpoints import components
 from sparsefeat.pipeline.noising import finished_latents
 from sparsefeat.pipeline.step_window import Steps, StepWindow
@@ -101,7 +100,7 @@ def cones(
                 f"images={images} is not the {len(latents)} of latents=, which are not drawn; leave it out."
             )
         n_images = len(finite("latents", latents))
-    check_arguments(pipe, call, also=inspect.signature(cones).parameters)
+    check_call(pipe, call, cones, "output_type", "return_dict", *GIVEN_TO_SEVERAL)
     chosen = modules if modules is not None else _of_text(pipe)
     gradients = WeightGradients(pipe, weight_paths(pipe, chosen))
     words *= n_images
@@ -113,7 +112,9 @@ def cones(
         words, shares = words + others, shares + [prior_weight / n_images] * n_images
     passes = _Passes(gradients, drawn, seed, shares, rho)
     with attach(pipe, passes):
-        pipe(words, generator=torch.Generator().manual_seed(seed), output_type="latent", **call)
+        pipe(
+            words, generator=torch.Generator().manual_seed(seed), output_type="latent", **for_several(call, len(words))
+        )
     masks = {path: total > threshold for path, total in passes.sums.items()}
     if not any(bool(mask.any()) for mask in masks.values()):
         highest = max(float(total.max()) for total in passes.sums.values())

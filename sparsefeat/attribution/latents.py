@@ -12,7 +12,6 @@ each summed over the images and the steps. Where J is linear in x the three are 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from sparsefeat.attribution.block import CodedBlock, active_latents, finite_grad
 from sparsefeat.attribution.components import prompts_of
 from sparsefeat.attribution.gradients import EachStep, predicted
 from sparsefeat.pipeline import Context, Hookpoint, attach
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import check_call
 from sparsefeat.pipeline.instrument import like_tensor, rows_of
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.sae import SAE
@@ -183,7 +182,7 @@ def attribute_latents(
     sae.directions(chosen or [])  # names a latent that does not exist
     whole("integration_steps", integration_steps)
     whole("seed", seed, 0)
-    check_arguments(pipe, call, also=inspect.signature(attribute_latents).parameters)
+    check_call(pipe, call, attribute_latents, "output_type")
 
     def scored(how: str, ablated: Sequence[int]) -> LatentScores:
         found = _Attribution(block, how, objective, window, ablated, integration_steps)

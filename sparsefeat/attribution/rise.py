@@ -10,7 +10,6 @@ latents' own spread in the place of what is masked.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ from sparsefeat.arguments import number, whole
 from sparsefeat.attribution.components import prompts_of
 from sparsefeat.attribution.gradients import EachStep, denoiser_name, predicted
 from sparsefeat.pipeline import Context, attach
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import check_call
 from sparsefeat.pipeline.families.registry import family_of
 from sparsefeat.pipeline.hookpoints import components
 from sparsefeat.pipeline.noising import LATENTS
@@ -94,7 +93,7 @@ def df_rise(
     number("share", share, 0, 1, above=True)
     whole("seed", seed, 0)
     window = StepWindow.parse(steps)
-    check_arguments(pipe, call, also=inspect.signature(df_rise).parameters)
+    check_call(pipe, call, df_rise, "output_type")
     rise = _Rise(pipe, n_masks, cells, share, window, seed)
     with attach(pipe, rise):
         pipe(text, generator=torch.Generator().manual_seed(seed), output_type="latent", **call)

@@ -10,7 +10,6 @@ reference for comparison, as small as can be: the paper trains the weights thems
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 from sparsefeat.arguments import finite, number, whole
 from sparsefeat.attribution.gradients import EachStep, denoiser_name, predicted, weight_paths
 from sparsefeat.pipeline import Context, attach, resolve
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import check_call
 from sparsefeat.pipeline.hookpoints import components
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.pipeline.weights import plain_weight
@@ -114,7 +113,7 @@ class ESD(SavableInstrument):
             whole(name, given)
         whole("seed", seed, 0)
         StepWindow.parse(steps)
-        check_arguments(pipe, call, also=inspect.signature(cls.fit).parameters)
+        check_call(pipe, call, cls.fit, "output_type")
         if modules is None:
             root = components(pipe)[denoiser_name(pipe)]
             modules = "attn2" if any("attn2" in path for path, _ in root.named_modules()) else "attn"

@@ -13,7 +13,6 @@ place of the weights: a row in which none of F is active is left as it is, to th
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -28,7 +27,7 @@ from sparsefeat.features.prompts import OwnTokens, layer_outputs_and_tokens
 from sparsefeat.features.scores import normalized_mean_difference
 from sparsefeat.features.statistics import OUTSIDE_SCHEDULE, Statistics
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import check_call
 from sparsefeat.sae import SAE
 from sparsefeat.steering.saved import SavableInstrument, register
 from sparsefeat.steering.steer import row_weights
@@ -113,7 +112,7 @@ class Exchange(SavableInstrument):
         """
         where = hookpoint_of(sae, at)
         reconstructing(sae)
-        check_arguments(pipe, call, also=inspect.signature(cls.fit).parameters)
+        check_call(pipe, call, cls.fit)
         check_condition(condition)
         whole("n_latents", n_latents, 1, sae.n_latents)
         check_prompts(prompts)

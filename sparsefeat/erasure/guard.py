@@ -16,7 +16,6 @@ The gradient of the switch is that of s / limit (straight through, arXiv 1308.34
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -29,7 +28,7 @@ from sparsefeat.erasure.replace_where import unconditional_rows
 from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.features.collecting import check_prompts, run_prompts
 from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint, Instrument, attach, resolve
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import GIVEN_TO_SEVERAL, check_call
 from sparsefeat.sae import SAE
 from sparsefeat.steering.saved import SavableInstrument, register
 from sparsefeat.steering.together import Together
@@ -180,7 +179,7 @@ def guard_concept(
         ValueError: an argument that cannot be, by its name; a target that is no key of `prompts`, or the only one; an SAE's latents
             do not tell the target from the others.
     """
-    check_arguments(pipe, call, also=inspect.signature(guard_concept).parameters)
+    check_call(pipe, call, guard_concept, *GIVEN_TO_SEVERAL)
     check_prompts(prompts)
     number("margin", margin, 1)
     if not isinstance(target, str) or target not in prompts or len(prompts) < 2:

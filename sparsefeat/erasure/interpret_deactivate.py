@@ -18,7 +18,6 @@ code: it is the same in every prompt. The paper knows the begin mark alone.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -32,7 +31,7 @@ from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
 from sparsefeat.features.progress import progress_bar
 from sparsefeat.features.prompts import OwnTokens, layer_outputs_and_tokens, own_tokens
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Replace
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import check_call
 from sparsefeat.sae import SAE
 from sparsefeat.steering.saved import SavableInstrument, register
 
@@ -136,7 +135,7 @@ class InterpretThenDeactivate(SavableInstrument):
             raise ValueError(
                 f"erase={list(erase)!r} must be prompts that show the concept, at least one, none of them blank."
             )
-        check_arguments(pipe, call, also=inspect.signature(cls.fit).parameters)
+        check_call(pipe, call, cls.fit)
         whole("top_m", top_m, 1, sae.n_latents)
         number("strength", strength)
         if gate_strength is not None:

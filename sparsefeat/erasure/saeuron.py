@@ -12,7 +12,6 @@ gamma is negative; the paper's edit multiplies by mu as well, so it is quadratic
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from sparsefeat.features.collecting import check_prompts, collect_statistics
 from sparsefeat.features.scores import normalized_mean_difference, strictly_above_quantile
 from sparsefeat.features.statistics import OUTSIDE_SCHEDULE, Statistics, check_statistics, concepts_of
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import GIVEN_TO_SEVERAL, check_call
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.sae import SAE
 from sparsefeat.steering.code_rule import CodeRule, code_edit
@@ -293,7 +292,6 @@ class Erase(SavableInstrument):
         """
         # All that can be refused is refused before the minutes of drawing.
         hookpoint_of(sae, at)
-        check_arguments(pipe, call, also=inspect.signature(cls.fit).parameters)
         check_prompts(prompts)
         for one in target if isinstance(target, (list, tuple)) and target else (target,):
             if not isinstance(one, str) or one not in prompts or len(prompts) < 2:
@@ -305,6 +303,7 @@ class Erase(SavableInstrument):
             torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float32), torch.zeros(0, dtype=torch.float32)
         )
         cls(sae, {0.0: nothing}, error=error, condition=condition, steps=steps, at=at)
+        check_call(pipe, call, cls.fit, *GIVEN_TO_SEVERAL)
         statistics = collect_statistics(pipe, sae, prompts, at=at, batch_size=batch_size, seed=seed, **call)
         return cls.from_statistics(
             sae,

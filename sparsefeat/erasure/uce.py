@@ -14,7 +14,6 @@ so the same two thin factors serve every weight that is given the same text, wha
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from sparsefeat.arguments import finite, number
 from sparsefeat.attention.seen_prompts import SeenPrompts
 from sparsefeat.attribution.gradients import denoiser_name
 from sparsefeat.pipeline import Call, Context, Enough, Instrument, UnknownConditionError, attach, resolve
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import check_call
 from sparsefeat.pipeline.context import HOW_TO_STATE, UNKNOWN
 from sparsefeat.pipeline.families.registry import family_of
 from sparsefeat.pipeline.hookpoints import components
@@ -92,7 +91,7 @@ class TextEmbeddings:
     """
 
     def __init__(self, pipe: Any, *, modules: Sequence[str] | None = None, **call: Any):
-        check_arguments(pipe, call, also=inspect.signature(UCE.fit).parameters)
+        check_call(pipe, call, UCE.fit)
         self.pipe: Any = pipe
         self.call: dict[str, Any] = call
         self.readers: dict[str, list[str]] = _readers(pipe, modules)

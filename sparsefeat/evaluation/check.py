@@ -20,7 +20,7 @@ from sparsefeat.arguments import whole
 from sparsefeat.evaluation.sae_metrics import SAEMetrics, SAEQuality
 from sparsefeat.features.attached import hookpoint_of
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint, Instrument, attach
-from sparsefeat.pipeline.call_arguments import check_arguments, check_values
+from sparsefeat.pipeline.call_arguments import check_call
 from sparsefeat.pipeline.hookpoints import resolve
 from sparsefeat.sae import SAE
 
@@ -93,8 +93,7 @@ def check(
         raise ValueError(
             "the SAE depends on the timestep, which rows do not say: record it with attach, which knows the step"
         )
-    check_arguments(pipe, call, also=inspect.signature(check).parameters)
-    check_values(pipe, call)
+    check_call(pipe, call, check)
     _check_width(sae, pipe, hookpoint)
     seen = _seen(sae, pipe, hookpoint, prompts, rows, seed, call)
     readings = dict(_readings(sae, hookpoint, seen))

@@ -10,7 +10,6 @@ The paper reads an image by a vision model; here the denoiser itself reads both 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from sparsefeat.arguments import finite, number, whole
 from sparsefeat.attention.real_image import run_noised
 from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import check_call
 from sparsefeat.sae import SAE
 
 
@@ -129,7 +128,7 @@ class Blindspots:
             TypeError: an argument that the pipeline's call does not take; `sae` is no SAE.
             ValueError: an argument that cannot be, by its name; not as many images as prompts.
         """
-        check_arguments(pipe, call, also=inspect.signature(cls.of).parameters)
+        check_call(pipe, call, cls.of, "return_dict")
         place = hookpoint_of(sae, at)
         if isinstance(prompts, str) or not isinstance(images, Sequence):
             raise ValueError("images and prompts must be lists, an image and its caption at the same place.")

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from sparsefeat.arguments import whole
+from sparsefeat.arguments import finite_in, whole
 from sparsefeat.schedule import check_steps, most_steps
 
 IGNORES_ONE_SIDE = "StableDiffusionPipeline.__call__"
 """Draws in its own size where one of height and width is left out. Others have their own for the one that is."""
+GIVEN_TO_SEVERAL = ("num_images_per_prompt", "num_videos_per_prompt", "latents")
+"""What a function gives the call, beside the prompt and the noise, that draws several prompts at once from noise of their own."""
+# What functions that draw by themselves give the call, and the argument of their own that says it.
+_SAID_BY = {
+    "prompt": "prompts", "prompt_embeds": "prompts", "num_images_per_prompt": "prompts", "num_videos_per_prompt": "prompts",
+    "generator": "seed", "latents": "seed", "num_inference_steps": "steps",
+}  # fmt: skip
 
 
 def check_pipeline(pipe: Any) -> None:
@@ -63,6 +70,27 @@ def check_arguments(pipe: Any, names: Iterable[str], also: Iterable[str] = ()) -
         raise TypeError(f"{name}= is no argument of this {type(pipe).__name__}'s call; {remedy}")
 
 
+def check_call(pipe: Any, call: Mapping[str, Any], of: Callable[..., Any], *own: str) -> None:
+    """Raise for what cannot be among `call`, the further arguments of a function `of` that calls the pipeline by itself: what
+    `check_arguments` and `check_values` refuse, and what the function gives it, the prompt, the noise and `own`."""
+    taken = inspect.signature(of).parameters
+    check_arguments(pipe, call, also=taken)
+    for name in ("prompt", "prompt_embeds", "generator", *own):
+        if name in call:
+            source = _SAID_BY.get(name)
+            remedy = f", from {source}=; give that in its place" if source in taken else "; leave it out"
+            raise TypeError(f"{name}= is made here{remedy}.")
+    for name, value in call.items():
+        finite_in(name, value)
+    check_values(pipe, call)
+
+
+def for_several(call: Mapping[str, Any], prompts: int) -> dict[str, Any]:
+    """The arguments of a call of a list of prompts: Stable Diffusion takes a negative prompt in a list then."""
+    negative = {name: [text] * prompts for name, text in call.items() if isinstance(text, str) and "negative" in name}
+    return {**call, **negative}
+
+
 def check_number_of_steps(pipe: Any, name: str, steps: int) -> None:
     """Raise ValueError, with the argument's name, for more steps than the pipeline's scheduler can take."""
     scheduler = getattr(pipe, "scheduler", None)
@@ -76,13 +104,15 @@ def check_values(pipe: Any, arguments: Mapping[str, Any]) -> None:
         if arguments.get(name) is not None:
             whole(name, arguments[name])
     steps = arguments.get("num_inference_steps")
-    if steps is not None and arguments.get("timesteps") is None and arguments.get("sigmas") is None:
+    counted = arguments.get("timesteps") is None and arguments.get("sigmas") is None
+    if steps is not None and counted:
         check_number_of_steps(pipe, "num_inference_steps", whole("num_inference_steps", steps))
     parameters = inspect.signature(type(pipe).__call__).parameters
     for name in ("num_inference_steps", "guidance_scale"):
         default = parameters[name].default if name in parameters else None
         no_number = isinstance(arguments.get(name), (str, list, tuple, dict, type(None)))
-        if name in arguments and no_number and isinstance(default, (int, float)):
+        unread = name == "num_inference_steps" and arguments.get(name) is None and not counted
+        if name in arguments and no_number and not unread and isinstance(default, (int, float)):
             raise ValueError(f"{name}={arguments[name]!r:.80} must be a number; leave it out for {default}.")
     sides = {side: arguments.get(side) for side in ("height", "width")}
     if inspect.unwrap(type(pipe).__call__).__qualname__ == IGNORES_ONE_SIDE and list(sides.values()).count(None) == 1:

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsefeat.pipeline.call_arguments import for_several
+
 LATENTS = ("sample", "hidden_states", "x")
 """What denoisers call the latents that they are given."""
 
 
 def finished_latents(pipe: Any, prompts: Sequence[str], seed: int, **call: Any) -> Tensor:
     """What the pipeline draws, before it is decoded, in the layout in which its denoiser takes it."""
-    output = pipe(list(prompts), generator=torch.Generator().manual_seed(seed), output_type="latent", **call)
+    several = for_several(call, len(prompts))
+    output = pipe(list(prompts), generator=torch.Generator().manual_seed(seed), output_type="latent", **several)
     drawn = getattr(output, "images", None)
     if not isinstance(drawn, Tensor):
         raise ValueError("the pipeline gives no latents with output_type='latent': this loss cannot be measured on it")

@@ -17,7 +17,6 @@ With a classifier the labels are its own of the drawn pictures, where it is conf
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,7 @@ from torch.nn import functional as F
 from sparsefeat.arguments import number, whole
 from sparsefeat.features.progress import progress_bar
 from sparsefeat.pipeline import Activations, Context, Hookpoint, Instrument, Replace, attach
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import GIVEN_TO_SEVERAL, check_call, for_several
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.steering.bottleneck import LATE, ConceptModel
 from sparsefeat.steering.discover import Shaped
@@ -112,7 +111,7 @@ def learn_concepts(
     lr, seed = number("lr", lr, 0, above=True), whole("seed", seed, 0)
     number("confidence", confidence, 0, 1)
     window = StepWindow.parse(steps)
-    check_arguments(pipe, call, also=inspect.signature(learn_concepts).parameters)
+    check_call(pipe, call, learn_concepts, "output_type", "return_dict", *GIVEN_TO_SEVERAL)
     (place,) = check_places(at)
     if not isinstance(prompts, Mapping) or not all(isinstance(labels, Mapping) for labels in prompts.values()):
         raise ValueError("prompts must be prompt -> {concept: value}, {'a mono fox': {'style': 'mono'}, ...}.")
@@ -180,7 +179,7 @@ def _drawn(
     seen = Shaped(place)
     with attach(pipe, seen), torch.no_grad():
         noise = torch.Generator().manual_seed(seed)
-        pipe(texts, generator=noise, output_type="latent", **without_guidance(pipe, call))
+        pipe(texts, generator=noise, output_type="latent", **for_several(without_guidance(pipe, call), len(texts)))
     return seen, [drawn(pipe, texts, one, call) for one in noises]
 
 

@@ -26,7 +26,7 @@ from sparsefeat.arguments import finite, number, whole
 from sparsefeat.features.progress import progress_bar
 from sparsefeat.features.prompts import encode_alone
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Replace, attach
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import check_call
 from sparsefeat.steering.first_visits import check_prompts
 from sparsefeat.steering.learning import Given, denoising_loss, drawn, without_guidance
 from sparsefeat.steering.saved import SavableInstrument, register
@@ -113,7 +113,7 @@ def decompose(
         ValueError: an argument that cannot be, by its name; every word of the dictionary stands in the template; a pipeline
             whose text is not that of one CLIP. TypeError: an argument that the pipeline's call does not take.
     """
-    check_arguments(pipe, call, also=inspect.signature(decompose).parameters)
+    check_call(pipe, call, decompose, "output_type", "return_dict")
     if not isinstance(template, str) or template.count("{}") != 1:
         raise ValueError(
             f"template={template!r} must have {{}} in the place of the concept once, as in 'a photo of a {{}}'."

@@ -10,7 +10,6 @@ with the model's own target (noise, v, or the velocity of flow matching), by Ada
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from sparsefeat.arguments import number, whole
 from sparsefeat.features.progress import progress_bar
 from sparsefeat.pipeline import Activations, Context, Hookpoint, attach
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import check_call
 from sparsefeat.steering.first_visits import check_places, check_prompts
 from sparsefeat.steering.learning import Given, denoising_loss, drawn, without_guidance
 from sparsefeat.steering.vectors import AddVector
@@ -55,7 +54,7 @@ def discover_direction(
         ValueError: an argument that cannot be, by its name; a place without a grid of (height, width). TypeError: an
             argument that the pipeline's call does not take.
     """
-    check_arguments(pipe, call, also=inspect.signature(discover_direction).parameters)
+    check_call(pipe, call, discover_direction, "output_type", "return_dict")
     (place,) = check_places(at)
     with_it = check_prompts("with_it", with_it, least=1)
     (without,) = check_prompts("without", [without], least=1)

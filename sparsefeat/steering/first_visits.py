@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsefeat.arguments import whole
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument, attach
+from sparsefeat.pipeline.call_arguments import for_several
 
 
 class _Enough(Exception):
@@ -67,7 +68,7 @@ def first_means(
         seeds = [torch.Generator().manual_seed(whole("seed", seed, 0) + first + i) for i in range(len(some))]
         try:
             with attach(pipe, *beside, visits):
-                pipe(some, generator=seeds, **call)
+                pipe(some, generator=seeds, **for_several(call, len(some)))
         except _Enough:
             pass
         for place, means in visits.means.items():

@@ -18,7 +18,6 @@ Estimated in sequence: a module's source activations are those that the maps of 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from sparsefeat.arguments import finite, number, whole
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import GIVEN_TO_SEVERAL, check_call
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.steering.first_visits import check_places, check_prompts, first_means
 from sparsefeat.steering.saved import SavableInstrument, register
@@ -156,7 +155,7 @@ class LinearAcT(SavableInstrument):
             TypeError: an argument that the pipeline's call does not take.
             ValueError: an argument that cannot be, by its name; not as many prompts of either set.
         """
-        check_arguments(pipe, call, also=inspect.signature(cls.fit).parameters)
+        check_call(pipe, call, cls.fit, *GIVEN_TO_SEVERAL)
         places = check_places(at)
         source, target = check_prompts("source", source), check_prompts("target", target)
         if len(source) != len(target):

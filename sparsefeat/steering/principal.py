@@ -10,7 +10,6 @@ y is a position's activations, or a whole map [d_model, height, width] at once (
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from sparsefeat.arguments import number
 from sparsefeat.arguments import whole as whole_number
 from sparsefeat.features.folders import read_folder, write_folder
 from sparsefeat.pipeline import Activations, Context, Hookpoint, Instrument, attach
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import GIVEN_TO_SEVERAL, check_call, for_several
 from sparsefeat.pipeline.step_window import Steps
 from sparsefeat.steering.first_visits import check_places, check_prompts
 from sparsefeat.steering.vectors import AddVector, bin_of
@@ -71,7 +70,7 @@ class PrincipalDirections:
             TypeError: an argument that the pipeline's call does not take.
             ValueError: an argument that cannot be, by its name.
         """
-        check_arguments(pipe, call, also=inspect.signature(cls.fit).parameters)
+        check_call(pipe, call, cls.fit, "output_type", *GIVEN_TO_SEVERAL)
         (place,) = check_places(at)
         prompts = check_prompts("prompts", prompts)
         n, bins, batch = whole_number("n", n), whole_number("bins", bins), whole_number("batch", batch)
@@ -82,7 +81,7 @@ class PrincipalDirections:
                 seeds = [
                     torch.Generator().manual_seed(whole_number("seed", seed, 0) + first + i) for i in range(len(some))
                 ]
-                pipe(some, generator=seeds, output_type="latent", **call)
+                pipe(some, generator=seeds, output_type="latent", **for_several(call, len(some)))
         parts = [sums.principal(index, n) for index in range(bins)]
         return cls(place, *(torch.stack(tensors) for tensors in zip(*parts, strict=True)))
 

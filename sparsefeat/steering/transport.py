@@ -14,7 +14,6 @@ them over the mask.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from torch.nn import functional as F
 from sparsefeat.arguments import mask_map, number, whole
 from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint, Instrument, attach
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import check_call
 from sparsefeat.sae import SAE
 
 Statistic = Literal["mean", "q95", "max"]
@@ -102,9 +101,9 @@ class FeatureTransport(Instrument):
                 ratio of the summed norms of this hookpoint's decoder rows in S and in T.
             seed, call: of both runs; give the edited run the same.
         """
-        check_arguments(pipe, call, also=inspect.signature(cls.fit).parameters)
         _check(saes, k_transfer, strength, select_at, statistic, add_at)
         source_mask, target_mask = mask_map("source_mask", source_mask), mask_map("target_mask", target_mask)
+        check_call(pipe, call, cls.fit)
         runs = [_codes(pipe, saes, prompt, seed, call) for prompt in (source, target)]
         masks = [
             [_cells(name, given, grid) for grid in runs[0].grids]
@@ -276,7 +275,8 @@ def _decoded(sae: SAE, code: SparseCode, device: torch.device) -> Tensor:
 def _check(saes: Any, k_transfer: int, strength: float, select_at: str, statistic: str, add_at: str) -> None:
     if isinstance(saes, SAE) or not saes:
         raise ValueError("saes must be a list with one SAE a hookpoint; give at least one.")
-    for sae in saes:
+    for i, sae in enumerate(saes):
+        hookpoint_of(sae, None, f"saes[{i}]")
         if sae.config.normalizer not in ("none", "b_pre"):
             raise ValueError(f"an SAE with normalizer {sae.config.normalizer!r} cannot be transported by its codes.")
     total = sum(sae.n_latents for sae in saes)

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from sparsefeat.arguments import finite, whole
-from sparsefeat.pipeline.call_arguments import check_pipeline
+from sparsefeat.pipeline.call_arguments import check_call, check_pipeline
 from sparsefeat.steering.scores.levels import predicts
+
+# What the call is given here beside the prompt: the image, the steps, and no guidance.
+GIVEN_HERE = ("latents", "num_inference_steps", "guidance_scale", "output_type", "callback_on_step_end")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Inversion:
 
         whole("steps", steps)
         check_pipeline(pipe)
+        check_call(pipe, call, cls.of, *GIVEN_HERE)
         if image is None or isinstance(image, (str, bytes, int, os.PathLike)):
             raise TypeError(f"image is {type(image).__name__}, not an image; open one, PIL.Image.open(path).")
         if getattr(pipe, "unet", None) is None or predicts(pipe.scheduler) not in ("epsilon", "v_prediction"):
@@ -87,6 +91,6 @@ class Inversion:
             return state
 
         height, width = pixels.shape[-2:]
-        settings = {"height": height, "width": width, "num_inference_steps": steps, "guidance_scale": 1.0, **call}
-        twin(prompt, latents=latents, output_type="latent", callback_on_step_end=keep, **settings)
+        settings = {"height": height, "width": width, "num_inference_steps": steps, "guidance_scale": 1.0}
+        twin(prompt, latents=latents, output_type="latent", callback_on_step_end=keep, **{**settings, **call})
         return cls(torch.stack(kept[::-1]).float())
