@@ -830,6 +830,33 @@ PYTHON = {
     "maps of no row": (
         lambda x: run(x, sf.HeatMaps(condition="uncond"), guidance_scale=1.0).word("fox"), "no maps of the call, as no row was 'uncond' in it; look at condition= and at the guidance"
     ),
+    "a guard's generator": (
+        lambda x: sf.guard_concept(x.pipe, [x.sae], "fox", PROMPTS, generator=torch.Generator()), "generator= is made here, from seed=; give that in its place"
+    ),
+    "cad_erase with a generator": (lambda x: sf.cad_erase(x.pipe, "a fox", generator=torch.Generator()), "generator= is made here, from seed=; give that"),
+    "attribute_latents with a prompt": (lambda x: sf.attribute_latents(x.pipe, x.sae, "a fox", prompt="a"), "prompt= is made here, from prompts=; give that"),
+    "df_cam's output": (lambda x: sf.df_cam(x.pipe, "a fox", "unet.mid_block", output_type="pil"), "output_type= is made here; leave it out"),
+    "ESD of embeddings": (lambda x: sf.ESD.fit(x.pipe, "a fox", prompt_embeds=torch.zeros(1, 16, 32)), "prompt_embeds= is made here; leave it out"),
+    "fit several images a prompt": (lambda x: fit(x, num_images_per_prompt=2), "num_images_per_prompt= is made here, from prompts=; give that"),
+    "fit latents": (lambda x: fit(x, latents=torch.zeros(1, 4, 16, 16)), "latents= is made here, from seed=; give that in its place"),
+    "fit prompts that are used up": (lambda x: fit(x, prompts={"fox": ["a fox"], "cat": (p for p in ["a cat"])}), r"prompts\['cat'\]=<generator .* must be a list"),
+    "discover_direction guidance": (
+        lambda x: sf.discover_direction(x.pipe, "unet.mid_block", ["a fox"], "a", epochs=1, guidance_scale=NAN), "guidance_scale=nan must be a finite number"
+    ),
+    "Blindspots guidance": (
+        lambda x: sf.Blindspots.of(x.pipe, x.sae, [Image.new("RGB", (64, 64))], ["a"], guidance_scale=NAN), "guidance_scale=nan must be a finite number"
+    ),
+    "Inversion in other steps": (
+        lambda x: sf.Inversion.of(x.pipe, Image.new("RGB", (64, 64)), "a", num_inference_steps=2), "num_inference_steps= is made here, from steps=; give that"
+    ),
+    "Inversion with guidance": (lambda x: sf.Inversion.of(x.pipe, Image.new("RGB", (64, 64)), "a", guidance_scale=7.5), "guidance_scale= is made here; leave"),
+    "Inversion misspelt": (lambda x: sf.Inversion.of(x.pipe, Image.new("RGB", (64, 64)), "a", step=2), "step= is no argument .*; did you mean steps"),
+    "SAE.save in integers": (lambda x: x.sae.save(x.folder / "whole", dtype=torch.int8), "dtype is torch.int8: choose a floating dtype"),
+    "SAE.save in a text": (lambda x: x.sae.save(x.folder / "text", dtype="float16"), "dtype is 'float16': choose a floating dtype"),
+    "step_weights by step": (lambda x: sf.HeatMaps(step_weights={0: 1.0, 1: 2.0}), r"step_weights=\{0: 1.0, 1: 2.0\} must be a list, a factor for each step"),
+    "step_weights 3": (lambda x: sf.HeatMaps(step_weights=3), "step_weights=3 must be a list, a factor for each step"),
+    "step_weights of more steps": (lambda x: run(x, sf.HeatMaps(step_weights=[1.0] * 9)), "step_weights has 9 numbers, and the call has 2 steps"),
+    "Steer clamp True": (lambda x: steer(x, clamp={1: (False, True)}), r"clamp\[1\]=\(False, True\) must be \(low, high\)"),
     "an SAE on meta": (lambda x: run(x, sf.Record(copy.deepcopy(x.sae).to("meta"))), r"the SAE has no weights, it is on the device 'meta'; open it with sparsefeat.load_sae"),
     "a name that is not there": (lambda x: sf.Recrod, "no attribute 'Recrod'; it offers .*Record"),
 }  # fmt: skip

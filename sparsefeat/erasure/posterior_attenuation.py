@@ -10,7 +10,6 @@ paper leaves the estimator open; assumed are bins of equal ratio, and that an ac
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -24,7 +23,7 @@ from sparsefeat.features.collecting import check_prompts, collect_statistics
 from sparsefeat.features.scores import normalized_mean_difference
 from sparsefeat.features.statistics import Statistics
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import GIVEN_TO_SEVERAL, check_call
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.sae import SAE
 from sparsefeat.steering.saved import SavableInstrument, register
@@ -54,6 +53,11 @@ class Histograms(Statistics):
         counted = (group >= 0) & (values > 0)
         places = (group[counted], latents[counted], bin_of(values[counted]))
         self.counts.index_put_(places, torch.ones(int(counted.sum()), dtype=torch.int32), accumulate=True)
+
+    def take(self, part: Statistics) -> None:
+        assert isinstance(part, Histograms)
+        super().take(part)
+        self.counts[self.places(part.concepts)] += part.counts
 
     def posterior(self, concept: str, latents: Tensor, prior: float | None = None) -> Tensor:
         """fp32 [latents, bins], P(concept | activation in the bin); 0 where no concept had one.
@@ -150,7 +154,7 @@ class PosteriorAttenuation(SavableInstrument):
                 no latent is more active with it.
         """
         hookpoint_of(sae, at)
-        check_arguments(pipe, call, also=inspect.signature(cls.fit).parameters)
+        check_call(pipe, call, cls.fit, *GIVEN_TO_SEVERAL)
         check_prompts(prompts)
         if concept not in prompts or len(prompts) < 2:
             raise ValueError(

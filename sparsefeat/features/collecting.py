@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,14 +14,14 @@ from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.features.progress import Progress
 from sparsefeat.features.statistics import OUTSIDE_SCHEDULE, Concepts, Statistics, check_statistics, concepts_of
 from sparsefeat.pipeline import Activations, Call, Context, Enough, Hookpoint, Instrument, attach
-from sparsefeat.pipeline.call_arguments import check_arguments
+from sparsefeat.pipeline.call_arguments import GIVEN_TO_SEVERAL, check_call, for_several
 from sparsefeat.pipeline.families.registry import family_of
 from sparsefeat.pipeline.hookpoints import components, resolve
 from sparsefeat.sae import SAE
 
 
 class CollectStatistics(Instrument):
-    """Instrument: adds the codes of every call to `statistics`.
+    """Instrument: adds the codes of every call to `statistics`, when it ends: of one that is interrupted nothing is counted.
 
     Args:
         sae: whose codes.
@@ -55,20 +55,22 @@ class CollectStatistics(Instrument):
         self.sae: SAE = sae
         self.statistics: Statistics = statistics
         for named in concepts.values() if isinstance(concepts, Mapping) else concepts:
-            self._places(named)
+            self._names(named)
         self.condition: str = condition
         self.concepts = concepts
         self.has_counted: bool = False
         """Anything in this call."""
-        self._of_image: list[tuple[int, ...]] = []
-        self._call: Call | None = None
+        self._of_image: list[tuple[int, ...]] = []  # places in the part
+        self._part: Statistics | None = None
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (self.at,)
 
-    def _places(self, named: Concepts | None) -> tuple[int, ...]:
+    def _names(self, named: Concepts | None) -> tuple[str, ...]:
         names = concepts_of("concept", named)
-        return tuple(self.statistics.places(names).tolist()) if names else ()
+        if names:
+            self.statistics.places(names)  # says which is not there
+        return names
 
     def begin_call(self, call: Call) -> None:
         if isinstance(self.concepts, Mapping):
@@ -85,30 +87,31 @@ class CollectStatistics(Instrument):
             n_prompts = len(of_prompt) if call.n_prompts is None else call.n_prompts  # a loop of one's own may not say
             if len(of_prompt) != n_prompts:
                 raise _not_one_each(of_prompt, n_prompts)
-        places = [self._places(c) for c in of_prompt]
+        names = [self._names(c) for c in of_prompt]
+        of_call = list(dict.fromkeys(name for several in names for name in several))
+        places = [tuple(of_call.index(name) for name in several) for several in names]
         self.has_counted = False
         self._of_image = [place for place in places for _ in range(call.images_per_prompt)]
-        self._call = call
+        self._part = self.statistics.part(of_call) if of_call else None
 
     def at_hookpoint(self, activations: Activations, context: Context) -> None:
         if max(context.prompt_index, default=0) >= len(self._of_image):
             raise _not_one_each(self._of_image, max(context.prompt_index) + 1)
         of_row = [self._of_image[image] if condition == self.condition else () for condition, image in context.entries]
-        if context.recomputing or not any(of_row):
+        if context.recomputing or not any(of_row) or self._part is None:
             return
         self.has_counted = True
         code = activations.code(beside(self.sae, activations, context))
         timestep = OUTSIDE_SCHEDULE if context.timestep is None else context.timestep
-        if timestep not in self.statistics.timesteps and self._call is not None:
-            schedule = self._call.timesteps or ()
-            if timestep in schedule:  # all of them at once, so that their size is said once
-                self.statistics.reserve(schedule)
         row_batch = torch.arange(context.batch).repeat_interleave(context.positions)
         for slot in range(max(map(len, of_row))):
             of_batch = torch.tensor([places[slot] if slot < len(places) else -1 for places in of_row])
-            self.statistics.add(code, of_batch[row_batch], timestep)
+            self._part.add(code, of_batch[row_batch], timestep)
 
     def end_call(self, call: Call) -> Statistics:
+        part, self._part = self._part, None
+        if part is not None:
+            self.statistics.take(part)
         if not self.has_counted and any(self._of_image):
             warnings.warn(
                 f"nothing was counted: no row of this call was under condition={self.condition!r}; use 'cond', or turn "
@@ -150,7 +153,8 @@ def collect_statistics(
     """Run the pipeline on the prompts of each concept and return the statistics of its codes.
 
     Args:
-        prompts: concept -> its prompts. A prompt listed under several concepts is generated once and counts for each.
+        prompts: concept -> its prompts. A prompt listed under several concepts is drawn once and counts for each; one
+            that a concept lists several times is drawn as often, each from noise of its own.
         batch_size: prompts a call.
         seed: image i of all prompts starts from the generator seeded seed + i, whatever the batch size; None: unseeded.
         statistics: add to these instead of new ones.
@@ -161,22 +165,21 @@ def collect_statistics(
         TypeError: `sae` is no SAE; an argument that the pipeline's call does not take.
         ValueError: an argument that cannot be, by its name; a hookpoint that is not there (`UnknownHookpointError`).
     """
-    check_arguments(pipe, call, also=inspect.signature(collect_statistics).parameters)
-    for name, instead in (("prompt", "prompts"), ("generator", "seed")):
-        if name in call:
-            raise TypeError(f"{name}= is made here, from {instead}=; give that in its place.")
+    check_call(pipe, call, collect_statistics, *GIVEN_TO_SEVERAL)
     check_prompts(prompts)
     hookpoint_of(sae, at)
     whole("batch_size", batch_size)
     if seed is not None:
         whole("seed", seed, 0)
     concepts_of: dict[str, list[str]] = {}
+    drawn: Counter[str] = Counter()
     for concept, its_prompts in prompts.items():
-        for prompt in dict.fromkeys(its_prompts):
+        for prompt, times in Counter(its_prompts).items():
             concepts_of.setdefault(prompt, []).append(concept)
+            drawn[prompt] = max(drawn[prompt], times)
     statistics = statistics if statistics is not None else Statistics(prompts, sae.n_latents)
     collect = CollectStatistics(sae, statistics, concepts_of, at=at)
-    texts = list(concepts_of)
+    texts = list(drawn.elements())
     instruments = [collect, progress := Progress(len(texts), "collecting statistics")]
     if resolve(pipe, collect.at.path).family.stream == "text":
         instruments.append(_BeforeSteps(collect))
@@ -192,7 +195,7 @@ def run_prompts(pipe: Any, prompts: Sequence[str], *, batch_size: int, seed: int
         batch = list(prompts[start : start + batch_size])
         if seed is not None:
             options["generator"] = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-        pipe(batch, **options)
+        pipe(batch, **for_several(options, len(batch)))
 
 
 def check_prompts(prompts: Any) -> None:
@@ -202,6 +205,6 @@ def check_prompts(prompts: Any) -> None:
     for concept, its_prompts in prompts.items():
         if not isinstance(concept, str):
             raise ValueError(f"prompts has the concept {concept!r:.80}; name each by a text.")
-        listed = isinstance(its_prompts, Iterable) and not isinstance(its_prompts, str)
+        listed = isinstance(its_prompts, Collection) and not isinstance(its_prompts, str)
         if not listed or not its_prompts or not all(isinstance(prompt, str) for prompt in its_prompts):
             raise ValueError(f"prompts[{concept!r}]={its_prompts!r:.80} must be a list of one or more prompts.")

@@ -71,6 +71,7 @@ class Statistics:
             raise ValueError(f"concepts={concepts!r} must be one or more different names, as a list.")
         self.n_latents: int = whole("n_latents", n_latents)
         self._blocks: dict[float, _Block] = {}
+        self._said_from = SAID_FROM_BYTES
         self.reserve(timesteps)
 
     @property
@@ -94,7 +95,7 @@ class Statistics:
         new = [t for t in dict.fromkeys(number("timestep", t) for t in timesteps) if t not in self._blocks]
         if not new:
             return
-        if self.footprint(len(new)) >= SAID_FROM_BYTES:
+        if self.footprint(len(new)) >= self._said_from:
             print(
                 f"Statistics: {len(self.concepts)} concepts x {len(new)} timesteps x {self.n_latents} latents take "
                 f"{self.footprint(len(new)) / 2**20:.1f} MiB.",
@@ -154,14 +155,33 @@ class Statistics:
         concepts = tuple(dict.fromkeys(c for part in parts for c in part.concepts))
         merged = Statistics(concepts, self.n_latents, sorted({t for part in parts for t in part.timesteps}))
         for part in parts:
-            places = torch.tensor([concepts.index(c) for c in part.concepts])
-            for timestep, block in part._blocks.items():
-                into = merged._blocks[timestep]
-                into.total[places] += block.total
-                into.count[places] += block.count
-                into.rows[places] += block.rows
-                into.maximum[places] = torch.maximum(into.maximum[places], block.maximum)
+            merged.take(part)
         return merged
+
+    def part(self, concepts: Iterable[str]) -> Statistics:
+        """Empty ones of some of the concepts, to be taken once they are whole, or thrown away; their size is not said.
+
+        Raises:
+            ValueError: a concept that is not there.
+        """
+        part = type(self)([self.concepts[place] for place in self.places(tuple(concepts))], self.n_latents)
+        part._said_from = sys.maxsize
+        return part
+
+    def take(self, part: Statistics) -> None:
+        """Count the rows of a part, whose concepts are all here.
+
+        Raises:
+            ValueError: a concept that is not there.
+        """
+        places = self.places(part.concepts)
+        self.reserve(part.timesteps)
+        for timestep, block in part._blocks.items():
+            into = self._blocks[timestep]
+            into.total[places] += block.total
+            into.count[places] += block.count
+            into.rows[places] += block.rows
+            into.maximum[places] = torch.maximum(into.maximum[places], block.maximum)
 
     def nearest(self, timestep: float) -> float:
         """The timestep of these statistics that is nearest to `timestep` (of two equally near ones the smaller).

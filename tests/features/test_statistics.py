@@ -6,6 +6,7 @@ import pytest
 import torch
 from sparsefeat_kernels import SparseCode
 
+from sparsefeat.erasure.posterior_attenuation import Histograms
 from sparsefeat.features import CollectStatistics, Record, Statistics, collect_statistics
 from sparsefeat.features import folders as folders_module
 from sparsefeat.pipeline import attach
@@ -219,6 +220,48 @@ def test_at_a_text_encoder_no_step_is_taken_and_what_all_of_them_give_is_counted
     for concept in prompts:
         assert quick.rows(concept) == drawn.rows(concept) > 0
         assert torch.equal(quick.total(concept), drawn.total(concept))
+
+
+@pytest.mark.parametrize("kind", [Statistics, Histograms])
+def test_a_call_that_was_interrupted_is_not_counted(pipe, sae, kind):
+    def interrupt(pipe, step, timestep, kept):
+        raise KeyboardInterrupt
+
+    def call(seed, **options):
+        pipe(
+            "a fox",
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="latent",
+            **options,
+        )
+
+    both, twice = kind(["fox", "cat"], 128), kind(["fox", "cat"], 128)
+    with attach(pipe, CollectStatistics(sae, both, ["fox"])):
+        call(0)
+        with pytest.raises(KeyboardInterrupt):
+            call(1, callback_on_step_end=interrupt)
+        call(1)
+    for seed in (0, 1):
+        with attach(pipe, CollectStatistics(sae, twice, ["fox"])):
+            call(seed)
+    assert both.rows("fox") == twice.rows("fox") == 2 * 2 * 64
+    assert torch.equal(both.count("fox"), twice.count("fox"))
+    assert torch.equal(both.total("fox"), twice.total("fox"))
+    assert both.rows("cat") == 0
+
+
+def test_a_prompt_that_is_listed_twice_is_drawn_twice(pipe, sae):
+    prompts, call = {"fox": ["a fox", "a cat", "a fox"], "cat": ["a cat"]}, {"num_inference_steps": 1}
+    statistics = collect_statistics(pipe, sae, prompts, **call)
+    record, scores = Record(sae), []
+    for seed, prompt in enumerate(["a fox", "a fox", "a cat"]):
+        with attach(pipe, record) as run:
+            pipe(prompt, generator=torch.Generator().manual_seed(seed), output_type="latent", **call)
+        scores.append(run[record].scores()[0].double())
+    assert (scores[0] != scores[1]).any()
+    torch.testing.assert_close(statistics.mean("fox"), torch.stack(scores).mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(statistics.mean("cat"), scores[2], rtol=1e-5, atol=1e-6)
 
 
 def test_prompts_and_concepts_must_match(pipe, sae):
