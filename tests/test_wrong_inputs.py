@@ -447,6 +447,17 @@ def spoilt(sae):
     return sae
 
 
+def trained(x):
+    """An SAE in memory that somebody has trained."""
+    sae = sf.SAE(x.sae.config)
+    sae.b_pre.data[:] = 0.5
+    return sae
+
+
+def trainer(sae):
+    return sf.SAETrainer(sae, torch.randn(9, D), sf.TrainConfig(steps=2, batch_size=4)).fit(progress=False)
+
+
 def steer(x, **options):
     return sf.Steer(x.sae, **{"add": {1: 1.0}, **options})
 
@@ -857,6 +868,13 @@ PYTHON = {
     "step_weights 3": (lambda x: sf.HeatMaps(step_weights=3), "step_weights=3 must be a list, a factor for each step"),
     "step_weights of more steps": (lambda x: run(x, sf.HeatMaps(step_weights=[1.0] * 9)), "step_weights has 9 numbers, and the call has 2 steps"),
     "Steer clamp True": (lambda x: steer(x, clamp={1: (False, True)}), r"clamp\[1\]=\(False, True\) must be \(low, high\)"),
+    "SAETrainer of a trained SAE": (lambda x: trainer(trained(x)), r"sae has weights already, and training would begin anew .*: train a new one, sparsefeat.SAE\(sae.config\)"),
+    "SAETrainer of a frozen SAE": (
+        lambda x: trainer(sf.SAE(x.sae.config).requires_grad_(False)), r"sae has weights that require no gradient: call sae.requires_grad_\(True\)"
+    ),
+    "SAETrainer under inference_mode": (
+        lambda x: torch.inference_mode()(lambda: trainer(sf.SAE(x.sae.config)))(), "sae cannot be trained under torch.inference_mode: make it, and train it, outside"
+    ),
     "an SAE on meta": (lambda x: run(x, sf.Record(copy.deepcopy(x.sae).to("meta"))), r"the SAE has no weights, it is on the device 'meta'; open it with sparsefeat.load_sae"),
     "a name that is not there": (lambda x: sf.Recrod, "no attribute 'Recrod'; it offers .*Record"),
 }  # fmt: skip

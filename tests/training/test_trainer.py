@@ -250,6 +250,14 @@ def test_half_precision_rows_train_a_single_precision_sae():
     assert sae.dtype == torch.float32
 
 
+def test_whoever_calls_it_without_gradients_has_the_same_weights():
+    rows, config = torch.randn(64, 6), TrainConfig(steps=3, batch_size=16)
+    plain = SAETrainer(SAE(SAEConfig(6, 12, k=3)), rows, config).fit(progress=False)
+    with torch.no_grad():
+        same = SAETrainer(SAE(SAEConfig(6, 12, k=3)), rows, config).fit(progress=False)
+    assert torch.equal(plain.W_enc, same.W_enc)
+
+
 def test_progress_is_shown_and_names_the_figures(capsys):
     SAETrainer(small(), small_rows(), dataclasses.replace(CONFIG, steps=5)).fit()
     assert "5/5" in capsys.readouterr().err

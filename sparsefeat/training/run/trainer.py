@@ -39,7 +39,7 @@ FREE = ("checkpoint_every", "log_every")  # settings that no weight depends on
 
 
 class SAETrainer:
-    """Trains `sae` in place, in rows of unit spread; when `fit` is done it takes rows as they are. See `Learner`.
+    """Trains `sae`, a new one, in place, in rows of unit spread; when `fit` is done it takes rows as they are. See `Learner`.
 
     rows: a tensor `[..., d_model]`, a `ShardReader` with a field "rows", any `RowSource`; or a `Source` of several places,
         whose number `place` this SAE is of.
@@ -91,7 +91,10 @@ class SAETrainer:
         self.metrics: Metrics = Metrics(self.folder if ranks.first else None, tensorboard)
         checkpoint = newest_checkpoint(self.folder)
         self._early = EarlyWarnings(str(sae.config.hookpoint or "the SAE"))
+        if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in sae.parameters()):
+            raise ValueError("sae cannot be trained under torch.inference_mode: make it, and train it, outside")
         if checkpoint is None:
+            _check_new(sae)
             self._begin()
         self.averaged: dict[str, Tensor] = {}
         if config.ema is not None:
@@ -125,7 +128,7 @@ class SAETrainer:
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         for piece in _pieces(batch, config.accumulate):
-            with _in_precision(self.sae, config.precision):
+            with torch.enable_grad(), _in_precision(self.sae, config.precision):
                 loss = learner.loss(piece, self.step)
                 gradients = learner.gradients(loss)
             for parameter, gradient in zip(learner.trained, gradients, strict=True):
@@ -274,11 +277,15 @@ def fit_together(trainers: Sequence[SAETrainer], progress: bool = True) -> list[
         for name in ("batch_size", "seed"):
             if getattr(other.config, name) != getattr(first.config, name):
                 raise ValueError(f"the trainers differ in {name}: give all the same.")
+    if not all(parameter.requires_grad for trainer in trainers for parameter in trainer.learner.trained):
+        raise ValueError("sae has weights that require no gradient: call sae.requires_grad_(True) before training")
     ranks, batch_size = first.ranks, first.config.batch_size
     left = [trainer for trainer in trainers if trainer.step < trainer.config.steps]
     start, stop = min((t.step for t in left), default=0), max((t.config.steps for t in left), default=0)
     if not left and progress and ranks.first:
-        done = ", ".join(f"{trainer.folder} has all {trainer.config.steps} steps" for trainer in trainers)
+        done = ", ".join(
+            f"{trainer.folder or 'this trainer'} has all {trainer.config.steps} steps" for trainer in trainers
+        )
         print(f"{done}: nothing is trained; for other rows take another folder", file=sys.stderr)
     interval = 0.5 if sys.stderr.isatty() else 20  # seconds; a log file wants few lines
     bar = tqdm(
@@ -314,6 +321,15 @@ def fit_together(trainers: Sequence[SAETrainer], progress: bool = True) -> list[
             if asked and ranks.any(bool(interrupted), first.sae.device):
                 _leave(left, step + 1, interrupted)
     return [trainer.finish() for trainer in trainers]
+
+
+def _check_new(sae: SAE) -> None:
+    """Training begins with start values of its own: weights that somebody has trained would be lost without a word."""
+    if any(bool(bias.any()) for bias in (sae.b_enc, sae.b_pre, sae.b_out) if bias is not None):
+        raise ValueError(
+            "sae has weights already, and training would begin anew in their place: train a new one, "
+            "sparsefeat.SAE(sae.config)"
+        )
 
 
 def as_source(rows: Tensor | ShardReader | RowSource | Source) -> Source:
