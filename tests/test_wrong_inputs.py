@@ -875,6 +875,13 @@ PYTHON = {
     "SAETrainer under inference_mode": (
         lambda x: torch.inference_mode()(lambda: trainer(sf.SAE(x.sae.config)))(), "sae cannot be trained under torch.inference_mode: make it, and train it, outside"
     ),
+    "AddVector at two places": (
+        lambda x: sf.AddVector(["unet.mid_block", "unet.up_blocks.1"], torch.ones(D)), r"at=\['unet.mid_block', .* are 2 hookpoints; give one, and each of several"
+    ),
+    "PrincipalDirections at two places": (
+        lambda x: sf.PrincipalDirections.fit(x.pipe, ["unet.mid_block", "unet.up_blocks.1"], ["a"], n=1), "are 2 hookpoints; give one, and each"
+    ),
+    "AddVector of an array": (lambda x: sf.AddVector("unet.mid_block", np.ones(D)), r"vector is ndarray, not a tensor; give torch.as_tensor\(vector\)"),
     "an SAE on meta": (lambda x: run(x, sf.Record(copy.deepcopy(x.sae).to("meta"))), r"the SAE has no weights, it is on the device 'meta'; open it with sparsefeat.load_sae"),
     "a name that is not there": (lambda x: sf.Recrod, "no attribute 'Recrod'; it offers .*Record"),
 }  # fmt: skip

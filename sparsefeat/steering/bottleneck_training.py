@@ -32,7 +32,7 @@ from sparsefeat.pipeline.call_arguments import GIVEN_TO_SEVERAL, check_call, for
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.steering.bottleneck import LATE, ConceptModel
 from sparsefeat.steering.discover import Shaped
-from sparsefeat.steering.first_visits import check_places
+from sparsefeat.steering.first_visits import check_place
 from sparsefeat.steering.learning import drawn, said_of, without_guidance
 from sparsefeat.steering.scores.levels import NoiseLevel
 
@@ -112,7 +112,7 @@ def learn_concepts(
     number("confidence", confidence, 0, 1)
     window = StepWindow.parse(steps)
     check_call(pipe, call, learn_concepts, "output_type", "return_dict", *GIVEN_TO_SEVERAL)
-    (place,) = check_places(at)
+    place = check_place(at)
     if not isinstance(prompts, Mapping) or not all(isinstance(labels, Mapping) for labels in prompts.values()):
         raise ValueError("prompts must be prompt -> {concept: value}, {'a mono fox': {'style': 'mono'}, ...}.")
     concepts = concepts_of(prompts)

@@ -19,7 +19,7 @@ from sparsefeat.arguments import number, whole
 from sparsefeat.features.progress import progress_bar
 from sparsefeat.pipeline import Activations, Context, Hookpoint, attach
 from sparsefeat.pipeline.call_arguments import check_call
-from sparsefeat.steering.first_visits import check_places, check_prompts
+from sparsefeat.steering.first_visits import check_place, check_prompts
 from sparsefeat.steering.learning import Given, denoising_loss, drawn, without_guidance
 from sparsefeat.steering.vectors import AddVector
 
@@ -55,7 +55,7 @@ def discover_direction(
             argument that the pipeline's call does not take.
     """
     check_call(pipe, call, discover_direction, "output_type", "return_dict")
-    (place,) = check_places(at)
+    place = check_place(at)
     with_it = check_prompts("with_it", with_it, least=1)
     (without,) = check_prompts("without", [without], least=1)
     epochs, batch, seed = whole("epochs", epochs), whole("batch", batch), whole("seed", seed, 0)

@@ -86,6 +86,16 @@ def check_prompts(name: str, prompts: Any, least: int = 2) -> list[str]:
     return texts
 
 
+def check_place(at: Any) -> Hookpoint:
+    """One hookpoint."""
+    places = check_places(at)
+    if len(places) > 1:
+        raise ValueError(
+            f"at={at!r:.60} are {len(places)} hookpoints; give one, and each of several a call of its own."
+        )
+    return places[0]
+
+
 def check_places(at: Any) -> list[Hookpoint]:
     """One hookpoint or several, each once."""
     several = [at] if isinstance(at, (str, Hookpoint)) else list(at) if isinstance(at, Sequence) else []

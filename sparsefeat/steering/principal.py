@@ -24,7 +24,7 @@ from sparsefeat.features.folders import read_folder, write_folder
 from sparsefeat.pipeline import Activations, Context, Hookpoint, Instrument, attach
 from sparsefeat.pipeline.call_arguments import GIVEN_TO_SEVERAL, check_call, for_several
 from sparsefeat.pipeline.step_window import Steps
-from sparsefeat.steering.first_visits import check_places, check_prompts
+from sparsefeat.steering.first_visits import check_place, check_prompts
 from sparsefeat.steering.vectors import AddVector, bin_of
 from sparsefeat.steering.where import GivenMask
 from sparsefeat.whole import as_path, whole_folder
@@ -71,7 +71,7 @@ class PrincipalDirections:
             ValueError: an argument that cannot be, by its name.
         """
         check_call(pipe, call, cls.fit, "output_type", *GIVEN_TO_SEVERAL)
-        (place,) = check_places(at)
+        place = check_place(at)
         prompts = check_prompts("prompts", prompts)
         n, bins, batch = whole_number("n", n), whole_number("bins", bins), whole_number("batch", batch)
         sums = _Sums(place, bins, whole)

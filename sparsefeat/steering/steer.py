@@ -119,7 +119,7 @@ class Steer(SavableInstrument):
             return None
         return (
             f"of its latents, {', '.join(map(str, scaled[:5]))}{', …' if len(scaled) > 5 else ''}, none is active where it "
-            f"acts, and scale= multiplies what is there: take latents that `top` lists, or add={{{scaled[0]}: 4.0}}"
+            "acts, and what is not there can be neither scaled nor set to 0: take latents that `top` lists, or add="
         )
 
     def at_hookpoint(self, activations: Activations, context: Context) -> Delta | None:

@@ -44,6 +44,7 @@ class TokenDirection(WordEmbeddings, SavableInstrument):
         steps: as in `Steer`.
 
     Raises:
+        TypeError: `direction` is no tensor.
         ValueError: an argument that cannot be, by its name; `direction` is no finite vector.
     """
 
@@ -59,8 +60,10 @@ class TokenDirection(WordEmbeddings, SavableInstrument):
         steps: Steps = None,
     ):
         super().__init__(words)
-        if not isinstance(direction, Tensor) or direction.ndim != 1:
-            raise ValueError(f"direction has shape {list(getattr(direction, 'shape', []))}; give a tensor [width].")
+        if not isinstance(direction, Tensor):
+            raise TypeError(f"direction is {type(direction).__name__}, not a tensor; give torch.as_tensor(direction).")
+        if direction.ndim != 1:
+            raise ValueError(f"direction has shape {list(direction.shape)}; give [width].")
         self.direction: Tensor = finite("direction", direction)
         self.strength: float = number("strength", strength)
         self.growth: float | None = None if growth is None else number("growth", growth, 0, above=True)

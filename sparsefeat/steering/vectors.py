@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from sparsefeat.arguments import finite, mask_map, number
 from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint
 from sparsefeat.pipeline.step_window import Steps, StepWindow
-from sparsefeat.steering.first_visits import check_places
+from sparsefeat.steering.first_visits import check_place
 from sparsefeat.steering.saved import SavableInstrument, register
 from sparsefeat.steering.where import GivenMask, Mask, check_condition, condition_signs, mask_of_rows
 
@@ -28,6 +28,7 @@ class AddVector(SavableInstrument):
         steps, mask, condition: as in `Steer`.
 
     Raises:
+        TypeError: `vector` is no tensor.
         ValueError: an argument that cannot be, by its name; numbers that are not finite.
     """
 
@@ -41,12 +42,14 @@ class AddVector(SavableInstrument):
         mask: GivenMask = None,
         condition: str = "cond",
     ):
-        if not isinstance(vector, Tensor) or vector.ndim not in (1, 2, 3, 4) or not vector.numel():
+        if not isinstance(vector, Tensor):
+            raise TypeError(f"vector is {type(vector).__name__}, not a tensor; give torch.as_tensor(vector).")
+        if vector.ndim not in (1, 2, 3, 4) or not vector.numel():
             raise ValueError(
-                f"vector has shape {list(getattr(vector, 'shape', []))}; give [d_model] or [d_model, height, width], with a "
+                f"vector has shape {list(vector.shape)}; give [d_model] or [d_model, height, width], with a "
                 "dimension of bins before it if it changes with time."
             )
-        self.at: Hookpoint = check_places(at)[0]
+        self.at: Hookpoint = check_place(at)
         self.vectors: Tensor = finite("vector", vector if vector.ndim in (2, 4) else vector[None])
         """[bins, d_model] or [bins, d_model, height, width]."""
         self.strength: float = number("strength", strength)
