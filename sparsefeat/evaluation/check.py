@@ -85,8 +85,8 @@ def check(
             hookpoint of another width.
     """
     hookpoint = hookpoint_of(sae, at)
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts is {prompts!r}: pass a list with at least one prompt")
+    if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(one, str) for one in prompts):
+        raise ValueError(f"prompts is {prompts!r:.80}: pass a list with at least one prompt")
     whole("rows", rows, 2)  # an FVU needs two
     whole("seed", seed, 0)
     if sae.config.normalizer == "timestep":

@@ -344,16 +344,22 @@ class SAE(nn.Module):
         return self.W_dec[index] if pca is None else pca.directions(self.W_dec[index])
 
     def save(self, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
-        """Write `config.json` and `sae.safetensors` into `folder`; see `sparsefeat.sae.formats.native.write`.
+        """Write `config.json` and `sae.safetensors` into `folder`, and names of latents; see `sparsefeat.sae.formats.native.write`.
+
+        Names that lie there stay if the weights do. Where those of another SAE are replaced, they are of other latents, and go.
 
         Raises:
             TypeError: `folder` is no path.
             ValueError: it is empty, or holds another SAE.
             OSError: it cannot be written.
         """
-        written = native.write(as_path(folder), self.config, self.state_dict(), dtype=dtype, overwrite=overwrite)
+        state, names = self.state_dict(), as_path(folder) / NAMES
+        others = names.exists() and not native.holds(names.parent, state)
+        written = native.write(names.parent, self.config, state, dtype=dtype, overwrite=overwrite)
         if self.names:
-            self.names.write(written / NAMES)
+            self.names.write(names)
+        elif others:
+            names.unlink()
         return written
 
     def push_to_hub(

@@ -95,6 +95,18 @@ def test_names_are_kept_with_the_sae_and_edits_take_them(tmp_path):
         sf.Steer(again, scale={"snow": 0.0, 7: 1.0})
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_names_stay_with_their_weights_and_go_with_them(tmp_path, overwrite):
+    config = sf.SAEConfig(d_model=6, n_latents=12, k=3)
+    one, other = sf.SAE(config), sf.SAE(config)
+    one.save(tmp_path / "sae")
+    Names({3: "fox"}).write(tmp_path / "sae" / "names.json")
+    one.save(tmp_path / "sae", overwrite=overwrite)
+    assert load_sae(tmp_path / "sae").names == Names({3: "fox"})
+    other.save(tmp_path / "sae", overwrite=overwrite)  # whose latent 3 is another
+    assert not load_sae(tmp_path / "sae").names
+
+
 def test_neuronpedia_is_asked_once_a_latent_and_its_answers_are_kept(tmp_path, monkeypatch):
     asked = []
 

@@ -461,7 +461,10 @@ def test_a_line_of_a_list_is_no_latent(sae):
     ("edits", "message"),
     [
         ({"add": {5: 4.0}, "mask": torch.zeros(4, 4)}, "this Steer did nothing in a whole call, as its mask is 0"),
-        ({"scale": {"idle": 2.0}}, "none is active where it acts, and what is not there can be neither scaled nor set to 0"),
+        (
+            {"scale": {"idle": 2.0}},
+            "none is active where it acts, and what is not there can be neither scaled nor set to 0",
+        ),
         ({"set": {"idle": 0.0}}, "none is active where it acts"),
         ({"scale": {"top": 2.0}}, None),
         ({"scale": {"idle": 2.0, "top": 2.0}}, None),

@@ -58,6 +58,18 @@ def read(folder: Path, given: Given | None = None) -> tuple[SAEConfig, dict[str,
         return config, held.take(config.tensor_shapes())
 
 
+def holds(folder: Path, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the folder has these weights, as far as its dtype tells."""
+    try:
+        _, kept = read(folder)
+    except (OSError, ValueError):
+        return False
+    return kept.keys() <= tensors.keys() and all(
+        kept[name].shape == tensors[name].shape and torch.equal(kept[name], tensors[name].detach().to(kept[name]))
+        for name in kept
+    )
+
+
 def write(
     folder: Path, config: SAEConfig, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None, overwrite: bool
 ) -> Path:
