@@ -89,9 +89,9 @@ def example_vectors(
         ValueError: other images than `examples` saw, by their number; no latents; one without an image.
     """
     number("crop", crop, 0, 1, above=True)
-    if len(images) != len(examples):
+    if len(images) != examples.n_drawn:
         raise ValueError(
-            f"images has {len(images)} entries and examples are of {len(examples)}; give all, in their order."
+            f"images has {len(images)} entries and examples are of {examples.n_drawn}; give all, in their order."
         )
     if not len(latents):
         raise ValueError("latents is empty; give the latents that are to be named.")

@@ -182,6 +182,6 @@ def _check(sae: SAE, statistics: Statistics, examples: Examples | None, images: 
             raise ValueError(f"{name} are of {given.n_latents} latents, the SAE has {sae.n_latents}; use the same SAE.")
     if not statistics.rows(statistics.concepts):
         raise ValueError("statistics are empty; collect some first, collect_statistics(...).")
-    if images is not None and len(images) != (0 if examples is None else len(examples)):
-        taken = "there are no examples" if examples is None else f"examples took in {len(examples)}"
+    if images is not None and len(images) != (0 if examples is None else examples.n_drawn):
+        taken = "there are no examples" if examples is None else f"examples took in {examples.n_drawn}"
         raise ValueError(f"images= has {len(images)} images, {taken}; give each image of the examples, in their order.")

@@ -21,7 +21,7 @@ from sparsefeat.sae import SAE
 class Example(NamedTuple):
     """An image on which a latent is active.
 
-    image: the image's number in the order in which images were added. prompt: its prompt, if known.
+    image: the image's number in the order in which images were drawn. prompt: its prompt, if known.
     score: the latent's mean activation over positions and steps. map: fp32 [height, width], the activation's mean over
     steps.
     """
@@ -79,6 +79,9 @@ class Examples:
             self.allowed[wholes("latents", latents, 0, n_latents - 1)] = True
         self.prompts: list[str | None] = []
         self.concepts: list[tuple[str, ...]] = []
+        self.n_drawn: int = 0
+        """The images of all calls, also those that a recording has not: at a text encoder, all but a prompt's first."""
+        self._number: list[int] = []  # of each image that was added, among these
         self._score = torch.full((n_latents, top), -torch.inf, dtype=torch.float64)
         self._image = torch.full((n_latents, top), -1, dtype=torch.int32)
         self._maps: dict[tuple[int, int], Tensor] = {}
@@ -115,6 +118,9 @@ class Examples:
             raise ValueError(
                 f"concepts= has {len(concepts)} entries for {recording.n_images} images; give one for each."
             )
+        drawn = len(recording.prompts or ()) * recording.images_per_prompt or max(recording.images, default=-1) + 1
+        self._number += [self.n_drawn + image for image in recording.images]
+        self.n_drawn += drawn
         for n, image in enumerate(recording.images):
             number = len(self.prompts)
             self.prompts.append(recording.prompt(image))
@@ -151,7 +157,7 @@ class Examples:
         if not self.allowed[latent_number("latent", latent, self.n_latents)]:
             raise ValueError(f"latent={latent} is not among those that examples are kept of; name it in latents=.")
         pairs = zip(self._image[latent].tolist(), self._score[latent].tolist(), strict=True)
-        return [Example(i, self.prompts[i], s, self._maps[latent, i].float()) for i, s in pairs if i >= 0]
+        return [Example(self._number[i], self.prompts[i], s, self._maps[latent, i].float()) for i, s in pairs if i >= 0]
 
     def peaks(self, latent: int) -> Tensor:
         """fp32 [images]: the largest activation of a latent in every image, over positions and steps; 0 where none."""
@@ -218,6 +224,7 @@ class Examples:
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All that is held: what JSON holds of it, and the tensors by name. `Examples.from_state` makes it again."""
         known = {"n_latents": self.n_latents, "top": self.top, "prompts": self.prompts, "concepts": self.concepts}
+        known |= {"number": self._number, "n_drawn": self.n_drawn}
         latents, values = zip(*self._peaks, strict=True) if self._peaks else ((), ())
         return known, {
             "allowed": self.allowed,
@@ -235,6 +242,8 @@ class Examples:
         examples = cls(int(known["n_latents"]), int(known["top"]))
         examples.prompts = list(known["prompts"])
         examples.concepts = [tuple(names) for names in known["concepts"]]
+        examples._number = list(known.get("number", range(len(examples.prompts))))  # without: of an earlier version
+        examples.n_drawn = int(known.get("n_drawn", len(examples.prompts)))
         examples.allowed, examples._score, examples._image = (tensors[n] for n in ("allowed", "score", "image"))
         of = [(latent, image) for latent, image in tensors["map_of"].tolist()]
         examples._maps = dict(zip(of, tensors["maps"].unbind(), strict=True))

@@ -44,6 +44,24 @@ def recorded(pipe, sae):
     return examples, torch.stack(dense), torch.stack(peaks)
 
 
+def test_an_example_of_a_text_is_the_first_image_of_its_prompt(pipe):
+    torch.manual_seed(0)
+    at = "text_encoder.encoder.layers.0"
+    sae = SAE(SAEConfig(d_model=32, n_latents=40, activation="relu", hookpoint=at)).requires_grad_(False).eval()
+    examples, prompts = Examples(40, top=9), []
+    with attach(pipe, CollectExamples(sae, examples)):
+        for call in (["a fox", "a cat"], ["fox"], ["cat", "a b"]):
+            pipe(call, num_inference_steps=1, num_images_per_prompt=2, output_type="latent")
+            prompts += [prompt for prompt in call for _ in range(2)]  # what the list of all images is of
+    latent = int(examples.active[0])
+    assert {example.image for example in examples.of(latent)} <= {0, 2, 4, 6, 8}
+    assert len(examples.of(latent)) > 2
+    assert all(prompts[example.image] == example.prompt for example in examples.of(latent))
+    assert (len(examples), examples.n_drawn) == (5, 10)
+    again = Examples.from_state(*examples.state())
+    assert [example.image for example in again.of(latent)] == [example.image for example in examples.of(latent)]
+
+
 def test_the_examples_of_a_latent_are_the_images_with_the_highest_mean(recorded):
     examples, maps, _ = recorded
     assert len(examples) == 6
