@@ -274,7 +274,7 @@ def _intervention(
     names = list(model.concepts)
     concept = names[int(torch.randint(len(names), (), generator=generator))]
     value = int(torch.randint(len(model.concepts[concept]), (), generator=generator))
-    wanted = {**labels, concept: torch.full((len(logits),), value, dtype=torch.float32, device=logits.device)}
+    wanted = {**labels, concept: torch.full((len(logits),), value, device=logits.device)}
     return model.exchanged(logits, concept, value), wanted
 
 
