@@ -41,6 +41,7 @@ CARRIED = ROOT / "sparsefeat" / "assets" / "results"
 EMOJI, OVERHEAD, ITD = "emoji.json", "overhead.json", "itd.json"
 CODECS, OPTIMIZERS = "codecs.json", "optimizers.json"
 SCENES, OF_UNET, OF_JOINT = "scenes.json", "unet_saes.json", "joint_saes.json"
+MAPS = "maps.json"
 CARD = "card.json"
 
 
@@ -238,6 +239,24 @@ def scenes(results: dict[str, Any]) -> str:
     return f"{table(head, rows)}\n\n{size} {where(results, f'sparsefeat evaluate scenes --images {n}')}"
 
 
+def maps_cost(results: dict[str, Any]) -> str:
+    cost = results["cost"]
+    rows = [
+        [
+            row["case"],
+            row["method"],
+            f"{1000 * row['map_seconds']:.1f} ms",
+            f"{100 * row['share_of_step']:.2f} %",
+            percent(row["share_of_attention"]),
+            f"{row['peak_bytes'] / 1e6:.1f} MB" if "peak_bytes" in row else "–",
+        ]
+        for row in cost["rows"]
+        if row["method"] != "none"
+    ]
+    head = ["run", "maps of", "time", "of the run", "of the attention they watch", "memory beyond the run's"]
+    return f"{table(head, rows)}\n\n{where(cost, cost['command'])}"
+
+
 def _scored(row: dict[str, Any]) -> list[str]:
     if "note" in row:
         return [f"refuses: {row['note'].partition(chr(10))[0]}", *[""] * 6]
@@ -332,6 +351,7 @@ TABLES = {
     "unet-saes": (OF_UNET, partial(trained, command="python tools/train_saes.py")),
     "joint-saes": (OF_JOINT, partial(trained, command="python tools/train_saes.py --pipeline sparsefeat/assets/joint")),
     "scenes": (SCENES, scenes),
+    "maps-cost": (MAPS, maps_cost),
     "card": (CARD, card_header),
     **{f"card-{section}": (CARD, partial(card_markdown, section=section)) for section in COLUMNS},
 }
