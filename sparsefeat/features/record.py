@@ -294,7 +294,8 @@ class Recording:
             raise ValueError("latent={} names no latents; give their weights, {12: 0.8, 40: 0.5}.")
         weights = [number(f"latent[{one!r}]", weight) for one, weight in latent.items()]
         maps = self.maps(list(latent), image, step)
-        return HeatMap(torch.tensordot(maps.new_tensor(weights), maps, 1), ", ".join(map(self._called, latent)))
+        called = [*map(self._called, list(latent)[:3]), *([f"{len(latent) - 3} more"] if len(latent) > 3 else [])]
+        return HeatMap(torch.tensordot(maps.new_tensor(weights), maps, 1), ", ".join(called))
 
     def _called(self, latent: int) -> str:
         return self.names.get(latent) or f"latent {latent}"

@@ -9,12 +9,8 @@ import torch
 from torch import Tensor
 
 from sparsefeat.arguments import whole
-from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument, attach
+from sparsefeat.pipeline import Activations, Call, Context, Enough, Hookpoint, Instrument, attach
 from sparsefeat.pipeline.call_arguments import for_several
-
-
-class _Enough(Exception):
-    """Every hookpoint was seen on every image: the rest of the call is not run."""
 
 
 class _FirstVisits(Instrument):
@@ -43,7 +39,7 @@ class _FirstVisits(Instrument):
                 kept = self.means.setdefault(context.hookpoint, {})
                 kept.setdefault(image, rows[row].mean(0, dtype=torch.float32).cpu())
         if len(self.means) == len(self.at) and all(len(kept) == self._images for kept in self.means.values()):
-            raise _Enough
+            raise Enough  # the rest of the call is not run
 
 
 @torch.no_grad()
@@ -66,11 +62,8 @@ def first_means(
         some = list(prompts[first : first + batch])
         visits = _FirstVisits(at)
         seeds = [torch.Generator().manual_seed(whole("seed", seed, 0) + first + i) for i in range(len(some))]
-        try:
-            with attach(pipe, *beside, visits):
-                pipe(some, generator=seeds, **for_several(call, len(some)))
-        except _Enough:
-            pass
+        with attach(pipe, *beside, visits):
+            pipe(some, generator=seeds, **for_several(call, len(some)))
         for place, means in visits.means.items():
             kept.setdefault(place, []).append(torch.stack([means[image] for image in range(len(some))]))
     return {place: torch.cat(parts) for place, parts in kept.items()}

@@ -93,6 +93,7 @@ def test_several_latents_are_a_segmenter_by_their_weights():
     assert wanted.abs().max() > 0
     assert heat.label == ", ".join(f"latent {latent}" for latent in weights)
     assert recording.heat({3: -1.0}).values.equal(-recording.map(3))
+    assert recording.heat(dict.fromkeys(range(5), 1.0)).label == "latent 0, latent 1, latent 2, 2 more"
     with pytest.raises(ValueError, match=r"latent=\{\} names no latents; give their weights"):
         recording.heat({})
     with pytest.raises(ValueError, match=r"latent\[3\]=nan must be a finite number"):
