@@ -25,8 +25,8 @@ from .scores import (
 
 __all__ = ["attention_map_cpu"]
 
-# From how many scores on a call runs on threads that wait for no other at every op. Handing out costs what an op of a
-# thousandth as many does, and saves the waiting beside other programs.
+# From how many scores on a call runs on threads that wait for no other at every op. Of fewer, handing out takes longer than it
+# saves, unless other programs run beside it.
 CONDUCTED_SCORES = 4 << 20
 FEWEST_POSITIONS = 256  # of a thread
 # What a thread takes where there is more than one such piece for each.
