@@ -126,6 +126,12 @@ def test_the_latents_that_steer_tell_their_concept_as_well_as_the_page_says(resu
         assert entry["auc"] == pytest.approx(sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs))
 
 
+def stayed(kind, tried):
+    """Whether the judge sees the concept, and otherwise what the prompt, "a noto emoji of a fox", asked for."""
+    style, thing = re.fullmatch(r"an? (\w+) emoji of an? ([\w ]+)", tried["prompt"]).groups()
+    return tried["verdict"] == (f"{thing}, {tried['concept']}" if kind == "style" else f"{tried['concept']}, {style}")
+
+
 @pytest.mark.embedded
 def test_what_is_at_the_top_changed_the_judges_mind_most(page, results):
     """By reading the images on disk again."""
@@ -149,14 +155,17 @@ def test_what_is_at_the_top_changed_the_judges_mind_most(page, results):
         assert [step["judge_share"] for step in entry["strip"]] == pytest.approx(again, abs=0.02)
         own = next(one for one in entry["tried"] if one["concept"] == entry["concept"])
         assert own["share_after"] == pytest.approx(again[-1], abs=0.02)
-        rivals = [one for one in entry["tried"] if (one["p"] <= 0.05) == (own["p"] <= 0.05)]
-        assert own["p"] <= 0.05 or all(one["p"] > 0.05 for one in entry["tried"])
+        best = max((one["p"] <= 0.05, stayed(entry["kind"], one)) for one in entry["tried"])
+        rivals = [one for one in entry["tried"] if (one["p"] <= 0.05, stayed(entry["kind"], one)) == best]
+        assert own in rivals
         assert own["share_after"] - own["share_before"] == max(r["share_after"] - r["share_before"] for r in rivals)
         assert own["concept"] not in own["prompt"]
         before = next(step for step in entry["strip"] if step["times"] == 0)
         for step in entry["strip"]:
+            judged = {"concept": entry["concept"], "prompt": entry["prompt"], "verdict": step["verdict"]}
             if step["times"] > 0:
-                rises[before["image"], step["image"]] = step["judge_share"] - before["judge_share"]
+                rise = step["judge_share"] - before["judge_share"]
+                rises[before["image"], step["image"]] = (stayed(entry["kind"], judged), rise)
     source = (page / "index.html").read_text()
     top = source[source.index('<div class="best">') : source.index('<section id="steering">')]
     shown = re.findall(r'<img src="([^"]*)"', top)

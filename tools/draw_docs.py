@@ -12,7 +12,14 @@ import torch
 from PIL import Image
 
 import sparsefeat as sf
-from sparsefeat.assets import GUIDANCE, N_STEPS, block_sae_folder, cross_attention_sae_folders, load_pipeline
+from sparsefeat.assets import (
+    GUIDANCE,
+    N_STEPS,
+    block_sae_folder,
+    cross_attention_sae_folders,
+    load_pipeline,
+    text_encoder_sae_folder,
+)
 from sparsefeat.assets import emojicanvas as canvas
 from sparsefeat.features import collect_statistics
 from sparsefeat.report import contact_sheet, overlay
@@ -20,8 +27,8 @@ from sparsefeat.report import contact_sheet, overlay
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "pictures"
 PROMPT = "a noto emoji of a fox"
 LATENTS = 5
-SOURCE = "a noto emoji of a rose"
-STRENGTHS = (0.0, 1.0, 2.0, 3.0, 4.0)
+SOURCE, TURNED_UP = "a noto emoji of a pizza", 8
+STRENGTHS = (0.0, 2.0, 3.0, 4.0, 6.0)
 OTHERS = ("owl", "rocket", "pizza", "key")
 CALL: dict[str, Any] = {"num_inference_steps": N_STEPS, "guidance_scale": GUIDANCE}
 
@@ -55,20 +62,17 @@ def steps(pipe: Any) -> Image.Image:
     return contact_sheet([images], [""], [[f"step {step} of {N_STEPS}" for step in wanted]])
 
 
-def steering(pipe: Any, saes: list[sf.SAE]) -> tuple[list[Image.Image], list[str]]:
-    """The fox with more and more of those latents, at each SAE, that the rose has most more of than it."""
-    records = [sf.Record(sae) for sae in saes]
-    _, run = draw(pipe, [PROMPT, SOURCE], *records)
-    more = []
-    for record in records:
-        scores = [{latent.latent: latent.score for latent in run[record].top(10**4, image=i)} for i in (0, 1)]
-        surplus = {latent: score - scores[0].get(latent, 0.0) for latent, score in scores[1].items()}
-        more.append(sorted(surplus.items(), key=lambda item: -item[1])[:3])
+def steering(pipe: Any, sae: sf.SAE) -> tuple[list[Image.Image], list[str]]:
+    """The fox with more and more of those latents that the pizza has most more of than it."""
+    record = sf.Record(sae)
+    _, run = draw(pipe, [PROMPT, SOURCE], record)
+    of_fox, of_pizza = ({latent.latent: latent.score for latent in run[record].top(10**4, image=i)} for i in (0, 1))
+    surplus = {latent: score - of_fox.get(latent, 0.0) for latent, score in of_pizza.items()}
+    most = sorted(surplus, key=lambda latent: -surplus[latent])[:TURNED_UP]
     images = []
     for strength in STRENGTHS:
-        add = [{latent: strength * amount for latent, amount in latents} for latents in more]
-        images += draw(pipe, [PROMPT], *(sf.Steer(sae, add=one) for sae, one in zip(saes, add, strict=True)))[0]
-    return images, [f"{strength:g} × the rose's latents" if strength else "the fox" for strength in STRENGTHS]
+        images += draw(pipe, [PROMPT], sf.Steer(sae, add={latent: strength * surplus[latent] for latent in most}))[0]
+    return images, [f"{strength:g} × the pizza's latents" if strength else "the fox" for strength in STRENGTHS]
 
 
 def main() -> None:
@@ -83,7 +87,7 @@ def main() -> None:
     named = ["the drawing", *(f"latent {latent}" for latent in found)]
     pages["latents"] = contact_sheet([[plain, *maps]], [""], [named])
 
-    edited, times = steering(pipe, crossed)
+    edited, times = steering(pipe, sf.load_sae(text_encoder_sae_folder()))
     pages["steering"] = contact_sheet([edited], [""], [times])
 
     texts = [PROMPT, "a twemoji emoji of an owl"]

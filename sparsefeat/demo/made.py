@@ -31,8 +31,8 @@ SHOWN = ("fox", "octopus", "rocket", "pizza", "rose", "castle", "owl", "key")
 class Demo:
     """What the demo has made so far: the page's `results` and its images by key.
 
-    The first SAE is a whole block's, for features; then come those of cross-attentions, for steering and erasure, and
-    the text encoder's, for erasure.
+    The first SAE is a whole block's, for features; then come those of cross-attentions, for erasure, and the
+    text encoder's, for steering and erasure.
     """
 
     pipe: Any

@@ -268,8 +268,8 @@ def convincing(
     erasure: Sequence[Mapping[str, Any]], steering: Sequence[Mapping[str, Any]]
 ) -> dict[str, tuple[Any, ...] | None]:
     """What the top of the page shows, by the judge's shares: `erased`, the erasure and its pair in which the erased word fell
-    most; `steered`, the strip and its two images, unedited and turned up, between which the word rose most. Where the judge
-    was not asked, the first pair that should lose the word, and the highest strength."""
+    most; `steered`, the strip and its two images, unedited and turned up, between which the word rose most; if there are such,
+    of those in which the rest of the prompt stayed. Where the judge was not asked, the first pair that should lose the word, and the highest strength."""
 
     def difference(low: Any, high: Any) -> float:
         return high - low if _is_number(low) and _is_number(high) else -math.inf
@@ -288,7 +288,9 @@ def convincing(
             targets, key=lambda t: difference(t[1].get("share_after"), t[1].get("share_before")), default=None
         ),
         "steered": max(
-            turned_up, key=lambda t: difference(t[1].get("judge_share"), t[2].get("judge_share")), default=None
+            turned_up,
+            key=lambda t: (bool(t[2].get("became")), difference(t[1].get("judge_share"), t[2].get("judge_share"))),
+            default=None,
         ),
     }
 
