@@ -20,21 +20,28 @@ from sparsefeat.pipeline.families.family import TextLayout
 class Rows:
     """What one text encoder was given for one prompt: the ids of each of its runs, padding and all, in order.
 
-    `encoder` is its name in the pipeline, `kept` the attention mask of each run (empty: it was given none).
+    `encoder` is its name in the pipeline, `kept` the attention mask of each run (empty: it was given none), `prompt` its
+    own prompt, where the call has one for it (`prompt_2`).
     """
 
     tokenizer: Any
     ids: tuple[tuple[int, ...], ...]
     encoder: str = ""
     kept: tuple[tuple[bool, ...], ...] = ()
+    prompt: str | None = None
 
 
 @dataclass(frozen=True)
 class _Text:
-    """What one encoder saw: its tokens, by the keys they stand at, and the text that they cover."""
+    """What one encoder saw: its tokens, by the keys they stand at, the text that they cover, and the prompt in it.
+
+    `others`: at which of its keys another encoder, of another prompt, has another word.
+    """
 
     tokens: tuple[Token, ...]
     text: str
+    prompt: str
+    others: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,8 @@ class EncodedPrompt:
         for several in (self.rows[:1], self.rows) if self.layout is None else ():
             places = self._places(several, keys) if several else None
             if places is not None:
-                return [self._text(each, [places.pop(0) for _ in each.ids]) for each in several]
+                beside = self.rows[len(several) :]  # side by side in the channels
+                return [self._text(each, [places.pop(0) for _ in each.ids], beside) for each in several]
         raise ValueError(
             f"at which of the {keys} keys the words of {self.prompt!r} stand cannot be told{self._given()}; name token "
             "positions instead: .map([2, 3])."
@@ -80,7 +88,7 @@ class EncodedPrompt:
         """The tokens at the keys that the layout gives them; None where there are not as many keys as that."""
         texts, next_key = [], layout.before
         for group in layout.encoders:
-            rows = next((rows for name in group for rows in self.rows if rows.encoder == name), None)
+            rows, *beside = [rows for name in group for rows in self.rows if rows.encoder == name] or [None]
             if rows is None or len(rows.ids) != 1:
                 return None
             (ids,) = rows.ids
@@ -90,7 +98,7 @@ class EncodedPrompt:
                 stays = kept[index] and sum(kept[:index]) >= layout.dropped
                 places.append(next_key if stays else None)
                 next_key += stays
-            texts.append(self._text(rows, [places]))
+            texts.append(self._text(rows, [places], beside))
         fits = next_key <= keys if layout.more else next_key == keys
         return texts if fits else None
 
@@ -120,11 +128,11 @@ class EncodedPrompt:
             return [[*range(keys), *(None for _ in range(total - keys))]]
         return None
 
-    def _text(self, rows: Rows, places: list[list[int | None]]) -> _Text:
+    def _text(self, rows: Rows, places: list[list[int | None]], beside: Sequence[Rows] = ()) -> _Text:
         tokens: list[Token] = []
-        text = ""
+        text, prompt = "", self._prompt_of(rows)
         for ids, keys in zip(rows.ids, places, strict=True):
-            own, said = _as_written(rows.tokenizer, ids, self.prompt) if len(rows.ids) == 1 else (None, "")
+            own, said = _as_written(rows.tokenizer, ids, prompt) if len(rows.ids) == 1 else (None, "")
             if own is None:
                 own, said = _read_back(rows.tokenizer, ids)
             begin = len(text) + bool(text)
@@ -133,7 +141,18 @@ class EncodedPrompt:
                 key, shift = keys[token.index], 0 if token.special else begin
                 if key is not None:
                     tokens.append(replace(token, index=key, start=token.start + shift, stop=token.stop + shift))
-        return _Text(tuple(sorted(tokens, key=lambda token: token.index)), text)
+        others = {
+            key
+            for other in beside
+            if self._prompt_of(other) != prompt
+            for mine, its, keys in zip(rows.ids, other.ids, places, strict=False)
+            for token, another, key in zip(mine, its, keys, strict=False)
+            if token != another and key is not None and not _is_padding(other.tokenizer, another)
+        }
+        return _Text(tuple(sorted(tokens, key=lambda token: token.index)), text, prompt, frozenset(others))
+
+    def _prompt_of(self, rows: Rows) -> str:
+        return self.prompt if rows.prompt is None else rows.prompt
 
     def own(self, keys: int) -> list[int]:
         """The keys of the prompt's own tokens, without marks, padding and what a template puts around it."""
@@ -154,7 +173,7 @@ class EncodedPrompt:
     def _own(self, keys: int) -> list[list[int]]:
         found = []
         for encoded in self._texts(keys):
-            start, stop = self._own_part(encoded.text) or (0, len(encoded.text))
+            start, stop = _own_part(encoded) or (0, len(encoded.text))
             found.append([t.index for t in encoded.tokens if not t.special and t.start >= start and t.stop <= stop])
         return found
 
@@ -169,35 +188,42 @@ class EncodedPrompt:
                 errors.append(error)
         if not found:
             raise errors[0]
+        if any(encoded.others.intersection(found) for encoded in self._texts(keys)):
+            raise ValueError(
+                f"word={word!r} shares its place with a word that another text encoder was given (prompt_2=), so there is no "
+                f"map of it alone; take that of both, .map({sorted(found)}), or give the encoders one prompt."
+            )
         return tuple(found)
 
     def _indices(self, encoded: _Text, word: str, occurrence: int | None) -> tuple[int, ...]:
         tokens, text = encoded.tokens, encoded.text
-        part, asked = self._own_part(text), count(self.prompt, word)
+        part, asked = _own_part(encoded), count(encoded.prompt, word)
         if part is not None and (asked or not count(text, word)):
             return token_indices(tokens, text, word, occurrence, within=part)
         if asked and count(text, word) != asked:
             raise ValueError(
-                f"word={word!r} stands {asked} time(s) in the prompt {self.prompt!r} and {count(text, word)} time(s) in what "
+                f"word={word!r} stands {asked} time(s) in the prompt {encoded.prompt!r} and {count(text, word)} time(s) in what "
                 f"{self.pipeline or 'the pipeline'} made of it, {text!r}; name token positions instead: .map([2, 3])."
             )
         return token_indices(tokens, text, word, occurrence)  # of a prompt that was rewritten, or a word put to it
 
-    def _own_part(self, text: str) -> tuple[int, int] | None:
-        """Where the prompt itself stands in what was encoded: the last place where it is written out, or, if its end was
-        cut off, as much of it as the text ends with. None if it was rewritten.
-        """
-        pieces = [re.escape(piece) for piece in re.findall(r"\w+|[^\w\s]", self.prompt)]
-        for kept in range(len(pieces), 0, -1):
-            end = "" if kept == len(pieces) else r"\s*$"
-            found = list(re.finditer(r"\s*".join(pieces[:kept]) + end, text, flags=re.IGNORECASE))
-            if not found:
-                continue
-            start, stop = found[-1].span()
-            # What is missing was not cut off where it stands before: a word between was not known, and left out.
-            rest = [piece for piece in pieces[kept:] if re.search(rf"\b{piece}\b", text[:start], flags=re.IGNORECASE)]
-            return None if rest else (start, stop)
-        return None
+
+def _own_part(encoded: _Text) -> tuple[int, int] | None:
+    """Where the prompt itself stands in what was encoded: the last place where it is written out, or, if its end was
+    cut off, as much of it as the text ends with. None if it was rewritten.
+    """
+    text = encoded.text
+    pieces = [re.escape(piece) for piece in re.findall(r"\w+|[^\w\s]", encoded.prompt)]
+    for kept in range(len(pieces), 0, -1):
+        end = "" if kept == len(pieces) else r"\s*$"
+        found = list(re.finditer(r"\s*".join(pieces[:kept]) + end, text, flags=re.IGNORECASE))
+        if not found:
+            continue
+        start, stop = found[-1].span()
+        # What is missing was not cut off where it stands before: a word between was not known, and left out.
+        rest = [piece for piece in pieces[kept:] if re.search(rf"\b{piece}\b", text[:start], flags=re.IGNORECASE)]
+        return None if rest else (start, stop)
+    return None
 
 
 def _as_written(tokenizer: Any, ids: Sequence[int], prompt: str) -> tuple[list[Token] | None, str]:
@@ -217,11 +243,14 @@ def _is_padding(tokenizer: Any, token: int) -> bool:
 
 
 def _read_back(tokenizer: Any, ids: Sequence[int]) -> tuple[list[Token], str]:
-    """The tokens by the characters of the text that the ids spell, each by how much it lengthens it."""
+    """The tokens by the characters of the text that the ids spell, each by how much it lengthens it; the tokens of a
+    character's bytes all by that character.
+    """
     special = set(getattr(tokenizer, "all_special_ids", ()))
     names = tokenizer.convert_ids_to_tokens(list(ids))
     tokens: list[Token] = []
     said: list[int] = []
+    parts: list[int] = []  # the tokens that end within the bytes of a character
     text, word, vectors = "", "", 1
     for index, (token, name) in enumerate(zip(ids, names, strict=True)):
         if token in special:
@@ -233,7 +262,8 @@ def _read_back(tokenizer: Any, ids: Sequence[int]) -> tuple[list[Token], str]:
             continue
         word, vectors = name, 1
         said.append(token)
-        longer = tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False).rstrip("\ufffd")
+        spelled = tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        longer = spelled.rstrip("\ufffd")
         if not longer.startswith(text):
             raise ValueError(
                 f"what the {type(tokenizer).__name__} spells cannot be followed token by token at {name!r}; name token "
@@ -243,4 +273,11 @@ def _read_back(tokenizer: Any, ids: Sequence[int]) -> tuple[list[Token], str]:
         start = len(text) + len(added) - len(added.lstrip())
         text = longer.rstrip()
         tokens.append(Token(index, name, min(start, len(text)), len(text)))
+        if start < len(text):
+            for part in parts:
+                own = tokens[part]
+                tokens[part] = replace(own, start=start if own.special else own.start, stop=start + 1)
+            parts = []
+        if spelled != longer:
+            parts.append(len(tokens) - 1)
     return tokens, text

@@ -60,20 +60,26 @@ class SeenPrompts:
         call = self._call
         if call.prompts is None:
             return None
-        texts = call.prompts
+        n_prompts, texts = len(call.prompts), call.prompts
         if self.condition == "uncond":
-            negative = listed(call.arguments.get("negative_prompt")) or [""]
-            texts = negative * len(texts) if len(negative) == 1 else negative
+            texts = self._texts("prompt", n_prompts) or [""] * n_prompts
+        own = {name: self._texts(name.replace("text_encoder", "prompt"), n_prompts) for name in ENCODERS[1:]}
         found = []
         for index, text in enumerate(texts):
             rows = tuple(
-                Rows(tokenizer, ids, name, kept)
+                Rows(tokenizer, ids, name, kept, own[name][index] if own.get(name) else None)
                 for name, tokenizer in self._tokenizers.items()
                 if known and (name, index) in self._runs
                 for ids, kept in [tuple(zip(*self._runs[name, index], strict=True))]
             )
             found.append(EncodedPrompt(text, rows, type(call.pipe).__name__, layout))
         return tuple(found)
+
+    def _texts(self, argument: str, n_prompts: int) -> list[str]:
+        """What the call says in `argument`, `prompt_2` for one, one text a prompt; none where it does not say it."""
+        texts = listed(self._call.arguments.get(f"negative_{argument}" if self.condition == "uncond" else argument))
+        texts = texts * n_prompts if len(texts) == 1 else texts
+        return texts if len(texts) == n_prompts else []
 
     def tokens(self, image: int, keys: int, word: str, root: nn.Module) -> tuple[int, ...]:
         """The positions of a word among the keys of an image's attention to the text in a model; ValueError where they

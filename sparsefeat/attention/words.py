@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,9 +85,28 @@ def _spelled(names: list[str], special: set[str], text: str) -> tuple[Token, ...
     return tuple(tokens)
 
 
+def _ranges(characters: Iterable[int]) -> str:
+    """Characters as what stands between the brackets of a pattern."""
+    found: list[list[int]] = []
+    for character in characters:
+        if found and found[-1][1] == character - 1:
+            found[-1][1] = character
+        else:
+            found.append([character, character])
+    return "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in found)
+
+
+# Accents and vowel signs that stand after their letter are part of the word, and to `re` they are not. (U+FE00 and on choose
+# how a picture looks.)
+LETTER = rf"[\w{_ranges(c for c in range(0x300, 0xFE00) if unicodedata.category(chr(c)) in ('Mn', 'Mc'))}]"
+
+# Thai, Lao, Burmese, Khmer, Japanese and Chinese are written without spaces: nothing tells where a word of theirs ends.
+UNSPACED = r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+
+
 def words_of(text: str) -> tuple[str, ...]:
     """The words of a prompt in their order, punctuation left out."""
-    return tuple(re.findall(r"\w+(?:['’\-]\w+)*", text))
+    return tuple(re.findall(rf"{LETTER}+(?:['’\-]{LETTER}+)*", text))
 
 
 def token_indices(
@@ -100,7 +121,8 @@ def token_indices(
     Args:
         tokens: `tokens_of(tokenizer, text)`.
         text: the text they belong to.
-        word: a word or a phrase of consecutive words, in any case; white space in it matches any white space.
+        word: a word or a phrase of consecutive words, in any case; white space in it matches any white space. Of scripts
+            that are written without spaces, any part of the text.
         occurrence: which of several occurrences (0 is the first); default all of them together, as in DAAM.
         within: the characters [start, stop) of the text to look in; default all of it.
 
@@ -151,7 +173,14 @@ def _pattern(parts: list[str]) -> re.Pattern[str]:
     """The words of a phrase with white space between them, and perhaps around their punctuation, as some tokenizers
     spell it; no part of a longer word.
     """
-    inside = [r"\s*".join(re.escape(piece) for piece in re.findall(r"\w+|[^\w\s]", part)) for part in parts]
-    before = r"(?<!\w)" if re.match(r"\w", parts[0]) else ""
-    after = r"(?!\w)" if re.search(r"\w$", parts[-1]) else ""
+    inside = [r"\s*".join(re.escape(piece) for piece in re.findall(rf"{LETTER}+|[^\w\s]", part)) for part in parts]
+    first, last = parts[0][0], parts[-1][-1]
+    # Of "一只fox" the word is "fox".
+    before = rf"(?<!(?!{UNSPACED}){LETTER})" if _ends_a_word(first) else ""
+    after = rf"(?!(?!{UNSPACED}){LETTER})" if _ends_a_word(last) else ""
     return re.compile(before + r"\s+".join(inside) + after, flags=re.IGNORECASE)
+
+
+def _ends_a_word(character: str) -> bool:
+    """Whether a letter after it, or before it, would be of the same word."""
+    return bool(re.match(rf"(?!{UNSPACED}){LETTER}", character))

@@ -9,6 +9,8 @@ import inspect
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from sparsefeat.attention import HeatMaps
 from sparsefeat.attention.encoded import EncodedPrompt, Rows
@@ -114,6 +116,27 @@ def test_the_words_of_a_template_are_not_the_prompts():
     assert len(recording.word("fox").values)
 
 
+def test_each_encoder_is_looked_up_by_its_own_prompt():
+    tiny = families()["flux"]
+    pipe = tiny.build()
+    with attach(pipe, maps := HeatMaps()) as run:
+        tiny.call(
+            pipe, ["a fox"], guidance=False, steps=1, prompt_2=["a cat and a fox"]
+        )  # of T5, whose text is attended to
+    assert is_at(run[maps], "a", [0, 3])
+    assert is_at(run[maps], "cat", [1])
+    own = run[maps].tensor(normalize="tokens")[:5].sum(0)
+    assert torch.equal(own.round(decimals=3), torch.ones_like(own))
+
+
+def test_a_word_beside_another_encoders_has_no_map_of_its_own():
+    recording = recorded(tiny_sdxl(), ["a fox", "fox"], prompt_2=["a cat", ""], negative_prompt=["", ""])
+    assert is_at(recording, "a", [1])  # both encoders' first word
+    assert is_at(recording, "fox", [1], image=1)  # beside padding
+    with pytest.raises(ValueError, match=r"'fox' shares its place with a word that another .* \.map\(\[2\]\)"):
+        recording.word("fox")
+
+
 def test_padding_before_the_prompt_moves_its_words():
     pipe = tiny_sd()
     pipe.tokenizer.padding_side = "left"
@@ -180,6 +203,19 @@ def test_a_word_that_the_tokenizer_does_not_know_hides_none_of_the_others():
     assert encoded.indices(len(ids), "dog") == (12,)
     assert encoded.indices(len(ids), "fox") == (9, 13)
     assert encoded.indices(len(ids), "red") == (8,)
+
+
+def test_a_character_of_several_tokens_is_all_of_them():
+    byte = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bytes_alone = Tokenizer(models.BPE(byte, []))
+    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_alone.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_alone)
+    ids = tuple(tokenizer("User: \u72d0, \U0001f98a fox")["input_ids"])  # of three bytes, and of four
+    encoded = EncodedPrompt("\u72d0, \U0001f98a fox", (Rows(tokenizer, (ids,)),))
+    assert encoded.indices(len(ids), "\u72d0") == (6, 7, 8)
+    assert encoded.indices(len(ids), "\U0001f98a") == (11, 12, 13, 14)
+    assert encoded.indices(len(ids), "fox") == (16, 17, 18)
 
 
 def test_the_map_of_a_word_is_never_that_of_padding():

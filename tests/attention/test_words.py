@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparsefeat.attention.words import token_indices, tokens_of, words_of
+from sparsefeat.attention.words import Token, token_indices, tokens_of, words_of
 from tests.tiny import MAX_TOKENS, tiny_tokenizer
 
 
@@ -80,6 +80,30 @@ def test_a_word_is_not_found_inside_another_and_the_error_lists_the_words():
         ValueError, match=r"'fox' is not in the prompt ''; there is no word in it, only tokens, .*\.map\("
     ):
         token_indices(tokens_of(tiny_tokenizer(), ""), "", "fox")
+
+
+@pytest.mark.parametrize(
+    ("text", "word", "expected"),
+    [
+        ("一只fox狐狸，狐", "狐狸", (5, 6)),
+        ("一只fox狐狸，狐", "狐", (5, 8)),
+        ("一只fox狐狸，狐", "fox", (2, 3, 4)),
+        ("สุนัขตัวหนึ่ง", "ตัว", (5, 6, 7)),
+        ("crème, cafe\u0301 cafe", "cafe\u0301", (7, 8, 9, 10, 11)),
+        ("crème, cafe\u0301 cafe", "cafe", (13, 14, 15, 16)),
+        ("\u2764\ufe0ffox", "fox", (2, 3, 4)),
+    ],
+)
+def test_scripts_without_spaces_and_letters_of_two_characters(text, word, expected):
+    tokens = tuple(Token(i, character, i, i + 1) for i, character in enumerate(text))
+    assert token_indices(tokens, text, word) == expected
+
+
+@pytest.mark.parametrize(("text", "word"), [("लोमड़ी", "लोम"), ("cafe\u0301s", "cafe\u0301"), ("afox狐", "fox狐")])
+def test_an_accent_or_a_vowel_sign_does_not_end_a_word(text, word):
+    tokens = tuple(Token(i, character, i, i + 1) for i, character in enumerate(text))
+    with pytest.raises(ValueError, match=f"its words are: {text}"):
+        token_indices(tokens, text, word)
 
 
 def test_errors_name_the_mistake():
