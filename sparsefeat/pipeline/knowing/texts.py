@@ -1,9 +1,11 @@
 """Which condition and which prompt each row of a text encoder's batch belongs to: by the token ids that it is given.
 
 A row that holds the ids of a prompt is conditional, one that holds those of a negative prompt is not; of a long prompt
-that is encoded in chunks a row holds a part. What words do not settle (a prompt that was rewritten before it was encoded,
-the same words for both) the method that encodes does, if it encodes one of the two, or the order: pipelines encode the
-prompts first, in one run or one by one, and the negative prompts after.
+that is encoded in chunks a row holds a part. A template around the texts has words of its own, which may be those of a text:
+once the row of one text is known, that of another is the same row with the other text in its place. What words do not
+settle (a prompt that was rewritten before it was encoded, the same words for both) the method that encodes does, if it
+encodes one of the two, or the order: pipelines encode the prompts first, in one run or one by one, and the negative prompts
+after.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -19,12 +21,14 @@ from sparsefeat.pipeline.context import UNKNOWN, Call
 from sparsefeat.pipeline.knowing.conditions import Entries, is_diffusers_own
 from sparsefeat.pipeline.knowing.references import Reference, References, listed, rows_of_texts
 
+Ids: TypeAlias = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Text:
     condition: str
     prompt: int
-    ids: tuple[int, ...]
+    ids: Ids
 
 
 @dataclass
@@ -34,12 +38,16 @@ class TextRows:
     call: Call
     references_of_call: References
     _rows: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # by encoder, the rows it has had
+    _written: dict[str, list[tuple[Ids, Ids]]] = field(default_factory=dict)  # of templates: (a row, the text in it)
+    _tokenized: dict[tuple[str, str], Ids] = field(default_factory=dict)  # by encoder and text
 
     def entries(self, pipe: Any, component: str, arguments: Mapping[str, Any], batch: int) -> Entries:
         """The entries of one run of a text encoder."""
         rows = self._rows.setdefault(component, [])
         for ids in self._ids(arguments, batch):
             rows.append(self._one(pipe, component, ids, rows))
+            if ids is not None:
+                self._learn(pipe, component, ids, rows[-1])
         conditions, prompts = zip(*rows[-batch:], strict=True) if batch else ((), ())
         return tuple(conditions), tuple(prompt * self.call.images_per_prompt for prompt in prompts)
 
@@ -73,9 +81,25 @@ class TextRows:
         """
         encoding = self.references_of_call.encodings[0] if self.references_of_call.encodings else None
         only = None if encoding is None or encoding.condition == UNKNOWN else encoding.condition
-        texts = [text for text in self._texts(pipe, component) if only in (None, text.condition)]
-        found = _fitting(ids, texts, _specials(pipe, component)) if ids is not None else []
+        specials = _specials(pipe, component)
+        texts = [
+            (_content(text.ids, specials), text)
+            for text in self._texts(pipe, component)
+            if only in (None, text.condition)
+        ]
+        written = self._written.get(component, [])
+        found = _fitting(_content(ids, specials), texts, written) if ids is not None else []
         return found, bool(texts), only
+
+    def _learn(self, pipe: Any, component: str, ids: Sequence[int], entry: tuple[str, int]) -> None:
+        """Note how a row of this condition and prompt is written, if there is more in it than the text."""
+        specials = _specials(pipe, component)
+        row, written = _content(ids, specials), self._written.setdefault(component, [])
+        for text in self._texts(pipe, component):
+            own = _content(text.ids, specials)
+            known = row == own or any(_in_its_place(row, own, *one) for one in written)
+            if (text.condition, text.prompt) == entry and own and _places(row, own) and not known:
+                written.append((row, own))
 
     def _one(self, pipe: Any, component: str, ids: list[int] | None, before: list[tuple[str, int]]) -> tuple[str, int]:
         call = self.call
@@ -112,7 +136,10 @@ class TextRows:
             n_cond = "cond" if encoding.condition is None else encoding.condition
             said |= {(n_cond, i, text): None for i, text in enumerate(encoding.prompts)}
             said |= {("uncond", i, text): None for i, text in enumerate(encoding.negatives)}
-        return [Text(condition, i, _tokenize(tokenizer, text)) for condition, i, text in said]
+        for _, _, text in said:
+            if (component, text) not in self._tokenized:
+                self._tokenized[component, text] = _tokenize(tokenizer, text)
+        return [Text(condition, i, self._tokenized[component, text]) for condition, i, text in said]
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
@@ -124,20 +151,49 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-def _fitting(ids: list[int], texts: list[Text], specials: frozenset[int]) -> list[Text]:
-    """The texts that a row of ids is of: those that are the same, else those that share the most with it."""
-    row = tuple(i for i in ids if i not in specials)
+def _content(ids: Sequence[int], specials: frozenset[int]) -> Ids:
+    return tuple(i for i in ids if i not in specials)
+
+
+def _fitting(row: Ids, texts: list[tuple[Ids, Text]], written: list[tuple[Ids, Ids]]) -> list[Text]:
+    """The texts that a row is of: those that are the same, else those that stand in the place of another in a row that is
+    `written`, else those that share the most with it and those that stand apart from these.
+    """
+    same = [text for ids, text in texts if ids == row]
+    same = same or [text for ids, text in texts if any(_in_its_place(row, ids, *one) for one in written)]
+    if same:
+        return same
     measured = []
-    for text in texts:
-        content = tuple(i for i in text.ids if i not in specials)
-        if row == content:
-            measured.append((True, len(content), text))
-        elif row and content:
-            match = difflib.SequenceMatcher(None, row, content, autojunk=False).find_longest_match()
-            if match.size in (len(content), len(row)):  # the row holds all of the text, or is a part of it
-                measured.append((False, match.size, text))
-    best = max((fit[:2] for fit in measured), default=None)
-    return [text for *fit, text in measured if tuple(fit) == best]
+    for ids, text in texts:
+        if row and ids:
+            match = difflib.SequenceMatcher(None, row, ids, autojunk=False).find_longest_match()
+            if match.size in (len(ids), len(row)):  # the row holds all of the text, or is a part of it
+                measured.append((match.size, ids, text))
+    most = max((size for size, *_ in measured), default=0)
+    rest = row if most < len(row) else ()
+    for size, ids, _ in measured:
+        if size == most:
+            rest = _without(rest, ids)
+    return [text for size, ids, text in measured if size == most or _places(rest, ids)]
+
+
+def _places(row: Ids, content: Ids) -> list[int]:
+    """Where in a row a text stands."""
+    return [i for i in range(len(row) - len(content) + 1) if row[i : i + len(content)] == content]
+
+
+def _without(row: Ids, content: Ids) -> Ids:
+    """The row with -1, which is no id, in the place of the text."""
+    for place in _places(row, content):
+        row = (*row[:place], *(-1 for _ in content), *row[place + len(content) :])
+    return row
+
+
+def _in_its_place(row: Ids, content: Ids, other: Ids, text: Ids) -> bool:
+    """Whether a row is the `other` one with `content` where this has `text`."""
+    return len(row) - len(content) == len(other) - len(text) and any(
+        row == (*other[:place], *content, *other[place + len(text) :]) for place in _places(other, text)
+    )
 
 
 def tokenizer_of(pipe: Any, component: str) -> Any:

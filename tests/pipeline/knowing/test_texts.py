@@ -52,6 +52,18 @@ def test_a_long_prompt_in_chunks_is_its_prompts_and_a_short_negative_in_it_is_no
     ]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "negative", "template"),
+    [
+        ("fox", "", "a fox: {} cat"),  # the negative's row has the prompt's word
+        ("cat", "a fox", "a fox: {}"),  # the prompt's row has more of the negative's words than of its own
+    ],
+)
+def test_the_words_of_a_template_are_nobodys(own, prompt, negative, template):
+    batches = [[template.format(prompt)], [template.format(negative)]]
+    assert rows(own, [prompt], [negative], batches) == [("cond", 0), ("uncond", 0)]
+
+
 def test_words_that_are_nobodys_are_unknown_in_a_loop_of_somebodys_own(own):
     assert rows(own, ["a fox"], ["dog"], [["zebra"]]) == [("unknown", 0)]
 
