@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sparsefeat.attention.words import Token, count, token_indices, tokens_of
+from sparsefeat.attention.words import NoSuchWordError, Token, count, token_indices, tokens_of
 from sparsefeat.pipeline.families.family import TextLayout
 
 
@@ -88,9 +88,10 @@ class EncodedPrompt:
         """The tokens at the keys that the layout gives them; None where there are not as many keys as that."""
         texts, next_key = [], layout.before
         for group in layout.encoders:
-            rows, *beside = [rows for name in group for rows in self.rows if rows.encoder == name] or [None]
-            if rows is None or len(rows.ids) != 1:
+            of_group = [rows for name in group for rows in self.rows if rows.encoder == name]
+            if not of_group or len(of_group[0].ids) != 1:
                 return None
+            rows, *beside = of_group
             (ids,) = rows.ids
             kept = rows.kept[0] if layout.packed and rows.kept else (True,) * len(ids)
             places: list[int | None] = []
@@ -187,7 +188,7 @@ class EncodedPrompt:
             except ValueError as error:  # one encoder may have cut off what another has
                 errors.append(error)
         if not found:
-            raise errors[0]
+            raise min(errors, key=lambda error: isinstance(error, NoSuchWordError))
         if any(encoded.others.intersection(found) for encoded in self._texts(keys)):
             raise ValueError(
                 f"word={word!r} shares its place with a word that another text encoder was given (prompt_2=), so there is no "

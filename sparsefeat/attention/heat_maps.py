@@ -43,6 +43,7 @@ from sparsefeat.attention.recording import HeatMapRecording
 from sparsefeat.attention.seen_prompts import SeenPrompts
 from sparsefeat.attention.sums import Attended, Grid, MapSum, Part, add_up, positions
 from sparsefeat.attention.word_mask import WordMask
+from sparsefeat.attention.words import NoSuchWordError
 from sparsefeat.pipeline import AttentionCall, Call, Context, Instrument
 from sparsefeat.pipeline.families.family import TextLayout
 from sparsefeat.pipeline.step_window import Steps, StepWindow
@@ -344,7 +345,7 @@ class HeatMaps(Instrument):
             for prompt in prompts or ():
                 try:
                     found |= set(prompt.indices(self._n_tokens, word))
-                except ValueError as error:
+                except NoSuchWordError as error:
                     errors.append(error)
             if len(errors) == len(prompts or ()):
                 raise errors[0]

@@ -16,7 +16,7 @@ from sparsefeat.attention.heat_map import HeatMap
 from sparsefeat.attention.heat_map_arguments import names_of
 from sparsefeat.attention.reading import Direction, Kind
 from sparsefeat.attention.sums import Grid, MapSum, Part, combined, positions
-from sparsefeat.attention.words import Token
+from sparsefeat.attention.words import NoSuchWordError, Token
 
 Normalization = Literal["none", "steps", "tokens"]
 
@@ -264,13 +264,13 @@ class HeatMapRecording:
         for image in range(self.n_images):
             try:
                 found.append(self.word(word, image).scaled())
-            except ValueError:
-                if self.prompts is None or len(self.prompts) == 1:
+            except NoSuchWordError:
+                if len(self.prompts or ()) == 1:
                     raise
                 found.append(None)
         known = next((one for one in found if one is not None), None)
         if known is None:
-            raise ValueError(f"word={word!r} is in none of the {len(self.prompts or ())} prompts of this call.")
+            raise NoSuchWordError(f"word={word!r} is in none of the {len(self.prompts or ())} prompts of this call.")
         return torch.stack([torch.zeros_like(known) if one is None else one for one in found])
 
     def tokens(self, image: int = 0, normalize: Normalization = "none") -> tuple[HeatMap, ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparsefeat.attention.words import NoSuchWordError
 from sparsefeat.pipeline import Context
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ class WordMask:
         for image in set(of_row):
             try:
                 heat = recording.word(self.word, image, self.occurrence)
-            except ValueError:
-                if recording.prompts is None or len(recording.prompts) == 1:
+            except NoSuchWordError:
+                if len(recording.prompts or ()) == 1:
                     raise
                 found[image] = torch.zeros(recording.grid, dtype=torch.float32, device=recording.device)
                 continue

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 
+class NoSuchWordError(ValueError):
+    """The prompt has no such word, or it was cut off: what is said of that word is that it is not there."""
+
+
 @dataclass(frozen=True)
 class Token:
     """One token of an encoded prompt: its position, and the characters `[start, stop)` of the prompt that it covers.
@@ -127,8 +131,8 @@ def token_indices(
         within: the characters [start, stop) of the text to look in; default all of it.
 
     Raises:
-        ValueError: the word does not occur as a whole word, only behind the last token that was encoded, or the tokenizer
-            does not have it.
+        NoSuchWordError: the word does not occur as a whole word, or only behind the last token that was encoded.
+        ValueError: it is none, or the tokenizer does not have it.
 
     Example: "a fox and a fox" with CLIP's tokenizer, `word="fox"` -> (2, 5); `occurrence=1` -> (5,).
     """
@@ -140,10 +144,10 @@ def token_indices(
     if not spans:
         words = ", ".join(dict.fromkeys(words_of(text[start:stop])))
         has = f"its words are: {words}" if words else "there is no word in it, only tokens, which .map([0, 1]) shows"
-        raise ValueError(f"word={word!r} is not in the prompt {text[start:stop]!r}; {has}.")
+        raise NoSuchWordError(f"word={word!r} is not in the prompt {text[start:stop]!r}; {has}.")
     if occurrence is not None:
         if not hasattr(occurrence, "__index__") or not -len(spans) <= occurrence < len(spans):
-            raise ValueError(
+            raise NoSuchWordError(
                 f"occurrence={occurrence} of word={word!r} does not exist; "
                 f"it occurs {len(spans)} time(s) in {text!r}, counted from 0."
             )
@@ -156,7 +160,7 @@ def token_indices(
             f"the words of the prompt are: {', '.join(dict.fromkeys(words_of(text)))}."
         )
     if not found:
-        raise ValueError(
+        raise NoSuchWordError(
             f"word={word!r} stands behind the {len(tokens)} tokens that were encoded of {text!r}; shorten the prompt "
             "or move the word forward."
         )

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from sparsefeat.arguments import number, whole
 from sparsefeat.attention import HeatMapRecording
+from sparsefeat.attention.words import NoSuchWordError
 from sparsefeat.features.record import Recording
 
 
@@ -65,19 +66,27 @@ class WordCorrelations:
 
         Raises:
             TypeError: one of the two is no such recording.
-            ValueError: as `add_maps`.
+            ValueError: they are of different calls, or of one without texts; a word of a prompt has no map; as `add_maps`.
         """
         for name, given, kind in (("recording", recording, Recording), ("maps", maps, HeatMapRecording)):
             if not isinstance(given, kind):
                 raise TypeError(f"{name} is {type(given).__name__}, not a {kind.__name__}; give what a session keeps.")
         for image in recording.images:
-            prompt = (recording.prompt(image) or "").casefold()
-            here = [word for word in self.words if word.casefold() in prompt]
+            prompt = recording.prompt(image)
+            if prompt is None:
+                raise ValueError(
+                    "which words the images show is not known, as the call was given embeddings, not text: give their maps, "
+                    "add_maps(recording, {'fox': map}, image)."
+                )
+            mapped = None if maps.prompts is None else maps.prompts[image // maps.images_per_prompt].prompt
+            if maps.condition == "cond" and mapped not in (None, prompt):
+                raise ValueError(f"recording is of {prompt!r} and maps of {mapped!r}: give what one call recorded.")
+            here = [word for word in self.words if word.casefold() in prompt.casefold()]
             found: dict[str, Tensor] = {}
             for word in here:
                 try:
                     found[word] = maps.word(word, image).scaled()
-                except ValueError:  # a part of a longer word
+                except NoSuchWordError:  # a part of a longer word, or cut off
                     continue
             self.add_maps(recording, found, image)
 

@@ -33,6 +33,19 @@ def test_it_is_the_scaled_map_of_every_image_and_zero_where_the_prompt_lacks_the
         run[maps]["dog"]
 
 
+def test_zeros_are_for_prompts_without_the_word_alone():
+    pipe, maps = tiny_sd(), HeatMaps(words=["fox"])
+    torch.manual_seed(1)
+    sae = SAE(SAEConfig(d_model=32, n_latents=64, k=4, hookpoint=AT)).requires_grad_(False).eval()
+    with attach(pipe, maps) as run:
+        pixels(pipe, ["cat", "a fox"], steps=1)
+    with pytest.raises(ValueError, match="position 1 has no map, as words= named others"):
+        run[maps]["cat"]
+    steer = Steer(sae, add={3: 9.0}, mask=maps.mask("cat"))
+    with attach(pipe, maps, steer), pytest.raises(ValueError, match="position 1 has no map, as words= named others"):
+        pixels(pipe, ["cat", "a fox"], steps=2)
+
+
 def test_an_edit_takes_it_for_its_mask():
     pipe, maps = tiny_sd(), HeatMaps()
     torch.manual_seed(1)

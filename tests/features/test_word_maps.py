@@ -58,6 +58,25 @@ def test_correlations_are_pearsons_over_the_positions_of_all_images():
     sae.names = found.names(least)
 
 
+def test_a_word_without_a_map_is_not_taken_for_one_that_is_not_there():
+    pipe, record, maps = tiny_sd(), Record(make_sae()), HeatMaps(words=["fox"])
+    found = WordCorrelations(40, ["fox", "cat"])
+    with attach(pipe, maps, record) as run:
+        pixels(pipe, "cat and a fox", steps=1)
+        with pytest.raises(ValueError, match="position 1 has no map, as words= named others"):
+            found.add(run[record], run[maps])
+        earlier = run[record]
+        pixels(pipe, "foxes and a fox", steps=1)
+        with pytest.raises(ValueError, match="recording is of 'cat and a fox' and maps of 'foxes and a fox'"):
+            found.add(earlier, run[maps])
+    embeds = pipe.encode_prompt("a fox", "cpu", 1, False)[0]
+    assert found.positions == 0
+    with attach(pipe, whole := HeatMaps(), record) as run:
+        pixels(pipe, None, steps=1, prompt_embeds=embeds, guidance_scale=1.0)
+        with pytest.raises(ValueError, match=r"was given embeddings, not text: give their maps, add_maps"):
+            found.add(run[record], run[whole])
+
+
 def test_masks_that_are_known_may_stand_in_for_maps_and_a_latent_is_a_segmenter():
     pipe = tiny_sd()
     sae = make_sae()
