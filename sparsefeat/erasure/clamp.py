@@ -28,13 +28,9 @@ def clamp_latents(
         ValueError: the statistics are of another SAE, have no such concept or no other; no latent is more active with it.
     """
     hookpoint_of(sae, options.get("at"))
-    check_statistics(statistics)
+    check_statistics(statistics, sae)
     number("factor", factor, 0)
     whole("n_latents", n_latents, 1, sae.n_latents)
-    if statistics.n_latents != sae.n_latents:
-        raise ValueError(
-            f"statistics have {statistics.n_latents} latents, the SAE {sae.n_latents}; use those of this SAE."
-        )
     others = statistics.others(concept)
     if not others:
         raise ValueError(f"concept={concept!r} is the only one of the statistics; collect prompts without it too.")

@@ -213,12 +213,8 @@ class Erase(SavableInstrument):
                 cannot be, by its name.
         """
         hookpoint_of(sae, options.get("at"))
-        check_statistics(statistics)
+        check_statistics(statistics, sae)
         concepts = concepts_of("concept", concept)
-        if statistics.n_latents != sae.n_latents:
-            raise ValueError(
-                f"statistics have {statistics.n_latents} latents, the SAE {sae.n_latents}; use those of this SAE."
-            )
         if not concepts or not all(statistics.others(c) for c in concepts):
             raise ValueError(
                 f"concept={concept!r} must be one or more of several concepts: {', '.join(statistics.concepts)}; "

@@ -12,7 +12,14 @@ import torch
 from sparsefeat.arguments import whole
 from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.features.progress import Progress
-from sparsefeat.features.statistics import OUTSIDE_SCHEDULE, Concepts, Statistics, check_statistics, concepts_of
+from sparsefeat.features.statistics import (
+    OUTSIDE_SCHEDULE,
+    Concepts,
+    Statistics,
+    check_statistics,
+    concepts_of,
+    decoder_numbers,
+)
 from sparsefeat.pipeline import Activations, Call, Context, Enough, Hookpoint, Instrument, attach
 from sparsefeat.pipeline.call_arguments import GIVEN_TO_SEVERAL, check_call, for_several
 from sparsefeat.pipeline.families.registry import family_of
@@ -33,7 +40,7 @@ class CollectStatistics(Instrument):
 
     Raises:
         TypeError: `sae` or `statistics` is no such thing.
-        ValueError: statistics of another number of latents; an argument that cannot be, by its name.
+        ValueError: statistics of another SAE; an argument that cannot be, by its name.
     """
 
     def __init__(
@@ -45,15 +52,14 @@ class CollectStatistics(Instrument):
         condition: str = "cond",
     ):
         self.at: Hookpoint = hookpoint_of(sae, at)
-        check_statistics(statistics)
-        if statistics.n_latents != sae.n_latents:
-            raise ValueError(f"statistics are of {statistics.n_latents} latents, the SAE has {sae.n_latents}.")
+        check_statistics(statistics, sae)
         if not isinstance(concepts, (Mapping, Sequence)) or isinstance(concepts, str):
             raise ValueError(
                 f"concepts={concepts!r:.80} must be a list, one for each prompt, or map prompts to concepts."
             )
         self.sae: SAE = sae
         self.statistics: Statistics = statistics
+        self._decoder: tuple[float, ...] = decoder_numbers(sae)
         for named in concepts.values() if isinstance(concepts, Mapping) else concepts:
             self._names(named)
         self.condition: str = condition
@@ -93,6 +99,8 @@ class CollectStatistics(Instrument):
         self.has_counted = False
         self._of_image = [place for place in places for _ in range(call.images_per_prompt)]
         self._part = self.statistics.part(of_call) if of_call else None
+        if self._part is not None:
+            self._part.decoder = self._decoder
 
     def at_hookpoint(self, activations: Activations, context: Context) -> None:
         if max(context.prompt_index, default=0) >= len(self._of_image):

@@ -6,6 +6,7 @@ that is killed in between leaves the old pair.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
@@ -30,9 +31,10 @@ def write_folder(folder: str | os.PathLike[str], name: str, config: dict[str, An
     try:
         with written_plainly(folder):
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, unfinished)
+            named = {"tensors": tensor_file, "sha256": _digest(unfinished)}
             os.replace(unfinished, folder / tensor_file)
             unfinished = folder / f".{name}.json.tmp"
-            unfinished.write_text(json.dumps({**config, "tensors": tensor_file}, indent=1, allow_nan=False) + "\n")
+            unfinished.write_text(json.dumps({**config, **named}, indent=1, allow_nan=False) + "\n")
             os.replace(unfinished, folder / f"{name}.json")
     finally:
         unfinished.unlink(missing_ok=True)
@@ -60,7 +62,19 @@ def read_folder(folder: str | os.PathLike[str], name: str) -> tuple[dict[str, An
     tensor_file = config.pop("tensors")
     if Path(tensor_file).name != tensor_file:
         raise ValueError(f"{path} names tensors outside its folder ({tensor_file!r}); it is refused.")
+    digest = config.pop("sha256", None)  # older files have none
     try:
+        if digest not in (None, _digest(path.parent / tensor_file)):
+            raise OSError("its contents are others than were saved")
         return config, load_file(path.parent / tensor_file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path.parent / tensor_file} is missing or damaged ({error}); save it again.") from None
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while part := opened.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

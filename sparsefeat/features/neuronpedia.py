@@ -177,9 +177,11 @@ def _check(sae: SAE, statistics: Statistics, examples: Examples | None, images: 
         raise TypeError(f"sae is {type(sae).__name__}, not an SAE; open it first, sparsefeat.load_sae(...).")
     if not isinstance(examples, Examples | None):
         raise TypeError(f"examples is {type(examples).__name__}, not Examples; collect them, CollectExamples(...).")
-    for name, given in (("statistics", statistics), ("examples", examples)):
-        if given is not None and given.n_latents != sae.n_latents:
-            raise ValueError(f"{name} are of {given.n_latents} latents, the SAE has {sae.n_latents}; use the same SAE.")
+    check_statistics(statistics, sae)
+    if examples is not None and examples.n_latents != sae.n_latents:
+        raise ValueError(
+            f"examples are of {examples.n_latents} latents, the SAE has {sae.n_latents}; use the same SAE."
+        )
     if not statistics.rows(statistics.concepts):
         raise ValueError("statistics are empty; collect some first, collect_statistics(...).")
     if images is not None and len(images) != (0 if examples is None else examples.n_drawn):

@@ -14,12 +14,16 @@ from torch import Tensor
 
 from sparsefeat.arguments import finite, number, whole
 from sparsefeat.features.folders import read_folder, write_folder
+from sparsefeat.sae import SAE
 from sparsefeat.whole import as_path
 
 Concepts = str | Sequence[str]
 
 # The key of activations read outside the schedule (text encoders run before it is set).
 OUTSIDE_SCHEDULE = -1.0
+
+# As many numbers of an SAE's decoder tell it from others, and as near they are in any precision.
+DECODER_NUMBERS, DECODER_ROUNDING = 16, 2**-7
 
 # Allocations below this are not worth a line on the terminal.
 SAID_FROM_BYTES = 1 << 20
@@ -70,6 +74,8 @@ class Statistics:
         if isinstance(concepts, str) or not named or len(set(self.concepts)) != len(self.concepts):
             raise ValueError(f"concepts={concepts!r} must be one or more different names, as a list.")
         self.n_latents: int = whole("n_latents", n_latents)
+        self.decoder: tuple[float, ...] = ()
+        """Some numbers of the SAE's decoder, by which it is told from another; none where it is not known."""
         self._blocks: dict[float, _Block] = {}
         self._said_from = SAID_FROM_BYTES
         self.reserve(timesteps)
@@ -145,7 +151,7 @@ class Statistics:
 
         Raises:
             TypeError: one of them is no Statistics.
-            ValueError: they are of different numbers of latents.
+            ValueError: they are of different SAEs.
         """
         parts = (self, *others)
         for part in others:
@@ -166,15 +172,19 @@ class Statistics:
         """
         part = type(self)([self.concepts[place] for place in self.places(tuple(concepts))], self.n_latents)
         part._said_from = sys.maxsize
+        part.decoder = self.decoder
         return part
 
     def take(self, part: Statistics) -> None:
         """Count the rows of a part, whose concepts are all here.
 
         Raises:
-            ValueError: a concept that is not there.
+            ValueError: a concept that is not there; a part of another SAE.
         """
         places = self.places(part.concepts)
+        if not _same(self.decoder, part.decoder):
+            raise ValueError("only statistics of one SAE are counted together; these are of two with as many latents.")
+        self.decoder = self.decoder or part.decoder
         self.reserve(part.timesteps)
         for timestep, block in part._blocks.items():
             into = self._blocks[timestep]
@@ -277,8 +287,9 @@ class Statistics:
             TypeError: it is no path. ValueError: it is empty, or what it holds is damaged. OSError: it cannot be written.
         """
         if (as_path(folder) / "statistics.json").is_file():
-            earlier, _ = read_folder(folder, "statistics")
-            if (earlier.get("concepts"), earlier.get("n_latents")) != (list(self.concepts), self.n_latents):
+            earlier = self.load(folder)
+            same = (earlier.concepts, earlier.n_latents) == (self.concepts, self.n_latents)
+            if not same or not _same(earlier.decoder, self.decoder):
                 raise FileExistsError(
                     f"folder={str(folder)!r} holds statistics of other concepts or another SAE; save to another folder."
                 )
@@ -291,7 +302,12 @@ class Statistics:
                 f"{i}.maximum": block.maximum,
                 f"{i}.rows": block.rows,
             }
-        config = {"concepts": list(self.concepts), "n_latents": self.n_latents, "timesteps": list(self.timesteps)}
+        config = {
+            "concepts": list(self.concepts),
+            "n_latents": self.n_latents,
+            "timesteps": list(self.timesteps),
+            "decoder": list(self.decoder),
+        }
         write_folder(folder, "statistics", config, tensors)
 
     @classmethod
@@ -302,15 +318,19 @@ class Statistics:
             FileNotFoundError: there are none in `folder`. TypeError: it is no path. ValueError: they are damaged.
         """
         config, tensors = read_folder(folder, "statistics")
-        statistics = cls(config["concepts"], int(config["n_latents"]))
-        shape = (len(statistics.concepts), statistics.n_latents)
-        for i, timestep in enumerate(config["timesteps"]):
-            block = _Block(*(tensors[f"{i}.{name}"] for name in ("total", "count", "maximum", "rows")))
-            if any(tuple(t.shape) != shape for t in (block.total, block.count, block.maximum)):
-                raise ValueError(
-                    f"folder={str(folder)!r}: tensors of timestep {timestep} do not have the shape {shape}."
-                )
-            statistics._blocks[float(timestep)] = block
+        try:
+            statistics = cls(config["concepts"], config["n_latents"])
+            statistics.decoder = tuple(number("decoder", one) for one in config.get("decoder", ()))
+            for i, timestep in enumerate(config["timesteps"]):
+                block = _Block(*(tensors.pop(f"{i}.{name}") for name in ("total", "count", "maximum", "rows")))
+                _check(block, _Block.empty(len(statistics.concepts), statistics.n_latents))
+                statistics._blocks[number("timestep", timestep)] = block
+            if tensors:
+                raise ValueError(f"it has {min(tensors)} more than its timesteps")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"folder={str(folder)!r} holds damaged statistics ({error}); collect them again."
+            ) from None
         return statistics
 
     def __repr__(self) -> str:
@@ -347,12 +367,48 @@ class Statistics:
         return torch.zeros(self.n_latents, dtype=torch.float64)
 
 
-def check_statistics(given: Any) -> None:
-    """Refuse what is no `Statistics`."""
+def check_statistics(given: Any, sae: SAE | None = None) -> None:
+    """Refuse what is no `Statistics`, and those of another SAE than this one."""
     if not isinstance(given, Statistics):
         raise TypeError(
             f"statistics is {type(given).__name__}, not a Statistics; collect them, collect_statistics(...)."
         )
+    if sae is not None and given.n_latents != sae.n_latents:
+        raise ValueError(f"statistics are of {given.n_latents} latents, the SAE has {sae.n_latents}; use those of it.")
+    if sae is not None and not _same(given.decoder, decoder_numbers(sae)):
+        raise ValueError(
+            "statistics are of another SAE with as many latents, which mean other things; collect those of this one."
+        )
+
+
+def decoder_numbers(sae: SAE) -> tuple[float, ...]:
+    """What `Statistics.decoder` is of an SAE; none of one without data (meta)."""
+    decoder = sae.W_dec.detach().flatten()
+    if decoder.is_meta:
+        return ()
+    places = torch.linspace(0, decoder.numel() - 1, DECODER_NUMBERS, dtype=torch.float64).long()
+    return tuple(decoder[places.to(decoder.device)].double().tolist())
+
+
+def _same(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    """Whether two SAEs may be one, as far as is known."""
+    if not one or not other:
+        return True
+    a, b = torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64)
+    return len(a) == len(b) and torch.allclose(a, b, rtol=DECODER_ROUNDING, atol=1e-6)
+
+
+def _check(block: _Block, like: _Block) -> None:
+    """Raise ValueError for what `add` cannot have counted."""
+    for name, given in vars(block).items():
+        wanted = getattr(like, name)
+        if given.shape != wanted.shape or given.dtype != wanted.dtype:
+            raise ValueError(
+                f"{name} is {list(given.shape)} of {given.dtype}, not {list(wanted.shape)} of {wanted.dtype}"
+            )
+        finite(name, given, unbounded=name == "maximum")
+    if min(block.count.min(), block.rows.min()) < 0:
+        raise ValueError("something was counted less than 0 times")
 
 
 def concepts_of(name: str, given: Any) -> tuple[str, ...]:

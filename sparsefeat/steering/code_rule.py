@@ -29,6 +29,11 @@ class CodeRule:
     gate: Tensor
 
     def __post_init__(self) -> None:
+        shapes = {tuple(getattr(self, name).shape) for name in ("latents", "gain", "offset", "low", "high", "gate")}
+        if shapes != {(self.latents.numel(),)}:
+            raise ValueError(
+                f"the fields of a rule have shapes {sorted(map(list, shapes))}; give each one entry a latent."
+            )
         if self.gain.device.type == "cpu":  # where rules are made; moving one to a GPU must not wait for it
             for name in ("gain", "offset"):
                 finite(name, getattr(self, name))

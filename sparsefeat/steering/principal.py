@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsefeat.arguments import number
+from sparsefeat.arguments import finite, number
 from sparsefeat.arguments import whole as whole_number
 from sparsefeat.features.folders import read_folder, write_folder
 from sparsefeat.pipeline import Activations, Context, Hookpoint, Instrument, attach
@@ -43,6 +43,14 @@ class PrincipalDirections:
     components: Tensor
     std: Tensor
     explained: Tensor
+
+    def __post_init__(self) -> None:
+        (bins, *shape), of_each = self.mean.shape, self.std.shape
+        if self.components.shape != (*of_each, *shape) or self.explained.shape != of_each or of_each[0] != bins:
+            said = ", ".join(f"{name} {list(getattr(self, name).shape)}" for name in _FIELDS)
+            raise ValueError(f"the directions' shapes do not fit each other: {said}.")
+        for name in _FIELDS:
+            finite(name, getattr(self, name))
 
     @classmethod
     def fit(

@@ -54,7 +54,12 @@ class SavableInstrument(Instrument):
                 f"folder={str(folder)!r} holds an instrument already; save to another folder, or replace it by overwrite=True."
             )
         sae = getattr(self, "sae", None)
-        description = {"kind": kind, "format": 1, "sae": None if sae is None else fingerprint(sae), "settings": config}
+        description = {
+            "kind": kind,
+            "format": FORMAT,
+            "sae": None if sae is None else fingerprint(sae),
+            "settings": config,
+        }
         with whole_folder(folder, replace="instrument.json" if overwrite else None) as unfinished:
             if include_sae and sae is not None:
                 sae.save(unfinished / "sae")
@@ -87,6 +92,7 @@ def _whole(made: SavableInstrument) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
+FORMAT = 1
 _KINDS: dict[str, type[SavableInstrument]] = {}
 _Class = TypeVar("_Class", bound=type[SavableInstrument])
 
@@ -118,6 +124,11 @@ def load_instrument(folder: str | os.PathLike[str], sae: SAE | None = None) -> S
     """
     folder = as_path(folder)
     description, tensors = read_folder(folder, "instrument")
+    if description.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder} holds an instrument of format {description.get('format')!r:.40}, and this sparsefeat reads {FORMAT}: a "
+            "newer one may know it."
+        )
     kind = str(description.get("kind"))
     if kind not in _KINDS and re.fullmatch(r"sparsefeat\.\w+:\w+", kind):
         with contextlib.suppress(ImportError):

@@ -314,7 +314,7 @@ def test_mistakes_are_refused(sae, data):
     alone = Statistics(["fox"], N, timesteps=[1])
     with pytest.raises(ValueError, match="compares a concept with others, so collect prompts without it too"):
         Erase.from_statistics(sae, alone, "fox")
-    with pytest.raises(ValueError, match="statistics have 12 latents, the SAE 256"):
+    with pytest.raises(ValueError, match="statistics are of 12 latents, the SAE has 256"):
         Erase.from_statistics(sae, Statistics(["a", "b"], 12), "a")
     with pytest.raises(ValueError, match="the statistics are empty"):
         Erase.from_statistics(sae, Statistics(["a", "b"], N), "a")

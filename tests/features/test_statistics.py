@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from sparsefeat_kernels import SparseCode
 
+from sparsefeat.erasure import Erase, clamp_latents
 from sparsefeat.erasure.posterior_attenuation import Histograms
 from sparsefeat.features import CollectStatistics, Record, Statistics, collect_statistics
 from sparsefeat.features import folders as folders_module
@@ -154,6 +157,69 @@ def test_saved_statistics_come_back_and_a_killed_save_leaves_the_old_ones(tmp_pa
     statistics.save(tmp_path)
     assert Statistics.load(tmp_path).timesteps == (7.5, 9.0)
     assert len(list(tmp_path.iterdir())) == 2  # nothing left over
+
+
+def test_statistics_of_another_sae_with_as_many_latents_are_refused(pipe, sae, tmp_path):
+    other = SAE(sae.config).requires_grad_(False).eval()
+    statistics = Statistics(["fox", "cat"], sae.n_latents)
+    with attach(pipe, CollectStatistics(sae, statistics, ["fox", "cat"])):
+        pixels(pipe, ["a fox", "a cat"], steps=1)
+    statistics.save(tmp_path)
+    loaded = Statistics.load(tmp_path)
+    assert loaded.decoder == statistics.decoder != ()
+    theirs = Statistics(["fox", "cat"], sae.n_latents)
+    with attach(pipe, CollectStatistics(other, theirs, ["fox", "cat"])):
+        pixels(pipe, ["a fox", "a cat"], steps=1)
+    for use in (CollectStatistics, Erase.from_statistics, clamp_latents):
+        with pytest.raises(ValueError, match="statistics are of another SAE with as many latents"):
+            use(other, loaded, "fox" if use is not CollectStatistics else ["fox"])
+    with pytest.raises(ValueError, match="only statistics of one SAE are counted together"):
+        loaded.merge(theirs)
+    with pytest.raises(FileExistsError, match="of other concepts or another SAE"):
+        theirs.save(tmp_path)
+    # In another precision it is the same SAE; of statistics that were counted by hand it is not known.
+    for dtype in (torch.float16, torch.bfloat16):
+        CollectStatistics(copy.deepcopy(sae).to(dtype), loaded, ["fox"])
+    assert loaded.merge(Statistics(["dog"], sae.n_latents)).decoder == loaded.decoder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda config, tensors: config.pop("concepts"), "'concepts'"),
+        (lambda config, tensors: config.update(timesteps=[]), "0.count more than its timesteps"),
+        (lambda config, tensors: config.update(timesteps=["x"]), "timestep='x'"),
+        (
+            lambda config, tensors: config.update(n_latents=N + 1),
+            rf"total is \[2, {N}\] of torch.float32, not \[2, {N + 1}\]",
+        ),
+        (lambda config, tensors: tensors.pop("0.rows"), "'0.rows'"),
+        (lambda config, tensors: tensors.update({"0.rows": tensors["0.rows"][:1]}), r"rows is \[1\]"),
+        (lambda config, tensors: tensors.update({"0.total": tensors["0.total"] * torch.nan}), "total holds NaN"),
+        (lambda config, tensors: tensors.update({"0.count": -1 - tensors["0.count"]}), "counted less than 0 times"),
+    ],
+)
+def test_damaged_statistics_are_one_sentence(tmp_path, change, said):
+    statistics = Statistics(["a", "b"], N)
+    statistics.add(random_code(11, 0)[0], torch.zeros(11, dtype=torch.int64), 7.5)
+    statistics.save(tmp_path / "whole")
+    config, tensors = folders_module.read_folder(tmp_path / "whole", "statistics")
+    change(config, tensors)
+    folders_module.write_folder(tmp_path / "damaged", "statistics", config, tensors)
+    with pytest.raises(ValueError, match=f"holds damaged statistics .*{said}.*; collect them again"):
+        Statistics.load(tmp_path / "damaged")
+
+
+def test_tensors_that_changed_after_they_were_saved_are_refused(tmp_path):
+    statistics = Statistics(["a", "b"], N)
+    statistics.add(random_code(11, 0)[0], torch.zeros(11, dtype=torch.int64), 7.5)
+    statistics.save(tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is missing or damaged \(its contents are others than were saved\)"):
+        Statistics.load(tmp_path)
 
 
 def test_errors_name_the_mistake(tmp_path):

@@ -156,3 +156,9 @@ def test_of_an_sae_with_thresholds_only_the_rules_latents_are_read(activation):
     change = code_edit(Activations(x[None]), sae, rule, torch.ones(40))
     assert change.any()
     torch.testing.assert_close(change, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_fields_of_other_lengths_are_refused():
+    one, two = torch.zeros(1), torch.zeros(2)
+    with pytest.raises(ValueError, match=r"shapes \[\[1\], \[2\]\]; give each one entry a latent"):
+        CodeRule(torch.zeros(2, dtype=torch.int64), one, two, two, two, two)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -171,3 +172,12 @@ def test_what_is_wrong_is_said_in_a_sentence():
         found.steer({3: 1.0})
     with pytest.raises(ValueError, match="lr="):
         sf.discover_direction(pipe, MID, ["a fox"], "a fox", lr=0.0)
+
+
+def test_directions_that_do_not_fit_each_other_are_refused():
+    at, mean, std = sf.Hookpoint("unet.mid_block"), torch.zeros(1, 8), torch.ones(1, 2)
+    fitting = sf.PrincipalDirections(at, mean, torch.zeros(1, 2, 8), std, std)
+    with pytest.raises(ValueError, match=r"do not fit each other: mean \[1, 8\], components \[1, 1, 8\], std \[1, 2\]"):
+        dataclasses.replace(fitting, components=torch.zeros(1, 1, 8))
+    with pytest.raises(ValueError, match="mean holds NaN"):
+        dataclasses.replace(fitting, mean=mean * torch.nan)

@@ -308,6 +308,7 @@ def test_a_text_encoder_is_steered(pipe):
         ("instrument.json", "[1]", "is not a instrument saved by sparsefeat"),
         ("tensors", "", r"instrument-.*\.safetensors is missing or damaged"),
         ("settings", "", r"holds a damaged instrument \(KeyError"),
+        ("format", "", "holds an instrument of format 2, and this sparsefeat reads 1"),
     ],
 )
 def test_a_damaged_instrument_is_one_sentence(sae, tmp_path, file, content, said):
@@ -317,6 +318,8 @@ def test_a_damaged_instrument_is_one_sentence(sae, tmp_path, file, content, said
         next((tmp_path / "it").glob("*.safetensors")).unlink()
     elif file == "settings":
         path.write_text(path.read_text().replace('"add"', '"sub"'))
+    elif file == "format":
+        path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
     else:
         path.write_text(content)
     with pytest.raises(ValueError, match=said) as refused:
