@@ -68,6 +68,18 @@ def test_it_is_the_published_loop(setting):
     assert (wanted - plain).abs().max() >= 1e-2 * plain.abs().max()
 
 
+def test_a_call_within_the_warm_up_says_that_nothing_was_changed(pipe, recwarn):
+    plain = draw(pipe)
+    with pytest.warns(
+        UserWarning, match=r"this ScoreEdit did nothing .* SafeGuidance adds was 0 .*: look at warmup=10"
+    ):
+        assert torch.equal(draw(pipe, safe_latent_diffusion("a cat")), plain)
+    recwarn.clear()
+    assert not torch.equal(draw(pipe, safe_latent_diffusion("a cat", "max")), plain)
+    draw(pipe, ScoreEdit(Compose({"a cat": 0.0})))  # as it was asked for
+    assert not [one for one in recwarn if "did nothing" in str(one.message)]
+
+
 def test_it_runs_in_autocast_where_the_prompts_own_encoding_is_rounded(pipe):
     edit = safe_latent_diffusion("cat b", "max")
     with torch.autocast("cpu", torch.bfloat16):

@@ -39,6 +39,10 @@ class Rule:
         """What is added to `at.own`, of the same shape."""
         raise NotImplementedError
 
+    def remedy(self) -> str:
+        """What to look at where it added zero all the same."""
+        return "look at its prompts and at mask="
+
 
 @dataclass(frozen=True)
 class Compose(Rule):

@@ -56,6 +56,9 @@ class SafeGuidance(Rule):
     def is_nothing(self) -> bool:
         return self.scale == 0
 
+    def remedy(self) -> str:
+        return f"look at warmup={self.warmup}, the steps in which it changes nothing, at threshold= and at mask="
+
     def change(self, at: Predictions) -> Tensor:
         without, unsafe = at.without(), at.of(self.concept)
         # eps is where the formula lives; of other kinds of prediction it is a multiple of theirs, apart from a constant.

@@ -69,6 +69,7 @@ class ScoreEdit(SavableInstrument):
         self.mask: Mask = mask if mask is None or callable(mask) else mask_map("mask", mask)
         self._name = ""
         self._pipe: Any = None
+        self._added: Tensor = torch.tensor(False)
         self._begin()
 
     def _begin(self) -> None:
@@ -105,6 +106,7 @@ class ScoreEdit(SavableInstrument):
 
     def begin_call(self, call: Call) -> None:
         self._begin()
+        self._added = torch.tensor(False)
         self._call = call
         self._n_images = call.n_images
         if not self._is_nothing:
@@ -167,7 +169,14 @@ class ScoreEdit(SavableInstrument):
         weights = mask_of_rows(self.mask, context, self._n_images)
         if weights is not None:
             rows_of_change = rows_of_change * weights.reshape(-1, 1).to(rows_of_change)
+        if not (rows_of_change.device.type == "cpu" and self._added):  # elsewhere, asking would wait
+            self._added = self._added.to(rows_of_change.device) | rows_of_change.any()
         return Delta(rows_of_change)
+
+    def idle(self) -> str | None:
+        if self.corrections is not None or self.rule.is_nothing() or self._added:
+            return None
+        return f"what its {type(self.rule).__name__} adds was 0 wherever it acted: {self.rule.remedy()}"
 
     def before_step(self, sample: Tensor, context: Context) -> Tensor | None:
         if not self._moved or (context.loop, context.evaluation) != self._moved_at:
