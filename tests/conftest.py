@@ -14,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 from sparsefeat_kernels import dispatch
 
-from bench.interpreted import prepare_once_a_launch
+from bench.interpreted import hasten
 
 if dispatch.INTERPRETED and dispatch.TRITON_AVAILABLE:
-    prepare_once_a_launch()
+    hasten()
 
 # How long an example takes is the machine's, and says nothing of what is tested.
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from sparsefeat_kernels import dispatch
 
-from bench.interpreted import prepare_once_a_launch
+from bench.interpreted import hasten
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE_S = 10.0  # after the limit of a step, until the parent kills its process
@@ -254,5 +254,5 @@ def child(asked: Mapping[str, Any]) -> None:
 
 if __name__ == "__main__":
     if dispatch.INTERPRETED:
-        prepare_once_a_launch()
+        hasten()
     child(json.loads(sys.argv[1]))
