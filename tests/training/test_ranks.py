@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from sparsefeat.cli import app
 from sparsefeat.inputs import Inputs
 from sparsefeat.sae import SAE, SAEConfig, load_sae
 from sparsefeat.sae.activations import batch_topk_encode
@@ -204,20 +206,32 @@ def test_the_commands_run_under_torchrun_and_write_what_one_process_writes(tmp_p
     for world in (1, 2):
         folder = tmp_path / str(world)
         folder.mkdir()
-        alone, shared = (
-            ["-m", "sparsefeat.cli"],
-            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-        )
         for line in ([*collect, "--out", "acts"], [*train, "--out", "saes"]):
-            command = [sys.executable, *(alone if world == 1 else [*shared, *alone]), *line]
-            run = subprocess.run(
-                command, cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-            )
-            assert run.returncode == 0, run.stderr
-            assert len(run.stdout.splitlines()) == (2 if "train" in line else 1)  # the first rank alone speaks
+            said = in_this_process(folder, line) if world == 1 else under_torchrun(folder, line)
+            assert len(said.splitlines()) == (2 if "train" in line else 1)  # the first rank alone speaks
         table = (folder / "saes" / place / "metrics.jsonl").read_text().splitlines()
         losses[world] = torch.tensor([json.loads(line)["fvu"] for line in table])
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / w / "acts").rglob("*.safetensors")} for w in "12")
     assert one == two
     assert len(one) == 2
     torch.testing.assert_close(losses[2], losses[1], rtol=2e-5, atol=0)
+
+
+def in_this_process(folder: Path, line: list[str]) -> str:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each rank has: what is drawn is compared bit by bit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run = CliRunner().invoke(app, line)
+    torch.set_num_threads(threads)
+    assert run.exit_code == 0, run.output
+    return run.stdout
+
+
+def under_torchrun(folder: Path, line: list[str]) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += ["-m", "sparsefeat.cli", *line]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
