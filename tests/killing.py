@@ -37,6 +37,13 @@ def _until(seconds: float, work: Callable[..., Any], *arguments: Any) -> None:
     work(*arguments)
 
 
+def begin(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Its process, at work; it ends with this one at the latest."""
+    process = _CONTEXT.Process(target=_alone, args=(work, arguments), daemon=True)
+    process.start()
+    return process
+
+
 def run(work: Callable[..., Any], *arguments: Any) -> float:
     """Let it finish; returns the seconds of processor time it took."""
     took = _CONTEXT.Value("d")
@@ -59,8 +66,7 @@ def killed(times: int, seconds: float, work: Callable[..., Any], *arguments: Any
     how many were at work when they were killed."""
     moments, hit = random.Random(seed), 0
     for _ in range(times):
-        process = _CONTEXT.Process(target=_alone, args=(_until, (moments.uniform(1e-3, seconds), work, *arguments)))
-        process.start()
+        process = begin(_until, moments.uniform(1e-3, seconds), work, *arguments)
         process.join()
         hit += process.exitcode == -signal.SIGPROF
     run_all([(work, arguments, {})])

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from sparsefeat.assets import cross_attention_sae_folders
 from sparsefeat.cli import app
+from tests import killing
 
 COMMAND = [sys.executable, "-m", "sparsefeat.cli"]
 
@@ -26,7 +27,38 @@ def start(line: list[str], folder: Path) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 900) -> None:
+class Forked:
+    """A command whose imports are done: what is interrupted is its work. Of Popen, what these tests ask."""
+
+    def __init__(self, line: list[str], folder: Path):
+        self._heard = folder.with_name(f"{folder.name}-heard")
+        self._process = killing.begin(command, line, folder, self._heard)
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self._process.pid, number)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self._process.join(timeout)
+        return "", self._heard.read_text()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+
+def command(line: list[str], folder: Path, heard: Path) -> None:
+    os.chdir(folder)
+    with heard.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        signal.signal(number, handler)
+    app(line, prog_name="sparsefeat")
+
+
+def wait_for(condition, process: subprocess.Popen | Forked, seconds: float = 900) -> None:
     ends = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -34,7 +66,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 900) -> None
         time.sleep(0.05)
 
 
-def end(process: subprocess.Popen, number: signal.Signals) -> str:
+def end(process: subprocess.Popen | Forked, number: signal.Signals) -> str:
     process.send_signal(number)
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 128 + number
@@ -55,7 +87,7 @@ def test_an_erasure_that_was_fitted_is_kept_when_the_drawing_is_interrupted(tmp_
     (tmp_path / "concepts.json").write_text(json.dumps({"fox": ["a fox"], "owl": ["an owl"]}))
     sae = str(cross_attention_sae_folders()[-1])
     options = ["--concept", "fox", "--concepts", "concepts.json", "--sae", sae, "--save", "fit", "--latents", "2"]
-    process = start(["erase", "a noto emoji of a fox", *options, "--steps", "100", "--out", "out"], tmp_path)
+    process = Forked(["erase", "a noto emoji of a fox", *options, "--steps", "100", "--out", "out"], tmp_path)
     wait_for((tmp_path / "fit").exists, process)
     assert end(process, signal.SIGTERM) == "interrupted; the fitted erasure is kept in fit"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["concepts.json", "fit"]
@@ -104,7 +136,7 @@ def test_training_that_is_ended_saves_says_so_and_goes_on(tmp_path):
         "--log-every",
         "1",
     ]
-    process = start([*line, "--train-steps", "100000", "--lr", "1e-3", "--decay-steps", "0"], tmp_path)
+    process = Forked([*line, "--train-steps", "100000", "--lr", "1e-3", "--decay-steps", "0"], tmp_path)
     run = tmp_path / "saes" / "unet.mid_block.attentions.0"
     wait_for(lambda: list(run.glob("checkpoint-*")), process)
     said = end(process, signal.SIGTERM)
@@ -114,7 +146,7 @@ def test_training_that_is_ended_saves_says_so_and_goes_on(tmp_path):
     assert [json.loads(text)["step"] for text in (run / "metrics.jsonl").read_text().splitlines()] == list(
         range(1, step + 1)
     )
-    process = start([*line, "--train-steps", "100000", "--lr", "1e-3", "--decay-steps", "0"], tmp_path)
+    process = Forked([*line, "--train-steps", "100000", "--lr", "1e-3", "--decay-steps", "0"], tmp_path)
     wait_for(lambda: [path for path in run.glob("checkpoint-*") if int(path.name.split("-")[1]) > step], process)
     end(process, signal.SIGINT)
 
@@ -122,7 +154,7 @@ def test_training_that_is_ended_saves_says_so_and_goes_on(tmp_path):
 @pytest.mark.embedded
 def test_collecting_that_is_ended_keeps_what_is_complete_and_says_so(tmp_path, monkeypatch):
     line = ["collect", "--at", "unet.mid_block.attentions.0", "--steps", "2", "--batch", "2", "--rows-per-image", "4"]
-    process = start(line, tmp_path)
+    process = Forked(line, tmp_path)
     store = tmp_path / "activations" / "unet.mid_block.attentions.0-output-image"
     wait_for(lambda: list(store.glob("w0000-*.safetensors")), process)
     said = end(process, signal.SIGTERM)

@@ -239,7 +239,7 @@ CHECKERS = {
     "pyright": ["--pythonpath"],
 }
 # No type of ours is from these, and mypy would read them for half a minute: what it says is the same.
-UNREAD = "transformers torch._dynamo torch._inductor torch.distributed torch.fx peft gradio".split()
+UNREAD = ["transformers", "torch._dynamo", "torch._inductor", "torch.distributed", "torch.fx", "peft", "gradio"]
 
 
 def needs_pyright() -> None:

@@ -27,9 +27,17 @@ def test_work_in_whole_waves():
     assert predict.tiles_of(300, 1000, 128, 256) == 3 * 4
 
 
-def of_program(each: str) -> dict:
-    """What `p`, bench.predict, says in a process that compiles."""
-    program = f"import json; from bench import predict as p; print(json.dumps({each}))"
+@pytest.fixture(scope="module")
+def said() -> dict:
+    """What bench.predict says of every op and of maps, in a process that compiles."""
+    if not TRITON_AVAILABLE or triton_version() < (3, 6):
+        pytest.skip("needs Triton 3.6 or later")
+    program = """
+import json
+from bench import predict as p
+found = {op: {shape: p.predicted(shape, op) for shape in p.SHAPES} for op in p.OPS}
+print(json.dumps(found | {"maps": {str(sizes): p.maps(*sizes) for sizes in p.MAPS}}))
+"""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=ROOT)
@@ -37,19 +45,18 @@ def of_program(each: str) -> dict:
     return json.loads(done.stdout)
 
 
-@pytest.mark.skipif(not TRITON_AVAILABLE or triton_version() < (3, 6), reason="needs Triton 3.6 or later")
 @pytest.mark.parametrize("op", predict.OPS)
-def test_this_design_costs_what_was_asked_for(op):
-    for shape, found in of_program(f"{{s: p.predicted(s, {op!r}) for s in p.SHAPES}}").items():
+def test_this_design_costs_what_was_asked_for(op, said):
+    assert said[op].keys() == predict.SHAPES.keys()
+    for shape, found in said[op].items():
         most = predict.SHAPES[shape] if op == "topk_encode" else predict.THRESHOLD
         assert 1 < found["ratio"] <= most, (shape, found)
         assert min(found.values()) > 0
 
 
-@pytest.mark.skipif(not TRITON_AVAILABLE or triton_version() < (3, 6), reason="needs Triton 3.6 or later")
-def test_maps_of_few_positions_are_shared_out_over_the_multiprocessors():
+def test_maps_of_few_positions_are_shared_out_over_the_multiprocessors(said):
     """38 us of 64 programs, were the 20 heads of SDXL at 32 x 32 in series."""
-    found = of_program("{str(s): p.maps(*s) for s in p.MAPS}")
-    for size, parts in found.items():
+    assert len(said["maps"]) == len(predict.MAPS)
+    for size, parts in said["maps"].items():
         assert parts["programs"] >= predict.MULTIPROCESSORS, size
         assert parts["memory"] < parts["total"] < 25e-6, size
