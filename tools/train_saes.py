@@ -8,8 +8,9 @@ What came of it is printed beside the SAEs that the package carried, and written
 
 Activations: conditional rows of all twenty steps while the pipeline draws four fifths of the grid, two images a cell
 (the other fifth is what the evaluation measures on), of cross-attention also while it draws objects in no style and styles of
-no object; of the text encoder, every token of all these prompts. One TopK SAE for each hookpoint, 8 times as many latents as
-the block is wide and an eighth of its width active. FVU is of the other fifth, *dead* of the whole grid drawn anew.
+no object; of the text encoder, every token of all these prompts; of the joint pipeline also while it draws scenes of two
+objects, of trained pairs alone. One TopK SAE for each hookpoint, 8 times as many latents as the block is wide and an eighth
+of its width active. FVU is of the other fifth, *dead* of the whole grid drawn anew.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 from train_autoencoder import ROOT
 from training_run import save_atomically
 
-from sparsefeat.assets import GUIDANCE, emojicanvas, load_pipeline, weights_fingerprint
+from sparsefeat.assets import GUIDANCE, emojicanvas, emojiscenes, load_pipeline, weights_fingerprint
 from sparsefeat.assets.embedded import EMBEDDED_NAME, JOINT, JOINT_NAME, JOINT_SAES, PIPELINE, SAES
 from sparsefeat.evaluation.generation import STATISTICS, TEST, held_out, whole_grid
 from sparsefeat.evaluation.results import measured_here, measured_on_embedded
@@ -64,18 +65,26 @@ TEXT_STEPS = 350
 
 
 @dataclass(frozen=True)
-class Partial:
-    """An image without a style, or without an object: what the pipeline also saw in training."""
+class Beside:
+    """An image that is not of the grid, but of what the pipeline also saw in training."""
 
     prompt: str
     seed: int
 
 
+# Without a style, or without an object.
 PARTIAL = [
-    Partial(prompt, seed=7_100_000 + i)
+    Beside(prompt, seed=7_100_000 + i)
     for i, prompt in enumerate(
         [emojicanvas.prompt(o) for o in emojicanvas.OBJECTS] + [emojicanvas.prompt(None, s) for s in emojicanvas.STYLES]
     )
+]
+
+# Of the joint pipeline, three rows for every four of the grid: SAEs that never saw two things in one picture explain such
+# pictures less well, and their latents mark less in them (docs/attention.md).
+SCENES = [
+    Beside(scene.caption, seed=7_200_000 + i)
+    for i, scene in enumerate(emojiscenes.scenes(240, 7_200_000, emojiscenes.TRAIN, n_objects=(2,)))
 ]
 
 
@@ -132,6 +141,7 @@ def main() -> None:
     for name, at, tasks, rows_per_image in (
         ("seen", hookpoints, seen, 40),
         ("partial", crossing, PARTIAL, 40),
+        ("scenes", hookpoints if joint else [], SCENES, 40),
         ("unseen", hookpoints, unseen, 64),
         ("grid", hookpoints, whole_grid(TEST), 64),
     ):
@@ -149,7 +159,8 @@ def main() -> None:
         collected[name] = {h: torch.load(cache, weights_only=True) for h, cache in caches.items()}
     for hookpoint in hookpoints:
         crosses, held, grid = hookpoint in crossing, collected["unseen"][hookpoint], collected["grid"][hookpoint]
-        rows = torch.cat([collected[part][hookpoint] for part in (("seen", "partial") if crosses else ("seen",))])
+        parts = [collected[part] for part in ("seen", "partial", "scenes") if hookpoint in collected[part]]
+        rows = torch.cat([part[hookpoint] for part in parts])
         name, width = hookpoint.removeprefix("unet.").removeprefix("transformer."), rows.shape[1]
         of_text = hookpoint.startswith("text_encoder")
         steps = min(arguments.steps, TEXT_STEPS if of_text else FEW_STEPS if crosses else arguments.steps)
