@@ -78,6 +78,12 @@ def _read(
     fields, tensors = READERS[kind](trainer, held, n_latents, d_model)
     if "k" in fields and given.k is not None:
         fields["k"] = given.k
+    elif "k" in fields and trainer.get("k") not in (None, fields["k"]):  # also while a run lowers its k
+        say(
+            path,
+            f"k is {fields['k']} here and {shown(trainer['k'])} in {described.path}; the weights' own is used, as the "
+            "library does: pass k= for another",
+        )
     scale = held.around.get("norm_factor")
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,20 @@ def test_a_file_of_before_k_and_threshold_were_stored_takes_k_from_the_config(tm
     place = copied(FIXTURE["topk"], tmp_path)
     change(place, k=None, threshold=None)
     assert largest_difference(load_sae(place), FIXTURE["topk"]) < TOLERANCE
+
+
+def test_a_k_in_the_config_that_is_not_the_weights_is_told_and_a_given_one_is_used(tmp_path):
+    place = copied(FIXTURE["topk"], tmp_path)
+    described = json.loads((place / "config.json").read_text())
+    own = described["trainer"]["k"]
+    described["trainer"]["k"] = own + 3
+    (place / "config.json").write_text(json.dumps(described))
+    with pytest.warns(UserWarning, match=rf"k is {own} here and {own + 3} in .*config\.json; .* pass k="):
+        assert largest_difference(load_sae(place), FIXTURE["topk"]) < TOLERANCE
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_sae(place, k=own + 3).config.k == own + 3
+        load_sae(FIXTURE["topk"])
 
 
 def test_a_threshold_that_is_unset_means_top_k(tmp_path):
