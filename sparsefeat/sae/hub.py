@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsefeat.sae.model_card import model_card
+from sparsefeat.sae.names import NAMES
 
 if TYPE_CHECKING:
     from sparsefeat.sae.module import SAE
@@ -24,7 +25,7 @@ def push_to_hub(
     """Upload the SAE to a hub repository, created if need be; returns the address of the commit.
 
     A model card goes with it (README.md, beside the SAE): hookpoint, base model, width, k, how to open it, and `metrics`,
-    such as {"fvu": 0.21, "l0": 32.0}.
+    such as {"fvu": 0.21, "l0": 32.0}. Of names of latents the repository has this SAE's: those of an earlier one go.
     """
     from huggingface_hub import HfApi
 
@@ -33,4 +34,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         written = sae.save(Path(folder) / "sae")
         (written / "README.md").write_text(model_card(sae, repo_id, subfolder, metrics or {}), encoding="utf-8")
-        return hub.upload_folder(repo_id=repo_id, folder_path=written, path_in_repo=subfolder).commit_url
+        commit = hub.upload_folder(
+            repo_id=repo_id, folder_path=written, path_in_repo=subfolder, delete_patterns=[NAMES]
+        )
+        return commit.commit_url

@@ -47,7 +47,9 @@ class SAE(nn.Module):
     normaliser; `W_enc` and `W_dec` are both `[n_latents, d_model]`, one latent one row in each. See `SAEConfig`.
 
     A new SAE has random unit decoder rows, the encoder tied to them at the start, and biases of zero; train it with
-    `sparsefeat.training.SAETrainer` or open a trained one with `sparsefeat.load_sae`.
+    `sparsefeat.training.SAETrainer` or open a trained one with `sparsefeat.load_sae`. Change weights in place under
+    `torch.no_grad()`, `sae.W_enc[3] = 0`: of what is written into `sae.W_enc.data` torch tells nobody, and `encode` may go on
+    with what it had made of the weights before.
 
     >>> sae = SAE(SAEConfig(d_model=8, n_latents=32, k=4))
     >>> code = sae.encode(torch.randn(3, 5, 8))          # SparseCode of 15 rows
@@ -349,8 +351,8 @@ class SAE(nn.Module):
         Names that lie there stay if the weights do. Where those of another SAE are replaced, they are of other latents, and go.
 
         Raises:
-            TypeError: `folder` is no path.
-            ValueError: it is empty, or holds another SAE.
+            TypeError: `folder` is no path. ValueError: it is empty.
+            FileExistsError: it holds something other than this SAE, and `overwrite` is not given.
             OSError: it cannot be written.
         """
         state, names = self.state_dict(), as_path(folder) / NAMES

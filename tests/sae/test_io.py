@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from sparsefeat.sae import SAE, SAEConfig, load_sae, save
+from sparsefeat.sae import SAE, Names, SAEConfig, load_sae, save
 from sparsefeat.sae.formats import native
 from tests.sae.dense import CASES, NORMALIZERS, random_sae
 
@@ -81,9 +81,35 @@ def test_saving_again_replaces_the_weights_while_the_loaded_ones_stay(tmp_path):
     kept = first.W_dec.detach().clone()
     with torch.no_grad():
         sae.W_dec += 1
-    sae.save(tmp_path / "sae")
+    with pytest.raises(FileExistsError, match=r"same config with other weights, .*pass overwrite=True"):
+        sae.save(tmp_path / "sae")
+    assert torch.equal(load_sae(tmp_path / "sae").W_dec, kept)
+    sae.save(tmp_path / "sae", overwrite=True)
     assert torch.equal(first.W_dec, kept)
     assert torch.equal(load_sae(tmp_path / "sae").W_dec, sae.W_dec)
+
+
+def test_the_same_weights_are_saved_again_unless_that_would_round_them(tmp_path):
+    sae = random_sae("topk")
+    for _ in range(2):
+        sae.save(tmp_path / "sae")
+    with pytest.raises(FileExistsError, match="these in a wider dtype"):
+        sae.save(tmp_path / "sae", dtype=torch.float16)
+    assert torch.equal(load_sae(tmp_path / "sae").W_dec, sae.W_dec)
+    sae.save(tmp_path / "sae", dtype=torch.float16, overwrite=True)
+    load_sae(tmp_path / "sae").save(tmp_path / "sae")  # in fp32, as it was loaded
+    sae.save(tmp_path / "half", dtype=torch.float16)
+    sae.save(tmp_path / "half")  # which rounds to what lies there
+    assert torch.equal(load_sae(tmp_path / "half").W_dec, sae.W_dec)
+
+
+def test_a_damaged_file_is_not_replaced_unasked(folder):
+    whole = load_sae(folder)
+    (folder / "sae.safetensors").write_bytes(b"")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        whole.save(folder)
+    whole.save(folder, overwrite=True)
+    assert torch.equal(load_sae(folder).W_dec, whole.W_dec)
 
 
 def test_a_folder_in_the_way_is_refused_unless_overwrite(tmp_path, folder):
@@ -114,7 +140,7 @@ def test_a_save_killed_before_the_rename_leaves_the_old_sae_whole(folder, monkey
 
     monkeypatch.setattr(native.os, "rename", killed)
     with pytest.raises(KeyboardInterrupt):
-        random_sae("batch_topk", "threshold", seed=9).save(folder)
+        random_sae("batch_topk", "threshold", seed=9).save(folder, overwrite=True)
     assert (folder / "sae.safetensors").read_bytes() == before
     assert [path.name for path in folder.parent.iterdir()] == ["sae"]
 
@@ -309,14 +335,16 @@ def test_a_hub_that_cannot_be_reached_is_said(monkeypatch):
         load_sae("someone/saes")
 
 
-def test_push_to_hub_uploads_what_save_writes(monkeypatch):
+def test_push_to_hub_uploads_what_save_writes_and_leaves_no_names_of_another(monkeypatch):
     uploaded = {}
 
     class Hub:
         def create_repo(self, repo_id, private, exist_ok):
             uploaded["created"] = (repo_id, private, exist_ok)
 
-        def upload_folder(self, repo_id, folder_path, path_in_repo):
+        def upload_folder(self, repo_id, folder_path, path_in_repo, delete_patterns):
+            uploaded["deleted first"] = delete_patterns  # in the same commit, but for what is uploaded
+            uploaded["names"] = sorted(path.name for path in Path(folder_path).iterdir())
             uploaded["sae"] = load_sae(folder_path)
             uploaded["card"] = (Path(folder_path) / "README.md").read_text()
             uploaded["place"] = path_in_repo
@@ -328,6 +356,8 @@ def test_push_to_hub_uploads_what_save_writes(monkeypatch):
     assert sae.push_to_hub("me/sae", private=True, subfolder="mid", metrics=metrics) == "https://hub/commit"
     assert uploaded["created"] == ("me/sae", True, True)
     assert uploaded["place"] == "mid"
+    assert uploaded["deleted first"] == ["names.json"]
+    assert uploaded["names"] == ["README.md", "config.json", "sae.safetensors"]
     assert torch.equal(uploaded["sae"].W_dec, sae.W_dec)
     head, table = uploaded["card"].split("---\n")[1:3]
     assert yaml.safe_load(head)["base_model"] == "stabilityai/sdxl-turbo"
@@ -342,6 +372,10 @@ def test_push_to_hub_uploads_what_save_writes(monkeypatch):
     ):
         assert fact in table, fact
     assert 'sf.load_sae("me/sae", subfolder="mid")' in table
+    sae.names = Names({3: "fox"})
+    sae.push_to_hub("me/sae")
+    assert "names.json" in uploaded["names"]
+    assert uploaded["sae"].names == Names({3: "fox"})
 
 
 def test_the_sae_package_never_imports_diffusers_or_transformers():

@@ -103,7 +103,7 @@ def test_names_stay_with_their_weights_and_go_with_them(tmp_path, overwrite):
     Names({3: "fox"}).write(tmp_path / "sae" / "names.json")
     one.save(tmp_path / "sae", overwrite=overwrite)
     assert load_sae(tmp_path / "sae").names == Names({3: "fox"})
-    other.save(tmp_path / "sae", overwrite=overwrite)  # whose latent 3 is another
+    other.save(tmp_path / "sae", overwrite=True)  # whose latent 3 is another
     assert not load_sae(tmp_path / "sae").names
 
 

@@ -76,7 +76,7 @@ def write(
     """Write the SAE into `folder`; `dtype` stores it in another floating dtype, float16 for half the bytes.
 
     A new folder is prepared beside its place and renamed, so that it is there whole or not at all. A folder that holds
-    an SAE of the same config has its weights replaced, by one rename; anything else in the way is refused unless
+    these weights already is written again; anything else in the way, and these in a wider dtype, is refused unless
     `overwrite` (which replaces the two files, one after the other, and leaves others alone).
     """
     if dtype is not None and dtype not in FLOATING.values():
@@ -86,7 +86,7 @@ def write(
         if not tensor.isfinite().all():
             raise ValueError(f"{name} has NaN or Inf as {tensor.dtype}: save a wider dtype, or train again")
     if not overwrite:
-        _check_place(folder, config)
+        _check_place(folder, config, state)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -110,7 +110,7 @@ def write(
     return folder
 
 
-def _check_place(folder: Path, config: SAEConfig) -> None:
+def _check_place(folder: Path, config: SAEConfig, state: Mapping[str, Tensor]) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -122,6 +122,11 @@ def _check_place(folder: Path, config: SAEConfig) -> None:
     present = {"format": NAME, "format_version": VERSION, **config.to_json()}
     if read_json(folder / CONFIG) != present:
         raise FileExistsError(f"{folder} holds an SAE of another config: choose a new folder, or pass overwrite=True")
+    if not holds(folder, state):
+        raise FileExistsError(
+            f"{folder} holds an SAE of the same config with other weights, or these in a wider dtype: choose a new folder, or "
+            "pass overwrite=True"
+        )
 
 
 def _umask() -> int:
