@@ -90,14 +90,22 @@ class SparseCode:
         return SparseCode(self.values.to(device), self.indices.to(device), self.n_latents, offsets)
 
     def dense(self) -> Tensor:
-        """The code as a [rows, n_latents] tensor: for tests and very small dictionaries only."""
+        """The code as a [rows, n_latents] tensor: for tests and very small dictionaries only.
+
+        Raises:
+            IndexError: an index out of range, where a look at it can be had: a negative one would count from the end.
+        """
+        looked_at = self.indices.numel() and not self.indices.is_meta and not torch.compiler.is_compiling()
+        if looked_at and not _within(self.indices, self.n_latents):
+            wrong = self.indices[(self.indices < 0) | (self.indices >= self.n_latents)][0]
+            raise IndexError(f"indices must be from 0 to {self.n_latents - 1}, got {int(wrong)}")
         out = self.values.new_zeros(self.rows, self.n_latents)
         entries = (self.row_ids.reshape(-1), self.indices.reshape(-1).long())
         return out.index_put_(entries, self.values.reshape(-1), accumulate=True)
 
     def select(self, latents: Tensor | Sequence[int]) -> Tensor:
         """[rows, F] values of the chosen latents, 0 where one is not active in the row. Scratch: [rows, F] + the code."""
-        latents = torch.as_tensor(latents)
+        latents = latents if isinstance(latents, Tensor) else torch.as_tensor(latents, device="cpu")
         # Only where the look waits for no GPU, and nothing traces.
         here = latents.device.type == "cpu" and not torch.compiler.is_compiling()
         if here and latents.numel() and (latents.is_floating_point() or not _within(latents, self.n_latents)):

@@ -50,6 +50,15 @@ def test_it_is_a_pytree_of_tensors(code: SparseCode):
     assert torch.equal(doubled.dense(), 2 * DENSE)
 
 
+@pytest.mark.parametrize("wrong", [-1, 5])
+@pytest.mark.parametrize("code", both_forms(), ids=["padded", "csr"])
+def test_an_index_that_is_no_latent_is_refused_not_counted_from_the_end(code: SparseCode, wrong: int):
+    indices = code.indices.clone()
+    indices.view(-1)[1] = wrong
+    with pytest.raises(IndexError, match=f"indices must be from 0 to 4, got {wrong}"):
+        SparseCode(code.values, indices, 5, code.row_offsets).dense()
+
+
 def test_mistakes_are_refused_by_name():
     values, indices = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int32)
     with pytest.raises(ValueError, match="values and indices"):

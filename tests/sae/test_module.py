@@ -242,3 +242,16 @@ def test_an_encode_follows_the_weights_when_they_change():
     torch.testing.assert_close(together.dense(), one_by_one)
     for copied in (copy.deepcopy(sae), pickle.loads(pickle.dumps(sae))):
         torch.testing.assert_close(copied.encode(x).dense(), one_by_one)
+
+
+@pytest.mark.parametrize("exchange", ["data", "half"])
+def test_weights_whose_memory_was_exchanged_are_the_ones_that_encode(exchange):
+    torch.manual_seed(0)
+    sae, x = SAE(SAEConfig(64, 2048, k=8)).eval(), torch.randn(256, 64)
+    sae.encode(x)
+    if exchange == "data":
+        sae.W_enc.data = torch.randn(2048, 64)
+    else:
+        sae.half().float()
+    pre = (x - sae.b_pre).double() @ sae.W_enc.double().T
+    assert torch.equal(sae.encode(x).dense() != 0, torch.zeros_like(pre).scatter(1, pre.topk(8).indices, 1.0) != 0)

@@ -21,6 +21,19 @@ __all__ = ["PreparedEncoder", "prefilter_pays", "prepare_encoder"]
 PREFILTERED_ROWS = 128
 
 
+class _Weight:
+    """A tensor as it was: itself, its memory (`module.half()` and `.data =` exchange that alone), and its version."""
+
+    def __init__(self, tensor: Tensor):
+        self._tensor, self._memory = weakref.ref(tensor), weakref.ref(tensor.untyped_storage())
+        self._place, self._version = tensor.data_ptr(), tensor._version
+
+    def is_of(self, tensor: Tensor) -> bool:
+        # Not by its address alone: that of memory which was given back is given away again.
+        same = self._memory() is tensor.untyped_storage() and self._tensor() is tensor
+        return same and (self._place, self._version) == (tensor.data_ptr(), tensor._version)
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedEncoder:
     """What `topk_encode(..., prepared=)` keeps of an encoder between calls. Made by `prepare_encoder`.
@@ -33,14 +46,12 @@ class PreparedEncoder:
     # |x' - x'~| bounds[0] + |x'~| bounds[1] + bounds[2] + 2^-8 |p|
     rounded: tuple[Tensor, Tensor] | None
     bias: Tensor | None  # fp32 [n_latents]
-    _weights: tuple[weakref.ref[Tensor], ...] = field(repr=False)
-    _versions: tuple[int, ...] = field(repr=False)
+    _weights: tuple[_Weight, ...] = field(repr=False)
 
     def is_current(self, *weights: Tensor) -> bool:
         """Whether these (W_enc, b_enc and, where it was made with it, b_pre) are the very tensors it was made from,
-        unchanged since (changes through `.data` go unseen)."""
-        same = all(kept() is now for kept, now in zip(self._weights, weights, strict=False))
-        return same and self._versions == tuple(t._version for t in weights[: len(self._versions)])
+        unchanged since (what is written into `.data` goes unseen; a tensor put in its place does not)."""
+        return all(kept.is_of(now) for kept, now in zip(self._weights, weights, strict=False))
 
     def check_current(self, *weights: Tensor) -> None:
         if not torch.compiler.is_compiling() and not self.is_current(*weights):
@@ -82,23 +93,24 @@ def prepare_encoder(
     weights = (W_enc, b_enc) if b_pre is None or not by_kernels else (W_enc, b_enc, b_pre)
     if any(t.is_inference() for t in weights):
         raise RuntimeError("weights made in inference mode change unnoticed; prepare clones of them")
-    kept = tuple(map(weakref.ref, weights)), tuple(t._version for t in weights)
+    kept = tuple(map(_Weight, weights))
     if by_kernels:
         if W_enc.dtype != torch.float32 and b_pre is None:
             raise ValueError("b_pre must be given for half-precision weights, whose bias it is part of")
-        return PreparedEncoder(None, encoder_bias(W_enc, b_enc, b_enc if b_pre is None else b_pre), *kept)
+        return PreparedEncoder(None, encoder_bias(W_enc, b_enc, b_enc if b_pre is None else b_pre), kept)
     if W_enc.device.type != "cpu":
-        return PreparedEncoder(None, None, *kept)
+        return PreparedEncoder(None, None, kept)
     width = rounded_width(W_enc.shape[1])
-    if into is not None and into.rounded is not None and into.rounded[0].shape == (len(W_enc), width):
-        low, bounds = into.rounded
-    else:
-        low, bounds = (
-            torch.zeros(len(W_enc), width, dtype=torch.bfloat16),
-            torch.empty(3, len(W_enc), dtype=torch.float32),
-        )
-    _fill(W_enc.detach(), b_enc.detach(), low, bounds)
-    return PreparedEncoder((low, bounds), None, *kept)
+    with torch.device("cpu"):  # not the caller's default device: unlike an op this is not past torch's modes
+        if into is not None and into.rounded is not None and into.rounded[0].shape == (len(W_enc), width):
+            low, bounds = into.rounded
+        else:
+            low, bounds = (
+                torch.zeros(len(W_enc), width, dtype=torch.bfloat16),
+                torch.empty(3, len(W_enc), dtype=torch.float32),
+            )
+        _fill(W_enc.detach(), b_enc.detach(), low, bounds)
+    return PreparedEncoder((low, bounds), None, kept)
 
 
 @conducted

@@ -306,6 +306,11 @@ def test_changed_weights_are_noticed():
     w[0] += 1
     with pytest.raises(ValueError, match="before they changed; prepare_encoder again"):
         topk_encode(x, w, b, c, 5, prepared=prepared)
+    prepared = prepare_encoder(w, b)
+    w.data = w.half()  # and back, as a module's .half().float() does: the first memory may be given out again
+    w.data = w.float()
+    with pytest.raises(ValueError, match="before they changed; prepare_encoder again"):
+        topk_encode(x, w, b, c, 5, prepared=prepared)
     with pytest.raises(ValueError, match="made from other weights"):
         topk_encode(x, w.clone(), b, c, 5, prepared=prepare_encoder(w, b))
     with pytest.raises(TypeError, match=r"W_enc must be float32 to be prepared, got torch\.float16"):
