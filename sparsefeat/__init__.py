@@ -70,6 +70,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from sparsefeat.pipeline import Instrument as Instrument
     from sparsefeat.pipeline import Replace as Replace
     from sparsefeat.pipeline import attach as attach
+    from sparsefeat.pipeline import detach as detach
     from sparsefeat.pipeline import hookpoints as hookpoints
     from sparsefeat.sae import SAE as SAE
     from sparsefeat.sae import Names as Names
@@ -168,6 +169,7 @@ _HOME = {
     "circuit": "sparsefeat.attribution",
     "cones": "sparsefeat.attribution",
     "decompose": "sparsefeat.steering",
+    "detach": "sparsefeat.pipeline",
     "df_cam": "sparsefeat.attribution",
     "df_rise": "sparsefeat.attribution",
     "discover_direction": "sparsefeat.steering",

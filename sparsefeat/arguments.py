@@ -151,6 +151,16 @@ def finite_in(name: str, given: Any) -> None:
             finite_in(f"{name}[{key!r}]", entry)
 
 
+def on_the_cpu_by_default() -> None:
+    """Refuse another default device of torch's: what is counted and kept here is made on the CPU, beside the device's tensors."""
+    device = torch.get_default_device()
+    if device.type != "cpu":
+        raise RuntimeError(
+            f"torch's default device is {device}, and what is kept here is on the CPU; torch.set_default_device('cpu'), or "
+            f"leave the `with torch.device` block, and move to {device} by .to() what should be there"
+        )
+
+
 def image_map(name: str, given: Any) -> Tensor:
     """A map over the image, [height, width] for all images or [images, height, width], in fp32 (fp64 stays).
 

@@ -34,7 +34,7 @@ from sparsefeat.attention.moved_latents import MovedLatents, latents_argument, r
 from sparsefeat.attention.reading import refuse_unknown_words
 from sparsefeat.attention.seen_prompts import SeenPrompts
 from sparsefeat.attention.sums import cut, of_four
-from sparsefeat.pipeline import Call, Context, Instrument, UnknownConditionError
+from sparsefeat.pipeline import Call, Context, FrozenInstrument, UnknownConditionError
 from sparsefeat.pipeline.context import HOW_TO_STATE, UNKNOWN
 from sparsefeat.pipeline.families.family import Run
 from sparsefeat.pipeline.families.registry import family_of
@@ -59,7 +59,7 @@ class GuidanceRecording:
     moves: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
-class MapGuidance(Instrument):
+class MapGuidance(FrozenInstrument):
     """What the methods share: the pass with gradients, and the move of the latents.
 
     Args:

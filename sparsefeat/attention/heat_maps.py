@@ -44,7 +44,7 @@ from sparsefeat.attention.seen_prompts import SeenPrompts
 from sparsefeat.attention.sums import Attended, Grid, MapSum, Part, add_up, positions
 from sparsefeat.attention.word_mask import WordMask
 from sparsefeat.attention.words import NoSuchWordError
-from sparsefeat.pipeline import AttentionCall, Call, Context, Instrument
+from sparsefeat.pipeline import AttentionCall, Call, Context, FrozenInstrument
 from sparsefeat.pipeline.families.family import TextLayout
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 
@@ -54,7 +54,7 @@ MAX_BYTES = 1 << 30
 StepWeights = Sequence[float] | Callable[[Context], float] | None
 
 
-class HeatMaps(Instrument):
+class HeatMaps(FrozenInstrument):
     """Instrument: heat maps of the words of the prompt, from the attention between image and text.
 
     Args:

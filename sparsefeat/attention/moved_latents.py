@@ -33,7 +33,7 @@ class MovedLatents:
 
     def __init__(self, who: str, pipe: Any, arguments: Mapping[str, Any]):
         self.who: str = who
-        self._pipe = pipe
+        self._kinds = type(pipe).__name__, type(getattr(pipe, "scheduler", None)).__name__
         self._factor = _input_factor(pipe, arguments)
         self._moves: dict[int, Tensor] = {}  # in the units of what the denoiser is given
         self._given: dict[int, Tensor] = {}
@@ -52,7 +52,7 @@ class MovedLatents:
         """The denoiser's input with each row moved as its image is."""
         if set(images) - set(self._moves):
             raise ValueError(
-                f"{type(self._pipe).__name__} runs the rows without the prompt before those with it, and {self.who} moves "
+                f"{self._kinds[0]} runs the rows without the prompt before those with it, and {self.who} moves "
                 "both by what it sees of the second: it cannot guide this pipeline."
             )
         moves = torch.stack([self._moves[image] for image in images])
@@ -71,7 +71,7 @@ class MovedLatents:
         error = (given.double() - wanted).abs().max()
         if float(error) > 0.02 * float(wanted.abs().max()) + 1e-6:
             raise ValueError(
-                f"what the denoiser was given is not what {type(self._pipe.scheduler).__name__} makes of the latents, "
+                f"what the denoiser was given is not what {self._kinds[1]} makes of the latents, "
                 f"so {self.who} cannot tell how far to move them; guide with another scheduler."
             )
         return (sample.double() + moves.double() / self._factor).to(sample.dtype)

@@ -13,6 +13,7 @@ from sparsefeat.pipeline.attention_seam import bypass, normalises_queries
 from sparsefeat.pipeline.families.family import Family
 from sparsefeat.pipeline.families.registry import family_of
 from sparsefeat.pipeline.hookpoints import components
+from sparsefeat.pipeline.weakly import Weakly
 
 Kind = Literal["cross", "joint", "text_renormalised", "query_query", "concept"]
 KINDS: tuple[Kind, ...] = ("cross", "joint", "text_renormalised", "query_query", "concept")
@@ -24,13 +25,27 @@ DIRECTIONS: tuple[Direction, ...] = ("image_to_text", "text_to_image")
 
 @dataclass(frozen=True)
 class Layer:
-    """An attention module that is read: its path in the pipeline, and the model around it."""
+    """An attention module that is read: its path in the pipeline, and the model around it, neither of which it keeps."""
 
     path: str
-    module: nn.Module
     root_name: str
-    root: nn.Module
     family: Family
+    _module: Weakly[nn.Module]
+    _root: Weakly[nn.Module]
+
+    @property
+    def module(self) -> nn.Module:
+        return _there(self._module)
+
+    @property
+    def root(self) -> nn.Module:
+        return _there(self._root)
+
+
+def _there(model: Weakly[nn.Module]) -> nn.Module:
+    found = model()
+    assert found is not None  # a call of it is going on, or it is being attached to
+    return found
 
 
 def layers_of(pipe: Any, kind: Kind | None, wanted: Sequence[str] | None) -> tuple[Kind, tuple[Layer, ...]]:
@@ -105,7 +120,7 @@ def attentions_of(pipe: Any, kind: str) -> tuple[Layer, ...]:
             plain = path.replace("_orig_mod.", "").replace("base_layer.", "")
             apart = kind == "cross_attention" and not getattr(module, "is_cross_attention", True)
             if of_kind == kind and family.reads_text_at(model, plain) and not apart:
-                found.append(Layer(f"{name}.{plain}", module, name, model, family))
+                found.append(Layer(f"{name}.{plain}", name, family, Weakly(module), Weakly(model)))
     return tuple(found)
 
 

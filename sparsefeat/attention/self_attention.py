@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from sparsefeat.arguments import finite, number, sides, whole
 from sparsefeat.attention.clusters import merged, partition
 from sparsefeat.attention.heat_map_arguments import names_of
-from sparsefeat.pipeline import AttentionCall, Call, Context, Instrument
+from sparsefeat.pipeline import AttentionCall, Call, Context, FrozenInstrument
 from sparsefeat.pipeline.attention_seam import bypass
 from sparsefeat.pipeline.families.registry import family_of
 from sparsefeat.pipeline.hookpoints import components
@@ -42,7 +42,7 @@ MOST_POSITIONS = 1024
 BLOCK_BYTES = 4 << 20
 
 
-class SelfAttention(Instrument):
+class SelfAttention(FrozenInstrument):
     """Instrument: the image's attention to itself, summed over layers, heads and steps into one [positions, positions].
 
     Of a joint attention the rows and keys of the image alone, renormalised over them. Of Sana's linear attention, which

@@ -144,7 +144,8 @@ class CrossTokenNMS(OfWords):
         module = resolve(self._call.pipe, path).module
         project = module.to_out[0]
         of = removed.to(activations.tensor.dtype)
-        change = project(torch.zeros_like(of[:1, :1])) - project(of)  # its bias is not of what is removed
+        with self._call.as_the_pipeline(of.device):
+            change = project(torch.zeros_like(of[:1, :1])) - project(of)  # its bias is not of what is removed
         return Delta(change.flatten(0, 1) / getattr(module, "rescale_output_factor", 1.0))
 
 

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from sparsefeat.attention.seen_prompts import SeenPrompts
-from sparsefeat.pipeline import Call, Context, Instrument, UnknownConditionError
+from sparsefeat.pipeline import Call, Context, FrozenInstrument, UnknownConditionError
 from sparsefeat.pipeline.context import HOW_TO_STATE, UNKNOWN
 
 
-class OfWords(Instrument):
+class OfWords(FrozenInstrument):
     """Looks the words of a prompt up among the keys of its attention."""
 
     condition = "cond"

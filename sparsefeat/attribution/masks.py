@@ -79,7 +79,7 @@ class WeightMask(SavableInstrument):
                 )
             masks[path] = masks[path] | later.mask(path) if path in masks else later.mask(path)
         both = WeightMask(masks, ", ".join(name for name in (self.concept, later.concept) if name))
-        both.window = self.window
+        vars(both)["window"] = self.window
         return both
 
     def weights(self, pipe: Any) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -131,7 +131,7 @@ class ESD(SavableInstrument):
                 )
             picture += 1
         made = cls(training.changes(), concept, steps=steps)
-        made.losses = tuple(training.losses)
+        vars(made)["losses"] = tuple(training.losses)
         return made
 
     def weights(self, pipe: Any) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -149,7 +149,7 @@ class InterpretThenDeactivate(SavableInstrument):
                 judge = made if gate_strength is None else made._stronger(gate_strength)
                 text_rows = _text_rows(pipe, sae, where, erase, call, bar)
                 errors = [judge._errors(rows, texts) for rows, texts in text_rows]
-                made.tau = MARGIN * float(torch.cat(errors).min())
+                vars(made)["tau"] = MARGIN * float(torch.cat(errors).min())
         return made
 
     @staticmethod

@@ -165,7 +165,7 @@ class ConceptLancet(SavableInstrument):
     def from_saved(cls, sae: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> ConceptLancet:
         directions = dict(zip(config.pop("names"), tensors["atoms"], strict=True))
         loaded = cls(directions, center=tensors["center"], **config)
-        loaded.atoms = tensors["atoms"]  # already of unit length: dividing again would change bits
+        vars(loaded)["atoms"] = tensors["atoms"]  # already of unit length: dividing again would change bits
         return loaded
 
 

@@ -363,7 +363,7 @@ class Erase(SavableInstrument):
     def with_selections(self, selections: Mapping[float, Selection], concepts: Iterable[str]) -> Erase:
         """The same settings with other latents."""
         other = Erase(self.sae, selections, concepts, error=self.error, condition=self.condition, at=self.at)
-        other.window = self.window
+        vars(other)["window"] = self.window
         return other
 
     def to_saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:

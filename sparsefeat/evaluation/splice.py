@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
-from sparsefeat.pipeline import Activations, Context, Hookpoint, Instrument, Replace
+from sparsefeat.pipeline import Activations, Context, FrozenInstrument, Hookpoint, Replace
 from sparsefeat.sae import SAE
 
 
-class Splice(Instrument):
+class Splice(FrozenInstrument):
     """Instrument: every row becomes its reconstruction, in all conditions and all steps.
 
     The harshest test of an SAE: whatever it loses, the rest of the model has to do without.
@@ -31,7 +31,7 @@ class Splice(Instrument):
         return Replace(sae.decode(activations.code(sae), like=x).to(x.dtype))
 
 
-class Ablate(Instrument):
+class Ablate(FrozenInstrument):
     """Instrument: every row becomes `row [d_model]`, such as zeros, or the mean: what the block says is lost."""
 
     def __init__(self, at: str | Hookpoint, row: Tensor) -> None:

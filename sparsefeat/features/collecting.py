@@ -20,14 +20,14 @@ from sparsefeat.features.statistics import (
     concepts_of,
     decoder_numbers,
 )
-from sparsefeat.pipeline import Activations, Call, Context, Enough, Hookpoint, Instrument, attach
+from sparsefeat.pipeline import Activations, Call, Context, Enough, FrozenInstrument, Hookpoint, Instrument, attach
 from sparsefeat.pipeline.call_arguments import GIVEN_TO_SEVERAL, check_call, for_several
 from sparsefeat.pipeline.families.registry import family_of
 from sparsefeat.pipeline.hookpoints import components, resolve
 from sparsefeat.sae import SAE
 
 
-class CollectStatistics(Instrument):
+class CollectStatistics(FrozenInstrument):
     """Instrument: adds the codes of every call to `statistics`, when it ends: of one that is interrupted nothing is counted.
 
     Args:
@@ -64,10 +64,14 @@ class CollectStatistics(Instrument):
             self._names(named)
         self.condition: str = condition
         self.concepts = concepts
-        self.has_counted: bool = False
-        """Anything in this call."""
+        self._has_counted = False
         self._of_image: list[tuple[int, ...]] = []  # places in the part
         self._part: Statistics | None = None
+
+    @property
+    def has_counted(self) -> bool:
+        """Anything in this call."""
+        return self._has_counted
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (self.at,)
@@ -96,7 +100,7 @@ class CollectStatistics(Instrument):
         names = [self._names(c) for c in of_prompt]
         of_call = list(dict.fromkeys(name for several in names for name in several))
         places = [tuple(of_call.index(name) for name in several) for several in names]
-        self.has_counted = False
+        self._has_counted = False
         self._of_image = [place for place in places for _ in range(call.images_per_prompt)]
         self._part = self.statistics.part(of_call) if of_call else None
         if self._part is not None:
@@ -108,7 +112,7 @@ class CollectStatistics(Instrument):
         of_row = [self._of_image[image] if condition == self.condition else () for condition, image in context.entries]
         if context.recomputing or not any(of_row) or self._part is None:
             return
-        self.has_counted = True
+        self._has_counted = True
         code = activations.code(beside(self.sae, activations, context))
         timestep = OUTSIDE_SCHEDULE if context.timestep is None else context.timestep
         row_batch = torch.arange(context.batch).repeat_interleave(context.positions)
@@ -120,7 +124,7 @@ class CollectStatistics(Instrument):
         part, self._part = self._part, None
         if part is not None:
             self.statistics.take(part)
-        if not self.has_counted and any(self._of_image):
+        if not self._has_counted and any(self._of_image):
             warnings.warn(
                 f"nothing was counted: no row of this call was under condition={self.condition!r}; use 'cond', or turn "
                 "guidance on for 'uncond'",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,9 @@ from torch import Tensor
 from sparsefeat.arguments import latent_number, number, truth, whole
 from sparsefeat.attention import HeatMap
 from sparsefeat.features.attached import beside, hookpoint_of
-from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument
+from sparsefeat.pipeline import Activations, Call, Context, FrozenInstrument, Hookpoint
 from sparsefeat.pipeline.context import CONDITIONS
+from sparsefeat.pipeline.weakly import Weakly
 from sparsefeat.sae import SAE
 from sparsefeat.store import Field, ShardReader, ShardWriter
 from sparsefeat.whole import as_path
@@ -94,7 +94,7 @@ def active_entries(code: SparseCode) -> tuple[Tensor, Tensor, Tensor]:
     return code.row_ids[active], code.indices[active], code.values[active]
 
 
-class Record(Instrument):
+class Record(FrozenInstrument):
     """Instrument: keeps the codes of a call. `run[record]` is a `Recording`.
 
     Args:
@@ -137,7 +137,7 @@ class Record(Instrument):
         self.at: Hookpoint = hookpoint_of(sae, at)
         self._recording: Recording | None = None
         self._writer: ShardWriter | None = None
-        self._earlier: list[weakref.ref[Recording]] = []  # of earlier calls, as long as somebody has them
+        self._earlier: list[Weakly[Recording]] = []  # of earlier calls, as long as somebody has them
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (self.at,)
@@ -193,7 +193,7 @@ class Record(Instrument):
             recording._spill(self._writer)  # the rest of it, so that a call is in one folder
         self._close()
         self._earlier = [reference for reference in self._earlier if reference() is not None]
-        self._earlier.append(weakref.ref(recording))
+        self._earlier.append(Weakly(recording))
         return recording
 
     def _close(self) -> None:

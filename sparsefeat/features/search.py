@@ -14,7 +14,7 @@ from sparsefeat.features.chance import LATENTS_AT_ONCE, Naming, best_of_latents,
 from sparsefeat.features.record import Record, Recording
 from sparsefeat.features.scores import area_under_curve, normalized_mean_difference
 from sparsefeat.features.statistics import Concepts, Statistics, check_statistics, concepts_of
-from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument
+from sparsefeat.pipeline import Activations, Call, Context, FrozenInstrument, Hookpoint
 from sparsefeat.sae import SAE
 
 
@@ -253,7 +253,7 @@ class Examples:
         return examples
 
 
-class CollectExamples(Instrument):
+class CollectExamples(FrozenInstrument):
     """Instrument: adds the images of every call to `examples`; `run[collect]` is the same object.
 
     Args:

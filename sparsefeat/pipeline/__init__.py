@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from sparsefeat.pipeline.attachment import Recordings
 from sparsefeat.pipeline.context import Call, Context, UnknownConditionError
+from sparsefeat.pipeline.frozen import FrozenInstrument
 from sparsefeat.pipeline.hookpoints import Hookpoint, HookpointInfo, UnknownHookpointError, hookpoints, resolve
 from sparsefeat.pipeline.instrument import Activations, AttentionCall, Delta, Enough, Instrument, Replace
 from sparsefeat.pipeline.outcome import HookpointNotReachedError
-from sparsefeat.pipeline.session import Recordings, Session, attach
+from sparsefeat.pipeline.session import Session, attach, detach
 
 __all__ = [
     "Activations",
@@ -15,6 +17,7 @@ __all__ = [
     "Context",
     "Delta",
     "Enough",
+    "FrozenInstrument",
     "Hookpoint",
     "HookpointInfo",
     "HookpointNotReachedError",
@@ -25,6 +28,7 @@ __all__ = [
     "UnknownConditionError",
     "UnknownHookpointError",
     "attach",
+    "detach",
     "hookpoints",
     "resolve",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from sparsefeat.arguments import finite_in
 from sparsefeat.pipeline.hookpoints import Hookpoint
+from sparsefeat.pipeline.weakly import Weakly
 
 CONDITIONS = ("cond", "uncond", "image", "perturbed")
 """What a batch entry may be; `Context.condition` says what each is."""
@@ -50,7 +50,7 @@ class Call:
     """The model runs in autocast, which instruments do not."""
     own_loop: bool = False
     """The denoising loop is the user's own, inside `session.call(...)`."""
-    pipe_ref: weakref.ref[Any] | None = field(default=None, repr=False)
+    pipe_ref: Weakly[Any] = field(default_factory=Weakly, repr=False)
     scheduled: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class Call:
     @property
     def pipe(self) -> Any:
         """The pipeline, None when it is gone: a kept recording does not keep its pipeline."""
-        return self.pipe_ref() if self.pipe_ref is not None else None
+        return self.pipe_ref()
 
     def as_the_pipeline(self, device: torch.device) -> torch.autocast:
         """For an instrument that runs the model itself, which the pipeline may run in autocast."""
@@ -110,7 +110,7 @@ class Call:
             guidance=_guidance(pipe, arguments),
             n_steps=arguments.get("num_inference_steps") if schedule is None else len(schedule),
             arguments=arguments,
-            pipe_ref=weakref.ref(pipe),
+            pipe_ref=Weakly(pipe),
         )
 
 

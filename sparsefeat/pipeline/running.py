@@ -34,7 +34,7 @@ from sparsefeat.pipeline.outputs import put_argument
 from sparsefeat.pipeline.weights import rest
 
 if TYPE_CHECKING:
-    from sparsefeat.pipeline.session import Session
+    from sparsefeat.pipeline.attachment import Attachment
 
 _calls = threading.local()
 
@@ -99,7 +99,7 @@ class RunningCall:
 
     pipe: Any
     call: Call
-    sessions: tuple[Session, ...]
+    attachments: tuple[Attachment, ...]
     guard: Guard
     changed: Callable[[], None]
     """What to do when hooks were put on the models, or taken off, in the middle of the call."""
@@ -133,7 +133,7 @@ class RunningCall:
             running = me()
             return sample if running is None else running._stepping(loop, sample)
 
-        layouts = [session.layout for session in self.sessions if session.layout is not None]
+        layouts = [attachment.layout for attachment in self.attachments if attachment.layout is not None]
         # A loop that is not diffusers' own leaves the `num_timesteps` of an earlier call, and may not step its scheduler.
         own_loop = self.call.own_loop or not is_diffusers_own(self.pipe)
         self.references: References = References(self.call, trusted=not own_loop)
@@ -147,16 +147,16 @@ class RunningCall:
         self.steps.open()
         self.guiders.open()
         self.references.add_arguments()
-        for session in self.sessions:
-            for instrument in session.instruments:
+        for attachment in self.attachments:
+            for instrument in attachment.instruments:
                 with self.guard.raised():
                     instrument.begin_call(self.call)
 
     def refuse_what_is_at_work(self) -> None:
         """An instrument keeps one call at a time: a call inside another's callback needs one of its own."""
-        mine = [instrument for session in self.sessions for instrument in session.instruments]
+        mine = [instrument for attachment in self.attachments for instrument in attachment.instruments]
         for other in calls_here():
-            for instrument in (instrument for session in other.sessions for instrument in session.instruments):
+            for instrument in (instrument for attachment in other.attachments for instrument in attachment.instruments):
                 if any(instrument is one for one in mine):
                     raise RuntimeError(
                         f"this {type(instrument).__name__} is at work in a call of {type(other.pipe).__name__}, inside which "
@@ -167,24 +167,24 @@ class RunningCall:
         """Doing it twice is harmless."""
         self.steps.close()
         self.guiders.close()
-        for session in self.sessions:
-            for place in session.weights:
+        for attachment in self.attachments:
+            for place in attachment.weights:
                 rest(place, False)
         if self in calls_here():
             calls_here().remove(self)
 
     def _step_completed(self, loop: Loop) -> None:
         context = self.moment(loop)
-        for session in self.sessions:
-            for instrument in session.instruments:
+        for attachment in self.attachments:
+            for instrument in attachment.instruments:
                 with self.guard.raised():
                     instrument.end_step(context)
 
     def _stepping(self, loop: Loop, sample: torch.Tensor) -> torch.Tensor:
         """What the scheduler is to step from."""
         context = self.moment(loop)
-        for session in self.sessions:
-            for instrument in session.instruments:
+        for attachment in self.attachments:
+            for instrument in attachment.instruments:
                 with self.guard.raised():
                     other = instrument.before_step(sample, context)
                 if other is not None:
@@ -230,8 +230,8 @@ class RunningCall:
         context = self.moment(run.loop, condition=conditions, prompt_index=images, batch=batch)
         self._change_weights(target.module, context)
         changed: dict[str, torch.Tensor] = {}
-        for session in self.sessions:
-            for listener in session.listened:
+        for attachment in self.attachments:
+            for listener in attachment.listened:
                 if listener.target.module is target.module:
                     with self.guard.raised():
                         answer = listener.instrument.at_component(target.root_name, {**arguments, **changed}, context)
@@ -244,8 +244,8 @@ class RunningCall:
 
     def _change_weights(self, root: nn.Module, context: Context) -> None:
         """Put the changes of this component's weights in whose steps these are, and out the others."""
-        for session in self.sessions:
-            for place in session.weights:
+        for attachment in self.attachments:
+            for place in attachment.weights:
                 if place.target.root is root:
                     with self.guard.raised():
                         active = place.instrument.active(context)

@@ -1,4 +1,4 @@
-"""`attach`, the only way in, and the `Session` it gives."""
+"""`attach`, the only way in, the `Session` it gives, and `detach`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sparsefeat.arguments import NotThere, truth, whole
+from sparsefeat.arguments import NotThere, on_the_cpu_by_default, truth, whole
+from sparsefeat.pipeline.attachment import Attachment, Recordings, Records, refuse_a_shared_sequence
 from sparsefeat.pipeline.base_models import difference
 from sparsefeat.pipeline.call_arguments import check_pipeline
 from sparsefeat.pipeline.compiled import refuse_compiled
@@ -19,18 +20,18 @@ from sparsefeat.pipeline.families.registry import family_of
 from sparsefeat.pipeline.hookpoints import Hookpoint, Target, components, resolve
 from sparsefeat.pipeline.instrument import Instrument
 from sparsefeat.pipeline.visits import Place, Tap, check_width
+from sparsefeat.pipeline.weakly import Weakly
 from sparsefeat.pipeline.weights import WeightChange, WeightPlace, plain_weight
 from sparsefeat.pipeline.wiring import Wiring
 
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
 CLOSED = "the session is closed; attach again"
 
 
 def attach(
     pipe: Any, *instruments: Instrument, layout: Sequence[str] | Sequence[Sequence[str]] | None = None
 ) -> Session:
-    """Attach instruments to a pipeline. They are active at once, until the `with` block or `.close()` ends it. A
+    """Attach instruments to a pipeline. They are active at once, until the `with` block, `.close()` or `detach` ends it. A
     call that is going on has no part in them.
 
         with sf.attach(pipe, rec, steer) as run:
@@ -51,12 +52,14 @@ def attach(
 
     Raises:
         TypeError: `pipe` is no pipeline, or an instrument no Instrument.
+        RuntimeError: another thread attached to it; torch's default device is not the CPU.
         ValueError: no instrument, or one twice; a hookpoint that is not there (the nearest are named) or of another
             width; a `layout` that cannot be.
     """
     if isinstance(pipe, (list, tuple)):
         return _attach_to_each(pipe, instruments, layout)
     check_pipeline(pipe)
+    on_the_cpu_by_default()
     for position, instrument in enumerate(instruments):
         if not isinstance(instrument, Instrument):
             # negative_prompt and its kin make arguments of a call.
@@ -76,10 +79,10 @@ def attach(
     wiring = Wiring.of(pipe)
     wiring.check_thread()
     for instrument in instruments:
-        if any(instrument is other for session in wiring.sessions for other in session.instruments):
+        if any(instrument is other for attachment in wiring.attachments for other in attachment.instruments):
             raise ValueError(
                 f"this {type(instrument).__name__} is attached to this pipeline in a session that is still open, and "
-                "would act twice; close that one, or make a second instrument"
+                "would act twice; close that one (sparsefeat.detach(pipe) closes all), or make a second instrument"
             )
     for instrument in instruments:
         instrument.prepare(pipe)
@@ -109,13 +112,36 @@ def attach(
         if (family := family_of(root)).makes_embeddings
     )
     wiring = Wiring.of(pipe)  # `prepare` may have opened and closed sessions of its own
-    session = Session(wiring, pipe, instruments, places, taps, listened, between, stated, weights)
+    attachment = Attachment(pipe, instruments, places, taps, listened, between, weights, stated)
+    session = Session(wiring, attachment)
     try:
-        wiring.add(session)
+        wiring.add(attachment)
         return session
     except BaseException:
         session.close()
         raise
+
+
+def detach(pipe: Any) -> None:
+    """Close every session that is open at a pipeline (or at each of a list of them), also one that nobody kept.
+
+    Raises:
+        TypeError: `pipe` is no pipeline.
+        RuntimeError: another thread attached to it.
+    """
+    if isinstance(pipe, (list, tuple)):
+        for one in pipe:
+            detach(one)
+        return
+    check_pipeline(pipe)
+    wiring = Wiring.of(pipe)
+    for attachment in tuple(wiring.attachments):
+        wiring.check_thread()
+        session = attachment.session
+        if session is None:
+            wiring.remove(attachment)
+        else:
+            session.close()
 
 
 def _attach_to_each(pipes: Sequence[Any], instruments: tuple[Instrument, ...], layout: Any) -> Session:
@@ -127,40 +153,12 @@ def _attach_to_each(pipes: Sequence[Any], instruments: tuple[Instrument, ...], l
     try:
         for pipe in pipes:
             sessions.append(attach(pipe, *instruments, layout=layout))
-        for session in sessions[1:]:
-            session.calls = sessions[0].calls
-        for session in sessions:
-            session.is_one_of_several = len(sessions) > 1
-        sessions[0].beside = tuple(sessions[1:])
+        sessions[0].lead(sessions[1:])
         return sessions[0]
     except BaseException:
         for session in sessions:
             session.close()
         raise
-
-
-class Records(Protocol[T_co]):
-    """An instrument, for what it records."""
-
-    def end_call(self, call: Call) -> T_co: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Recordings:
-    """What the instruments recorded in one call: `recordings[instrument]`."""
-
-    call: Call
-    _values: dict[int, Any] = field(repr=False)
-    _instruments: tuple[Instrument, ...] = field(repr=False)
-
-    def __getitem__(self, instrument: Records[T]) -> T:
-        if not any(instrument is mine for mine in self._instruments):
-            what = f"this {type(instrument).__name__}" if isinstance(instrument, Instrument) else f"{instrument!r:.80}"
-            mine = ", ".join(type(one).__name__ for one in self._instruments)
-            raise NotThere(f"{what} was not attached in this session, which has {mine}; look up by the object itself")
-        if id(instrument) not in self._values:
-            raise NotThere(f"this {type(instrument).__name__} recorded nothing: the call never reached its hookpoints")
-        return cast("T", self._values[id(instrument)])
 
 
 class _Entering(property):
@@ -173,41 +171,19 @@ class _Entering(property):
 class Session:
     """An `attach` that is going on, or has ended: recordings stay readable after it."""
 
-    def __init__(
-        self,
-        wiring: Wiring,
-        pipe: Any,
-        instruments: tuple[Instrument, ...],
-        places: tuple[Place, ...],
-        taps: tuple[Tap, ...],
-        listened: tuple[Tap, ...] = (),
-        between: tuple[Target, ...] = (),
-        layout: tuple[tuple[str, ...], ...] | None = None,
-        weights: tuple[WeightPlace, ...] = (),
-    ):
-        self.instruments = instruments
-        self.places: tuple[Place, ...] = places
-        self.taps: tuple[Tap, ...] = taps
-        self.listened: tuple[Tap, ...] = listened
-        self.between: tuple[Target, ...] = between
-        """The text encoders, and the components between these and the denoiser."""
-        self.weights: tuple[WeightPlace, ...] = weights
-        self.layout = layout
-        """The runs of a step as the user stated them."""
-        self.warned: set[int] = set()
-        """What was warned of already, by id."""
-        self.calls: list[Recordings] = []
+    def __init__(self, wiring: Wiring, attachment: Attachment):
+        self.instruments: tuple[Instrument, ...] = attachment.instruments
+        self.calls: list[Recordings] = attachment.calls
         """The completed calls, in order."""
         self.beside: tuple[Session, ...] = ()
         """Where several pipelines have one session: what it is at the others."""
-        self.is_one_of_several = False
         self._wiring: Wiring | None = wiring
-        self._pipe = pipe  # as long as the session is open, so that closing it finds the pipeline
+        self._attachment = attachment
+        attachment.belongs_to(self)
 
     def __repr__(self) -> str:
         state = "open" if self._wiring is not None else "closed"
-        names = ", ".join(type(instrument).__name__ for instrument in self.instruments)
-        return f"Session({names}; {len(self.calls)} calls, {state})"
+        return f"Session({self._attachment.names}; {len(self.calls)} calls, {state})"
 
     def __getitem__(self, instrument: Records[T]) -> T:
         """The recording of the last completed call; `run.calls[i][instrument]` is that of each call."""
@@ -215,9 +191,12 @@ class Session:
             raise NotThere("no call of the pipeline has completed in this session; call it first")
         return self.calls[-1][instrument]
 
-    def record(self, call: Call, values: dict[int, Any]) -> None:
-        """Keep the recordings of a completed call (the wiring does this)."""
-        self.calls.append(Recordings(call, values, self.instruments))
+    def lead(self, others: Sequence[Session]) -> None:
+        """Be one session with those of other pipelines (`attach` does this)."""
+        self.beside = tuple(others)
+        for session in others:
+            session.calls = session._attachment.calls = self.calls
+            session._attachment.is_one_of_several = self._attachment.is_one_of_several = True
 
     @contextmanager
     def call(
@@ -247,8 +226,9 @@ class Session:
             raise ValueError(f"prompts={prompts!r:.80} must be a text or a list of texts.")
         whole("images_per_prompt", images_per_prompt)
         truth("guidance", guidance)
-        if pipe is not None and pipe is not self._pipe:
-            other = next((session for session in self.beside if session._pipe is pipe), None)
+        mine = self._attachment.pipe
+        if pipe is not None and pipe is not mine:
+            other = next((session for session in self.beside if session._attachment.pipe is pipe), None)
             if other is None:
                 raise ValueError(
                     f"pipe= is a {type(pipe).__name__} that this session is not attached to; give one that is"
@@ -262,7 +242,7 @@ class Session:
             guidance=guidance,
             n_steps=n_steps,
             own_loop=True,
-            pipe_ref=weakref.ref(self._pipe),
+            pipe_ref=Weakly(mine),
         )
         with self._wiring.calling(call):
             yield call
@@ -273,29 +253,10 @@ class Session:
             session.close()
         wiring = self._wiring
         if wiring is not None:
-            wiring.remove(self)
+            wiring.remove(self._attachment)
             self._wiring = None  # not before: a close that was interrupted is finished by the next
-        self._pipe = None
-        self.places = self.taps = self.listened = self.between = (
-            self.weights
-        ) = ()  # the modules; the recordings need none of them
+        self._attachment.forget()
         self.__class__ = _Closed
-
-    def prepare_again(self) -> None:
-        """Where several pipelines share the instruments, these may have been prepared for another one since (the wiring does
-        this).
-        """
-        for instrument in self.instruments if self.is_one_of_several else ():
-            instrument.prepare(self._pipe)
-
-    def find_wrapped(self) -> None:
-        """Hook the wrapper in a module's place where one was put around it since (LoRA): the model goes on with its output
-        (the wiring does this). A model that was made to share its sequence out since is refused.
-        """
-        for target in [place.target for place in self.places] + [tap.target for tap in self.taps]:
-            _refuse_a_shared_sequence(target)
-        self.places = tuple(replace(place, target=_wrapped(place.target)) for place in self.places)
-        self.taps = tuple(replace(tap, target=_wrapped(tap.target)) for tap in self.taps)
 
     if TYPE_CHECKING:
 
@@ -356,27 +317,8 @@ def _weight_place(pipe: Any, instrument: Instrument, path: str, change: WeightCh
 
 def _checked(target: Target) -> Target:
     refuse_compiled(target)
-    _refuse_a_shared_sequence(target)
+    refuse_a_shared_sequence(target)
     return target
-
-
-def _refuse_a_shared_sequence(target: Target) -> None:
-    config = getattr(getattr(target.root, "_orig_mod", target.root), "_parallel_config", None)
-    if getattr(config, "context_parallel_config", None) is not None:
-        raise RuntimeError(
-            f"{target.root_name} shares its sequence out among several processes (context parallelism), so that {target.path} "
-            "sees some of the rows: attach to a pipeline without it, and give each process prompts of its own"
-        )
-
-
-def _wrapped(target: Target) -> Target:
-    """The target, or the module that is in its place now and has it inside."""
-    try:
-        here = target.root.get_submodule(target.inner)
-    except AttributeError:
-        return target
-    inside = here is not target.module and any(module is target.module for module in here.modules())
-    return replace(target, module=here) if inside else target
 
 
 def _runs(layout: Any) -> tuple[tuple[str, ...], ...] | None:

@@ -145,7 +145,7 @@ class Visits:
             return
         assert running is not None
         running.reached.add(key)
-        places = [place for session in running.sessions for place in session.places if place.hook == key]
+        places = [place for attachment in running.attachments for place in attachment.places if place.hook == key]
         run = running.root_run(target, tensors, key[1]) if places else None
         for place in places:
             assert run is not None
@@ -196,7 +196,9 @@ class Visits:
     def attention(self, running: RunningCall, target: Target, call: AttentionCall) -> None:
         """A tapped attention module has attended."""
         running.tapped.add(id(target.module))
-        taps = [tap for session in running.sessions for tap in session.taps if tap.target.module is target.module]
+        taps = [
+            tap for attachment in running.attachments for tap in attachment.taps if tap.target.module is target.module
+        ]
         if not taps:
             return  # attached in the middle of the call, by a callback: from the next call on
         batch, heads, queries, head_dim = call.query.shape

@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from sparsefeat.arguments import on_the_cpu_by_default
 from sparsefeat.pipeline.attention_seam import AttentionTap
 from sparsefeat.pipeline.call_arguments import check_arguments, check_values
 from sparsefeat.pipeline.compiled import hooks_guarded
@@ -36,14 +37,14 @@ from sparsefeat.pipeline.hookpoints import Target
 from sparsefeat.pipeline.hooks import Hook, HookKey
 from sparsefeat.pipeline.instrument import AttentionCall, Enough
 from sparsefeat.pipeline.knowing.references import ENCODERS
-from sparsefeat.pipeline.outcome import Missing, missing, report, warn_of_silence
+from sparsefeat.pipeline.outcome import Missing, missing, report, warn_of_silence, warn_of_unkept
 from sparsefeat.pipeline.prompt_words import warn_of_words
 from sparsefeat.pipeline.running import Guard, RunningCall, calls_here
 from sparsefeat.pipeline.visits import Place, Tap, Visits, in_backward
 from sparsefeat.pipeline.weights import WeightPlace, put_on, take_off
 
 if TYPE_CHECKING:
-    from sparsefeat.pipeline.session import Session
+    from sparsefeat.pipeline.attachment import Attachment
 
 
 class Wiring:
@@ -51,7 +52,7 @@ class Wiring:
         self._pipe = weakref.ref(pipe)
         self._class = type(pipe)
         self._thread = threading.get_ident()
-        self.sessions: list[Session] = []
+        self.attachments: list[Attachment] = []
         self._hooks: dict[HookKey, Hook] = {}
         self._taps: dict[int, AttentionTap] = {}
         self._weights: dict[WeightPlace, bool] = {}  # whether it is in: noted before it is
@@ -68,15 +69,15 @@ class Wiring:
 
     # Putting in and taking out
 
-    def add(self, session: Session) -> None:
+    def add(self, attachment: Attachment) -> None:
         self.check_thread()
-        self.sessions.append(session)
+        self.attachments.append(attachment)
         self._fit()
 
-    def remove(self, session: Session) -> None:
-        if session in self.sessions:
-            self.sessions.remove(session)
-        if not self.sessions and self._running is not None:
+    def remove(self, attachment: Attachment) -> None:
+        if attachment in self.attachments:
+            self.attachments.remove(attachment)
+        if not self.attachments and self._running is not None:
             running, self._running = self._running, None
             running.close()
         self._fit()
@@ -86,25 +87,25 @@ class Wiring:
         wanted: dict[HookKey, Target] = {}
         tapped: dict[int, Target] = {}
         unturned: set[int] = set()
-        for session in self.sessions:
+        for attachment in self.attachments:
             parts: list[Place | Tap | WeightPlace] = [
-                *session.places,
-                *session.taps,
-                *session.listened,
-                *session.weights,
+                *attachment.places,
+                *attachment.taps,
+                *attachment.listened,
+                *attachment.weights,
             ]
             for target in [part.target for part in parts]:
                 root = replace(target, path=target.root_name, module=target.root)
                 wanted.setdefault((id(root.module), "root"), root)
-            for place in session.places:
+            for place in attachment.places:
                 wanted.setdefault(place.hook, place.target)
-            for target in session.between:
+            for target in attachment.between:
                 wanted.setdefault((id(target.module), "between"), target)
-            for tap in session.taps:
+            for tap in attachment.taps:
                 tapped.setdefault(id(tap.target.module), tap.target)
                 if tap.instrument.reads_unturned:
                     unturned.add(id(tap.target.module))
-        changes = [change for session in self.sessions for change in session.weights]
+        changes = [change for attachment in self.attachments for change in attachment.weights]
         gone = [change for change in self._weights if change not in changes]
         take_off(gone)
         for change in gone:
@@ -135,9 +136,9 @@ class Wiring:
         if pipe is None:
             return
         attached = type(pipe) is not self._class and vars(type(pipe)).get("_sparsefeat_wiring") is self
-        if self.sessions and not attached:
+        if self.attachments and not attached:
             object.__setattr__(pipe, "__class__", self._subclass())
-        elif not self.sessions and attached:
+        elif not self.attachments and attached:
             object.__setattr__(pipe, "__class__", self._class)
 
     def _subclass(self) -> type:
@@ -162,7 +163,7 @@ class Wiring:
 
         @functools.wraps(original)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if wiring._at_work() or not wiring.sessions or wiring._pipe() is not self:
+            if wiring._at_work() or not wiring.attachments or wiring._pipe() is not self:
                 return original(self, *args, **kwargs)
             check_arguments(self, kwargs)
             try:
@@ -176,6 +177,7 @@ class Wiring:
                     arguments = {**arguments.pop(name), **arguments}
             check_values(self, arguments)
             warn_of_words(self, arguments, stacklevel=3)
+            warn_of_unkept(wiring.attachments)
             with wiring.calling(Call.of(self, arguments)) as running:
                 try:
                     running.result = original(self, *args, **kwargs)
@@ -234,6 +236,7 @@ class Wiring:
     def calling(self, call: Call) -> Iterator[RunningCall]:
         """One call of the pipeline: from `begin_call` to `end_call` and the check that every hookpoint was reached."""
         self.check_thread()
+        on_the_cpu_by_default()
         if self._running is not None and self._running.over:
             self._running.close()
         elif self._running is not None:
@@ -242,13 +245,13 @@ class Wiring:
                 "it inside an instrument's own method, where it is not hooked, or use a second pipeline"
             )
         self._guard.up = False
-        for session in self.sessions:
-            session.find_wrapped()
+        for attachment in self.attachments:
+            attachment.find_wrapped()
         self._fit()  # caches that were turned on since
-        running = RunningCall(self._pipe(), call, tuple(self.sessions), self._guard, self._fit)
+        running = RunningCall(self._pipe(), call, tuple(self.attachments), self._guard, self._fit)
         running.refuse_what_is_at_work()
-        for session in self.sessions:
-            session.prepare_again()
+        for attachment in self.attachments:
+            attachment.prepare_again()
         try:
             self._running = running
             self._visits.forget()
@@ -256,9 +259,9 @@ class Wiring:
             with hooks_guarded():
                 yield running
             running.close()
-            unreached = {session: missing(session, running) for session in running.sessions}
-            for session in running.sessions:
-                self._end_call(session, running, unreached[session])
+            unreached = {attachment: missing(attachment, running) for attachment in running.attachments}
+            for attachment in running.attachments:
+                self._end_call(attachment, running, unreached[attachment])
         finally:
             running.over = True
             running.close()
@@ -266,19 +269,19 @@ class Wiring:
             call.forget_objects()
         if running.is_cut_short:
             return
-        for session in running.sessions:
-            warn_of_silence(session, running)
+        for attachment in running.attachments:
+            warn_of_silence(attachment, running)
         report(unreached, running.result)
 
-    def _end_call(self, session: Session, running: RunningCall, unreached: list[Missing]) -> None:
+    def _end_call(self, attachment: Attachment, running: RunningCall, unreached: list[Missing]) -> None:
         """Recordings of the instruments that had all their hookpoints; the others have nothing to record."""
         without = {id(what.instrument) for what in unreached}
         values = {}
-        for instrument in session.instruments:
+        for instrument in attachment.instruments:
             if id(instrument) not in without:
                 with self._guard.raised():
                     values[id(instrument)] = instrument.end_call(running.call)
-        session.record(running.call, values)
+        attachment.record(running.call, values)
 
     def _at_work(self) -> bool:
         """Whether an instrument is: what an interrupt left of an earlier call is no sign of it."""
@@ -289,11 +292,11 @@ class Wiring:
     def listening(self) -> bool:
         here = calls_here()
         another = bool(here) and here[-1] is not self._running  # of a pipeline that shares the module
-        return bool(self.sessions) and not self._guard.up and not another and not in_backward()
+        return bool(self.attachments) and not self._guard.up and not another and not in_backward()
 
     def heard(self, kind: str, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """A hooked module is about to run, or has run."""
-        if self._guard.up or not self.sessions:
+        if self._guard.up or not self.attachments:
             return None
         if kind == "between":
             running = self._running
@@ -336,7 +339,7 @@ class Wiring:
                 f"{target.path} ran outside a call of this {self._class.__name__} while a session is attached to it, so "
                 "what step and which prompt it is cannot be told: write `with session.call(prompts=[...]):` around a "
                 "loop of your own; if another pipeline that shares the model ran it, attach to that one too or close "
-                "this session first"
+                "this session first (sparsefeat.detach(pipe) closes all)"
             )
         return self._running
 

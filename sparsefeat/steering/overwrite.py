@@ -8,13 +8,13 @@ import torch
 
 from sparsefeat.arguments import number
 from sparsefeat.features.attached import beside, hookpoint_of
-from sparsefeat.pipeline import Activations, Context, Hookpoint, Instrument, Replace
+from sparsefeat.pipeline import Activations, Context, FrozenInstrument, Hookpoint, Replace
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.sae import SAE
 from sparsefeat.steering.where import check_condition, condition_signs
 
 
-class Overwrite(Instrument):
+class Overwrite(FrozenInstrument):
     """Instrument: the activations become `sum over latents of amount * d_latent` at every position, and nothing else.
 
     At a `diff` hookpoint the block's output is then its input plus that: the feature icons of sdxl-unbox (arXiv

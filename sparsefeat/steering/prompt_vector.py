@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsefeat.arguments import number
 from sparsefeat.features.attached import hookpoint_of
 from sparsefeat.features.prompts import layer_outputs, tokenizer_of
-from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint, Instrument
+from sparsefeat.pipeline import Activations, Call, Context, Delta, FrozenInstrument, Hookpoint
 from sparsefeat.sae import SAE
 from sparsefeat.steering.where import check_condition, condition_signs
 
@@ -27,7 +27,7 @@ from sparsefeat.steering.where import check_condition, condition_signs
 CODE_BYTES = 64 << 20
 
 
-class PromptVector(Instrument):
+class PromptVector(FrozenInstrument):
     """Instrument: adds the vector of a concept prompt to what one or several text encoders give.
 
     It is computed in the first call, by the encoders alone, and again only for another length of their input
@@ -66,22 +66,17 @@ class PromptVector(Instrument):
         self.condition: str = check_condition(condition)
         # Not `self.sae`: `attach` compares that one's width with each hookpoint's, and here it is the sum of them.
         self.codec = sae
-        self._pipe: Any = None
-        self._widths: list[int] = []
-        self._vectors: dict[tuple[int, ...], Tensor] = {}
         self._now: dict[str, Tensor] = {}
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return self.at
 
     def prepare(self, pipe: Any) -> None:
-        self._pipe = pipe
-        self._vectors.clear()
         for place in self.at:
             tokenizer_of(pipe, place)  # names a hookpoint that is not in a text encoder
 
     def begin_call(self, call: Call) -> None:
-        self._now = self._of_call(call.arguments)
+        self._now = self._of_call(call.pipe, call.arguments)
 
     def vector(self, at: str | Hookpoint) -> Tensor:
         """v of one hookpoint for the call that is going on, `[positions, d_model]` in float32."""
@@ -99,30 +94,24 @@ class PromptVector(Instrument):
         return Delta(rows.flatten(0, 1))
 
     @torch.no_grad()
-    def _of_call(self, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-        lengths = tuple(_length(self._pipe, place, arguments) for place in self.at)
-        if lengths not in self._vectors:
-            self._vectors[lengths] = self._compute(lengths, arguments)
-        parts = self._vectors[lengths].split(self._widths, 1)
-        return {str(place): part for place, part in zip(self.at, parts, strict=True)}
-
-    def _compute(self, lengths: tuple[int, ...], arguments: Mapping[str, Any]) -> Tensor:
+    def _of_call(self, pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+        lengths = tuple(_length(pipe, place, arguments) for place in self.at)
         if len(set(lengths)) > 1:
             raise ValueError(
                 f"the encoders at {', '.join(map(str, self.at))} run on {lengths} tokens: they must agree."
             )
         given = [
-            next(layer_outputs(self._pipe, place, [self.concept], length, arguments))
+            next(layer_outputs(pipe, place, [self.concept], length, arguments))
             for place, length in zip(self.at, lengths, strict=True)
         ]
-        self._widths = [part.shape[1] for part in given]
-        sae = self.codec
-        if sum(self._widths) != sae.d_model:
+        widths, sae = [part.shape[1] for part in given], self.codec
+        if sum(widths) != sae.d_model:
             raise ValueError(
-                f"the SAE is {sae.d_model} wide, but {' + '.join(map(str, self._widths))} come from "
+                f"the SAE is {sae.d_model} wide, but {' + '.join(map(str, widths))} come from "
                 f"{', '.join(map(str, self.at))}: it was made for another model or other hookpoints."
             )
-        return self.strength * dense_relu_decode(sae, torch.cat([part.to(sae.device) for part in given], 1))
+        vector = self.strength * dense_relu_decode(sae, torch.cat([part.to(sae.device) for part in given], 1))
+        return {str(place): part for place, part in zip(self.at, vector.split(widths, 1), strict=True)}
 
 
 def dense_relu_decode(sae: SAE, x: Tensor) -> Tensor:

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from sparsefeat.arguments import truth
 from sparsefeat.features.folders import read_folder, write_folder
-from sparsefeat.pipeline import Hookpoint, Instrument
+from sparsefeat.pipeline import FrozenInstrument, Hookpoint
 from sparsefeat.pipeline.step_window import StepWindow
 from sparsefeat.sae import SAE, load_sae
 from sparsefeat.whole import as_path, whole_folder
 
 
-class SavableInstrument(Instrument):
+class SavableInstrument(FrozenInstrument):
     """An instrument, of one SAE or of none, that can be written to a folder and read back by `load_instrument`.
 
     A subclass names in `kept` those of its constructor's arguments that are attributes of the same name, tensors or what

@@ -180,21 +180,14 @@ class Steer(SavableInstrument):
 
     @classmethod
     def from_saved(cls, sae: SAE, config: dict[str, Any], tensors: dict[str, Tensor]) -> Steer:
-        steer = cls.__new__(cls)
-        steer.sae = sae
-        steer.add = {int(i): float(amount) for i, amount in config["add"]}
-        steer.add_map = {int(k.removeprefix("add_map.")): t for k, t in tensors.items() if k.startswith("add_map.")}
-        steer.rule = CodeRule(**{name: tensors[f"rule.{name}"] for name in _RULE_FIELDS})
-        for name, latents in (("add", steer.add), ("add_map", steer.add_map), ("rule", steer.rule.latents.tolist())):
+        steer = cls(sae, add={0: 0.0}, condition=config["condition"], at=config["at"])
+        add = {int(i): float(amount) for i, amount in config["add"]}
+        add_map = {int(k.removeprefix("add_map.")): t for k, t in tensors.items() if k.startswith("add_map.")}
+        rule = CodeRule(**{name: tensors[f"rule.{name}"] for name in _RULE_FIELDS})
+        for name, latents in (("add", add), ("add_map", add_map), ("rule", rule.latents.tolist())):
             _check_latents(name, dict.fromkeys(latents), sae.n_latents)
-        steer.window = StepWindow.parse(None)
-        steer.mask = tensors.get("mask")
-        steer.condition = check_condition(config["condition"])
-        steer.at = config["at"]
-        steer.writes = _written(sae, steer.at, len(steer.rule) > 0)
-        steer._n_images = None
-        steer._change = None
-        steer._weighed, steer._moved = False, torch.tensor(False)
+        writes = _written(sae, steer.at, len(rule) > 0)
+        vars(steer).update(add=add, add_map=add_map, rule=rule, mask=tensors.get("mask"), writes=writes)
         return steer
 
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from sparsefeat.arguments import mask_map, number, whole
 from sparsefeat.features.attached import beside, hookpoint_of
-from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint, Instrument, attach
+from sparsefeat.pipeline import Activations, Context, Delta, FrozenInstrument, Hookpoint, Instrument, attach
 from sparsefeat.pipeline.call_arguments import check_call
 from sparsefeat.sae import SAE
 
@@ -50,7 +50,7 @@ class Part:
     adaptive: float | None
 
 
-class FeatureTransport(Instrument):
+class FeatureTransport(FrozenInstrument):
     """Instrument: the edit above. Made by `FeatureTransport.fit`; then run the target's prompt from the same seed.
 
     >>> edit = FeatureTransport.fit(pipe, saes, "a fox in a forest", "a cat in a forest", fox_mask, cat_mask,

@@ -202,7 +202,9 @@ def test_itd_selects_edits_and_gates_by_the_prompts_own_tokens_behind_a_template
         stop = start + len(of_own)
         torch.testing.assert_close(edited[start:stop], without(sae, of_own, latents), atol=1e-4, rtol=1e-4)
 
-    erase.tau = 1.001 * float(max(errors))  # above both prompts' errors: neither is touched
+    erase = sf.InterpretThenDeactivate(
+        sae, list(latents), tau=1.001 * float(max(errors)), at=at
+    )  # above both prompts' errors: neither is touched
     with sf.attach(pipe, erase, after):
         tiny.call(pipe, PROMPTS, guidance=False, steps=1)
     assert torch.equal(after.rows, seen.rows)

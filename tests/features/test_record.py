@@ -133,9 +133,8 @@ def test_sums_alone_give_the_same_scores_and_no_maps(pipe):
 def test_t8_steps_are_the_schedulers_in_every_call_and_with_every_scheduler():
     sae = make_sae()
     for scheduler in ("ddim", "heun", "pndm"):  # a Heun step runs the model twice
-        record = Record(sae)
-        with attach(tiny_sd(scheduler), record) as run:
-            pipe = run._pipe
+        record, pipe = Record(sae), tiny_sd(scheduler)
+        with attach(pipe, record) as run:
             pixels(pipe, steps=3)
             pixels(pipe, steps=4)
         assert run.calls[0][record].steps == (0, 1, 2)

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import pickle
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from sparsefeat.pipeline import (
     Instrument,
     UnknownHookpointError,
     attach,
+    detach,
 )
 from sparsefeat.pipeline.session import Session
-from tests.pipeline.instruments import CountingSAE, Encode, Watch
+from tests import tiny
+from tests.pipeline.instruments import CountingSAE, Edit, Encode, Watch, push
 from tests.tiny import pixels, tiny_sd, tiny_sdxl
 
 BLOCK = "unet.up_blocks.1.attentions.1"
@@ -341,3 +344,69 @@ def test_an_instrument_of_an_open_session_is_refused_in_a_second_one(sd):
         attach(sd, watch)
     with attach(sd, watch) as again:  # one after the other is fine
         assert again.instruments == (watch,)
+
+
+# Sessions that nobody kept
+
+
+def test_a_session_that_nobody_kept_acts_and_is_told_of_once_and_detach_ends_it(sd):
+    plain = pixels(sd)
+    attach(sd, Edit(push(), BLOCK))
+    with pytest.warns(UserWarning, match=r"attach gave for Edit was not kept, .*sf\.detach\(pipe\) closes it") as told:
+        acted = pixels(sd)
+    assert [warning.filename for warning in told] == [tiny.__file__], (
+        "the warning is of the line that calls the pipeline"
+    )
+    assert not np.array_equal(acted, plain), "what is attached acts at once"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(pixels(sd), acted)
+    detach(sd)
+    assert "_sparsefeat_wiring" not in vars(type(sd))
+    assert np.array_equal(pixels(sd), plain)
+    detach(sd)  # of nothing
+
+
+def test_the_cell_that_attaches_is_run_again_and_both_act_which_is_told(sd):
+    run = attach(sd, Watch(BLOCK))
+    run = attach(sd, second := Watch(BLOCK))
+    with pytest.warns(UserWarning, match="Watch was not kept"):
+        pixels(sd)
+    assert run[second] == 2
+    detach(sd)
+    assert repr(run) == "Session(Watch; 1 calls, closed)", "detach closes those that are kept too"
+    with pytest.raises(RuntimeError, match="closed; attach again"), run:
+        pass
+
+
+def test_nothing_is_said_of_a_session_in_a_with_block_or_a_stack_or_that_is_held(sd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with attach(sd, Watch(BLOCK)):
+            pixels(sd, steps=1)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(attach(sd, Watch(BLOCK)))
+            pixels(sd, steps=1)
+        held = [attach(sd, Watch(BLOCK))]
+        pixels(sd, steps=1)
+        held[0].close()
+
+
+def test_detach_takes_several_pipelines_and_refuses_what_is_none(sd, sdxl):
+    attach((sd, sdxl), Watch("unet.mid_block"))
+    detach((sd, sdxl))
+    for pipe in (sd, sdxl):
+        assert "_sparsefeat_wiring" not in vars(type(pipe))
+    with pytest.raises(TypeError, match=r"pipe is UNet2DConditionModel, one of a pipeline's models"):
+        detach(sd.unet)
+
+
+def test_an_instrument_of_a_session_that_nobody_kept_is_attached_again_after_detach(sd):
+    watch = Watch(BLOCK)
+    attach(sd, watch)
+    with pytest.raises(ValueError, match=r"still open, .*sparsefeat\.detach\(pipe\) closes all"):
+        attach(sd, watch)
+    detach(sd)
+    with attach(sd, watch) as run:
+        pixels(sd)
+    assert run[watch] == 2

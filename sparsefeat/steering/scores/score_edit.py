@@ -68,7 +68,6 @@ class ScoreEdit(SavableInstrument):
         self.window: StepWindow = StepWindow.parse(steps)
         self.mask: Mask = mask if mask is None or callable(mask) else mask_map("mask", mask)
         self._name = ""
-        self._pipe: Any = None
         self._added: Tensor = torch.tensor(False)
         self._begin()
 
@@ -93,7 +92,7 @@ class ScoreEdit(SavableInstrument):
                 f"{type(pipe).__name__} has {' and '.join(names) or 'no unet or transformer'}; ScoreEdit works on pipelines "
                 "with one denoiser, a unet or a transformer."
             )
-        self._name, self._pipe = names[0], pipe
+        self._name = names[0]
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return (Hookpoint(self._name),)
@@ -110,7 +109,7 @@ class ScoreEdit(SavableInstrument):
         self._call = call
         self._n_images = call.n_images
         if not self._is_nothing:
-            self._texts = Texts(self._pipe, call, self.rule.prompts(), type(self.rule).__name__)
+            self._texts = Texts(call, self.rule.prompts(), type(self.rule).__name__)
 
     def end_call(self, call: Call) -> None:
         self._begin()
@@ -123,7 +122,7 @@ class ScoreEdit(SavableInstrument):
         self._moment = None
         if self._texts is None or UNKNOWN in context.condition or not self.active(context):
             return None
-        root = getattr(self._pipe, name)
+        root = getattr(self._call.pipe, name)
         argument = latents_argument(arguments)
         when = context.loop, context.evaluation
         if self._known[0] != when:
@@ -152,7 +151,7 @@ class ScoreEdit(SavableInstrument):
         given = moment.arguments[moment.argument]
         if activations.tensor.ndim == 3 and activations.tensor.shape != given.shape:
             raise ValueError(
-                f"{type(self._pipe).__name__} predicts {list(activations.tensor.shape)} of the {list(given.shape)} that it is "
+                f"{type(self._call.pipe).__name__} predicts {list(activations.tensor.shape)} of the {list(given.shape)} that it is "
                 "given, as there is a reference beside the image; ScoreEdit works on pipelines without one."
             )
         tensor = wide(activations.tensor)
@@ -195,7 +194,7 @@ class ScoreEdit(SavableInstrument):
             if step == self._last_step:  # a second-order scheduler's second run goes on from what it kept of the first
                 return given
             self._last_step, self._moved_at = step, when
-            self._moved = MovedLatents(type(self.corrections).__name__, self._pipe, moment.arguments)
+            self._moved = MovedLatents(type(self.corrections).__name__, self._call.pipe, moment.arguments)
         moved = self._moved
         assert moved is not None
         if given.ndim > 3 and given.shape[1] != (moment.channels or given.shape[1]):
@@ -234,7 +233,7 @@ class ScoreEdit(SavableInstrument):
         if not moment.rows("uncond"):
             if "uncond" in self.rule.conditions:
                 raise ValueError(
-                    f"{type(self._pipe).__name__} runs the negative prompt by itself, where {type(self.rule).__name__} cannot be "
+                    f"{type(self._call.pipe).__name__} runs the negative prompt by itself, where {type(self.rule).__name__} cannot be "
                     "corrected; leave corrections= out."
                 )
             without = cond.without()
@@ -261,7 +260,7 @@ class ScoreEdit(SavableInstrument):
         scheduled, at = self._call.timesteps, context.evaluation
         if scheduled is None or at is None or at >= len(scheduled):
             raise ValueError("the schedule of this call is not known, which the noise level is told from.")
-        return noise_level(self._pipe.scheduler, scheduled[at], type(self.rule).__name__)
+        return noise_level(self._call.pipe.scheduler, scheduled[at], type(self.rule).__name__)
 
     def to_saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if callable(self.mask) and not isinstance(self.mask, Tensor):

@@ -22,9 +22,9 @@ class Texts:
     rows the same. `who` asks, for errors.
     """
 
-    def __init__(self, pipe: Any, call: Call, others: Sequence[str], who: str):
-        self._pipe = pipe
+    def __init__(self, call: Call, others: Sequence[str], who: str):
         self.call = call
+        pipe = call.pipe
         self.who: str = who
         if call.prompts is None:
             raise ValueError(
@@ -53,7 +53,7 @@ class Texts:
         return texts.pop()
 
     def _encoded(self, texts: Mapping[str, Any]) -> list[Tensor]:
-        pipe, arguments = self._pipe, self.call.arguments
+        pipe, arguments = self.call.pipe, self.call.arguments
         attention = arguments.get("cross_attention_kwargs") or arguments.get("joint_attention_kwargs") or {}
         device = getattr(pipe, "_execution_device", None) or pipe.device
         given = encode_alone(pipe, texts, arguments, device=device, lora_scale=attention.get("scale"))
@@ -90,7 +90,7 @@ class Texts:
         missed = [i for i, own in enumerate(self._own) if i not in found and not _same(own[:1], other[i][:1])]
         if missed or not found:
             raise ValueError(
-                f"what {type(self._pipe).__name__} makes of the prompt is not among the arguments of its denoiser as "
+                f"what {type(self.call.pipe).__name__} makes of the prompt is not among the arguments of its denoiser as "
                 f"encode_prompt gives it, so {self.who} cannot exchange it for {text!r}; leave out what edits the text, "
                 "or use another pipeline."
             )
@@ -99,7 +99,7 @@ class Texts:
     def _fitting(self, other: Tensor, value: Tensor, text: str) -> Tensor:
         if other.shape[1:] != value.shape[1:]:
             raise ValueError(
-                f"{text!r} becomes {list(other.shape[1:])} in {type(self._pipe).__name__} and the prompt "
+                f"{text!r} becomes {list(other.shape[1:])} in {type(self.call.pipe).__name__} and the prompt "
                 f"{list(value.shape[1:])}; give prompts of as many tokens, or a pipeline that pads them."
             )
         return other.to(value).expand_as(value)

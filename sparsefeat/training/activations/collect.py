@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsefeat.arguments import whole
 from sparsefeat.disk import InUseError
-from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Instrument
+from sparsefeat.pipeline import Activations, Call, Context, FrozenInstrument, Hookpoint
 from sparsefeat.pipeline.context import CONDITIONS
 from sparsefeat.store import Field, ShardReader, ShardWriter, check_metadata
 from sparsefeat.whole import place_to_fill
@@ -88,7 +88,7 @@ class _Seen:
         )
 
 
-class CollectActivations(Instrument):
+class CollectActivations(FrozenInstrument):
     """Keeps activation rows at `hookpoints`, at all steps, in memory or in a store for each hookpoint.
 
     rows_per_image: so many positions of every image at every step, other ones at each step until all had their turn;
@@ -173,9 +173,18 @@ class CollectActivations(Instrument):
                 d_model = ShardReader(store).schema["rows"].shape[0]
                 self._writers[hookpoint] = self._open(hookpoint, d_model)
         # A kill may fall between two hookpoints' shards: go on from the one that has least.
-        self.images_done: int = min(self._mark(hookpoint) for hookpoint in self._hookpoints)
-        self.rows_kept: int = 0
+        self._images_done = min(self._mark(hookpoint) for hookpoint in self._hookpoints)
+        self._rows_kept = 0
+
+    @property
+    def images_done(self) -> int:
+        """Of completed calls, those in the store among them: the number of the prompt to go on from."""
+        return self._images_done
+
+    @property
+    def rows_kept(self) -> int:
         """Over all hookpoints, since this collector was made."""
+        return self._rows_kept
 
     def hookpoints(self) -> tuple[Hookpoint, ...]:
         return self._hookpoints
@@ -234,7 +243,7 @@ class CollectActivations(Instrument):
                     "does not help, the pipeline makes them"
                 )
         for hookpoint, part in recording.items():
-            self.rows_kept += len(part.rows)
+            self._rows_kept += len(part.rows)
             if self.folder is None:
                 self._kept[hookpoint].append(part)
                 continue
@@ -245,7 +254,7 @@ class CollectActivations(Instrument):
                         f"another run has written into {writer.folder} meanwhile; run it again, it goes on from there"
                     )
             self._writers[hookpoint].append(part.tensors(), mark=done)
-        self.images_done, self._call = done, {}
+        self._images_done, self._call = done, {}
         return recording
 
     def collected(self, hookpoint: Hookpoint | str | None = None) -> CollectedRows:

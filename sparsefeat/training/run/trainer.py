@@ -19,6 +19,7 @@ from sparsefeat_kernels import release_gradient_memory
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sparsefeat.arguments import on_the_cpu_by_default
 from sparsefeat.sae import SAE
 from sparsefeat.store import ShardReader
 from sparsefeat.training.activations.rows import RowSource, SideBySide, Source, StoreRows, TensorRows
@@ -53,7 +54,7 @@ class SAETrainer:
     Raises:
         TypeError: an argument of another kind.
         ValueError: rows of another width than the SAE's; a checkpoint of another config.
-        OSError: the folder cannot be written.
+        RuntimeError: torch's default device is not the CPU. OSError: the folder cannot be written.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class SAETrainer:
             raise TypeError(
                 f"config is {type(config).__name__}, not a TrainConfig; make one, TrainConfig(steps=10_000)."
             )
+        on_the_cpu_by_default()
         self.source: Source = as_source(rows)
         self.place: int = place
         self.ranks: Ranks = ranks

@@ -1,0 +1,44 @@
+"""Instruments whose settings are settled when they are made."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from sparsefeat.pipeline.instrument import Instrument
+
+
+class FrozenInstrument(Instrument):
+    """An instrument that refuses an attribute set after its constructor: what was made of the old value would stay.
+
+    Attributes that begin with an underscore are its own state, which changes from call to call.
+
+    Raises:
+        AttributeError: an attribute is set from outside.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            setattr(cls, "__init__", _then_frozen(cls.__init__))  # noqa: B010 (an assignment would be a type of its own)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_frozen" in vars(self) and not name.startswith("_"):
+            kind, settings = type(self).__name__, list(inspect.signature(type(self)).parameters)
+            why = "is settled when it is made" if name in settings or hasattr(self, name) else "is no setting of it"
+            raise AttributeError(
+                f"{kind}.{name} {why}; make a new one with what you want of {', '.join(settings) or 'it'}, and attach that"
+            )
+        super().__setattr__(name, value)
+
+
+def _then_frozen(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def __init__(self: FrozenInstrument, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if type(self).__init__ is __init__:  # not before: a subclass goes on where the one above it ended
+            vars(self)["_frozen"] = True
+
+    return __init__
