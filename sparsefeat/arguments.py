@@ -161,6 +161,13 @@ def on_the_cpu_by_default() -> None:
         )
 
 
+def taking_gradients(who: str) -> torch.enable_grad:
+    """`torch.enable_grad()`, refused where it would enable nothing: gradients would be none, or zero without a word."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(f"{who} takes gradients, which torch.inference_mode() forbids; leave it out.")
+    return torch.enable_grad()
+
+
 def image_map(name: str, given: Any) -> Tensor:
     """A map over the image, [height, width] for all images or [images, height, width], in fp32 (fp64 stays).
 

@@ -184,6 +184,7 @@ class Concepts:
         refuse_bypassed(self.passed)
         self.names: tuple[str, ...] = tuple(names)
         _known(pipe, self._way, self.names)
+        self._call: Call | None = None
         self._embedded: Embedded | None = None
         self._stream: Stream | None = None
 
@@ -192,23 +193,23 @@ class Concepts:
         return self.passed[0].root_name
 
     def begin_call(self, call: Call) -> None:
-        self._stream = None
+        self._stream, self._call = None, call
         self._embedded = _embed(call.pipe, self._way, self.names, call.arguments)
 
     def begin_run(self, arguments: Mapping[str, Any], rows: list[int]) -> None:
         """The model is about to run, with the concepts beside these rows of its batch."""
         self._stream = None
-        if rows and self._embedded is not None:
+        if rows and self._embedded is not None and self._call is not None:
             root = self.passed[0].root
             start, latent = root.get_submodule(self._way.embeds), arguments["hidden_states"]
-            with torch.no_grad():
+            with torch.no_grad(), self._call.as_the_pipeline(latent.device):
                 own = start(self._embedded.rows.to(latent.device, latent.dtype))[None].expand(len(rows), -1, -1)
                 self._stream = Stream(self._way, rows, own, self._way.time(root, arguments, rows))
 
     def at(self, call: AttentionCall) -> Outputs | None:
         """Through the block of this attention; its outputs where it is one to read."""
         stream, embedded = self._stream, self._embedded
-        if stream is None or embedded is None:
+        if stream is None or embedded is None or self._call is None:
             return None
         expected = self.passed[len(stream.passed)].path if len(stream.passed) < len(self.passed) else None
         if call.path != expected:
@@ -217,7 +218,7 @@ class Concepts:
                 "skip_layers passes over blocks: turn it off for kind='concept'."
             )
         layer = self.passed[len(stream.passed)]
-        with torch.no_grad():
+        with torch.no_grad(), self._call.as_the_pipeline(call.query.device):
             image, concepts = stream.through(layer, call)
         if not any(layer is one for one in self.read):
             return None

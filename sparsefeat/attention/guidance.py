@@ -27,7 +27,7 @@ from sparsefeat_kernels import attention_map
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sparsefeat.arguments import mapping, number, sides, whole
+from sparsefeat.arguments import mapping, number, sides, taking_gradients, whole
 from sparsefeat.attention.cross_attention import cross_attentions_of, text_attentions, text_attentions_of
 from sparsefeat.attention.losses import neglect, retention, segregation, sharpened
 from sparsefeat.attention.moved_latents import MovedLatents, latents_argument, rows_of_arguments
@@ -135,10 +135,7 @@ class MapGuidance(FrozenInstrument):
             )
         if context.step is None or context.n_steps is None or context.recomputing:
             return None
-        if torch.is_inference_mode_enabled():
-            raise ValueError(
-                f"{type(self).__name__} takes gradients, which torch.inference_mode() forbids; leave it out."
-            )
+        taking_gradients(type(self).__name__)
         moment = context.loop, context.evaluation
         if moment != self._moment:
             self._moment, self._moved = moment, None
@@ -166,7 +163,7 @@ class MapGuidance(FrozenInstrument):
                 own = rows_of_arguments(arguments, [row], len(sample))
                 root = getattr(self._call.pipe, name)
                 far = FAR / SCALE if self.scale is None and not cross_attentions_of(root) else None
-                guided = Guided(root, own, argument, self._chosen(image, root), self.resolution, far)
+                guided = Guided(self._call, root, own, argument, self._chosen(image, root), self.resolution, far)
                 latent = sample[row : row + 1].detach()
                 moved.move(image, latent[0], self.moved(latent, guided, image, step, n_steps)[0])
                 self._recording.losses[image, step] = guided.losses[0], guided.losses[-1]
@@ -201,6 +198,7 @@ Chosen = Callable[[int], tuple[list[tuple[int, ...]], tuple[bool, bool]]]
 class Guided:
     """One image's conditional row, at one step: the maps of the words as a function of the latent."""
 
+    call: Call
     root: nn.Module
     arguments: Mapping[str, Any]
     argument: str
@@ -232,7 +230,8 @@ class Guided:
             held = summed.setdefault((int(grid[0]), int(grid[1])), [0, 0])
             held[0], held[1] = held[0] + found, held[1] + query.shape[1]
 
-        with torch.enable_grad(), _watching(text_attentions_of(self.root), seen):
+        own_dtype = self.call.as_the_pipeline(latent.device)
+        with torch.enable_grad(), own_dtype, _watching(text_attentions_of(self.root), seen):
             self.root(**arguments)
         if not summed:
             raise ValueError(

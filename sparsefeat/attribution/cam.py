@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsefeat.arguments import whole
+from sparsefeat.arguments import taking_gradients, whole
 from sparsefeat.attribution.block import Block, finite_gradient
 from sparsefeat.attribution.components import prompts_of
 from sparsefeat.attribution.gradients import EachStep, predicted
@@ -49,7 +49,7 @@ class _Cam(EachStep):
 
         with torch.no_grad():
             nothing = None if without is None else predicted(block.root, without)
-        with torch.enable_grad():
+        with taking_gradients("df_cam"):
             gradient = finite_gradient(self.objective(block.predict(given, leaf), nothing), leaves[0])
         if gradient is None:
             raise ValueError(f"the prediction does not depend on {block.at}; name another block.")

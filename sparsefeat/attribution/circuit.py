@@ -24,7 +24,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from sparsefeat.arguments import whole
+from sparsefeat.arguments import taking_gradients, whole
 from sparsefeat.attribution.block import CodedBlock, active_latents, finite_gradient
 from sparsefeat.attribution.circuit_drawing import drawing
 from sparsefeat.attribution.components import prompts_of
@@ -137,7 +137,7 @@ class _Edges(EachStep):
                     self.sums[latent] += (before - after).cpu()
             return
         leaf = rows.detach().requires_grad_()
-        with torch.enable_grad():
+        with taking_gradients("circuit"):
             activity = self._activity(given, leaf)
             reached = False
             for j, value in enumerate(activity):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sparsefeat.arguments import taking_gradients
 from sparsefeat.attention.moved_latents import rows_of_arguments
 from sparsefeat.pipeline import Call, Context, Instrument, UnknownConditionError, resolve
 from sparsefeat.pipeline.context import HOW_TO_STATE, UNKNOWN
@@ -98,7 +99,7 @@ class WeightGradients:
         """Add the gradients of `loss(predict)`, where `predict(arguments)` is what the denoiser says of its arguments."""
         leaves = {path: value.detach().requires_grad_() for path, value in self.values.items()}
         named = {self.names[path]: leaf for path, leaf in leaves.items()}
-        with torch.enable_grad():
+        with taking_gradients("an attribution to weights"):
             value = loss(lambda arguments: predicted(self.root, arguments, named))
         gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
         for path, gradient in zip(leaves, gradients, strict=True):

@@ -20,7 +20,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from sparsefeat.arguments import whole
+from sparsefeat.arguments import taking_gradients, whole
 from sparsefeat.attribution.block import CodedBlock, active_latents, finite_gradient
 from sparsefeat.attribution.components import prompts_of
 from sparsefeat.attribution.gradients import EachStep, predicted
@@ -115,7 +115,7 @@ class _Attribution(EachStep):
 
         def gradient(rows: Tensor) -> Tensor:
             leaf = rows.detach().requires_grad_()
-            with torch.enable_grad():
+            with taking_gradients("attribute_latents"):
                 slope = finite_gradient(value(leaf), leaf)
             return torch.zeros_like(rows) if slope is None else slope
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsefeat.arguments import finite, number, whole
+from sparsefeat.arguments import finite, number, taking_gradients, whole
 from sparsefeat.attribution.gradients import EachStep, denoiser_name, predicted, weight_paths
 from sparsefeat.pipeline import Context, attach, resolve
 from sparsefeat.pipeline.call_arguments import check_call
@@ -198,7 +198,7 @@ class _Training(EachStep):
         own = {self.names[path]: weight for path, weight in self.originals.items()}
         with torch.no_grad():
             concept, nothing = (predicted(self.root, arguments, own) for arguments in (given, without))
-        with torch.enable_grad():
+        with taking_gradients("ESD"):
             changed = {
                 self.names[path]: LowRank(self.up[path], self.down[path])(w) for path, w in self.originals.items()
             }

@@ -30,10 +30,7 @@ def hookpoint_of(sae: SAE, at: str | Hookpoint | None, called: str = "sae") -> H
     Refuses what is no SAE, such as the name of one, an SAE with NaN or infinity in its weights, and one whose codes would depend on what else is in the batch (BatchTopK in training mode).
     """
     check_sae(sae, called)
-    if sae.training and sae.config.activation == "batch_topk":
-        raise ValueError(
-            f"{called} is in training mode, where BatchTopK shares its k among all rows of a batch; call sae.eval() first."
-        )
+    _refuse_training(sae, called)
     check_weights(sae, called)
     where = at if at is not None else sae.config.hookpoint
     if where is None:
@@ -59,6 +56,7 @@ def beside(sae: SAE, activations: Activations, context: Context) -> SAE:
     The SAE is no part of the pipeline, whose own moves leave it where it is. One that depends on the timestep is set to
     the step's.
     """
+    _refuse_training(sae)
     check_weights(sae)
     if sae.device != activations.tensor.device:
         if any(weight.is_meta for _, weight in sae.named_parameters(recurse=False)):
@@ -74,6 +72,13 @@ def beside(sae: SAE, activations: Activations, context: Context) -> SAE:
             )
         sae.at_timestep(context.timestep)
     return sae
+
+
+def _refuse_training(sae: SAE, called: str = "sae") -> None:
+    if sae.training and sae.config.activation == "batch_topk":
+        raise ValueError(
+            f"{called} is in training mode, where BatchTopK shares its k among all rows of a batch; call sae.eval() first."
+        )
 
 
 def check_weights(sae: SAE, called: str = "sae") -> None:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from sparsefeat.pipeline.attachment import Recordings
 from sparsefeat.pipeline.context import Call, Context, UnknownConditionError
-from sparsefeat.pipeline.frozen import FrozenInstrument
 from sparsefeat.pipeline.hookpoints import Hookpoint, HookpointInfo, UnknownHookpointError, hookpoints, resolve
-from sparsefeat.pipeline.instrument import Activations, AttentionCall, Delta, Enough, Instrument, Replace
+from sparsefeat.pipeline.instrument import (
+    Activations,
+    AttentionCall,
+    Delta,
+    Enough,
+    FrozenInstrument,
+    Instrument,
+    Replace,
+)
 from sparsefeat.pipeline.outcome import HookpointNotReachedError
 from sparsefeat.pipeline.session import Session, attach, detach
 

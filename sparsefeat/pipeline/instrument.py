@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsefeat.frozen import Frozen
+
 if TYPE_CHECKING:
     from sparsefeat.pipeline.context import Call, Context
     from sparsefeat.pipeline.hookpoints import Hookpoint
@@ -252,6 +254,10 @@ class Instrument:
     def end_call(self, call: Call) -> Any:
         """The pipeline's call is complete. What is returned is the call's recording, `session[instrument]`."""
         return None
+
+
+class FrozenInstrument(Frozen, Instrument):
+    """An instrument that goes on as it was made; to have it otherwise, another is made and attached."""
 
 
 def rows_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -263,9 +263,9 @@ class Session:
         def __enter__(self) -> Session: ...
 
     else:
-        # A call of a weak reference gives the object. No line of Python runs in it: one could be interrupted, and `with`
-        # would not close what it had not yet entered.
-        __enter__ = _Entering(weakref.ref)
+        # {}.get(None, session) is the session. No line of Python runs in it: one could be interrupted, and `with` would not
+        # close what it had not yet entered.
+        __enter__ = _Entering(partial(partial, {}.get, None))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

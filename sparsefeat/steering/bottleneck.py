@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsefeat.arguments import number, whole
+from sparsefeat.arguments import number, taking_gradients, whole
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint, Replace
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.steering.saved import SavableInstrument, register
@@ -241,7 +241,7 @@ class PushConcepts(_Edit):
         w, delta = w.detach(), torch.zeros_like(w)
         for _ in range(self.iterations):
             leaf = delta.requires_grad_()
-            with torch.enable_grad():
+            with taking_gradients("PushConcepts"):
                 logits = self.model.encoder(w + leaf)
                 loss = sum(
                     F.cross_entropy(logits[:, self.model.block(c)], torch.full_like(rows, wanted), reduction="sum")

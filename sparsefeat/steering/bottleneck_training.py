@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsefeat.arguments import number, whole
+from sparsefeat.arguments import number, taking_gradients, whole
 from sparsefeat.features.progress import progress_bar
 from sparsefeat.pipeline import Activations, Context, Hookpoint, Instrument, Replace, attach
 from sparsefeat.pipeline.call_arguments import GIVEN_TO_SEVERAL, check_call, for_several
@@ -112,6 +112,7 @@ def learn_concepts(
     number("confidence", confidence, 0, 1)
     window = StepWindow.parse(steps)
     check_call(pipe, call, learn_concepts, "output_type", "return_dict", *GIVEN_TO_SEVERAL)
+    taking_gradients("learn_concepts")
     place = check_place(at)
     if not isinstance(prompts, Mapping) or not all(isinstance(labels, Mapping) for labels in prompts.values()):
         raise ValueError("prompts must be prompt -> {concept: value}, {'a mono fox': {'style': 'mono'}, ...}.")
@@ -158,7 +159,7 @@ def learn_concepts(
                     plain = noised.clean()
                 labels = {concept: label.to(latents.device) for concept, label in labels.items()}
                 w = middle.seen
-                with torch.enable_grad():
+                with taking_gradients("learn_concepts"):
                     loss = _reading(model, w, labels, noised, latents, plain)
                     _descend(optimisers[0], networks, loss)
                     if model.decoder is not None:

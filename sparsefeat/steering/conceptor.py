@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsefeat.arguments import finite, number, whole
+from sparsefeat.arguments import finite, number, taking_gradients, whole
 from sparsefeat.features.progress import progress_bar
 from sparsefeat.features.prompts import encode_alone
 from sparsefeat.pipeline import Activations, Call, Context, Hookpoint, Replace, attach
@@ -114,6 +114,7 @@ def decompose(
             whose text is not that of one CLIP. TypeError: an argument that the pipeline's call does not take.
     """
     check_call(pipe, call, decompose, "output_type", "return_dict")
+    taking_gradients("decompose")
     if not isinstance(template, str) or template.count("{}") != 1:
         raise ValueError(
             f"template={template!r} must have {{}} in the place of the concept once, as in 'a photo of a {{}}'."
@@ -190,7 +191,7 @@ def _learn(
                     least, kept = loss, copy.deepcopy(network.state_dict())
             if step == steps:
                 break
-            with torch.enable_grad():
+            with taking_gradients("decompose"):
                 gradients = torch.autograd.grad(loss_of(*draw()), parameters)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient

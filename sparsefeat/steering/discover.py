@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sparsefeat.arguments import number, whole
+from sparsefeat.arguments import number, taking_gradients, whole
 from sparsefeat.features.progress import progress_bar
 from sparsefeat.pipeline import Activations, Context, Hookpoint, attach
 from sparsefeat.pipeline.call_arguments import check_call
@@ -55,6 +55,7 @@ def discover_direction(
             argument that the pipeline's call does not take.
     """
     check_call(pipe, call, discover_direction, "output_type", "return_dict")
+    taking_gradients("discover_direction")
     place = check_place(at)
     with_it = check_prompts("with_it", with_it, least=1)
     (without,) = check_prompts("without", [without], least=1)
@@ -74,7 +75,7 @@ def discover_direction(
     generator = torch.Generator().manual_seed(seed)
     root = getattr(pipe, seen.name)
     bar = progress_bar(epochs, "discovering", "epochs")
-    with attach(pipe, add) as session, torch.enable_grad(), bar:
+    with attach(pipe, add) as session, taking_gradients("discover_direction"), bar:
         for _ in range(epochs):
             for images in torch.randperm(len(clean), generator=generator).split(batch):
                 step = int(torch.randint(len(levels), (), generator=generator))

@@ -14,6 +14,8 @@ from sparsefeat.sae import SAE, SAEConfig
 class Elsewhere:
     """An SAE as far as its device is concerned."""
 
+    training = False
+
     def __init__(self, device):
         self.device, self.moves, self.config = torch.device(device), [], SAEConfig(4, 8, k=2)
 
@@ -32,6 +34,16 @@ def test_an_sae_on_another_device_is_moved_once():
     for _ in range(3):
         assert beside(sae, activations, Context()) is sae
     assert sae.moves == ["cpu"]
+
+
+def test_batch_topk_that_is_put_in_training_mode_is_refused_when_it_is_given_and_in_a_call():
+    sae = SAE(SAEConfig(d_model=3, n_latents=8, k=2, activation="batch_topk", hookpoint="unet.mid_block"))
+    with pytest.raises(ValueError, match=r"sae is in training mode, .*sae\.eval\(\) first"):
+        sf.Record(sae)
+    activations = Activations(torch.zeros(1, 2, 3))
+    beside(sae.eval(), activations, Context())
+    with pytest.raises(ValueError, match="sae is in training mode"):
+        beside(sae.train(), activations, Context())
 
 
 def test_the_hookpoint_is_the_one_named_or_the_saes():

@@ -387,9 +387,10 @@ def test_nothing_is_said_of_a_session_in_a_with_block_or_a_stack_or_that_is_held
         with contextlib.ExitStack() as stack:
             stack.enter_context(attach(sd, Watch(BLOCK)))
             pixels(sd, steps=1)
-        held = [attach(sd, Watch(BLOCK))]
+        held = [attach(sd, Watch(BLOCK)), attach(sd, Watch(BLOCK)).__enter__()]
         pixels(sd, steps=1)
-        held[0].close()
+        for session in held:
+            session.close()
 
 
 def test_detach_takes_several_pipelines_and_refuses_what_is_none(sd, sdxl):

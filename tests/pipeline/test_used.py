@@ -15,6 +15,7 @@ import torch
 import sparsefeat as sf
 from sparsefeat.pipeline import Instrument
 from sparsefeat.steering import Overwrite
+from tests.families import families
 from tests.tiny import pixels, tiny_sd
 
 AT, LAYER = "unet.up_blocks.1.attentions.1", "text_encoder.encoder.layers.0"
@@ -76,3 +77,23 @@ def test_a_recordings_call_is_pickled_without_its_pipeline():
     call = pickle.loads(pickle.dumps(run.calls[0].call))
     assert (call.prompts, call.n_steps, call.pipe) == (["a fox"], 2, None)
     assert run.calls[0].call.pipe is pipe
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_maps_and_guidance_of_joint_attention_work_in_autocast_and_are_the_same_but_for_its_rounding(name):
+    tiny = families()[name]
+    pipe = tiny.build()
+    maps = sf.HeatMaps(concepts=["fox", "snow"])
+
+    def drawn() -> torch.Tensor:
+        with sf.attach(pipe, maps) as run:
+            tiny.call(pipe, ["a fox"], guidance=False)
+        return run[maps].tensor()
+
+    plain = drawn()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = drawn()
+        with sf.attach(pipe, sf.AttendAndExcite(["fox"])):
+            tiny.call(pipe, ["a fox"], guidance=False)
+    assert not torch.equal(plain, rounded)
+    torch.testing.assert_close(rounded, plain, atol=0.05, rtol=0.05)

@@ -214,9 +214,27 @@ def test_a_folder_without_permission_is_said(tmp_path: Path):
     with pytest.raises(OSError, match=r"folder /proc/no/run cannot be made .*choose another place"):
         SAETrainer(small(), small_rows(), CONFIG, Path("/proc/no/run"))
     made = SAETrainer(small(), small_rows(), CONFIG, tmp_path / "run")
-    made.folder = Path("/proc/no/run")  # as where a disk was taken away since
+    vars(made)["folder"] = Path("/proc/no/run")  # as where a disk was taken away since
     with pytest.raises(OSError, match=r"cannot write a checkpoint into /proc/no/run .*choose another folder"):
         made.checkpoint()
+
+
+def test_a_trainer_keeps_its_settings():
+    made = SAETrainer(small(), small_rows(), CONFIG)
+    for name in ("config", "sae", "folder", "step", "stepps"):
+        with pytest.raises(
+            AttributeError, match=rf"SAETrainer\.{name} is .*; make a new one with .* sae, rows, config"
+        ):
+            setattr(made, name, None)
+    assert made.config == CONFIG
+
+
+def test_a_parameter_exchanged_under_the_trainer_is_refused():
+    sae = small()
+    made = SAETrainer(sae, small_rows(), CONFIG)
+    sae.W_enc = torch.nn.Parameter(sae.W_enc.detach().clone())
+    with pytest.raises(ValueError, match=r"another Parameter in the place of one .*make the trainer afterwards"):
+        made.fit(progress=False)
 
 
 def test_a_penalty_that_does_not_reach_its_number_of_active_latents_in_the_steps_there_are_says_so():

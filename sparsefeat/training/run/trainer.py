@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsefeat.arguments import on_the_cpu_by_default
+from sparsefeat.frozen import Frozen
 from sparsefeat.sae import SAE
 from sparsefeat.store import ShardReader
 from sparsefeat.training.activations.rows import RowSource, SideBySide, Source, StoreRows, TensorRows
@@ -39,7 +40,7 @@ AGREE_EVERY = 10
 FREE = ("checkpoint_every", "log_every")  # settings that no weight depends on
 
 
-class SAETrainer:
+class SAETrainer(Frozen):
     """Trains `sae`, a new one, in place, in rows of unit spread; when `fit` is done it takes rows as they are. See `Learner`.
 
     rows: a tensor `[..., d_model]`, a `ShardReader` with a field "rows", any `RowSource`; or a `Source` of several places,
@@ -82,7 +83,7 @@ class SAETrainer:
         self.sae: SAE = sae
         self.config: TrainConfig = config
         self.folder: Path | None = None if folder is None else place_to_fill(folder)
-        self.step: int = 0
+        self._step = 0
         self._saved = -1
         self.learner: Learner = Learner(sae, config.objective, ranks)
         if config.precision != "float32" and config.objective.decoder != "unit":
@@ -105,6 +106,11 @@ class SAETrainer:
             }
         if checkpoint is not None:
             self._resume(checkpoint)
+
+    @property
+    def step(self) -> int:
+        """How many were done."""
+        return self._step
 
     @property
     def log(self) -> list[dict[str, float]]:
@@ -155,7 +161,7 @@ class SAETrainer:
         active = [learner.settle(loss, self.step) for loss in losses]
         for name, parameter in zip(learner.names, learner.trained, strict=True) if self.averaged else ():
             self.averaged[name].lerp_(parameter.detach(), 1 - (config.ema or 0))
-        self.step += 1
+        self._step += 1
         if norm is None or not measure:
             return None
         self._check_finite()
@@ -262,7 +268,7 @@ class SAETrainer:
                 "another folder"
             )
         read_tensors(checkpoint, self._state(), self.ranks)
-        self.step = self._saved = int(kept["step"])
+        self._step = self._saved = int(kept["step"])
         self.metrics.resume(self.step)
 
 
@@ -281,6 +287,13 @@ def fit_together(trainers: Sequence[SAETrainer], progress: bool = True) -> list[
                 raise ValueError(f"the trainers differ in {name}: give all the same.")
     if not all(parameter.requires_grad for trainer in trainers for parameter in trainer.learner.trained):
         raise ValueError("sae has weights that require no gradient: call sae.requires_grad_(True) before training")
+    for trainer in trainers:
+        moved = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+        if not all(id(parameter) in moved for parameter in trainer.learner.trained):
+            raise ValueError(
+                "sae has another Parameter in the place of one that it had when its trainer was made, which would not be "
+                "trained: make the trainer afterwards, or write into the old one under torch.no_grad()"
+            )
     ranks, batch_size = first.ranks, first.config.batch_size
     left = [trainer for trainer in trainers if trainer.step < trainer.config.steps]
     start, stop = min((t.step for t in left), default=0), max((t.config.steps for t in left), default=0)

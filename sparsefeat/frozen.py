@@ -1,4 +1,4 @@
-"""Instruments whose settings are settled when they are made."""
+"""Objects whose settings are settled when they are made."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from sparsefeat.pipeline.instrument import Instrument
 
+class Frozen:
+    """Refuses an attribute set after the constructor: what was made of the old value would stay.
 
-class FrozenInstrument(Instrument):
-    """An instrument that refuses an attribute set after its constructor: what was made of the old value would stay.
-
-    Attributes that begin with an underscore are its own state, which changes from call to call.
+    Attributes that begin with an underscore are the object's own state, which goes on changing.
 
     Raises:
         AttributeError: an attribute is set from outside.
@@ -29,14 +27,14 @@ class FrozenInstrument(Instrument):
             kind, settings = type(self).__name__, list(inspect.signature(type(self)).parameters)
             why = "is settled when it is made" if name in settings or hasattr(self, name) else "is no setting of it"
             raise AttributeError(
-                f"{kind}.{name} {why}; make a new one with what you want of {', '.join(settings) or 'it'}, and attach that"
+                f"{kind}.{name} {why}; make a new one with what you want of {', '.join(settings) or 'it'}"
             )
         super().__setattr__(name, value)
 
 
 def _then_frozen(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
-    def __init__(self: FrozenInstrument, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Frozen, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         if type(self).__init__ is __init__:  # not before: a subclass goes on where the one above it ended
             vars(self)["_frozen"] = True
