@@ -191,6 +191,10 @@ def guard_concept(
         if not resolve(pipe, where.path).family.runs_in_steps:
             raise ValueError(f"saes[{i}] is of {where}, no block of the denoiser; a guard looks at what is drawn.")
     passing = dict.fromkeys(p for c, its in prompts.items() if behind or c != target for p in its)
+    if len(passing) < 2:
+        raise ValueError(
+            f"prompts have one picture without {target!r}, and a guard is told by how several differ; give two at least."
+        )
 
     def seen(texts: Sequence[str], *besides: Instrument) -> list[tuple[Tensor, Tensor]]:
         watching = [_MeanCodes(sae) for sae in saes]

@@ -102,9 +102,7 @@ class CollectStatistics(FrozenInstrument):
         places = [tuple(of_call.index(name) for name in several) for several in names]
         self._has_counted = False
         self._of_image = [place for place in places for _ in range(call.images_per_prompt)]
-        self._part = self.statistics.part(of_call) if of_call else None
-        if self._part is not None:
-            self._part.decoder = self._decoder
+        self._part = self.statistics.part(of_call, self._decoder) if of_call else None
 
     def at_hookpoint(self, activations: Activations, context: Context) -> None:
         if max(context.prompt_index, default=0) >= len(self._of_image):

@@ -14,6 +14,7 @@ from sparsefeat.features.chance import LATENTS_AT_ONCE, Naming, best_of_latents,
 from sparsefeat.features.record import Record, Recording
 from sparsefeat.features.scores import area_under_curve, normalized_mean_difference
 from sparsefeat.features.statistics import Concepts, Statistics, check_statistics, concepts_of
+from sparsefeat.frozen import Frozen
 from sparsefeat.pipeline import Activations, Call, Context, FrozenInstrument, Hookpoint
 from sparsefeat.sae import SAE
 
@@ -52,7 +53,7 @@ class Found(NamedTuple):
     p: float | None
 
 
-class Examples:
+class Examples(Frozen):
     """The images with the highest score for each latent, and every image's largest activations; streaming.
 
     Args:
@@ -79,13 +80,17 @@ class Examples:
             self.allowed[wholes("latents", latents, 0, n_latents - 1)] = True
         self.prompts: list[str | None] = []
         self.concepts: list[tuple[str, ...]] = []
-        self.n_drawn: int = 0
-        """The images of all calls, also those that a recording has not: at a text encoder, all but a prompt's first."""
+        self._n_drawn = 0
         self._number: list[int] = []  # of each image that was added, among these
         self._score = torch.full((n_latents, top), -torch.inf, dtype=torch.float64)
         self._image = torch.full((n_latents, top), -1, dtype=torch.int32)
         self._maps: dict[tuple[int, int], Tensor] = {}
         self._peaks: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def n_drawn(self) -> int:
+        """The images of all calls, also those that a recording has not: at a text encoder, all but a prompt's first."""
+        return self._n_drawn
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -120,7 +125,7 @@ class Examples:
             )
         drawn = len(recording.prompts or ()) * recording.images_per_prompt or max(recording.images, default=-1) + 1
         self._number += [self.n_drawn + image for image in recording.images]
-        self.n_drawn += drawn
+        self._n_drawn += drawn
         for n, image in enumerate(recording.images):
             number = len(self.prompts)
             self.prompts.append(recording.prompt(image))
@@ -240,11 +245,12 @@ class Examples:
     @classmethod
     def from_state(cls, known: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Examples:
         examples = cls(int(known["n_latents"]), int(known["top"]))
-        examples.prompts = list(known["prompts"])
-        examples.concepts = [tuple(names) for names in known["concepts"]]
+        examples.prompts.extend(known["prompts"])
+        examples.concepts.extend(tuple(names) for names in known["concepts"])
         examples._number = list(known.get("number", range(len(examples.prompts))))  # without: of an earlier version
-        examples.n_drawn = int(known.get("n_drawn", len(examples.prompts)))
-        examples.allowed, examples._score, examples._image = (tensors[n] for n in ("allowed", "score", "image"))
+        examples._n_drawn = int(known.get("n_drawn", len(examples.prompts)))
+        examples.allowed.copy_(tensors["allowed"])
+        examples._score, examples._image = tensors["score"], tensors["image"]
         of = [(latent, image) for latent, image in tensors["map_of"].tolist()]
         examples._maps = dict(zip(of, tensors["maps"].unbind(), strict=True))
         lengths = tensors["peak_lengths"].tolist()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsefeat.arguments import finite, number, whole
 from sparsefeat.features.folders import read_folder, write_folder
+from sparsefeat.frozen import Frozen
 from sparsefeat.sae import SAE
 from sparsefeat.whole import as_path
 
@@ -48,7 +49,7 @@ class _Block:
         )
 
 
-class Statistics:
+class Statistics(Frozen):
     """Sum, count and maximum of every latent's activations by concept and timestep, built up a batch at a time.
 
     Args:
@@ -74,8 +75,7 @@ class Statistics:
         if isinstance(concepts, str) or not named or len(set(self.concepts)) != len(self.concepts):
             raise ValueError(f"concepts={concepts!r} must be one or more different names, as a list.")
         self.n_latents: int = whole("n_latents", n_latents)
-        self.decoder: tuple[float, ...] = ()
-        """Some numbers of the SAE's decoder, by which it is told from another; none where it is not known."""
+        self._decoder: tuple[float, ...] = ()
         self._blocks: dict[float, _Block] = {}
         self._said_from = SAID_FROM_BYTES
         self.reserve(timesteps)
@@ -84,6 +84,11 @@ class Statistics:
     def timesteps(self) -> tuple[float, ...]:
         """The timesteps there are statistics for, ascending."""
         return tuple(sorted(self._blocks))
+
+    @property
+    def decoder(self) -> tuple[float, ...]:
+        """Some numbers of the SAE's decoder, by which it is told from another; none where it is not known."""
+        return self._decoder
 
     def footprint(self, timesteps: int | None = None) -> int:
         """Bytes for this many timesteps (default: those held)."""
@@ -164,15 +169,17 @@ class Statistics:
             merged.take(part)
         return merged
 
-    def part(self, concepts: Iterable[str]) -> Statistics:
+    def part(self, concepts: Iterable[str], decoder: tuple[float, ...] = ()) -> Statistics:
         """Empty ones of some of the concepts, to be taken once they are whole, or thrown away; their size is not said.
+
+        decoder: of the SAE, `decoder_numbers`, where these may not know it yet.
 
         Raises:
             ValueError: a concept that is not there.
         """
         part = type(self)([self.concepts[place] for place in self.places(tuple(concepts))], self.n_latents)
         part._said_from = sys.maxsize
-        part.decoder = self.decoder
+        part._decoder = decoder or self._decoder
         return part
 
     def take(self, part: Statistics) -> None:
@@ -184,7 +191,7 @@ class Statistics:
         places = self.places(part.concepts)
         if not _same(self.decoder, part.decoder):
             raise ValueError("only statistics of one SAE are counted together; these are of two with as many latents.")
-        self.decoder = self.decoder or part.decoder
+        self._decoder = self._decoder or part.decoder
         self.reserve(part.timesteps)
         for timestep, block in part._blocks.items():
             into = self._blocks[timestep]
@@ -320,7 +327,7 @@ class Statistics:
         config, tensors = read_folder(folder, "statistics")
         try:
             statistics = cls(config["concepts"], config["n_latents"])
-            statistics.decoder = tuple(number("decoder", one) for one in config.get("decoder", ()))
+            statistics._decoder = tuple(number("decoder", one) for one in config.get("decoder", ()))
             for i, timestep in enumerate(config["timesteps"]):
                 block = _Block(*(tensors.pop(f"{i}.{name}") for name in ("total", "count", "maximum", "rows")))
                 _check(block, _Block.empty(len(statistics.concepts), statistics.n_latents))

@@ -25,6 +25,7 @@ from sparsefeat.arguments import number, whole
 from sparsefeat.attention import HeatMapRecording
 from sparsefeat.attention.words import NoSuchWordError
 from sparsefeat.features.record import Recording
+from sparsefeat.frozen import Frozen
 
 
 class WordLatent(NamedTuple):
@@ -34,7 +35,7 @@ class WordLatent(NamedTuple):
     correlation: float
 
 
-class WordCorrelations:
+class WordCorrelations(Frozen):
     """Pearson's correlation of every latent's map with every word's, over the positions of all images added.
 
         r = (mean(x y) - mean(x) mean(y)) / (spread(x) spread(y)),     x the latent's activation, y the word's map
@@ -54,12 +55,17 @@ class WordCorrelations:
             raise ValueError(f"words={words!r} must be a list of different words, as in ['fox', 'rocket'].")
         self.words: tuple[str, ...] = tuple(words)
         self.n_latents: int = whole("n_latents", n_latents)
-        self.positions: int = 0
+        self._positions = 0
         self._x = torch.zeros(n_latents, dtype=torch.float64)
         self._xx = torch.zeros(n_latents, dtype=torch.float64)
         self._y = torch.zeros(len(words), dtype=torch.float64)
         self._yy = torch.zeros(len(words), dtype=torch.float64)
         self._xy = torch.zeros(n_latents, len(words), dtype=torch.float64)
+
+    @property
+    def positions(self) -> int:
+        """How many were added."""
+        return self._positions
 
     def add(self, recording: Recording, maps: HeatMapRecording) -> None:
         """All images of one call, each with the maps of those of the words that its prompt has.
@@ -106,7 +112,7 @@ class WordCorrelations:
         y = torch.zeros(len(self.words), x.shape[1], dtype=torch.float64)
         for word, given in maps.items():
             y[self.words.index(word)] = _on_grid(given, recording.grid).flatten()
-        self.positions += x.shape[1]
+        self._positions += x.shape[1]
         self._x[latents] += x.sum(1)
         self._xx[latents] += (x * x).sum(1)
         self._y += y.sum(1)

@@ -146,6 +146,8 @@ def test_what_it_cannot_guard_is_refused(pipe, sae):
     ):
         with pytest.raises(ValueError, match=said):
             sf.guard_concept(pipe, saes, target, PROMPTS, **CALL)
+    with pytest.raises(ValueError, match=r"prompts have one picture without 'fox', .*give two at least"):
+        sf.guard_concept(pipe, [sae], "fox", {"fox": ["a fox"], "cat": ["a cat"]}, **CALL)
     with pytest.raises(TypeError, match=r"saes\[0\] is 'x', not an SAE"):
         sf.guard_concept(pipe, ["x"], "fox", PROMPTS, **CALL)
     with pytest.raises(ValueError, match="no SAE's latents tell 'fox' from the other pictures"):
