@@ -135,6 +135,12 @@ def finite(name: str, given: Tensor, *, unbounded: bool = False) -> Tensor:
     return given
 
 
+def kept(name: str, given: Tensor) -> Tensor:
+    """The `finite` tensor to keep: a copy, as the caller may go on writing into theirs; one that is being trained is itself."""
+    finite(name, given)
+    return given if given.requires_grad else given.clone()
+
+
 def finite_in(name: str, given: Any) -> None:
     """Refuse a number that is NaN or infinite, a tensor or array that holds one, and a list or dict of such."""
     if isinstance(given, float):

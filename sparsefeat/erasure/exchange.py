@@ -20,7 +20,7 @@ import torch
 from sparsefeat_kernels import SparseCode
 from torch import Tensor
 
-from sparsefeat.arguments import finite, whole
+from sparsefeat.arguments import kept, whole
 from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
 from sparsefeat.features.collecting import check_prompts
 from sparsefeat.features.prompts import OwnTokens, layer_outputs_and_tokens
@@ -69,8 +69,8 @@ class Exchange(SavableInstrument):
         self.at: Hookpoint = hookpoint_of(sae, at)
         self.sae: SAE = reconstructing(sae)
         sae.directions(latents)  # names a latent that does not exist
-        self.latents: Tensor = torch.as_tensor(latents, dtype=torch.int64)
-        self.change: Tensor = finite("change", change).detach().float().cpu()
+        self.latents: Tensor = torch.as_tensor(latents, dtype=torch.int64).clone()
+        self.change: Tensor = kept("change", change).detach().float().cpu()
         if self.change.shape != (len(self.latents), sae.d_model) or len(self.latents.unique()) != len(self.latents):
             raise ValueError(
                 f"change {list(self.change.shape)} must be [{len(self.latents)}, {sae.d_model}], one row for each of different "

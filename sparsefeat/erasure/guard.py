@@ -23,7 +23,7 @@ import torch
 from sparsefeat_kernels import SparseCode
 from torch import Tensor
 
-from sparsefeat.arguments import finite, number
+from sparsefeat.arguments import kept, number
 from sparsefeat.erasure.replace_where import unconditional_rows
 from sparsefeat.features.attached import beside, hookpoint_of
 from sparsefeat.features.collecting import check_prompts, run_prompts
@@ -63,7 +63,7 @@ class Guard(SavableInstrument):
     ):
         self.at: Hookpoint = hookpoint_of(sae, at)
         self.sae: SAE = sae
-        self.discriminant: Tensor = finite("discriminant", discriminant).detach().float().cpu()
+        self.discriminant: Tensor = kept("discriminant", discriminant).detach().float().cpu()
         if self.discriminant.shape != (sae.n_latents,):
             raise ValueError(f"discriminant {list(discriminant.shape)} must be [{sae.n_latents}], one for each latent.")
         self.limit: float = number("limit", limit)

@@ -17,7 +17,7 @@ import torch
 from sparsefeat_kernels import matching_pursuit
 from torch import Tensor
 
-from sparsefeat.arguments import finite, number, whole
+from sparsefeat.arguments import finite, kept, number, whole
 from sparsefeat.features.collecting import check_prompts
 from sparsefeat.features.prompts import layer_outputs_and_tokens
 from sparsefeat.pipeline import Activations, Context, Delta, Hookpoint
@@ -75,9 +75,7 @@ class ConceptLancet(SavableInstrument):
         self.atoms: Tensor = stacked / stacked.norm(dim=1, keepdim=True)
         width = self.atoms.shape[1]
         self.center: Tensor = (
-            torch.zeros(width, dtype=torch.float32)
-            if center is None
-            else finite("center", center).detach().float().cpu()
+            torch.zeros(width, dtype=torch.float32) if center is None else kept("center", center).detach().float().cpu()
         )
         if self.center.shape != (width,):
             raise ValueError(f"center has shape {list(self.center.shape)}; the directions are [{width}].")

@@ -17,7 +17,7 @@ import torch
 from sparsefeat_kernels import SparseCode
 from torch import Tensor
 
-from sparsefeat.arguments import finite, number, whole
+from sparsefeat.arguments import kept, number, whole
 from sparsefeat.features.attached import beside, hookpoint_of, reconstructing
 from sparsefeat.features.collecting import check_prompts, collect_statistics
 from sparsefeat.features.scores import normalized_mean_difference
@@ -107,14 +107,14 @@ class PosteriorAttenuation(SavableInstrument):
         self.at: Hookpoint = hookpoint_of(sae, at)
         self.sae: SAE = reconstructing(sae)
         sae.directions(latents)  # names a latent that does not exist
-        self.latents: Tensor = torch.as_tensor(latents, dtype=torch.int64).cpu()
+        self.latents: Tensor = torch.as_tensor(latents, dtype=torch.int64).cpu().clone()
         sae.directions(self.latents)  # names a latent that does not exist
         if posterior.shape != (len(self.latents), len(EDGES) + 1):
             raise ValueError(
                 f"posterior has shape {list(posterior.shape)}; {len(self.latents)} latents need "
                 f"{[len(self.latents), len(EDGES) + 1]}."
             )
-        self.posterior: Tensor = finite("posterior", posterior).float().cpu()
+        self.posterior: Tensor = kept("posterior", posterior).float().cpu()
         if len(posterior) and not 0 <= float(posterior.min()) <= float(posterior.max()) <= 1:
             raise ValueError("posterior must hold probabilities, 0 to 1.")
         if condition == "cond+uncond-":

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sparsefeat.arguments import finite, number
+from sparsefeat.arguments import kept, number
 from sparsefeat.attention.word_embeddings import WordEmbeddings
 from sparsefeat.features.attached import hookpoint_of
 from sparsefeat.features.prompts import layer_outputs_and_tokens
@@ -64,7 +64,7 @@ class TokenDirection(WordEmbeddings, SavableInstrument):
             raise TypeError(f"direction is {type(direction).__name__}, not a tensor; give torch.as_tensor(direction).")
         if direction.ndim != 1:
             raise ValueError(f"direction has shape {list(direction.shape)}; give [width].")
-        self.direction: Tensor = finite("direction", direction)
+        self.direction: Tensor = kept("direction", direction)
         self.strength: float = number("strength", strength)
         self.growth: float | None = None if growth is None else number("growth", growth, 0, above=True)
         self.window: StepWindow = StepWindow.parse(steps)

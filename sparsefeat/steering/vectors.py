@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsefeat.arguments import finite, mask_map, number
+from sparsefeat.arguments import kept, mask_map, number
 from sparsefeat.pipeline import Activations, Call, Context, Delta, Hookpoint
 from sparsefeat.pipeline.step_window import Steps, StepWindow
 from sparsefeat.steering.first_visits import check_place
@@ -50,7 +50,7 @@ class AddVector(SavableInstrument):
                 "dimension of bins before it if it changes with time."
             )
         self.at: Hookpoint = check_place(at)
-        self.vectors: Tensor = finite("vector", vector if vector.ndim in (2, 4) else vector[None])
+        self.vectors: Tensor = kept("vector", vector if vector.ndim in (2, 4) else vector[None])
         """[bins, d_model] or [bins, d_model, height, width]."""
         self.strength: float = number("strength", strength)
         self.window: StepWindow = StepWindow.parse(steps)

@@ -104,6 +104,8 @@ def test_ones_own_instruments_and_subclasses_may_set_what_they_like_in_their_con
 )
 def test_what_is_collected_into_keeps_what_it_was_made_with(made, name):
     before = getattr(made, name)
-    with pytest.raises(AttributeError, match=rf"{type(made).__name__}\.{name} is settled when it is made; make a new one"):
+    with pytest.raises(
+        AttributeError, match=rf"{type(made).__name__}\.{name} is settled when it is made; make a new one"
+    ):
         setattr(made, name, 3)
     assert getattr(made, name) == before
