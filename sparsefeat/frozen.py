@@ -26,8 +26,10 @@ class Frozen:
         if "_frozen" in vars(self) and not name.startswith("_"):
             kind, settings = type(self).__name__, list(inspect.signature(type(self)).parameters)
             why = "is settled when it is made" if name in settings or hasattr(self, name) else "is no setting of it"
+            ours = type(self).__module__.startswith("sparsefeat.")
             raise AttributeError(
                 f"{kind}.{name} {why}; make a new one with what you want of {', '.join(settings) or 'it'}"
+                + ("" if ours else f", or name what a class of your own changes _{name}")
             )
         super().__setattr__(name, value)
 
