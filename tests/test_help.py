@@ -104,7 +104,7 @@ def test_help_names_every_kind_of_error():
 
 def test_an_error_that_is_not_named_is_found():
     record = sparsefeat.Record
-    kinds = set(raised(record.__init__, record))
+    kinds = set(raised(behind(record.__init__), record))
     assert kinds == {TypeError, ValueError}  # by its own lines, by `whole` and by `hookpoint_of`
     assert lacks("Keeps codes.", kinds) == {"TypeError", "ValueError"}
     assert lacks("Keeps codes.\n\nRaises:\n    ValueError: no hookpoint.", kinds) == {"TypeError"}

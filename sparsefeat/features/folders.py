@@ -62,13 +62,15 @@ def read_folder(folder: str | os.PathLike[str], name: str) -> tuple[dict[str, An
     tensor_file = config.pop("tensors")
     if Path(tensor_file).name != tensor_file:
         raise ValueError(f"{path} names tensors outside its folder ({tensor_file!r}); it is refused.")
-    digest = config.pop("sha256", None)  # older files have none
+    tensors_at, digest = path.parent / tensor_file, config.pop("sha256", None)  # older files have none
     try:
-        if digest not in (None, _digest(path.parent / tensor_file)):
-            raise OSError("its contents are others than were saved")
-        return config, load_file(path.parent / tensor_file)
+        same = digest in (None, _digest(tensors_at))
+        tensors = load_file(tensors_at)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path.parent / tensor_file} is missing or damaged ({error}); save it again.") from None
+        raise ValueError(f"{tensors_at} is missing or damaged ({error}); save it again.") from None
+    if not same:
+        raise ValueError(f"{tensors_at} is damaged (its contents are others than were saved); save it again.")
+    return config, tensors
 
 
 def _digest(file: Path) -> str:

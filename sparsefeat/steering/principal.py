@@ -36,6 +36,9 @@ class PrincipalDirections:
     `std [bins, n]` along them, and the share of all variance that each explains, `explained [bins, n]`. shape is (d_model,)
     or (d_model, height, width); bins are equal parts of the schedule. A component's sign is that which makes its largest
     entry positive.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or a number that is not finite.
     """
 
     at: Hookpoint
