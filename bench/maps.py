@@ -202,11 +202,15 @@ def peer_seconds() -> Iterator[list[float]]:
 class Kept(sf.HeatMaps):
     """The last attention, to do its maps again alone."""
 
-    largest: tuple[AttentionCall, Context] | None = None
+    _largest: tuple[AttentionCall, Context] | None = None
+
+    @property
+    def largest(self) -> tuple[AttentionCall, Context] | None:
+        return self._largest
 
     def at_attention(self, call: AttentionCall, context: Context) -> None:
-        if self.largest is None or call.query.numel() >= self.largest[0].query.numel():
-            self.largest = call, context
+        if self._largest is None or call.query.numel() >= self._largest[0].query.numel():
+            self._largest = call, context
         super().at_attention(call, context)
 
 

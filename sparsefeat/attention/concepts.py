@@ -347,7 +347,7 @@ class Stream:
         rows = slice(first, last) if self.rows == list(range(first, last)) else self.rows  # a slice copies nothing
         keys, values, outputs = (t[rows][:, :, image].detach() for t in (call.key, call.value, call.output))
         query, key, value = (t.to(keys.dtype) for t in (query, key, value))
-        output = concept_attention(query, key, value, keys, values, call.scale)
+        output = concept_attention(query, key, value, keys, values.to(keys.dtype), call.scale)
         written = output.transpose(1, 2).flatten(2).to(self.concepts.dtype)
         self.concepts = blocks.leave(block, self.concepts, written, kept, self.time)
         self.passed.append(layer.path)
