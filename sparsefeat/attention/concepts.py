@@ -351,4 +351,4 @@ class Stream:
         written = output.transpose(1, 2).flatten(2).to(self.concepts.dtype)
         self.concepts = blocks.leave(block, self.concepts, written, kept, self.time)
         self.passed.append(layer.path)
-        return outputs, output
+        return outputs, output.to(outputs.dtype)
