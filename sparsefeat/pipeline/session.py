@@ -181,6 +181,11 @@ class Session:
         self._attachment = attachment
         attachment.belongs_to(self)
 
+    @property
+    def _pipe(self) -> Any:
+        """None once nothing of the session is in it."""
+        return self._attachment.pipe
+
     def __repr__(self) -> str:
         state = "open" if self._wiring is not None else "closed"
         return f"Session({self._attachment.names}; {len(self.calls)} calls, {state})"
@@ -226,7 +231,7 @@ class Session:
             raise ValueError(f"prompts={prompts!r:.80} must be a text or a list of texts.")
         whole("images_per_prompt", images_per_prompt)
         truth("guidance", guidance)
-        mine = self._attachment.pipe
+        mine = self._pipe
         if pipe is not None and pipe is not mine:
             other = next((session for session in self.beside if session._attachment.pipe is pipe), None)
             if other is None:
