@@ -157,16 +157,16 @@ def dense_probabilities(query: Tensor, key: Tensor, scale: float, mask: Tensor |
 
 
 def score_blocks(
-    query: Tensor, key: Tensor, scale: float, mask: Tensor | None, columns: int | None = None, most: int | None = None
+    query: Tensor, key: Tensor, scale: float, mask: Tensor | None, columns: int | None = None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """The scores of one batch row, block by block, in memory that the next block uses again.
 
     query [heads, n, d], key [key heads, t, d], mask a bias [heads, n, t] or None. Yields (heads, rows, scores
-    [heads of the block, rows of the block, columns]), columns t or more: -inf beyond t. A block is `most` bytes or, if that
-    is more, one row of one head: BLOCK_BYTES, and with `columns`, for a softmax in place and no second block, twice as much.
+    [heads of the block, rows of the block, columns]), columns t or more: -inf beyond t. A block is BLOCK_BYTES or, if that is
+    more, one row of one head. `columns` is for a softmax in place, which needs no second block: this one is twice as large.
     """
     (heads, n, _), tokens, dtype = query.shape, key.shape[1], sum_dtype(query)
-    most = block_bytes(query, most or (BLOCK_BYTES if columns is None else 2 * BLOCK_BYTES))
+    most = block_bytes(query, BLOCK_BYTES if columns is None else 2 * BLOCK_BYTES)
     columns = tokens if columns is None else columns
     room = max(1, most // (dtype.itemsize * max(columns, 1)))  # rows of one head in a block
     # Below 64 rows a product runs at half speed: fewer heads instead.

@@ -247,7 +247,6 @@ def test_blocks_of_any_size_give_the_maps_and_output_of_the_reference_to_roundin
 ):
     tensors = problem((2, 3, 1, 70, 9, 4, 4), torch.float64, "cpu")
     monkeypatch.setattr(scores, "BLOCK_BYTES", block_bytes)
-    monkeypatch.setattr(map_cpu, "AT_ONCE_BYTES", 2 * block_bytes)
     for ours, theirs in zip(both(*tensors), expected(*tensors), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
@@ -331,7 +330,7 @@ def test_both_sides_of_the_sizes_from_which_a_call_is_conducted_and_its_position
         torch.set_num_threads(before)
     assert len(handed_out) == 2
     if positions < map_cpu.FEWEST_POSITIONS:
-        assert set(handed_out) == {(1, 1)}  # all batch rows together
+        assert set(handed_out) == {(1, batch)}
     else:
         halves = batch == 1 and positions >= 2 * map_cpu.FEWEST_POSITIONS
         assert set(handed_out) == {(2, 2 if halves else batch)}
@@ -340,13 +339,11 @@ def test_both_sides_of_the_sizes_from_which_a_call_is_conducted_and_its_position
     torch.testing.assert_close(out.double(), out_expected, rtol=3e-6, atol=3e-6)
 
 
-@pytest.mark.parametrize("at_once", [128 << 10, map_cpu.AT_ONCE_BYTES], ids=["in blocks", "at once"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_rows_without_a_probability_among_many_positions(
-    dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
-):
-    """Grouped queries: a row of NaN, one whose scores are all -inf, and a batch row that is not counted."""
-    monkeypatch.setattr(map_cpu, "AT_ONCE_BYTES", at_once)
+def test_rows_without_a_probability_among_many_positions(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """Grouped queries, several blocks of rows: a row of NaN, one whose scores are all -inf, and a batch row that is not
+    counted."""
+    monkeypatch.setattr(scores, "BLOCK_BYTES", 64 << 10)
     batch, n = 3, 768
     maps, query, key, value = problem((batch, 4, 2, n, 9, 8, 5), dtype, "cpu")
     key = key.abs() + 0.1
