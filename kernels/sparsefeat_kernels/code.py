@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["SparseCode", "check_code", "selected_values"]
+__all__ = ["SparseCode", "check_code", "check_indices", "selected_values", "within"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,10 +95,9 @@ class SparseCode:
         Raises:
             IndexError: an index out of range, where a look at it can be had: a negative one would count from the end.
         """
-        looked_at = self.indices.numel() and not self.indices.is_meta and not torch.compiler.is_compiling()
-        if looked_at and not _within(self.indices, self.n_latents):
-            wrong = self.indices[(self.indices < 0) | (self.indices >= self.n_latents)][0]
-            raise IndexError(f"indices must be from 0 to {self.n_latents - 1}, got {int(wrong)}")
+        looked_at = not self.indices.is_meta and not torch.compiler.is_compiling()
+        if looked_at:
+            check_indices(self.indices, self.n_latents)
         out = self.values.new_zeros(self.rows, self.n_latents)
         entries = (self.row_ids.reshape(-1), self.indices.reshape(-1).long())
         return out.index_put_(entries, self.values.reshape(-1), accumulate=True)
@@ -108,7 +107,7 @@ class SparseCode:
         latents = latents if isinstance(latents, Tensor) else torch.as_tensor(latents, device="cpu")
         # Only where the look waits for no GPU, and nothing traces.
         here = latents.device.type == "cpu" and not torch.compiler.is_compiling()
-        if here and latents.numel() and (latents.is_floating_point() or not _within(latents, self.n_latents)):
+        if here and latents.numel() and (latents.is_floating_point() or not within(latents, self.n_latents)):
             raise IndexError(
                 f"latents must be whole numbers from 0 to {self.n_latents - 1}, got {latents.tolist()!s:.80}"
             )
@@ -145,9 +144,18 @@ def check_code(values: Tensor, indices: Tensor, device: torch.device, beside: st
             raise ValueError(f"{name} must be on {beside}'s device {device}, got {tensor.device}; move one of them")
 
 
-def _within(numbers: Tensor, size: int) -> bool:
+def within(numbers: Tensor, size: int) -> bool:
+    """Whether all are from 0 to size - 1."""
+    if not numbers.numel():
+        return True
     smallest, largest = map(int, numbers.aminmax())
     return 0 <= smallest <= largest < size
+
+
+def check_indices(indices: Tensor, n_latents: int) -> None:
+    if not within(indices, n_latents):
+        smallest, largest = map(int, indices.aminmax())
+        raise IndexError(f"indices must lie in 0 .. {n_latents - 1}, got values from {smallest} to {largest}")
 
 
 def selected_values(values: Tensor, indices: Tensor, row_ids: Tensor, rows: int, latents: Tensor) -> Tensor:

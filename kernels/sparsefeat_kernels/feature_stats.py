@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .code import check_code
+from .code import check_code, within
 from .dispatch import implementation, jit, jit_over_rows, ops, register, tl
 from .gradient.csr import sorted_entries
 
@@ -102,7 +102,7 @@ def _feature_stats_cpu(
     """Scatters along an only dimension go through the entries in their order. Those of value 0 go along: they add 0."""
     groups, n_latents = sum.shape
     v = values.reshape(-1)
-    if _within(indices, n_latents) and _within(group, groups):
+    if within(indices, n_latents) and within(group, groups):
         small = indices.dtype == torch.int32 and groups * n_latents <= LARGEST_INT32
         own = group.to(torch.int32 if small else torch.int64)
         keys = (
@@ -121,13 +121,6 @@ def _feature_stats_cpu(
     sum.view(-1).scatter_add_(0, keys, v)
     count.view(-1).scatter_add_(0, keys, active)
     maximum.view(-1).scatter_reduce_(0, keys, counted, "amax")
-
-
-def _within(index: Tensor, size: int) -> bool:
-    if index.numel() == 0:
-        return True
-    smallest, largest = index.aminmax()
-    return 0 <= int(smallest) <= int(largest) < size
 
 
 def _feature_stats_plainly_on_gpu(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..code import check_code
+from ..code import check_code, check_indices
 from ..dispatch import (
     block_bytes,
     implementation,
@@ -74,14 +74,6 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Tensor,
 def _no_zero(values: Tensor) -> bool:
     """The smallest value tells of most codes, in a quarter of the time that `all` takes."""
     return float(values.amin()) > 0 or bool(values.all())
-
-
-def check_indices(indices: Tensor, n_latents: int) -> None:
-    if not indices.numel():
-        return
-    smallest, largest = map(int, indices.aminmax())
-    if not 0 <= smallest <= largest < n_latents:
-        raise IndexError(f"indices must lie in 0 .. {n_latents - 1}, got values from {smallest} to {largest}")
 
 
 def reference(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Tensor) -> Tensor:
