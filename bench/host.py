@@ -105,7 +105,8 @@ def _attention(op: Callable[..., object], shape: Mapping[str, int]) -> Callable[
     batch, heads, n, t, d = (shape[name] for name in ("batch", "heads", "n", "t", "d"))
     query = torch.zeros(batch, heads, n, d, dtype=torch.bfloat16)
     key, group = torch.zeros(batch, heads, t, d, dtype=torch.bfloat16), torch.arange(batch)
-    maps, value = torch.zeros(batch, n, t), (key,) if op is dispatch.ops.attention_with_map_ else ()
+    value = (key.clone(),) if op is dispatch.ops.attention_with_map_ else ()
+    maps = torch.zeros(batch, n, t)
     return lambda: op(maps, query, key, *value, d**-0.5, None, None, group, None)
 
 

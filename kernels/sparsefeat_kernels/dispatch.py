@@ -26,6 +26,7 @@ import torch
 
 from .launch import Launcher
 from .precision import products_are_rounded, whole_products
+from .replay import Replayed
 
 __all__ = [
     "INTERPRETED",
@@ -176,6 +177,11 @@ def implementation(op: str, x: torch.Tensor) -> Literal["torch", "triton"]:
     return "triton" if by_triton else "torch"
 
 
+def _settings() -> tuple[Any, ...]:
+    """What an op's launches depend on besides its arguments."""
+    return _asked, os.environ.get("SPARSEFEAT_TUNING")
+
+
 def block_bytes(x: torch.Tensor, of_cpu: int) -> int:
     """Bytes of what the torch implementation makes at a time: `of_cpu`, made for its caches, or GPU_BLOCK_BYTES."""
     return of_cpu if x.device.type == "cpu" else max(of_cpu, GPU_BLOCK_BYTES)
@@ -194,12 +200,14 @@ def register(
     """Make `run` the op NAMESPACE::name. Its products have the precision that its docstring says also where autocast
     or a setting of torch's would lower it. Without `backward` it has no gradient."""
 
+    replayed = Replayed(run, _settings)
+
     @functools.wraps(run)
     def as_said(*args: Any) -> Any:
         device = args[0].device.type
         lowered, rounded = torch.is_autocast_enabled(device), products_are_rounded(device)
         if not lowered and not rounded:  # a context costs as much as a small op
-            return run(*args)
+            return replayed(*args) if args[0].is_cuda or INTERPRETED else run(*args)
         with (
             torch.autocast(device, enabled=False) if lowered else contextlib.nullcontext(),
             whole_products() if rounded else contextlib.nullcontext(),

@@ -12,12 +12,14 @@ reads has changed since; none of ours does.
 
 from __future__ import annotations
 
+import functools
 import importlib
-from typing import Any
+import threading
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["KNOWN", "Launcher"]
+__all__ = ["KNOWN", "RECORDING", "Launch", "Launcher", "known_triton"]
 
 # Versions whose compiled kernels are launched as below. Others go Triton's way.
 KNOWN = ((3, 6), (3, 7))
@@ -26,48 +28,36 @@ MOST_KEPT = 1024  # of a kernel: row counts that never come again must not fill 
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 
 
-class Launcher:
-    """Launches of one kernel, of what `triton.jit` made of it."""
+class Launch(NamedTuple):
+    """What was launched: Triton's compiled kernel, and its arguments, the last of which are constants of the compilation."""
 
-    def __init__(self, kernel: Any) -> None:
+    compiled: Any
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+    constants: tuple[Any, ...]
+
+
+class _Recording(threading.local):
+    """The launches of this thread since somebody asked for them; None: nobody did, or one was made in Triton's way."""
+
+    launches: list[Launch] | None = None
+
+
+RECORDING = _Recording()
+
+
+class _Triton:
+    """What is asked of Triton at every launch, once somebody launches."""
+
+    def __init__(self) -> None:
         triton = importlib.import_module("triton")
-        self.kernel = kernel
-        self.names = [parameter.name for parameter in getattr(kernel, "params", ())]
-        self.kept: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
-        jit = triton.runtime.jit.JITFunction
+        self.jit: Any = triton.runtime.jit.JITFunction
         version = tuple(map(int, triton.__version__.split(".")[:2]))
-        self.known = version in KNOWN and type(kernel) is jit and not torch.version.hip
-        self.jit, self.driver = jit, triton.runtime.driver
-        self.knobs: Any = triton.knobs if self.known else None
+        self.known = version in KNOWN and not torch.version.hip and not triton.knobs.runtime.interpret
+        self.driver: Any = triton.runtime.driver
+        self.knobs: Any = triton.knobs
 
-    def __call__(self, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if not self.known or not self._unwatched():
-            self.kernel[grid](*args, **options)
-            return
-        driver = self.driver.active
-        device = driver.get_current_device()
-        key: list[Any] = [driver, device]
-        if _add(key, args) & 15:  # a pointer that is not aligned, or an argument of no known kind
-            self.kernel[grid](*args, **options)
-            return
-        found = tuple(key), tuple(options.items())
-        kept = self.kept.get(found)
-        if kept is None:
-            compiled = self.kernel[grid](*args, **options)
-            rest = self.names[len(args) :]
-            if compiled is not None and all(name in options for name in rest):
-                if len(self.kept) >= MOST_KEPT:
-                    self.kept.clear()
-                self.kept[found] = compiled, tuple(options[name] for name in rest)
-            return
-        compiled, constants = kept
-        x, y, z = (*grid, 1, 1)[:3]
-        stream = driver.get_current_stream(device)
-        compiled.run(
-            x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *constants
-        )  # fmt: skip
-
-    def _unwatched(self) -> bool:
+    def unwatched(self) -> bool:
         """Whether nobody wants to see Triton's own launch, or has put another in its place."""
         runtime, compilation = self.knobs.runtime, self.knobs.compilation
         return not (
@@ -77,8 +67,59 @@ class Launcher:
             or runtime.debug
             or runtime.add_stages_inspection_hook is not None
             or compilation.instrumentation_mode
-            or self.kernel.pre_run_hooks
         )
+
+
+@functools.cache
+def known_triton() -> _Triton | None:
+    """None: of another version, or it interprets."""
+    triton = _Triton()
+    return triton if triton.known else None
+
+
+class Launcher:
+    """Launches of one kernel, of what `triton.jit` made of it."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.names = [parameter.name for parameter in getattr(kernel, "params", ())]
+        self.kept: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+        self.triton = known_triton()
+        self.known = self.triton is not None and type(kernel) is self.triton.jit
+
+    def __call__(self, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        triton = self.triton
+        if triton is None or not self.known or not triton.unwatched() or self.kernel.pre_run_hooks:
+            self._plainly(grid, args, options)
+            return
+        driver = triton.driver.active
+        device = driver.get_current_device()
+        key: list[Any] = [driver, device]
+        if _add(key, args) & 15:  # a pointer that is not aligned, or an argument of no known kind
+            self._plainly(grid, args, options)
+            return
+        found = tuple(key), tuple(options.items())
+        kept = self.kept.get(found)
+        if kept is None:
+            compiled = self._plainly(grid, args, options)
+            rest = self.names[len(args) :]
+            if compiled is not None and all(name in options for name in rest):
+                if len(self.kept) >= MOST_KEPT:
+                    self.kept.clear()
+                self.kept[found] = compiled, tuple(options[name] for name in rest)
+            return
+        compiled, constants = kept
+        x, y, z, *_ = *grid, 1, 1
+        if RECORDING.launches is not None:
+            RECORDING.launches.append(Launch(compiled, (x, y, z), args, constants))
+        stream = driver.get_current_stream(device)
+        compiled.run(
+            x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *constants
+        )  # fmt: skip
+
+    def _plainly(self, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        RECORDING.launches = None
+        return self.kernel[grid](*args, **options)
 
 
 def _hooks(hook: Any) -> Any:

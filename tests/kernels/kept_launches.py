@@ -159,7 +159,9 @@ def main(folder: Path) -> None:
     with instead(runtime, "debug", True):
         found["debugging"] = seen(_copy_kernel, (1,), {})
     with instead(launch, "KNOWN", ()):
+        launch.known_triton.cache_clear()
         unknown = launch.Launcher(own)
+    launch.known_triton.cache_clear()
     other = {"__getitem__": lambda _, grid: lambda *args, **options: unknown(grid, args, options)}
     found["an unknown version"] = [seen(type("Kernel", (), other)(), (1,), {}) for _ in range(2)]
     with instead(launch, "MOST_KEPT", 5):

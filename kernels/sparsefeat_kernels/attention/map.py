@@ -215,6 +215,7 @@ def _attention_map_kernel(
     OUTPUT: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SELECTED: tl.constexpr,
+    SHARED: tl.constexpr,
     MASK: tl.constexpr,
     ALIGN: tl.constexpr,
     D: tl.constexpr,
@@ -224,8 +225,8 @@ def _attention_map_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A block of rows of one batch row, some heads, all keys; and of the batch rows after it that have its group. Heads that
-    are shared out each have a copy of the maps."""
+    """A block of rows of one batch row, some heads, all keys; and of the batch rows after it that have its group. SHARED: it
+    adds to no map; maps [parts of the heads, batch] have the sums, at the first batch row of each group."""
     first_head = tl.program_id(2) * heads_each
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     first = tl.program_id(1)
@@ -263,17 +264,54 @@ def _attention_map_kernel(
                     o = tl.dot(p.to(v.dtype), v, input_precision="ieee")  # [BLOCK_ROWS, BLOCK_D]
                     store_tile(out, b, head, row, rows, column, D_VALUE, o)
     if (g >= 0) & leads:
-        g += tl.program_id(2).to(tl.int64) * groups
+        if SHARED:
+            g = tl.program_id(2).to(tl.int64) * batch + first
         if SELECTED:  # column by column: as exact as a copy, and few
             for j in range(0, n_selected):
                 place = tl.cast(j, tl.int64)
                 chosen = tl.load(tokens_ptr + place)
                 column_sum = tl.sum(tl.where((token == chosen)[None, :], total, 0.0), axis=1)
-                owned = (row < rows) & (chosen >= 0) & (chosen < n_tokens)
+                named = (chosen >= 0) & (chosen < n_tokens)
                 ptrs = maps.ptr + g * maps.group + row * maps.row + place * maps.token
-                tl.store(ptrs, tl.load(ptrs, mask=owned) + column_sum, mask=owned)
+                if SHARED:
+                    tl.store(ptrs, tl.where(named, column_sum, 0.0), mask=row < rows)
+                else:
+                    owned = (row < rows) & named
+                    tl.store(ptrs, tl.load(ptrs, mask=owned) + column_sum, mask=owned)
+        elif SHARED:
+            ptrs = maps.ptr + g * maps.group + row[:, None] * maps.row + token[None, :] * maps.token
+            tl.store(ptrs, total, mask=(row < rows)[:, None] & (token < n_tokens)[None, :])
         else:
             add_to_maps(maps, g, row, rows, token, n_tokens, total)
+
+
+@jit
+def _attention_map_join_kernel(
+    maps,
+    sums_ptr,
+    group_ptr,
+    batch,
+    parts,
+    rows,
+    n_selected,
+    groups,
+    BLOCK_BATCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """maps += the sums of all parts of the heads [parts, batch, rows, n_selected], of one batch row."""
+    b = tl.program_id(1)
+    g, leads = group_of(group_ptr, b, groups, BLOCK_BATCH)
+    if (g >= 0) & leads:
+        entry, entries = (
+            tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK),
+            tl.cast(rows, tl.int64) * n_selected,
+        )
+        inside = entry < entries
+        ptrs = maps.ptr + g * maps.group + (entry // n_selected) * maps.row + (entry % n_selected) * maps.token
+        total = tl.load(ptrs, mask=inside, other=0.0)
+        for part in range(0, parts):
+            total += tl.load(sums_ptr + (part * batch + b) * entries + entry, mask=inside, other=0.0)
+        tl.store(ptrs, total, mask=inside)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -321,17 +359,21 @@ def _attention_triton(
     align, (queries, keys, *values) = aligned(query, key) if value is None else aligned(query, key, value)
     row_blocks, heads_each, blocks = _sizes(batch, heads, n, n_tokens, max(d, d_value), full, PROGRAMS)
     parts = -(-heads // heads_each)
-    to = maps if parts == 1 else maps.new_zeros(parts, *maps.shape)
+    to = maps if parts == 1 else maps.new_empty(parts * batch, *maps.shape[1:])
+    group = group.contiguous()
     with torch.cuda.device_of(query):
         _attention_map_kernel[(row_blocks, batch, parts)](
-            Maps(to, *to.stride()[-3:]), queries, keys, values[0] if values else None, None if out is None else heads_of(out),
-            bias, weight_argument(head_weight), group.contiguous(), None if tokens is None else tokens.contiguous(),
+            Maps(to, *to.stride()), queries, keys, values[0] if values else None, None if out is None else heads_of(out),
+            bias, weight_argument(head_weight), group, None if tokens is None else tokens.contiguous(),
             batch, heads, heads_each, n, n_tokens, maps.shape[2], maps.shape[0], scale * LOG2_E, heads // key.shape[1],
-            OUTPUT=out is not None, WEIGHTED=head_weight is not None, SELECTED=tokens is not None, MASK=is_masked,
-            ALIGN=align, D=d, D_VALUE=d_value, **blocks,
+            OUTPUT=out is not None, WEIGHTED=head_weight is not None, SELECTED=tokens is not None,
+            SHARED=parts > 1, MASK=is_masked, ALIGN=align, D=d, D_VALUE=d_value, **blocks,
         )  # fmt: skip
-    if parts > 1:
-        maps += to.sum(0)
+        if parts > 1:
+            _attention_map_join_kernel[(-(-n * maps.shape[2] // 1024), batch)](
+                Maps(maps, *maps.stride()), to, group, batch, parts, n, maps.shape[2], maps.shape[0],
+                BLOCK_BATCH=blocks["BLOCK_BATCH"], BLOCK=1024, num_warps=4,
+            )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- registration

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..dispatch import block_bytes, check_kind, implementation, sum_dtype
+from ..dispatch import block_bytes, check_kind, implementation, sum_dtype, watched
 
 __all__ = ["arguments", "score_blocks"]
 
@@ -128,7 +128,24 @@ def scale_of(query: Tensor, scale: float | None) -> float:
 def arguments(query: Tensor, scale: float | None, group: Tensor | None) -> tuple[float, Tensor]:
     """The defaults: of the scale, and batch row b in group b."""
     scale = scale_of(query, scale)
-    return scale, torch.arange(query.shape[0], device=query.device) if group is None else group
+    return scale, _each_its_own(query) if group is None else group
+
+
+_numbers: dict[tuple[int, torch.device], Tensor] = {}  # a launch less
+
+
+def _each_its_own(query: Tensor) -> Tensor:
+    of = query.shape[0], query.device
+    if not query.is_cuda or watched():
+        return torch.arange(of[0], device=of[1])
+    found = _numbers.get(of)
+    if found is None:
+        found = torch.arange(of[0], device=of[1])
+        # What a capture makes is there only when its graph runs.
+        if not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream(of[1]).synchronize()  # other streams may read it next
+            _numbers[of] = found
+    return found
 
 
 def additive(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:

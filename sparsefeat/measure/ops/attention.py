@@ -10,6 +10,7 @@ import sparsefeat_kernels as kernels
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from sparsefeat.measure.answers import checked_rows, output_fault, torch_dtype
 from sparsefeat.measure.ops.op import Op, Shape
@@ -74,10 +75,14 @@ def _our_cross_attention(state: tuple[AttentionCase, Tensor]) -> tuple[Tensor, T
 
 
 def _attention_and_lse(case: AttentionCase) -> tuple[Tensor, Tensor]:
-    """PyTorch's own flash attention, with the log-sum-exp that it computes anyway."""
-    if case.q.is_cuda:
-        return torch.ops.aten._scaled_dot_product_flash_attention(case.q, case.k, case.v)[:2]
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(case.q, case.k, case.v)[:2]
+    """The kernel of PyTorch's own that F.scaled_dot_product_attention takes, with its log-sum-exp."""
+    heads = case.q, case.k, case.v
+    if not case.q.is_cuda:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads)[:2]
+    if torch._fused_sdp_choice(*heads) == SDPBackend.CUDNN_ATTENTION.value:
+        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(*heads, None, True)[:2]
+        return out, lse[..., 0] if lse.dim() == 4 else lse
+    return torch.ops.aten._scaled_dot_product_flash_attention(*heads)[:2]
 
 
 def _our_joint_attention(state: tuple[AttentionCase, Tensor]) -> tuple[Tensor, Tensor]:
