@@ -207,7 +207,8 @@ def register(
         device = args[0].device.type
         lowered, rounded = torch.is_autocast_enabled(device), products_are_rounded(device)
         if not lowered and not rounded:  # a context costs as much as a small op
-            return replayed(*args) if args[0].is_cuda or INTERPRETED else run(*args)
+            of_kernels = TRITON_AVAILABLE and (args[0].is_cuda or INTERPRETED)
+            return replayed(*args) if of_kernels else run(*args)
         with (
             torch.autocast(device, enabled=False) if lowered else contextlib.nullcontext(),
             whole_products() if rounded else contextlib.nullcontext(),
