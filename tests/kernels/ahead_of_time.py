@@ -359,7 +359,9 @@ def main(folder: Path, architecture: str) -> None:
     copies = TARGETS[architecture].backend == "cuda" and TARGETS[architecture].arch >= 90
     tiles = importlib.import_module("sparsefeat_kernels.encode.gpu.tiles")
     tiles.has_copy_engine, tiles.shared_memory = lambda: copies, lambda: SHARED[architecture]
-    tiles.has_warp_groups = lambda: architecture == "sm_90"
+    for name in ("encode.gpu.tiles", "attention.map"):
+        of = importlib.import_module(f"sparsefeat_kernels.{name}")
+        of.has_warp_groups = lambda: architecture == "sm_90"
     on_driver = architecture == "sm_90" and pretend(folder)
     seen, rows, cubins = set(), [], []
     tuned = ((launch, {"tuned": True}) for launch in tuned_launches(architecture))

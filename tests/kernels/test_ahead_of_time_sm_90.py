@@ -17,6 +17,8 @@ MOST_OF_EPILOGUE = {"_topk_encode_product_kernel": 6.0, "_threshold_encode_produ
 
 class TestSm90(CompiledInFull):
     architecture = "sm_90"
+    # With 64 rows of a head of 40 columns, which an H200 takes in three quarters of the time of 32 rows.
+    few = frozenset({"_attention_map_kernel"})
 
     def test_a_driver_takes_every_launch(self, rows: list[dict[str, Any]]):
         if not any("launched" in row for row in rows):

@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import backend, implementation, jit, next_power_of_2, ops, register, registered, tl
+from ..dispatch import (
+    INTERPRETED,
+    backend,
+    has_warp_groups,
+    implementation,
+    jit,
+    next_power_of_2,
+    ops,
+    register,
+    registered,
+    tl,
+)
 from ..flop_formulas import register_flop_formula
 from .flash import flash
 from .map_cpu import attention_map_cpu
@@ -316,22 +327,26 @@ def _attention_map_join_kernel(
 
 @functools.lru_cache(maxsize=1024)
 def _sizes(
-    batch: int, heads: int, n: int, n_tokens: int, widest: int, full: bool, programs: int
+    batch: int, heads: int, n: int, n_tokens: int, widest: int, full: bool, groups: bool, programs: int
 ) -> tuple[int, int, Mapping[str, int]]:
-    """Blocks of rows, heads of a program, and the sizes of a block, for heads of up to `widest` columns."""
+    """Blocks of rows, heads of a program, and the sizes of a block, for heads of up to `widest` columns. groups: matrix units
+    that take the products of four warps together."""
     block_tokens = next_power_of_2(max(n_tokens, 16))
-    # 32 rows of 128 keys: 250 registers with the output, and 128 programs at 64 x 64 positions, an H100's 132
-    # multiprocessors; 64 rows spill. Few rows: smaller blocks still, for more programs.
-    block_rows = 16 if n <= 256 or full else 32
+    # Many rows where the matrix units take 64 of them at once, up to 128 keys; elsewhere 64 rows spill, and 32 take 250
+    # registers with the output. Few rows: smaller blocks, for more programs.
+    large = groups and not full and block_tokens <= 128
+    block_rows = (64 if large else 32) if n > 256 and not full else 32 if large else 16
     row_blocks = -(-n // block_rows)
     return row_blocks, -(-heads // max(1, programs // (row_blocks * batch))), {
         "BLOCK_BATCH": next_power_of_2(batch),
         "BLOCK_ROWS": block_rows,
         "BLOCK_TOKENS": block_tokens,
-        "BLOCK_D": min(next_power_of_2(max(widest, 16)), 32 if full else 64),
+        # 64 rows of heads wider than 48 columns spill by chunks of 64.
+        "BLOCK_D": min(next_power_of_2(max(widest, 16)), 32 if full or (block_rows == 64 and widest > 48) else 64),
         "num_warps": 8 if full or block_tokens > 128 else 4,
-        # The next head's tiles are fetched ahead where two heads' fit (AMD: the compiler fails on it with the output).
-        "num_stages": 1 if full or widest > 64 or backend() == "hip" else 2,
+        # The next head's tiles are fetched ahead where two heads' fit (AMD: the compiler fails on it with the output), but for
+        # `large`, whose products wait for theirs less than that takes.
+        "num_stages": 1 if full or large or widest > 64 or backend() == "hip" else 2,
     }  # fmt: skip
 
 
@@ -357,7 +372,9 @@ def _attention_triton(
     bias, is_masked = mask_argument(mask, query, key)
     d_value = d if value is None else value.shape[3]
     align, (queries, keys, *values) = aligned(query, key) if value is None else aligned(query, key, value)
-    row_blocks, heads_each, blocks = _sizes(batch, heads, n, n_tokens, max(d, d_value), full, PROGRAMS)
+    row_blocks, heads_each, blocks = _sizes(
+        batch, heads, n, n_tokens, max(d, d_value), full, not INTERPRETED and has_warp_groups(), PROGRAMS
+    )
     parts = -(-heads // heads_each)
     to = maps if parts == 1 else maps.new_empty(parts * batch, *maps.shape[1:])
     group = group.contiguous()
