@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+import sparsefeat as sf
+from sparsefeat.assets import JOINT, block_sae_folder, load_pipeline, sae_folders
+from sparsefeat.assets.embedded import JOINT_SAES
 from sparsefeat.pipeline import Hookpoint, attach
 from tests.families import families
 from tests.pipeline.instruments import Edit, Watch, push, zero
@@ -74,3 +77,36 @@ def test_attach_keeps_its_promises_on_a_gpu(name, mode):
         "sequential offload",
     ):  # these put their own hooks on again at the end of each call
         assert everything(pipe) == before
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["unet", "joint"])
+def test_an_embedded_pipeline_draws_maps_and_edits_as_on_a_cpu(joint: bool, monkeypatch: pytest.MonkeyPatch):
+    """By the kernels that are the default on the device."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    sae_at = sae_folders(JOINT_SAES)[0] if joint else block_sae_folder()
+    seen: dict[str, tuple[Any, ...]] = {}
+    for device in ("cpu", "cuda"):
+        pipe = (load_pipeline(JOINT) if joint else load_pipeline()).to(device)
+        sae = sf.load_sae(sae_at).to(device)
+
+        def draw(*instruments: Any, pipe: Any = pipe) -> tuple[torch.Tensor, Any]:
+            generator = torch.Generator().manual_seed(0)
+            with sf.attach(pipe, *instruments) as run:
+                images = pipe(
+                    "a noto emoji of a fox", num_inference_steps=4, guidance_scale=3.0, generator=generator,
+                    output_type="pt",
+                ).images  # fmt: skip
+            return images.float().cpu(), run
+
+        record, words = sf.Record(sae), sf.HeatMaps()
+        plain, run = draw(record, words)
+        latent = run[record].top(1)[0].latent
+        edited, _ = draw(sf.Steer(sae, scale={latent: 20.0}))
+        heat = torch.as_tensor(run[record].heat(latent).values).float().cpu()
+        word = torch.as_tensor(run[words].word("fox").values).float().cpu()
+        seen[device] = plain, edited, heat, word, latent
+    (*wanted, best), (*found, best_there) = seen["cpu"], seen["cuda"]
+    assert best_there == best
+    assert (wanted[0] - wanted[1]).abs().mean() > 0.005
+    for here, there in zip(wanted, found, strict=True):
+        assert (here - there).abs().mean() <= 0.002 * here.abs().amax()
