@@ -104,14 +104,16 @@ def agreement(name: str, direction: str) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------------- cost
 
 
-def sd_step() -> tuple[Any, Callable[[], Any]]:
-    pipe = sd_sized_pipeline()
-    embeds = torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(0))
-    given = {"prompt_embeds": embeds, "negative_prompt_embeds": embeds.flip(1), "num_inference_steps": 1}
+def sd_step(dtype: torch.dtype = torch.float32, device: str = "cpu", steps: int = 1) -> tuple[Any, Callable[[], Any]]:
+    pipe = sd_sized_pipeline(device).to(dtype)
+    embeds = torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    given = {"prompt_embeds": embeds, "negative_prompt_embeds": embeds.flip(1), "num_inference_steps": steps}
     return pipe, lambda: pipe(**given, generator=torch.Generator().manual_seed(1), output_type="latent")
 
 
-def flux_block() -> tuple[Any, Callable[[], Any]]:
+def flux_block(
+    dtype: torch.dtype = torch.float32, device: str = "cpu", steps: int = 1
+) -> tuple[Any, Callable[[], Any]]:
     """One double block of FLUX.1 at 1024 x 1024: 4,096 image tokens and 512 of text."""
     torch.manual_seed(0)
     transformer = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=0, guidance_embeds=False).eval()
@@ -126,9 +128,11 @@ def flux_block() -> tuple[Any, Callable[[], Any]]:
         text_encoder_2=None,
         tokenizer_2=None,
     )
+    pipe = pipe.to(device, dtype)
     pipe.set_progress_bar_config(disable=True)
     given = {"prompt_embeds": torch.randn(1, 512, 4096), "pooled_prompt_embeds": torch.randn(1, 768)}
-    size = {"height": 1024, "width": 1024, "num_inference_steps": 1, "output_type": "latent"}
+    given = {name: tensor.to(device, dtype) for name, tensor in given.items()}
+    size = {"height": 1024, "width": 1024, "num_inference_steps": steps, "output_type": "latent"}
     return pipe, lambda: pipe(**given, **size, generator=torch.Generator().manual_seed(1))
 
 

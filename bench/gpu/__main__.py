@@ -1,5 +1,6 @@
 """`python -m bench.gpu smoke --out FOLDER`, then `python -m bench.gpu full --out FOLDER`: see smoke.py and full.py. At home,
-`python -m bench.gpu prove --out FOLDER`: see prove.py.
+`python -m bench.gpu prove --out FOLDER`: see prove.py. Where diffusers is installed, `python -m bench.gpu pipelines --out FOLDER`:
+see pipelines.py.
 
 Needs torch, triton, numpy, matplotlib, pillow, pyyaml, safetensors and huggingface_hub, and hypothesis, pytest and
 pytest-benchmark for the tests; the package need not be installed.
@@ -32,10 +33,11 @@ def main(given: list[str] | None = None) -> None:
     second.add_argument("--resume", type=Path, metavar="FOLDER", help="results of an earlier run to go on from")
     third = of.add_parser("draw", help="tables and plots of what full measured")
     fourth = of.add_parser("prove", help="make the default what smoke found right and faster")
+    fifth = of.add_parser("pipelines", help="what instruments cost a pipeline")
     of.add_parser("once", help="every op once on small inputs: what a sanitizer watches")
     for command, budget in ((first, None), (second, full.BUDGET_S)):
         command.add_argument("--budget", type=float, default=budget, metavar="SECONDS")
-    for command in (first, second, third, fourth):
+    for command in (first, second, third, fourth, fifth):
         command.add_argument("--out", type=Path, metavar="FOLDER", help="where the results are; otherwise $OUT says it")
     arguments = parser.parse_args(given)
     if arguments.command == "once":
@@ -46,6 +48,11 @@ def main(given: list[str] | None = None) -> None:
         parser.error("--out is needed: a folder for the results")
     if arguments.command in ("draw", "prove"):
         full.draw(out) if arguments.command == "draw" else prove.prove(out)
+        return
+    if arguments.command == "pipelines":
+        from bench.gpu.pipelines import pipelines  # diffusers, which the others do without
+
+        pipelines(out)
         return
     if arguments.command == "smoke":
         rehearse = arguments.rehearse or not torch.cuda.is_available()
