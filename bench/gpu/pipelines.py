@@ -48,7 +48,7 @@ def programs(case: str, pipe: Any, dtype: torch.dtype) -> dict[str, Callable[[],
     if case == "SD 1.5 step":
         torch.manual_seed(1)
         sae = sf.SAE(sf.SAEConfig(1280, 20_480, k=32, hookpoint=HOOKPOINT)).to("cuda", dtype).eval()
-        scaled = sf.Steer(sae, scale=dict.fromkeys(range(2000), 2.0), condition="both")
+        scaled = sf.Steer(sae, scale=dict.fromkeys(range(64), 2.0), condition="both")
         found["Record(sae)"] = lambda: sf.attach(pipe, sf.Record(sae))
         found["Steer(sae, scale=…)"] = lambda: sf.attach(pipe, scaled)
         found["Steer(sae, add=…)"] = lambda: sf.attach(pipe, sf.Steer(sae, add={7: 8.0}, condition="both"))

@@ -215,7 +215,7 @@ def _step(launch: Launch, at: Callable[[torch.Tensor], tuple[int, int]]) -> _Ste
     )  # fmt: skip
 
 
-_SEEN, _NEVER = "seen", "never"
+TRIES = 3  # a kernel may have to be compiled again in the one that is recorded
 
 
 class Replayed:
@@ -223,7 +223,7 @@ class Replayed:
 
     def __init__(self, run: Callable[..., Any], settings: Callable[[], tuple[Any, ...]]) -> None:
         self.run, self.settings = run, settings
-        self.kept: dict[tuple[Any, ...], _Recorded | str] = {}
+        self.kept: dict[tuple[Any, ...], _Recorded | int] = {}  # or how often it was tried
 
     def __call__(self, *args: Any) -> Any:
         triton = known_triton()
@@ -249,23 +249,25 @@ class Replayed:
                 return self.run(*args)
         of = tuple(key)
         known = self.kept.get(of)
-        if type(known) is _Recorded:
+        if isinstance(known, _Recorded):
             return known.run(at, driver.get_current_stream(device))
-        if known is _SEEN:
-            return self._record(of, args, tensors, device)
         if known is None:
             if len(self.kept) >= MOST_KEPT:
                 self.kept.clear()
-            self.kept[of] = _SEEN
+            self.kept[of] = 0
+        elif known < TRIES:
+            return self._record(of, known, args, tensors, device)
         return self.run(*args)
 
-    def _record(self, key: tuple[Any, ...], args: tuple[Any, ...], tensors: list[torch.Tensor], device: int) -> Any:
+    def _record(
+        self, key: tuple[Any, ...], tried: int, args: tuple[Any, ...], tensors: list[torch.Tensor], device: int
+    ) -> Any:
         where = tensors[0].device if tensors else torch.device("cpu")
         once = len({id(tensor) for tensor in tensors}) == len(tensors)
         elsewhere = any(tensor.device != where for tensor in tensors) or (where.index or 0) != device
         if not once:  # which of the two a launch's argument is cannot be told: perhaps another time
             return self.run(*args)
-        self.kept[key] = _NEVER
+        self.kept[key] = tried + 1
         if elsewhere:
             return self.run(*args)
         recorder = _Recorder(tensors)
