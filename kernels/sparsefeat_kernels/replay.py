@@ -21,6 +21,7 @@ from .launch import RECORDING, Launch, known_triton
 __all__ = ["Replayed"]
 
 MOST_KEPT = 1024  # kinds of an op: row counts that never come again must not fill the memory
+TRIES = 3  # of a call of a kind: a kernel may be compiled again in the one that is recorded
 ALIGNED = 512  # bytes, as torch's own allocations
 
 _aten = torch.ops.aten
@@ -116,7 +117,7 @@ class _Recorded:
         return None if not found else found[0] if self.single else tuple(found)
 
 
-class Unrecorded(Exception):
+class _Unrecorded(Exception):
     """The call did something that cannot be made again."""
 
 
@@ -149,14 +150,14 @@ class _Recorder(TorchDispatchMode):
 
     def place(self, tensor: torch.Tensor) -> _Place:
         if id(tensor) not in self.of:
-            raise Unrecorded("a tensor that is no argument")
+            raise _Unrecorded("a tensor that is no argument")
         return self.of[id(tensor)]
 
 
 def _recorded(recorder: _Recorder, result: Any, device: torch.device) -> _Recorded:
-    """Raises Unrecorded."""
-    if recorder.fault:
-        raise Unrecorded(recorder.fault)
+    """Raises _Unrecorded."""
+    if recorder.fault or not recorder.launches:
+        raise _Unrecorded(recorder.fault or "nothing was launched")
     results: list[_Result] = []
     memory_of: dict[int, int] = {}
     found = [] if result is None else list(result) if isinstance(result, tuple) else [result]
@@ -164,7 +165,7 @@ def _recorded(recorder: _Recorder, result: Any, device: torch.device) -> _Record
         of = recorder.place(tensor)
         number = of.memory - recorder.n_inputs
         if number < 0 or number in memory_of:
-            raise Unrecorded("a result that is an argument's memory, or two of one memory")
+            raise _Unrecorded("a result that is an argument's memory, or two of one memory")
         made = recorder.allocations[number]
         same = made is tensor
         view = None if same else (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
@@ -201,21 +202,18 @@ def _step(launch: Launch, at: Callable[[torch.Tensor], tuple[int, int]]) -> _Ste
                 tuples.append((position, *at(first), tuple(rest)))
                 argument = None
             if any(type(other) not in _PLAIN for other in (first, *rest)[argument is None :]):
-                raise Unrecorded("a tuple of other things than a pointer and numbers")
+                raise _Unrecorded("a tuple of other things than a pointer and numbers")
         elif kind.__name__ == "TensorDescriptor":
             descriptors.append((position, *at(argument.base), _at(argument, 0)))
             argument = None
         elif kind not in _PLAIN:
-            raise Unrecorded(f"an argument of type {kind.__name__}")
+            raise _Unrecorded(f"an argument of type {kind.__name__}")
         arguments.append(argument)
     compiled = launch.compiled
     return _Step(
         compiled.run, launch.grid, compiled.function, compiled.packed_metadata, arguments, pointers, tuples,
         descriptors,
     )  # fmt: skip
-
-
-TRIES = 3  # a kernel may have to be compiled again in the one that is recorded
 
 
 class Replayed:
@@ -277,7 +275,7 @@ class Replayed:
                 result = self.run(*args)
             if RECORDING.launches is recorder.launches:  # a launch that went Triton's way ends it
                 self.kept[key] = _recorded(recorder, result, where)
-        except Unrecorded:
+        except _Unrecorded:
             pass
         finally:
             RECORDING.launches = None
