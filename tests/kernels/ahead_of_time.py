@@ -60,12 +60,13 @@ TYPES = {
 SHAPES = {"1280/20480/32": (1280, 20480, 32), "768/3072/32": (768, 3072, 32), "3072/65536/64": (3072, 65536, 64)}
 EVERYTHING = os.environ.get("AHEAD_OF_TIME") == "full"
 # n_latents, k, selection, how many are dead: what is selected from stored pre-activations. sdxl-unbox, in fp32 also SAeUron,
-# the dead of SAeUron; all latents, by their magnitude. TIDE and, in fp32 too, Concept Steerers (SDXL).
+# the dead of SAeUron and of FLUX SAE; all latents, by their magnitude. TIDE and, in fp32 too, Concept Steerers (SDXL).
 STORED = (
     (5120, 160, "relu", 0),
     (20480, 32, "raw", 0),
     (20480, 640, "relu", 2560),
-    (32768, 1024, "signed", 0),
+    (65536, 1536, "relu", 6144),
+    (32768, 2048, "signed", 0),
 )
 STORED += ((18432, 922, "relu", 0), (32768, 64, "relu", 0)) if EVERYTHING else ()
 # batch, heads, n, d, key heads, t: cross-attention of SD 1.5 (first and last level), SDXL, SD 1.5 with a prompt of two
@@ -187,9 +188,12 @@ def launches(
                 marked.compact(group, values, indices, torch.empty(rows + 1, dtype=torch.int64))
             decode.sparse_decode_triton(values, indices, W, c)
             decode._grad_values_triton(x, values, indices, W)
-            places, dots = torch.empty(n, dtype=torch.int32), torch.empty(rows, 16 * (d // 8 + 1))
-            dense._dense_triton(values, indices, places, 2 * d, dots.shape[1], dtype)
+            places, dots, dead = torch.empty(n, dtype=torch.int32), torch.empty(rows, 2 * d), torch.empty(2 * d).long()
+            for beside in (True, False):
+                dense._dense_triton(values, indices, places, 2 * d, dtype, beside)
             dense._picked_triton(dots, values, indices, places, torch.empty(rows, k))
+            dense._add_triton(W, torch.empty(n), torch.empty(2 * d, d), torch.empty(2 * d), dead, c)
+            dense._add_triton(W, None, torch.empty(2 * d, d), None, dead, None)
             gradient._weight_gradient_triton(values, indices, x, c, n)
             edit._edit_triton(x, values, indices, latents, W[:8], *rule, weight)
             stats._feature_stats_triton(*tables, values, indices, group)

@@ -18,6 +18,7 @@ import torch
 from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
 
 KERNELS = {
+    "_auxk_add_kernel",
     "_auxk_dense_kernel",
     "_auxk_picked_kernel",
     "_attention_column_join_kernel",

@@ -1,10 +1,11 @@
 """The code of the dead latents as a dense one, on a GPU, where its decode and its gradients are then products of matrices.
 
-The code z is [rows, width]: a column for each dead latent, and at least one more, so that rows begin at multiples of 16
-numbers. What an entry of no latent of `dead` would add is not known here: it puts NaN into column n_dead, which reaches the
-row's result, and the sums of all dead latents.
+The code has a column for each dead latent. What an entry of no latent of `dead` would add is not known here: it puts NaN into
+the row's first column, which reaches all of the row's result, and the gradient of the first dead latent.
 
-Weights in bfloat16 are multiplied as they are. An fp32 value v is then two bf16 numbers, whose sum is within 2^-18 |v| of it.
+Weights in bfloat16 are multiplied as they are. An fp32 value v is then two bf16 numbers, whose sum is within 2^-18 |v| of it;
+both stand in one matrix, beside or below each other, so that one product adds them up in fp32. What they are multiplied by is
+there twice.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import implementation, jit_over_rows, row_chunks, sum_dtype, tl
+from ..dispatch import implementation, jit, jit_over_rows, row_chunks, sum_dtype, tl
 from ..products import wide_product
 
 __all__ = ["add_dense_weight_gradient", "dense_decode", "dense_grad_values", "dense_pays"]
@@ -21,8 +22,8 @@ __all__ = ["add_dense_weight_gradient", "dense_decode", "dense_grad_values", "de
 # 12 TB/s beside 4 d FLOPs (two parts) at 500 TFLOP/s; in fp32 4 d bytes beside 2 d FLOPs at 45, and the gradients gather at
 # half that rate. float16 has no room for the small numbers of a gradient.
 DENSE = {torch.bfloat16: 20, torch.float32: 8, torch.float64: 8}
-# The dense code of the rows that are taken together, and their results.
-ROWS_BYTES = 48 << 20
+# The dense code of the rows that are taken together, and what it is multiplied by or makes.
+ROWS_BYTES = 62 << 20
 
 
 def dense_pays(W: Tensor, dead: Tensor, k_aux: int) -> bool:
@@ -36,61 +37,82 @@ def _by_kernels(x: Tensor) -> bool:
 
 
 def dense_decode(values: Tensor, indices: Tensor, dead: Tensor, W_dec: Tensor) -> Tensor:
-    d, width = W_dec.shape[1], _width(len(dead))
-    out = W_dec.new_empty(len(values), d)
-    places, W = _places(dead, len(W_dec)), _rows_of(W_dec, dead, width)
-    for part in _chunks(len(values), width, d, W):
-        first, *more = _dense(values[part], indices[part], places, len(dead), W)
-        total = wide_product(first, W)
-        for z in more:
-            total += wide_product(z, W)
-        out[part] = total
+    rows, d, n_dead = len(values), W_dec.shape[1], len(dead)
+    out, places = W_dec.new_empty(rows, d), _places(dead, len(W_dec))
+    W = W_dec.index_select(0, dead if _in_one(W_dec) else torch.cat((dead, dead)))
+    for part in _chunks(rows, n_dead, d, W):
+        z = _dense(_of(values, part), _of(indices, part), places, n_dead, W_dec, beside=True)
+        _of(out, part).copy_(wide_product(z, W))
     return out
 
 
 def dense_grad_values(grad: Tensor, values: Tensor, indices: Tensor, dead: Tensor, W_dec: Tensor) -> Tensor:
     """The dot products of every row's gradient with all the dead latents' decoder rows; the code's are picked out."""
-    width = _width(len(dead))
+    n_dead = len(dead)
     out = torch.empty_like(values, memory_format=torch.contiguous_format)
-    places, W = _places(dead, len(W_dec)), _rows_of(W_dec, dead, width)
-    for part in _chunks(len(values), width, 0, W):
-        dots = wide_product(grad[part], W.T)
+    places, W = _places(dead, len(W_dec)), W_dec.index_select(0, dead).T
+    for part in _chunks(len(values), n_dead, 0, W):
+        some, at = _of(values, part), _of(indices, part)
+        dots = grad.new_empty(len(some), _padded(n_dead), dtype=sum_dtype(W))
+        wide_product(_of(grad, part), W, dots[:, :n_dead])
         if _by_kernels(W_dec):
-            _picked_triton(dots, values[part], indices[part], places, out[part])
+            _picked_triton(dots, some, at, places, _of(out, part))
             continue
-        owned, columns = _owned(values[part], indices[part], places)
-        dots[:, len(dead)] = torch.nan
-        out[part] = torch.where(owned, dots.gather(1, torch.where(columns < 0, len(dead), columns)), 0)
+        owned, columns = _owned(some, at, places)
+        found = dots.gather(1, columns.clamp_min(0)).masked_fill_(columns < 0, torch.nan)
+        out[part] = torch.where(owned, found, 0)
     return out
 
 
 def add_dense_weight_gradient(
-    weight: Tensor, bias: Tensor, values: Tensor, indices: Tensor, x: Tensor, dead: Tensor, shift: Tensor
+    weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, x: Tensor, dead: Tensor, shift: Tensor | None
 ) -> None:
-    """Add the code's `weight_gradient` to the rows `dead` of `weight` and `bias`."""
-    d, n_dead, width, dtype = x.shape[1], len(dead), _width(len(dead)), sum_dtype(x)
-    places = _places(dead, len(weight))
-    added, added_bias = x.new_zeros(width, d, dtype=dtype), x.new_zeros(width, dtype=dtype)
-    for part in _chunks(len(x), width, d, x):
-        z = _dense(values[part], indices[part], places, n_dead, x)
-        centred = _parts(x[part].to(dtype) - shift.to(dtype), x.dtype)
-        for number, of_z in enumerate(z):  # the product of both low parts is below the rounding of all others
-            for of_x in centred[: len(centred) - number]:
-                added += wide_product(of_z.T, of_x)
-        added_bias += z.sum((0, 1), dtype=dtype)
-    added += added[n_dead].clone()  # 0, or the NaN of an entry of no dead latent
-    added_bias += added_bias[n_dead].clone()
+    """Add the code's `weight_gradient` to the rows `dead` of `weight` and, unless it is None, of `bias`. shift: None for 0."""
+    n_dead, places = len(dead), _places(dead, len(weight))
+    added = added_bias = None
+    for part in _chunks(len(x), n_dead, x.shape[1], x):
+        z = _dense(_of(values, part), _of(indices, part), places, n_dead, x, beside=False)
+        some = _of(x, part)
+        if not _in_one(x):  # without shift, which then goes by the sums of the bias: x - shift in bf16 would lose more
+            some = torch.cat((some, some))
+        elif shift is not None:
+            some = some - shift
+        product = wide_product(z.T, some)
+        added = product if added is None else added.add_(product)
+        if bias is not None or shift is not None:
+            sums = z.sum(0, dtype=added.dtype)
+            added_bias = sums if added_bias is None else added_bias.add_(sums)
+    if added is None:  # of no rows
+        return
+    shift = None if _in_one(x) else shift
+    if _by_kernels(x):
+        _add_triton(weight, bias, added, added_bias, dead, shift)
+        return
+    if shift is not None and added_bias is not None:
+        added.addcmul_(added_bias[:, None], shift.to(added.dtype), value=-1)
     for total, more in ((weight, added), (bias, added_bias)):
-        total.index_copy_(0, dead, (total.index_select(0, dead) + more[:n_dead]).to(total.dtype))
+        if total is not None and more is not None:
+            total.index_copy_(0, dead, (total.index_select(0, dead) + more).to(total.dtype))
 
 
-def _width(n_dead: int) -> int:
-    return 16 * (n_dead // 16 + 1)
+def _in_one(x: Tensor) -> bool:
+    """Whether a value is one number of x's dtype, and not two."""
+    return x.dtype == sum_dtype(x)
 
 
-def _chunks(rows: int, width: int, d: int, x: Tensor) -> list[slice]:
-    """Of rows whose dense code, in fp32 or in two parts, and two results fit into ROWS_BYTES."""
-    return row_chunks(rows, (width + 2 * d) * sum_dtype(x).itemsize, ROWS_BYTES, 128)
+def _padded(n: int) -> int:
+    """So that rows begin at multiples of 16 numbers."""
+    return -(-n // 16) * 16
+
+
+def _of(tensor: Tensor, part: slice) -> Tensor:
+    """tensor[part], itself where that is all of it: a view takes the host as long as an allocation."""
+    return tensor if part.stop - part.start == tensor.shape[0] else tensor[part]
+
+
+def _chunks(rows: int, n_dead: int, d: int, x: Tensor) -> list[slice]:
+    """Of rows whose dense code, in fp32 or in two parts, and the other factor or the result fit into ROWS_BYTES."""
+    return row_chunks(rows, (_padded(n_dead) + d) * sum_dtype(x).itemsize, ROWS_BYTES, 128)
 
 
 def _places(dead: Tensor, n_latents: int) -> Tensor:
@@ -99,35 +121,21 @@ def _places(dead: Tensor, n_latents: int) -> Tensor:
     return places.scatter_(0, dead, torch.arange(dead.shape[0], dtype=torch.int32, device=dead.device))
 
 
-def _rows_of(W: Tensor, dead: Tensor, width: int) -> Tensor:
-    """[width, d]: the rows `dead` of W, then zeros."""
-    rows = W.new_zeros(width, W.shape[1])
-    torch.index_select(W, 0, dead, out=rows[: dead.shape[0]])
-    return rows
-
-
-def _parts(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[parts, ...]: numbers of this dtype that add up to x."""
-    if dtype == x.dtype:
-        return x[None]
-    parts = x.new_empty(2, *x.shape, dtype=dtype)
-    parts[0] = x
-    torch.sub(x, parts[0], out=parts[1])
-    return parts
-
-
-def _dense(values: Tensor, indices: Tensor, places: Tensor, n_dead: int, like: Tensor) -> Tensor:
-    """[parts, rows, width], of like's dtype. Entries of one row and latent add up, in their order."""
-    width = _width(n_dead)
+def _dense(values: Tensor, indices: Tensor, places: Tensor, n_dead: int, like: Tensor, beside: bool) -> Tensor:
+    """The code in like's dtype, its parts beside each other, [rows, parts n_dead], or one below the other, [parts rows,
+    n_dead]. Entries of one row and latent add up, in their order."""
     if _by_kernels(like):
-        return _dense_triton(values, indices, places, n_dead, width, like.dtype)
+        return _dense_triton(values, indices, places, n_dead, like.dtype, beside)
     owned, columns = _owned(values, indices, places)
     clean = torch.where(owned, values, 0).masked_fill_(owned & (columns < 0), torch.nan)
-    z = values.new_zeros(len(values), width, dtype=sum_dtype(like))
+    z = values.new_zeros(len(values), n_dead, dtype=sum_dtype(like))
     rows = torch.arange(len(values), device=values.device)[:, None].expand_as(columns)
     # Which sorts the entries, where a scatter would add those of one place in any order.
-    z.index_put_((rows, torch.where(columns < 0, n_dead, columns)), clean.to(z.dtype), accumulate=True)
-    return _parts(z, like.dtype)
+    z.index_put_((rows, columns.clamp_min(0)), clean.to(z.dtype), accumulate=True)
+    if _in_one(like):
+        return z
+    high = z.to(like.dtype)
+    return torch.cat((high, (z - high).to(like.dtype)), 1 if beside else 0)
 
 
 def _owned(values: Tensor, indices: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,13 +147,23 @@ def _owned(values: Tensor, indices: Tensor, places: Tensor) -> tuple[Tensor, Ten
 # ------------------------------------------------------------------------------------------------------------ Triton
 
 
+@jit
+def _entry(values_ptr, indices_ptr, places_ptr, entry, n_latents, k, stride_values_k, stride_indices_k):
+    """Value and column of a row's entries, and which of them count. Of a latent that is not dead: NaN in the first column."""
+    value = tl.load(values_ptr + entry * stride_values_k, mask=entry < k, other=0.0)
+    index = tl.load(indices_ptr + entry * stride_indices_k, mask=entry < k, other=0)
+    owned = (value != 0.0) & (index >= 0) & (index < n_latents)  # NaN != 0: it counts
+    column = tl.load(places_ptr + index, mask=owned, other=0)
+    return tl.where(column < 0, float("nan"), value.to(tl.float32)), tl.maximum(column, 0), owned
+
+
 @jit_over_rows
 def _auxk_dense_kernel(
     values_ptr,
     indices_ptr,
     places_ptr,
-    high_ptr,
-    low_ptr,
+    z_ptr,
+    rows,
     n_latents,
     k,
     n_dead,
@@ -154,34 +172,75 @@ def _auxk_dense_kernel(
     stride_values_k,
     stride_indices_row,
     stride_indices_k,
+    PARTS: tl.constexpr,
+    BESIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One row, BLOCK_K of its entries after the other, into zeros: of equal columns the first has the sum."""
+    """One row: zeros, then its entries, all at once where each has a column of its own, else BLOCK_K after the other."""
     row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, BLOCK_K)
-    for start in range(0, k, BLOCK_K):
+    width = tl.multiple_of(width, 16)
+    values_ptr += row * stride_values_row
+    indices_ptr += row * stride_indices_row
+    high_ptr = z_ptr + row * width
+    low_ptr = high_ptr + (n_dead if BESIDE else rows.to(tl.int64) * width)
+    dtype = z_ptr.dtype.element_ty
+    lane = tl.arange(0, BLOCK)
+    for start in range(0, width, BLOCK):
+        tl.store(high_ptr + start + lane, tl.zeros([BLOCK], dtype), mask=start + lane < width)
+        if PARTS == 2 and not BESIDE:
+            tl.store(low_ptr + start + lane, tl.zeros([BLOCK], dtype), mask=start + lane < width)
+    tl.debug_barrier()  # other warps write there, and read what these wrote
+    # Every entry leaves its number. An entry whose number is not there shares its column.
+    number_type = tl.int16 if PARTS == 2 else tl.int32
+    number_ptr = high_ptr.to(tl.pointer_type(number_type), bitcast=True)
+    for start in range(0, k, BLOCK):
         entry = (start + lane).to(tl.int64)
-        value = tl.load(values_ptr + row * stride_values_row + entry * stride_values_k, mask=entry < k, other=0.0)
-        index = tl.load(indices_ptr + row * stride_indices_row + entry * stride_indices_k, mask=entry < k, other=0)
-        owned = (value != 0.0) & (index >= 0) & (index < n_latents)  # NaN != 0: it counts
-        column = tl.load(places_ptr + index, mask=owned, other=0)
-        value = tl.where(column < 0, float("nan"), value.to(tl.float32))
-        column = tl.where(column < 0, n_dead, column)  # [BLOCK_K]
-        same = (column[:, None] == column[None, :]) & owned[None, :]  # [BLOCK_K, BLOCK_K]
-        earlier = tl.max((same & (lane[None, :] < lane[:, None])).to(tl.int32), axis=1)
-        first = owned & (earlier == 0)
-        total = value
-        if tl.max((owned & (earlier > 0)).to(tl.int32), axis=0) > 0:
+        _, column, owned = _entry(
+            values_ptr, indices_ptr, places_ptr, entry, n_latents, k, stride_values_k, stride_indices_k
+        )
+        tl.store(number_ptr + column, entry.to(number_type), mask=owned)
+    tl.debug_barrier()
+    shared = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, k, BLOCK):
+        entry = (start + lane).to(tl.int64)
+        _, column, owned = _entry(
+            values_ptr, indices_ptr, places_ptr, entry, n_latents, k, stride_values_k, stride_indices_k
+        )
+        number = tl.load(number_ptr + column, mask=owned, other=0)
+        shared |= (owned & (number != entry.to(number_type))).to(tl.int32)
+    alone = (tl.max(shared, axis=0) == 0) & (k <= 65536)  # beyond, numbers of 16 bits come again
+    tl.debug_barrier()
+    for start in range(0, k, BLOCK):
+        entry = (start + lane).to(tl.int64)
+        value, column, owned = _entry(
+            values_ptr, indices_ptr, places_ptr, entry, n_latents, k, stride_values_k, stride_indices_k
+        )
+        value = tl.where(alone, value, 0.0)
+        high = value.to(dtype)
+        tl.store(high_ptr + column, high, mask=owned)
+        if PARTS == 2:
+            tl.store(low_ptr + column, (value - high.to(tl.float32)).to(dtype), mask=owned)
+    if not alone:
+        tl.debug_barrier()
+        lane_k = tl.arange(0, BLOCK_K)
+        for start in range(0, k, BLOCK_K):  # of equal columns the first has the sum
+            entry = (start + lane_k).to(tl.int64)
+            value, column, owned = _entry(
+                values_ptr, indices_ptr, places_ptr, entry, n_latents, k, stride_values_k, stride_indices_k
+            )
+            same = (column[:, None] == column[None, :]) & owned[None, :]  # [BLOCK_K, BLOCK_K]
+            earlier = tl.max((same & (lane_k[None, :] < lane_k[:, None])).to(tl.int32), axis=1)
+            first = owned & (earlier == 0)
             total = tl.sum(tl.where(same, value[None, :], 0.0), axis=1)
-        at = row * width + column
-        total += tl.load(high_ptr + at, mask=first, other=0.0).to(tl.float32)
-        if low_ptr is not None:
-            total += tl.load(low_ptr + at, mask=first, other=0.0).to(tl.float32)
-        high = total.to(high_ptr.dtype.element_ty)
-        tl.store(high_ptr + at, high, mask=first)
-        if low_ptr is not None:
-            tl.store(low_ptr + at, (total - high.to(tl.float32)).to(low_ptr.dtype.element_ty), mask=first)
-        tl.debug_barrier()  # the next entries read what these have stored
+            total += tl.load(high_ptr + column, mask=first, other=0.0).to(tl.float32)
+            if PARTS == 2:
+                total += tl.load(low_ptr + column, mask=first, other=0.0).to(tl.float32)
+            high = total.to(dtype)
+            tl.store(high_ptr + column, high, mask=first)
+            if PARTS == 2:
+                tl.store(low_ptr + column, (total - high.to(tl.float32)).to(dtype), mask=first)
+            tl.debug_barrier()  # the next entries read what these have stored
 
 
 @jit_over_rows
@@ -213,17 +272,50 @@ def _auxk_picked_kernel(
     tl.store(out_ptr + entry, tl.where(owned, dot, 0.0), mask=inside)
 
 
+@jit_over_rows
+def _auxk_add_kernel(
+    weight_ptr,
+    bias_ptr,
+    added_ptr,
+    added_bias_ptr,
+    dead_ptr,
+    shift_ptr,
+    d,
+    stride_shift_d,
+    BLOCK_D: tl.constexpr,
+):
+    """One dead latent: its sums, less those of its bias times shift, added to its gradients. All but shift contiguous."""
+    place = tl.program_id(0).to(tl.int64)
+    latent = tl.load(dead_ptr + place)
+    bias = 0.0
+    if added_bias_ptr is not None:
+        bias = tl.load(added_bias_ptr + place)
+    for start in range(0, d, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        inside = column < d
+        total = tl.load(added_ptr + place * d + column, mask=inside, other=0.0)
+        if shift_ptr is not None:
+            shift = tl.load(shift_ptr + column.to(tl.int64) * stride_shift_d, mask=inside, other=0.0)
+            total -= bias * shift.to(tl.float32)
+        total += tl.load(weight_ptr + latent * d + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(weight_ptr + latent * d + column, total, mask=inside)
+    if bias_ptr is not None:
+        tl.store(bias_ptr + latent, tl.load(bias_ptr + latent) + bias)
+
+
 def _dense_triton(
-    values: Tensor, indices: Tensor, places: Tensor, n_dead: int, width: int, dtype: torch.dtype
+    values: Tensor, indices: Tensor, places: Tensor, n_dead: int, dtype: torch.dtype, beside: bool
 ) -> Tensor:
-    rows, k = values.shape
-    z = values.new_zeros(1 if dtype == torch.float32 else 2, rows, width, dtype=dtype)
+    (rows, k), parts = values.shape, 1 if dtype == torch.float32 else 2
+    height, columns = (rows, parts * n_dead) if beside else (parts * rows, n_dead)
+    width = _padded(columns)
+    z = values.new_empty(height, width, dtype=dtype)
     with torch.cuda.device_of(values):
         _auxk_dense_kernel[(rows,)](
-            values, indices, places, z[0], z[1] if len(z) > 1 else None, len(places), k, n_dead, width,
-            *values.stride(), *indices.stride(), BLOCK_K=32, num_warps=1,
+            values, indices, places, z, rows, len(places), k, n_dead, width, *values.stride(), *indices.stride(),
+            PARTS=parts, BESIDE=beside, BLOCK=512, BLOCK_K=32, num_warps=4,
         )  # fmt: skip
-    return z
+    return z if width == columns else z[:, :columns]
 
 
 def _picked_triton(dots: Tensor, values: Tensor, indices: Tensor, places: Tensor, out: Tensor) -> None:
@@ -233,4 +325,16 @@ def _picked_triton(dots: Tensor, values: Tensor, indices: Tensor, places: Tensor
         _auxk_picked_kernel[(-(-values.numel() // 1024),)](
             dots, values, indices, places, out, values.numel(), len(places), k, width, *values.stride(),
             *indices.stride(), BLOCK_ENTRIES=1024, num_warps=4,
+        )  # fmt: skip
+
+
+def _add_triton(
+    weight: Tensor, bias: Tensor | None, added: Tensor, added_bias: Tensor | None, dead: Tensor, shift: Tensor | None
+) -> None:
+    """Into contiguous `weight` and `bias`."""
+    n_dead, d = added.shape
+    stride = 0 if shift is None else shift.stride(0)
+    with torch.cuda.device_of(weight):
+        _auxk_add_kernel[(n_dead,)](
+            weight, bias, added, added_bias, dead.contiguous(), shift, d, stride, BLOCK_D=1024, num_warps=4
         )  # fmt: skip

@@ -18,7 +18,7 @@ from .product import SELECTIONS, check_bias, check_encoder, encoder_bias
 from .rounded import BIAS_COLUMNS, can_prefilter, pays_to_round, rounded_width
 from .survivors import topk_prefiltered_cpu
 
-__all__ = ["SELECTIONS", "topk_by_kernels", "topk_encode"]
+__all__ = ["SELECTIONS", "pre_bias_gradient", "topk_by_kernels", "topk_encode"]
 
 
 def topk_encode(
@@ -135,6 +135,12 @@ def _topk_encode_fake(
     return x.new_empty(x.shape[0], k, dtype=sum_dtype(x)), x.new_empty(x.shape[0], k, dtype=torch.int32)
 
 
+def pre_bias_gradient(bias: Tensor, W_enc: Tensor) -> Tensor:
+    """-(column sums of z) W_enc, which needs no sum over rows of [rows, d]. bias: those sums, the gradient of b_enc."""
+    with torch.autocast(W_enc.device.type, enabled=False):
+        return torch.mv(W_enc.T, bias.to(W_enc.dtype)).neg_()
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, W_enc, _, b_pre = inputs[:4]
     values, indices = output
@@ -144,8 +150,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     """With g the gradient of the values, 0 where a value is 0, and z its dense form:
-    x: z W_enc; W_enc: z^T (x - b_pre); b_enc: column sums of z; b_pre: -(column sums of z) W_enc, which needs no sum
-    over rows of [rows, d]."""
+    x: z W_enc; W_enc: z^T (x - b_pre); b_enc: column sums of z; b_pre: see above."""
     x, W_enc, b_pre, values, indices = ctx.saved_tensors
     need_x, need_W, need_b_enc, need_b_pre = ctx.needs_input_grad[:4]
     g = torch.where(values != 0, grad_values, 0)
@@ -156,9 +161,7 @@ def _backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, 
         weight, bias = weight_gradient(g, indices, x, b_pre, W_enc.shape[0])
         grad_W = weight if need_W else None
         grad_b_enc = bias.to(x.dtype) if need_b_enc else None
-        if need_b_pre:
-            with torch.autocast(x.device.type, enabled=False):
-                grad_b_pre = -(bias.to(x.dtype) @ W_enc)
+        grad_b_pre = pre_bias_gradient(bias, W_enc) if need_b_pre else None
     return grad_x, grad_W, grad_b_enc, grad_b_pre, None, None, None
 
 

@@ -316,15 +316,15 @@ def _weight_gradient_triton(
 # ------------------------------------------------------------------------------------------------------- registration
 
 
-def check_gradient(x: Tensor, shift: Tensor, rows: int, n_latents: int) -> None:
-    """Refuse what is not the other factor of a code of so many rows."""
+def check_gradient(x: Tensor, shift: Tensor | None, rows: int, n_latents: int) -> None:
+    """Refuse what is not the other factor of a code of so many rows. shift: None for 0."""
     if x.dim() != 2 or x.shape[0] != rows:
         raise ValueError(f"x must be [{rows}, d] as the code has {rows} rows, got shape {tuple(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
-    if tuple(shift.shape) != (x.shape[1],):
+    if shift is not None and tuple(shift.shape) != (x.shape[1],):
         raise ValueError(f"shift must have shape ({x.shape[1]},), got {tuple(shift.shape)}")
-    if shift.device != x.device:
+    if shift is not None and shift.device != x.device:
         raise ValueError(f"shift must be on x's device {x.device}, got {shift.device}; move one of them")
     if n_latents < 0:
         raise ValueError(f"n_latents must be at least 0, got {n_latents}")
