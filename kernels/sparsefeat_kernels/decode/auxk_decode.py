@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..code import check_code
 from ..dispatch import implementation, ops, register, row_chunks, sum_dtype
-from ..gradient.weight_gradient import check_gradient, weight_gradient, weight_gradient_cpu
+from ..gradient.weight_gradient import check_gradient, checked_weight_gradient, weight_gradient_cpu
 from ..products import product
 from ..threads import conducted, each, pieces, threads, together
 from .auxk_dense import add_dense_weight_gradient, dense_decode, dense_grad_values, dense_pays
@@ -192,7 +192,7 @@ def _auxk_weight_gradient_cpu(
     aux_indices: Tensor,
     aux_x: Tensor | None,
     dead: Tensor,
-    shift: Tensor,
+    shift: Tensor | None,
     n_latents: int,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """As the op; None where the sparse way is the better one, or the only one."""
@@ -205,7 +205,7 @@ def _auxk_weight_gradient_cpu(
     aux_x, n_dead = x if aux_x is None else aux_x, len(dead)
     for part in row_chunks(len(x), n_dead * x.itemsize, CODE_BYTES):
         z = _dense(code[0][part].to(x.dtype), code[1][part], n_dead)
-        centred = aux_x[part] - shift
+        centred = aux_x[part] if shift is None else aux_x[part] - shift
         finite: list[bool] = []
 
         def some(tile: slice, z: Tensor = z, centred: Tensor = centred, finite: list[bool] = finite) -> None:
@@ -310,33 +310,33 @@ def _both_gradients(
     n_latents: int,
     biases: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    zero = x.new_zeros(x.shape[1]) if shift is None else shift
     if dense_pays(x, dead, aux_coefficients.shape[1]):
-        weight, of_code = weight_gradient(coefficients, indices, x, zero, n_latents)
+        weight, of_code = checked_weight_gradient(coefficients, indices, x, shift, n_latents)
         bias = of_code.clone() if biases else None
         of_dead = aux_coefficients, aux_indices, x if aux_x is None else aux_x, dead, shift
         add_dense_weight_gradient(weight, bias, *of_dead)
         return weight, of_code if bias is None else bias, of_code
     if implementation("weight_gradient", x) == "torch":
         found = _auxk_weight_gradient_cpu(
-            coefficients, indices, x, aux_coefficients, aux_indices, aux_x, dead, zero, n_latents
+            coefficients, indices, x, aux_coefficients, aux_indices, aux_x, dead, shift, n_latents
         )
         if found is not None:
             return found
-    of_code = weight_gradient(coefficients, indices, x[:, :0], zero[:0], n_latents)[1] if biases else zero
+    nothing = x.new_empty(0)
+    of_code = checked_weight_gradient(coefficients, indices, x[:, :0], None, n_latents)[1] if biases else nothing
     codes = [(coefficients, indices), (aux_coefficients, aux_indices)]
     if aux_x is None:  # one code of k + k_aux
         both = torch.cat([c for c, _ in codes], 1), torch.cat([i for _, i in codes], 1)
-        return *weight_gradient(*both, x, zero, n_latents), of_code
+        return *checked_weight_gradient(*both, x, shift, n_latents), of_code
     # One code of twice the rows makes one gradient instead of two and their sum; padded to one width it must not be
     # larger than that gradient.
     widest = max(coefficients.shape[1], aux_coefficients.shape[1])
     if 2 * len(x) * widest <= n_latents * x.shape[1]:
         padded = [[torch.nn.functional.pad(t, (0, widest - t.shape[1])) for t in code] for code in codes]
         both = torch.cat([c for c, _ in padded]), torch.cat([i for _, i in padded])
-        return *weight_gradient(*both, torch.cat([x, aux_x]), zero, n_latents), of_code
-    weight, bias = weight_gradient(*codes[0], x, zero, n_latents)
-    more, more_bias = weight_gradient(*codes[1], aux_x, zero, n_latents)
+        return *checked_weight_gradient(*both, torch.cat([x, aux_x]), shift, n_latents), of_code
+    weight, bias = checked_weight_gradient(*codes[0], x, shift, n_latents)
+    more, more_bias = checked_weight_gradient(*codes[1], aux_x, shift, n_latents)
     return weight.add_(more), bias.add_(more_bias), of_code
 
 

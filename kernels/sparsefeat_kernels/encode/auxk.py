@@ -17,7 +17,7 @@ from .prepared import PreparedEncoder
 from .product import WEIGHT_TILE_BYTES, check_encoder, encoder_bias, preactivations
 from .rounded import can_prefilter, pays_to_round
 from .survivors import topk_prefiltered_cpu
-from .topk import pre_bias_gradient, topk_by_kernels
+from .topk import pre_bias_gradient, through, topk_by_kernels
 from .topk import reference as topk_reference
 
 __all__ = ["auxk_encode"]
@@ -130,7 +130,7 @@ def _both_codes(
     kernels = taken != "torch"
     if kernels and takes_stored(x, n_dead, k_aux):
         bias = encoder_bias(W_enc, b_enc, b_pre)
-        values, indices = topk_by_kernels(taken, x, W_enc, b_enc, b_pre, k, selection, bias)
+        values, indices = ops.topk_encode(x, W_enc, b_enc, b_pre, k, selection, bias)
         return values, indices, *topk_stored(x, W_enc, bias, b_pre, k_aux, "relu", dead)
     aux_values = x.new_empty(x.shape[0], k_aux, dtype=sum_dtype(x))
     aux_indices = x.new_empty(x.shape[0], k_aux, dtype=torch.int32)
@@ -193,20 +193,22 @@ def _fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, W_enc, _, b_pre = inputs[:4]
+    ctx.selection = inputs[7]
     values, indices, aux_values, aux_indices = output
     ctx.mark_non_differentiable(indices, aux_indices)
+    ctx.set_materialize_grads(False)  # which would make zeros for the indices
     ctx.save_for_backward(x, W_enc, b_pre, values, indices, aux_values, aux_indices, inputs[5])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor, grad_aux: Tensor, __: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: None, grad_aux: Tensor | None, __: None) -> tuple[Tensor | None, ...]:
     x, W_enc, b_pre, values, indices, aux_values, aux_indices, dead = ctx.saved_tensors
     need_x, need_W, need_b_enc, need_b_pre = ctx.needs_input_grad[:4]
-    g = torch.where(values != 0, grad, 0)
+    g = through(values, grad, ctx.selection)
     grad_x = grad_W = grad_b_enc = grad_b_pre = None
     if need_x:  # of the code alone
         grad_x = ops.sparse_decode(g, indices, W_enc, torch.zeros_like(b_pre))
     if need_W or need_b_enc or need_b_pre:
-        g_aux = torch.where(aux_values != 0, grad_aux, 0)
+        g_aux = through(aux_values, grad_aux, "relu")
         codes = g, indices, x, g_aux, aux_indices, None
         weight, bias, of_code = ops.auxk_weight_gradient(*codes, dead, b_pre, W_enc.shape[0], True)
         grad_W = weight if need_W else None

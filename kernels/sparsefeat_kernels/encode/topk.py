@@ -18,7 +18,7 @@ from .product import SELECTIONS, check_bias, check_encoder, encoder_bias
 from .rounded import BIAS_COLUMNS, can_prefilter, pays_to_round, rounded_width
 from .survivors import topk_prefiltered_cpu
 
-__all__ = ["SELECTIONS", "pre_bias_gradient", "topk_by_kernels", "topk_encode"]
+__all__ = ["SELECTIONS", "pre_bias_gradient", "through", "topk_by_kernels", "topk_encode"]
 
 
 def topk_encode(
@@ -135,25 +135,36 @@ def _topk_encode_fake(
     return x.new_empty(x.shape[0], k, dtype=sum_dtype(x)), x.new_empty(x.shape[0], k, dtype=torch.int32)
 
 
+def through(values: Tensor, grad: Tensor | None, selection: str) -> Tensor:
+    """The gradient of the pre-activations of a code's entries: none through an entry of value 0. None: zeros."""
+    if grad is None:
+        return torch.zeros_like(values)
+    if selection == "relu":  # whose values are NaN or at least 0: one pass
+        return torch.ops.aten.threshold_backward(grad, values, 0.0)
+    return torch.where(values != 0, grad, 0)
+
+
 def pre_bias_gradient(bias: Tensor, W_enc: Tensor) -> Tensor:
     """-(column sums of z) W_enc, which needs no sum over rows of [rows, d]. bias: those sums, the gradient of b_enc."""
     with torch.autocast(W_enc.device.type, enabled=False):
-        return torch.mv(W_enc.T, bias.to(W_enc.dtype)).neg_()
+        return torch.addmv(W_enc[0], W_enc.T, bias.to(W_enc.dtype), beta=0, alpha=-1)  # beta 0: of any vector
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, W_enc, _, b_pre = inputs[:4]
+    ctx.selection = inputs[5]
     values, indices = output
     ctx.mark_non_differentiable(indices)
+    ctx.set_materialize_grads(False)  # which would make zeros for the indices
     ctx.save_for_backward(x, W_enc, b_pre, values, indices)
 
 
-def _backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_values: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     """With g the gradient of the values, 0 where a value is 0, and z its dense form:
     x: z W_enc; W_enc: z^T (x - b_pre); b_enc: column sums of z; b_pre: see above."""
     x, W_enc, b_pre, values, indices = ctx.saved_tensors
     need_x, need_W, need_b_enc, need_b_pre = ctx.needs_input_grad[:4]
-    g = torch.where(values != 0, grad_values, 0)
+    g = through(values, grad_values, ctx.selection)
     grad_x = grad_W = grad_b_enc = grad_b_pre = None
     if need_x:
         grad_x = ops.sparse_decode(g, indices, W_enc, torch.zeros_like(b_pre))
@@ -201,7 +212,7 @@ def _prefiltered_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     _setup_context(ctx, (*inputs[:4], *inputs[6:]), output)
 
 
-def _prefiltered_backward(ctx: Any, grad_values: Tensor, grad_indices: Tensor) -> tuple[Tensor | None, ...]:
+def _prefiltered_backward(ctx: Any, grad_values: Tensor | None, grad_indices: None) -> tuple[Tensor | None, ...]:
     """As of the plain op: the bf16 copy takes no part."""
     return (*_backward(ctx, grad_values, grad_indices)[:4], None, None, None, None)
 

@@ -80,15 +80,18 @@ class Loss:
 class Spread:
     """What errors are divided by: the batch's rows and `sum (x - mean(x))^2`, over all processes."""
 
-    rows: Tensor
+    rows: Tensor | int
     variance: Tensor
     d_model: int
 
     @classmethod
     def of(cls, x: Tensor, ranks: Across = ONE) -> Spread:
-        rows = ranks.sum(x.new_full((), x.shape[0]))  # a copy from the host would wait for a GPU
-        mean = ranks.sum(x.detach().sum(0)) / rows
-        variance = ranks.sum(squares(x.detach(), mean.expand_as(x)))
+        x, rows = x.detach(), x.shape[0]
+        if not ranks.shared:
+            variance = squares(x, x.mean(0).expand_as(x))
+        else:
+            rows = ranks.sum(x.new_full((), rows))  # a copy from the host would wait for a GPU
+            variance = ranks.sum(squares(x, (ranks.sum(x.sum(0)) / rows).expand_as(x)))
         # At least the smallest normal number: a batch of equal rows must not divide by zero.
         return cls(rows, variance.clamp_min(torch.finfo(x.dtype).tiny), x.shape[1])
 
@@ -129,8 +132,7 @@ def training_loss(
     x_hat, guess = _decode(sae, x, code, aux_code, latents)
     kind = objective.reconstruction
     error = spread.error(y, x_hat, kind)
-    fvu = error.detach().clone() if kind == "fvu" else squares(y, x_hat.detach()) / spread.variance
-    fvu = ranks.sum(fvu)
+    fvu = _of_all(error if kind == "fvu" else squares(y, x_hat.detach()) / spread.variance, ranks)
     nested = _nested(code, objective)
     if nested:
         others = [spread.error(y, sae.decode(part, like=x), kind) for part in nested]
@@ -145,13 +147,18 @@ def training_loss(
             bias = None
         aux = auxiliary(objective.aux, y, x_hat, guess, bias, n_dead, wanted, spread, ranks)
         if aux is not None:
-            total = total + auxk * aux
-        parts["auxk"] = fvu * 0 if aux is None else ranks.sum(aux.detach().clone())
+            total = torch.add(total, aux, alpha=auxk)
+        parts["auxk"] = fvu * 0 if aux is None else _of_all(aux, ranks)
     if wide_code is not None:
         wide = spread.error(y, sae.decode(wide_code, like=x), kind)
         total = total + objective.multi_topk * wide
-        parts["multi_topk"] = ranks.sum(wide.detach().clone())
+        parts["multi_topk"] = _of_all(wide, ranks)
     return Loss(total, fvu, parts, code, rows=x.shape[0])
+
+
+def _of_all(part: Tensor, ranks: Across) -> Tensor:
+    """A part of the loss, of the whole batch and detached."""
+    return ranks.sum(part.detach().clone()) if ranks.shared else part.detach()
 
 
 def auxiliary(
@@ -170,14 +177,15 @@ def auxiliary(
     share = min(n_dead / k_aux, 1.0)
     if guess is None or (not n_dead and kind != "unbox"):
         return None
-    if kind == "saeuron":
-        return share * squares(guess, x_hat - y) / spread.variance
     if kind == "fae":
         return squares(guess, x_hat.detach()) / (spread.rows * spread.d_model)
-    aim = (y - x_hat).detach() if bias is None else (y - x_hat + bias).detach()
-    missed = squares(guess, aim)
-    if kind == "residual":
-        return share * missed / spread.variance
+    if kind == "saeuron":
+        missed = squares(guess, x_hat - y)
+    else:
+        aim = y - x_hat.detach()
+        missed = squares(guess, aim if bias is None else aim + bias.detach())
+    if kind in ("residual", "saeuron"):
+        return (missed if share == 1 else share * missed) / spread.variance
     return (missed / Spread.of(aim, ranks).variance).nan_to_num(0.0)
 
 

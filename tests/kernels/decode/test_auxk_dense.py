@@ -123,6 +123,22 @@ def test_entries_of_one_place_add_up_wherever_they_stand(k_aux, dtype, beside):
     assert ((total - exact).abs() <= size * (2.0**-13 if parts == 2 else k_aux * 2.0**-24)).all()
 
 
+@kernels
+@pytest.mark.parametrize("d", [7, 1030])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_sums_are_added_to_the_rows_of_the_dead_less_their_bias_times_the_shift(d, shifted):
+    g = torch.Generator().manual_seed(d)
+    dead = torch.randperm(50, generator=g)[:10:2]
+    weight, bias, sums, of_bias = (torch.randn(size, generator=g) for size in ((50, d), (50,), (5, d), (5,)))
+    shift = torch.randn(2 * d, generator=g).half()[::2] if shifted else None
+    exact, exact_bias = weight.double(), bias.double()
+    exact[dead] += sums.double() - (of_bias.double()[:, None] * shift.double() if shifted else 0)
+    exact_bias[dead] += of_bias.double()
+    auxk_dense._add_triton(weight, bias, sums, of_bias, dead, shift)
+    torch.testing.assert_close(weight.double(), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(bias.double(), exact_bias, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("by", ["torch", pytest.param("kernels", marks=kernels)])
 def test_an_entry_of_no_dead_latent_is_not_lost_in_silence(by):
     values, indices, aux, aux_indices, dead, W, b, x = case()
