@@ -21,6 +21,8 @@ from sparsefeat_kernels.encode.gpu import tiles
 
 from bench.pretended_driver import pretend
 from bench.shapes import CROSS, JOINT, SAES, SELECTED
+from sparsefeat.measure.ops.training import as_sae, our_step
+from sparsefeat.measure.sae_case import sae_case
 
 CALLS, REPEATS = 50, 15
 FEW = 64  # rows, where torch computes between the kernels
@@ -98,6 +100,10 @@ def calls() -> Mapping[str, Callable[[], object]]:
     found[f"weight_gradient, {FEW} rows"] = lambda: kernels.weight_gradient(
         few_values, few_indices, rows[FEW], b_pre, n
     )
+    # Small: what torch computes of it takes a CPU longer than the calls.
+    case = sae_case(rows=FEW, d_model=64, n_latents=1024, k=8, dtype="bfloat16", device="cpu", seed=0, dead_norm=0.3)
+    step = case, as_sae(case)
+    found[f"training step, {FEW} rows, 64 to 1,024"] = lambda: our_step(step)
     return found
 
 

@@ -293,9 +293,10 @@ def _auxk_weight_gradient(
     if aux_x is not None and (aux_x.shape != x.shape or aux_x.dtype != x.dtype or aux_x.device != x.device):
         raise ValueError(f"aux_x must have x's shape {tuple(x.shape)}, dtype and device, got {tuple(aux_x.shape)}")
     inputs = coefficients, indices, x, aux_coefficients, aux_indices, aux_x, dead, shift, n_latents
+    weight, bias, of_code = _both_gradients(*inputs, biases)
     if biases:
-        return _both_gradients(*inputs, biases)
-    return _both_gradients(*inputs, biases)[0], *(x.new_empty(0, dtype=sum_dtype(x)) for _ in range(2))
+        return weight, bias, of_code
+    return weight, *(x.new_empty(0, dtype=sum_dtype(x)) for _ in range(2))
 
 
 def _both_gradients(

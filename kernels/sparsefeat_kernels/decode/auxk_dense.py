@@ -76,7 +76,7 @@ def add_dense_weight_gradient(
         if not _in_one(x):  # without shift, which then goes by the sums of the bias: x - shift in bf16 would lose more
             some = torch.cat((some, some))
         elif shift is not None:
-            some = some - shift
+            some = some - shift.to(some.dtype)
         product = wide_product(z.T, some)
         added = product if added is None else added.add_(product)
         if bias is not None or shift is not None:

@@ -84,6 +84,13 @@ def test_the_host_never_waits_for_the_device(k, stored_is_proven, selections, mo
     assert {name.split("_")[3] for name in launched if name.startswith("_topk")} - {"product", "repair"} == selections
 
 
+@pytest.mark.parametrize("selection", ["relu", "signed"])
+def test_no_gradient_goes_through_an_entry_of_value_0_and_none_is_lost_through_nan(selection):
+    values, grad = torch.tensor([[0.0, -0.0, 2.0, torch.nan]]), torch.tensor([[torch.inf, 1.0, 2.0, 3.0]])
+    assert encode_topk.through(values, grad, selection).tolist() == [[0, 0, 2, 3]]
+    assert encode_topk.through(values, None, selection).tolist() == [[0] * 4]
+
+
 def test_gradients_are_those_of_the_formulas():
     """Against autograd of the dense computation in fp64: the auxiliary code teaches W_enc and b_enc and nothing else."""
     x, W, b, c, dead = (t.requires_grad_() if t.is_floating_point() else t for t in case("cpu", dtype=torch.float64))
