@@ -40,6 +40,11 @@ JOINT = {
     "FLUX": {"batch": 1, "heads": 24, "n": 4096, "t": 512, "d": 128},
 }
 SELECTED = 8
+# Of a joint attention: all positions among themselves, and a few concepts beside the image's.
+WHOLE = {name: {**of, "n": of["n"] + of["t"], "t": of["n"] + of["t"]} for name, of in JOINT.items()}
+CONCEPTS = {name: {**of, "t": 8} for name, of in JOINT.items()}
+# Maps of the layers and heads of one level of SD 1.5, of 8 words and of all tokens.
+ENLARGED = {f"SD 1.5, {t} tokens": {"maps": 64, "t": t, "side": 32, "to": 64} for t in (8, 77)}
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,8 @@ def cpu_figures() -> Iterator[Wanted]:
         yield Wanted("training_step", sae_shape(name, 256), "float32", 6.0)
     # The batch that SAeUron and sdxl-unbox are trained with, beside the fastest other: a step takes seconds.
     yield Wanted("training_step", sae_shape("SAeUron", 4096), "float32", 1.0, only=(OURS, "sparsify"))
-    for op in ("sparse_edit", "feature_stats", "weight_gradient", "threshold_encode", "attention_map", "attention_tap"):
+    for op in ("sparse_edit", "feature_stats", "weight_gradient", "threshold_encode", "attention_map", "attention_tap",
+               "attention_rows", "attention_column_sums"):  # fmt: skip
         yield Wanted(op, HERE[op], "float32", 3.0)
     yield Wanted("attention_map", CROSS["SD 1.5, 64 x 64"], "float32", 3.0)
     for op in ("concept_attention", "concept_map", "attention_map_gradient", "resize_add"):

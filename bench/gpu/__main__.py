@@ -21,7 +21,7 @@ from bench.gpu import full, prove, repeats, smoke
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
     of = parser.add_subparsers(dest="command", required=True)
-    first = of.add_parser("smoke", help="is every op right, and what do the most wanted ones take: 150 s")
+    first = of.add_parser("smoke", help="is every op right, and what do the most wanted ones take: 200 s")
     first.add_argument("--rehearse", action="store_true", help="on a CPU, interpreted, with tiny shapes")
     first.add_argument("--only", nargs="+", default=(), metavar="OP", help="ops whose names begin so")
     second = of.add_parser("full", help="every figure, tests, tuning, scaling: seven minutes")

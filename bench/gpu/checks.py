@@ -12,7 +12,7 @@ from functools import partial
 from bench.gpu import faults
 from bench.gpu.children import Step
 from bench.gpu.faults import Shape, figure_fault
-from bench.shapes import CROSS, JOINT, SELECTED, TARGETS, sae_shape
+from bench.shapes import CONCEPTS, CROSS, JOINT, SELECTED, TARGETS, sae_shape
 from sparsefeat.measure.answers import HALF
 
 Check = Callable[[], str]
@@ -186,7 +186,7 @@ CHECKS: dict[str, Maker] = {
     "attention_tap": attention_checks(
         {name: {**JOINT[name], "selected": SELECTED} for name in ("FLUX", "SD 3.5 medium")}
     ),
-    "concept_attention": attention_checks({"FLUX": {"batch": 1, "heads": 24, "n": 4096, "t": 8, "d": 128}}),
+    "concept_attention": attention_checks({"FLUX": CONCEPTS["FLUX"]}),
     "sparse_edit": sae_checks(),
     "weight_gradient": sae_checks(),
     "feature_stats": sae_checks(dtypes=("float32",), double=False),
@@ -198,6 +198,9 @@ CHECKS: dict[str, Maker] = {
     "attention_map, all options": each_attention(faults.maps),
     "attention_map_gradient": each_attention(faults.map_gradient),
     "attention_rows": each_attention(faults.rows),
+    "attention_column_sums": each_attention(faults.column_sums),
+    "attention_tap, all options": each_attention(faults.tapped),
+    "concept_attention, all dtypes": each_attention(faults.concept_outputs),
     "concept_map": each_attention(faults.concepts),
     "resize_add": resize_checks,
     "threshold_encode_csr": each(faults.threshold_csr),

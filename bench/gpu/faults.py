@@ -373,16 +373,23 @@ def map_gradient(shape: tuple[int, ...], dtype: str, triton: bool) -> str:
         )
 
 
-def concepts(shape: tuple[int, ...], dtype: str, triton: bool) -> str:
-    """concept_attention, and concept_map_ of its output and the image's."""
-    batch, heads, _, n, t, _ = shape
-    image, *own = heads_of((batch, heads, heads, n, t, shape[5]), dtype)
-    _, weight, group, _ = map_options(shape)
-    given = (own[0], own[0], own[1], image, image)
+def concept_outputs(shape: tuple[int, ...], dtype: str, triton: bool) -> str:
+    """concept_attention of `t` concepts beside `n` positions."""
+    image, query, value = heads_of(without_key_heads(shape), dtype)
+    given = (query, query, value, image, image)
     out = by_triton(lambda: kernels.concept_attention(*given), triton)
-    wanted = concept_reference(*(tensor.double() for tensor in given), shape[-1] ** -0.5)
-    if fault := worst(out, wanted, dtype):
-        return f"concept_attention: {fault}"
+    return worst(out, concept_reference(*(tensor.double() for tensor in given), shape[-1] ** -0.5), dtype)
+
+
+def without_key_heads(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:2], *shape[1:2], *shape[3:])
+
+
+def concepts(shape: tuple[int, ...], dtype: str, triton: bool) -> str:
+    """concept_map_ of the image's output and the concepts'."""
+    batch, _, _, n, t, _ = shape
+    image, out, _ = heads_of(without_key_heads(shape), dtype)
+    _, weight, group, _ = map_options(shape)
     answers, references = [], []
     for softmax in (True, False):
         started = torch.ones(batch, n, t, device=device(), dtype=WIDE.get(dtype, torch.float32))
@@ -416,21 +423,29 @@ def _cpu(weight: Tensor | None) -> Tensor | None:
 
 
 def rows(shape: tuple[int, ...], dtype: str, triton: bool) -> str:
-    """attention_rows, and with its log-sum-exp attention_tap_ and attention_column_sums_."""
+    query, key, _ = heads_of(shape, dtype)
+    mask, marked = map_options(shape)[0], torch.arange(shape[4], device=device()) < 3
+    answer = by_triton(lambda: kernels.attention_rows(query, key, None, mask, marked), triton)
+    return worst(answer, rows_reference(query.double(), key.double(), shape[-1] ** -0.5, mask, marked), dtype)
+
+
+def added(op: Any, reference: Any, into: tuple[int, ...], shape: tuple[int, ...], dtype: str, triton: bool) -> str:
+    """Of an op that is given the log-sum-exp of every row, here the reference's, and adds to `into`."""
     query, key, _ = heads_of(shape, dtype)
     mask, weight, group, _ = map_options(shape)
-    marked = torch.arange(shape[4], device=device()) < 3
     scale, wide = shape[-1] ** -0.5, WIDE.get(dtype, torch.float32)
-    answer = by_triton(lambda: kernels.attention_rows(query, key, None, mask, marked), triton)
-    wanted = rows_reference(query.double(), key.double(), scale, mask, marked)
-    if fault := worst(answer, wanted, dtype):
-        return f"attention_rows: {fault}"
-    lse = wanted[0].to(wide)
-    tapped = torch.zeros(shape[0], shape[3], shape[4], device=device(), dtype=wide)
-    sums = torch.zeros(shape[0], shape[4], device=device(), dtype=wide)
-    by_triton(lambda: kernels.attention_tap_(tapped, query, key, lse, None, mask, weight, group), triton)
-    by_triton(lambda: kernels.attention_column_sums_(sums, query, key, lse, None, mask, weight, group), triton)
-    common = (query.double(), key.double(), lse.double(), scale, mask, weight.double(), group)
-    tap = tap_reference(torch.zeros_like(tapped).double(), *common)
-    columns = reference_column_sums(torch.zeros_like(sums).double(), *common)
-    return worst((tapped, sums), (tap, columns), dtype)
+    lse = rows_reference(query.double(), key.double(), scale, mask, None)[0].to(wide)
+    sums = torch.zeros(into, device=device(), dtype=wide)
+    by_triton(lambda: op(sums, query, key, lse, None, mask, weight, group), triton)
+    given = (query.double(), key.double(), lse.double(), scale, mask, weight.double(), group)
+    return worst(sums, reference(torch.zeros(into, device=device(), dtype=torch.float64), *given), dtype)
+
+
+def tapped(shape: tuple[int, ...], dtype: str, triton: bool) -> str:
+    into = shape[0], shape[3], shape[4]
+    return added(kernels.attention_tap_, tap_reference, into, shape, dtype, triton)
+
+
+def column_sums(shape: tuple[int, ...], dtype: str, triton: bool) -> str:
+    into = shape[0], shape[4]
+    return added(kernels.attention_column_sums_, reference_column_sums, into, shape, dtype, triton)

@@ -22,6 +22,7 @@ from sparsefeat.whole import write_json
 
 RESULTS = Path(__file__).parents[1] / "results"
 PROVEN = Path(dispatch.__file__).with_name("proven.json")
+KERNELS = {"attention_map_gradient": "attention_gradient", "attention_column_sums": "attention_column"}
 
 
 def proven_ops(smoke: Mapping[str, Any]) -> dict[str, str]:
@@ -29,14 +30,19 @@ def proven_ops(smoke: Mapping[str, Any]) -> dict[str, str]:
     return {op: _reason(op, smoke) for op in smoke.get("times", {}) if op != "training_step"}
 
 
-def _owner(kind: str) -> str:
-    """Of a line of the summary. The checks of an op are named after it: "sparse_edit", "sparse_edit_delta", "topk_encode,
-    bias kept"; kernels with a name of their own, "topk_encode_stored", have those that begin so."""
+def owner(kind: str) -> str:
+    """The op of a line of the summary, whose checks are named after it: "sparse_edit", "sparse_edit_delta", "topk_encode,
+    bias kept". Of two the longer name: "topk_encode_stored" is no check of topk_encode."""
     return max((op for op in times.OPS if op in kind), key=len, default="")
 
 
+def _kernel_owner(name: str) -> str:
+    """The op of a kernel, whose name begins with it, or with what `KERNELS` says."""
+    return max((op for op in times.OPS if name.startswith(f"_{KERNELS.get(op, op)}_")), key=len, default="")
+
+
 def _reason(op: str, smoke: Mapping[str, Any]) -> str:
-    said = {kind: what for kind, what in smoke["summary"].items() if _owner(kind) == op}
+    said = {kind: what for kind, what in smoke["summary"].items() if owner(kind) == op}
     wrong = [f"{kind}: {what}" for kind, what in said.items() if what != "passed"]
     if wrong or op not in said:
         return wrong[0] if wrong else "not checked"
@@ -60,7 +66,7 @@ def kernels_digest(op: str, package: Path = PROVEN.parent) -> str:
                 map(ast.unparse, node.decorator_list)
             ):
                 functions[node.name] = node
-    wanted = [name for name in functions if name.endswith("_kernel") and _owner(name.strip("_")) == op]
+    wanted = [name for name in functions if name.endswith("_kernel") and _kernel_owner(name) == op]
     for name in wanted:  # which grows
         called = {node.id for node in ast.walk(functions[name]) if isinstance(node, ast.Name)}
         wanted += sorted(called & functions.keys() - set(wanted))

@@ -20,7 +20,17 @@ REPEATS = 20
 SMALL = {"rows": 33, "d_model": 80, "n_latents": 300, "k": 5}
 SMALL_ATTENTION = {"batch": 2, "heads": 3, "n": 70, "t": 19, "d": 40}
 SMALL_MAPS = {
-    **dict.fromkeys(("attention_map", "attention_map_gradient", "concept_attention", "concept_map"), SMALL_ATTENTION),
+    **dict.fromkeys(
+        (
+            "attention_map",
+            "attention_rows",
+            "attention_column_sums",
+            "attention_map_gradient",
+            "concept_attention",
+            "concept_map",
+        ),
+        SMALL_ATTENTION,
+    ),
     "attention_tap": {**SMALL_ATTENTION, "selected": 7},
     "resize_add": {"maps": 3, "t": 5, "side": 7, "to": 20},
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import sparsefeat_kernels as kernels
@@ -25,7 +26,7 @@ from bench.gpu.children import Step
 from bench.gpu.faults import by_triton, device, encoded_in_groups, encoded_with_bias, with_bias
 from bench.measure import OURS, Ceilings, Figure, build, measure, measure_ceilings
 from bench.peers import compiled
-from bench.shapes import CROSS, JOINT, SELECTED, sae_shape
+from bench.shapes import CONCEPTS, CROSS, ENLARGED, JOINT, SELECTED, WHOLE, sae_shape
 from sparsefeat.measure.sae_case import SAECase
 from sparsefeat.measure.timing import DENSE, Provider
 
@@ -84,6 +85,18 @@ def threshold_providers(figure: Figure) -> list[Provider]:
     return [kernels, replace(kernels, name=LARGE, run=threshold_of_large_tile), plain]
 
 
+def gradient_providers(figure: Figure) -> list[Provider]:
+    """The maps are the kernel's, whoever makes their gradient."""
+
+    def run(state: Any, triton: bool) -> tuple[Tensor, ...]:
+        query, key, grad = state.given
+        maps = by_triton(lambda: kernels.attention_map(query, key))
+        return by_triton(lambda: torch.autograd.grad(maps, (query, key), grad), triton)
+
+    by_kernels, plain = op_providers(figure)
+    return [replace(by_kernels, run=partial(run, triton=True)), replace(plain, run=partial(run, triton=False))]
+
+
 # Every op that is timed, the most wanted first.
 OPS: Mapping[str, Callable[[Figure], list[Provider]]] = {
     "topk_encode": encode_providers,
@@ -96,8 +109,33 @@ OPS: Mapping[str, Callable[[Figure], list[Provider]]] = {
     "sparse_edit": op_providers,
     "feature_stats": op_providers,
     "attention_tap": op_providers,
+    "attention_rows": op_providers,
+    "attention_column_sums": op_providers,
+    "concept_attention": op_providers,
+    "concept_map": op_providers,
+    "attention_map_gradient": gradient_providers,
+    "resize_add": op_providers,
 }
+# Whose only other is dense PyTorch.
+BESIDE_DENSE = (
+    "attention_map", "threshold_encode", "attention_rows", "attention_column_sums", "concept_attention", "concept_map",
+    "attention_map_gradient", "resize_add",
+)  # fmt: skip
 FIGURES = {"topk_encode_stored": "topk_encode"}  # kernels of an op that are proven by a name of their own
+MAPS: Mapping[str, Mapping[str, Mapping[str, int]]] = {
+    "attention_map": {name: CROSS[name] for name in ATTENTION_SHAPES},
+    "attention_tap": {"FLUX": {**JOINT["FLUX"], "selected": SELECTED}},
+    "attention_rows": {"FLUX": WHOLE["FLUX"], "SD 1.5, 64 x 64": CROSS["SD 1.5, 64 x 64"]},
+    "attention_column_sums": {"FLUX": WHOLE["FLUX"]},
+    "concept_attention": {"FLUX": CONCEPTS["FLUX"]},
+    "concept_map": {"FLUX": CONCEPTS["FLUX"]},
+    "attention_map_gradient": {
+        "SD 1.5, 16 x 16": CROSS["SD 1.5, 16 x 16"],
+        "SD 1.5, 64 x 64": CROSS["SD 1.5, 64 x 64"],
+    },
+    "resize_add": ENLARGED,
+}
+TINY_MAPS = {"attention_tap": {**TINY_ATTENTION, "selected": 3}, "resize_add": {"maps": 3, "t": 2, "side": 5, "to": 9}}
 AT_ONE_SHAPE = ("weight_gradient", "sparse_edit", "feature_stats")
 
 
@@ -131,7 +169,7 @@ def timed(op: str, shape: Mapping[str, int], dtype: str) -> dict[str, Any]:
     """Records of every program; `fault` names ours that are not right, `spoilt`: a capture failed."""
     figure = build(FIGURES.get(op, op), shape, dtype, device())
     others = [p for p in figure.providers if not p.name.startswith(OURS) and p.name not in (compiled.NAME, DENSE)]
-    if op in ("attention_map", "threshold_encode"):  # whose only other is dense PyTorch
+    if op in BESIDE_DENSE:
         others = [p for p in figure.providers if not p.name.startswith(OURS)]
     figure = replace(figure, providers=(*OPS[op](figure), *others))
     cuda = device() == "cuda"
@@ -145,13 +183,11 @@ def timed(op: str, shape: Mapping[str, int], dtype: str) -> dict[str, Any]:
 def wanted(op: str, rehearse: bool) -> Mapping[str, tuple[Mapping[str, int], str]]:
     """Shape and dtype of every step."""
     if rehearse:
-        small = {"attention_map": TINY_ATTENTION, "attention_tap": {**TINY_ATTENTION, "selected": 3}}
-        shape = small.get(op, SMALLEST if op in SLOW else TINY)
+        shape = SMALLEST if op in SLOW else TINY_MAPS.get(op, TINY_ATTENTION if op in MAPS else TINY)
         return {"tiny, float32": (shape, "float32")}
-    if op == "attention_map":
-        return {f"{name}, bfloat16": (CROSS[name], "bfloat16") for name in ATTENTION_SHAPES}
-    if op == "attention_tap":
-        return {"FLUX, bfloat16": ({**JOINT["FLUX"], "selected": SELECTED}, "bfloat16")}
+    if op in MAPS:
+        dtype = "float32" if op == "resize_add" else "bfloat16"
+        return {f"{name}, {dtype}": (shape, dtype) for name, shape in MAPS[op].items()}
     if op == "topk_encode_stored":
         wanted_of = {"sdxl-unbox, k 160": "bfloat16", "TIDE": "bfloat16", "SAeUron": "float32"}
         return {f"{name}, {dtype}": (sae_shape(name, ROWS), dtype) for name, dtype in wanted_of.items()}

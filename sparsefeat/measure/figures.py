@@ -66,6 +66,8 @@ HERE: dict[str, Mapping[str, int]] = {
     "matching_pursuit": {"rows": 256, "d_model": 768, "n_latents": 16384, "k": 16},
     "attention_map": {"batch": 2, "heads": 8, "n": 1024, "t": 77, "d": 80},  # SD 1.5 at 32 x 32
     "attention_tap": {"batch": 1, "heads": 24, "n": 1024, "t": 333, "d": 64, "selected": 8},  # SD 3.5 at 512 x 512
+    "attention_rows": {"batch": 2, "heads": 8, "n": 1024, "t": 1024, "d": 80},  # SD 1.5 at 32 x 32, its self-attention
+    "attention_column_sums": {"batch": 2, "heads": 8, "n": 1024, "t": 1024, "d": 80},
     "concept_attention": {"batch": 1, "heads": 24, "n": 1024, "t": 8, "d": 128},  # FLUX.1 at 512 x 512, 8 concepts
     "concept_map": {"batch": 1, "heads": 24, "n": 1024, "t": 8, "d": 128},
     "attention_map_gradient": {"batch": 1, "heads": 8, "n": 256, "t": 77, "d": 160},  # of Attend-and-Excite in SD 1.5

@@ -15,8 +15,8 @@ Record = Mapping[str, Any]
 OURS = "sparsefeat"
 OPS = (
     "topk_encode", "sparse_decode", "forward", "training_step", "sparse_edit", "feature_stats", "weight_gradient",
-    "threshold_encode", "matching_pursuit", "attention_map", "attention_tap", "concept_attention",
-    "concept_map", "attention_map_gradient", "resize_add",
+    "threshold_encode", "matching_pursuit", "attention_map", "attention_tap", "attention_rows",
+    "attention_column_sums", "concept_attention", "concept_map", "attention_map_gradient", "resize_add",
 )  # fmt: skip
 COMMITTED = Path(__file__).resolve().parents[1] / "assets" / "results"  # what the package carries
 HEADER = [

@@ -112,6 +112,22 @@ def test_an_output_or_a_map_that_is_wrong_is_seen(op):
     assert check(case, (out.roll(1, dims=2), maps)) != ""
 
 
+def test_sums_of_rows_and_keys_and_gradients_that_are_wrong_are_seen():
+    case, answer, check = answers("attention_rows")
+    assert check(case, answer) == ""
+    for place in range(3):
+        wrong = [tensor * (1.01 if place == of else 1.0) for of, tensor in enumerate(answer)]
+        assert check(case, tuple(wrong)) != ""
+    case, sums, check = answers("attention_column_sums")
+    assert check(case, sums) == ""
+    assert check(case, sums.roll(1, dims=1)) != ""
+    assert check(case, sums * 1.01) != ""
+    case, (of_query, of_key), check = answers("attention_map_gradient")
+    assert check(case, (of_query, of_key)) == ""
+    assert check(case, (of_query * 1.01, of_key)) != ""
+    assert check(case, (of_query, of_key * 1.01)) != ""
+
+
 @pytest.mark.parametrize("op", ["topk_encode", "sparse_decode", "forward", "threshold_encode"])
 def test_flops_by_formula_are_what_the_counter_counts(op):
     figure = plain.build(op, SAE)

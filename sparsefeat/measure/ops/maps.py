@@ -1,4 +1,5 @@
-"""What maps are made of beside an attention: its maps' gradient, concepts' maps, and maps enlarged and added up."""
+"""What maps are made of beside an attention: sums of its rows and of what its keys receive, its maps' gradient, concepts' maps,
+and maps enlarged and added up."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsefeat.measure.answers import output_fault, torch_dtype
+from sparsefeat.measure.answers import checked_rows, output_fault, torch_dtype
 from sparsefeat.measure.ops.op import Op, Shape
 from sparsefeat.measure.timing import DENSE, OURS, Provider
 
@@ -36,6 +37,96 @@ def _copied(state: Any, answer: Tensor) -> Tensor:
     return answer.clone()
 
 
+# ------------------------------------------------------------------------------- what rows add up to, what keys receive
+
+
+def _rows_inputs(shape: Shape, dtype: str, device: str, seed: int) -> Case:
+    """Query and key, and the eighth of the keys that is marked, the first ones."""
+    b, h, n, t, d = (shape[name] for name in ("batch", "heads", "n", "t", "d"))
+    query, key = _normal(seed, device, dtype, (b, n, h, d), (b, t, h, d))
+    return Case((query.transpose(1, 2), key.transpose(1, 2), torch.arange(t, device=device) < -(-t // 8)), (), dtype)
+
+
+def _our_rows(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, marked = case.given
+    return kernels.attention_rows(query, key, marked=marked)
+
+
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    return query @ key.mT * query.shape[-1] ** -0.5
+
+
+def _eager_rows(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, marked = case.given
+    logs = _scores(query, key).float()
+    lse = logs.logsumexp(-1)
+    logs -= lse[..., None]
+    p = logs.exp()
+    return lse, -(p * logs).sum(-1), p @ marked.to(p.dtype)
+
+
+def _rows_fault(case: Case, answer: tuple[Tensor, Tensor, Tensor]) -> str:
+    query, key, marked = case.given
+    rows = checked_rows(query.shape[2]).to(query.device)
+    scores = _scores(query[:, :, rows].double(), key.double())
+    p = scores.softmax(-1)
+    right = scores.logsumexp(-1), torch.special.entr(p).sum(-1), p[..., marked].sum(-1)
+    found = (output_fault(a[:, :, rows], r, case.dtype) for a, r in zip(answer, right, strict=True))
+    return next((fault for fault in found if fault), "")
+
+
+def _rows_providers() -> list[Provider]:
+    return [
+        Provider(OURS, _our_rows),
+        Provider(DENSE, _eager_rows, note="eager: all probabilities in memory"),
+    ]
+
+
+def _rows_cost(s: Shape, size: int) -> tuple[float, float]:
+    b, h, n, t, d = (s[name] for name in ("batch", "heads", "n", "t", "d"))
+    return 2.0 * b * h * n * t * d, size * b * h * d * (1.0 * n + t) + 12.0 * b * h * n
+
+
+def _columns_inputs(shape: Shape, dtype: str, device: str, seed: int) -> Case:
+    """Query, key, and the log-sum-exp of every row, which whoever asks has from the attention."""
+    query, key, _ = _rows_inputs(shape, dtype, device, seed).given
+    lse = torch.empty(query.shape[:3], device=device)
+    for h in range(query.shape[1]):
+        lse[:, h] = _scores(query[:, h].float(), key[:, h].float()).logsumexp(-1)
+    return Case((query, key, lse), (shape["batch"], shape["t"]), dtype)
+
+
+def _our_columns(state: tuple[Case, Tensor]) -> Tensor:
+    case, sums = state
+    kernels.attention_column_sums_(sums, *case.given)
+    return sums
+
+
+def _eager_columns(state: tuple[Case, Tensor]) -> Tensor:
+    (query, key, lse), sums = state[0].given, state[1]
+    sums += (_scores(query, key).float() - lse[..., None]).exp().sum((1, 2))
+    return sums
+
+
+def _columns_fault(case: Case, answer: Tensor) -> str:
+    query, key, lse = (tensor.double() for tensor in case.given)
+    keys = checked_rows(key.shape[2]).to(key.device)
+    received = (_scores(query, key[:, :, keys]) - lse[..., None]).exp().sum((1, 2))
+    return output_fault(answer[:, keys], received, case.dtype)
+
+
+def _columns_providers() -> list[Provider]:
+    return [
+        Provider(OURS, _our_columns, Case.empty, _copied),
+        Provider(DENSE, _eager_columns, Case.empty, _copied, note="eager: all probabilities in memory"),
+    ]
+
+
+def _columns_cost(s: Shape, size: int) -> tuple[float, float]:
+    b, h, n, t, d = (s[name] for name in ("batch", "heads", "n", "t", "d"))
+    return 2.0 * b * h * n * t * d, size * b * h * d * (1.0 * n + t) + 4.0 * b * h * n + 8.0 * b * t
+
+
 # ----------------------------------------------------------------------------------------- the gradient of a map's keys
 
 
@@ -57,7 +148,7 @@ def _gradients(maps: Any) -> Any:
 
 
 def _eager_map(query: Tensor, key: Tensor) -> Tensor:
-    return (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1).sum(1, dtype=torch.float32)
+    return _scores(query, key).softmax(-1).sum(1, dtype=torch.float32)
 
 
 def _gradient_fault(case: Case, answer: tuple[Tensor, ...]) -> str:
@@ -65,7 +156,7 @@ def _gradient_fault(case: Case, answer: tuple[Tensor, ...]) -> str:
     query.requires_grad_()
     key.requires_grad_()
     with torch.enable_grad():
-        maps = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1).sum(1)
+        maps = _scores(query, key).softmax(-1).sum(1)
     right = torch.autograd.grad(maps, (query, key), grad)
     return next((f for f in (output_fault(a, r, case.dtype) for a, r in zip(answer, right, strict=True)) if f), "")
 
@@ -164,6 +255,8 @@ def _resize_cost(s: Shape, size: int) -> tuple[float, float]:
 
 
 OPS = {
+    "attention_rows": Op(_rows_providers, _rows_fault, _rows_cost, _rows_inputs),
+    "attention_column_sums": Op(_columns_providers, _columns_fault, _columns_cost, _columns_inputs),
     "attention_map_gradient": Op(
         _gradient_providers, _gradient_fault, _gradient_cost, _gradient_inputs, gradients=True
     ),
