@@ -161,12 +161,13 @@ def launches(
         "encode.gpu.stored",
         "decode.sparse_decode",
         "decode.auxk_dense",
+        "decode.dense_code",
         "decode.sparse_edit",
         "feature_stats",
         "gradient.weight_gradient",
         "encode.gpu.threshold",
     )
-    encode, stored, decode, dense, edit, stats, gradient, threshold = (
+    encode, stored, decode, dense, code_of, edit, stats, gradient, threshold = (
         importlib.import_module(f"sparsefeat_kernels.{name}") for name in names
     )
     d, n, k = SHAPES[shape]
@@ -187,11 +188,14 @@ def launches(
             ):  # the CSR form, whose host waits for a number
                 marked.compact(group, values, indices, torch.empty(rows + 1, dtype=torch.int64))
             decode.sparse_decode_triton(values, indices, W, c)
+            if dtype == torch.bfloat16:
+                decode.sparse_decode_dense(values, indices, W, c)
+                decode.grad_values_dense(x, values, indices, W)
             decode._grad_values_triton(x, values, indices, W)
             places, dots, dead = torch.empty(n, dtype=torch.int32), torch.empty(rows, 2 * d), torch.empty(2 * d).long()
             for beside in (True, False):
-                dense._dense_triton(values, indices, places, 2 * d, dtype, beside)
-            dense._picked_triton(dots, values, indices, places, torch.empty(rows, k))
+                code_of.dense_code(values, indices, n, 2 * d, dtype, places, beside)
+            code_of.picked(dots, values, indices, n, torch.empty(rows, k), places)
             dense._add_triton(W, torch.empty(n), torch.empty(2 * d, d), torch.empty(2 * d), dead, c)
             dense._add_triton(W, None, torch.empty(2 * d, d), None, dead, None)
             gradient._weight_gradient_triton(values, indices, x, c, n)

@@ -19,8 +19,6 @@ from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
 
 KERNELS = {
     "_auxk_add_kernel",
-    "_auxk_dense_kernel",
-    "_auxk_picked_kernel",
     "_attention_column_join_kernel",
     "_attention_column_kernel",
     "_attention_flash_kernel",
@@ -37,7 +35,9 @@ KERNELS = {
     "_entry_keys_kernel",
     "_feature_stats_join_kernel",
     "_feature_stats_scan_kernel",
+    "_sparse_decode_dense_kernel",
     "_sparse_decode_grad_values_kernel",
+    "_sparse_decode_picked_kernel",
     "_sparse_decode_sum_kernel",
     "_sparse_edit_row_kernel",
     "_threshold_encode_compact_kernel",

@@ -3,9 +3,8 @@
 The code has a column for each dead latent. What an entry of no latent of `dead` would add is not known here: it puts NaN into
 the row's first column, which reaches all of the row's result, and the gradient of the first dead latent.
 
-Weights in bfloat16 are multiplied as they are. An fp32 value v is then two bf16 numbers, whose sum is within 2^-18 |v| of it;
-both stand in one matrix, beside or below each other, so that one product adds them up in fp32. What they are multiplied by is
-there twice.
+Weights in bfloat16 are multiplied as they are, and an fp32 value is then two bf16 numbers (dense_code.py), which stand in one
+matrix: one product adds them up in fp32. What they are multiplied by is there twice.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import implementation, jit, jit_over_rows, row_chunks, sum_dtype, tl
+from ..dispatch import implementation, jit_over_rows, row_chunks, sum_dtype, tl
 from ..products import wide_product
+from .dense_code import dense_code, padded, picked
 
 __all__ = ["add_dense_weight_gradient", "dense_decode", "dense_grad_values", "dense_pays"]
 
@@ -53,10 +53,10 @@ def dense_grad_values(grad: Tensor, values: Tensor, indices: Tensor, dead: Tenso
     places, W = _places(dead, len(W_dec)), W_dec.index_select(0, dead).T
     for part in _chunks(len(values), n_dead, 0, W):
         some, at = _of(values, part), _of(indices, part)
-        dots = grad.new_empty(len(some), _padded(n_dead), dtype=sum_dtype(W))
+        dots = grad.new_empty(len(some), padded(n_dead), dtype=sum_dtype(W))
         wide_product(_of(grad, part), W, dots[:, :n_dead])
         if _by_kernels(W_dec):
-            _picked_triton(dots, some, at, places, _of(out, part))
+            picked(dots, some, at, len(places), _of(out, part), places)
             continue
         owned, columns = _owned(some, at, places)
         found = dots.gather(1, columns.clamp_min(0)).masked_fill_(columns < 0, torch.nan)
@@ -100,11 +100,6 @@ def _in_one(x: Tensor) -> bool:
     return x.dtype == sum_dtype(x)
 
 
-def _padded(n: int) -> int:
-    """So that rows begin at multiples of 16 numbers."""
-    return -(-n // 16) * 16
-
-
 def _of(tensor: Tensor, part: slice) -> Tensor:
     """tensor[part], itself where that is all of it: a view takes the host as long as an allocation."""
     return tensor if part.stop - part.start == tensor.shape[0] else tensor[part]
@@ -112,7 +107,7 @@ def _of(tensor: Tensor, part: slice) -> Tensor:
 
 def _chunks(rows: int, n_dead: int, d: int, x: Tensor) -> list[slice]:
     """Of rows whose dense code, in fp32 or in two parts, and the other factor or the result fit into ROWS_BYTES."""
-    return row_chunks(rows, (_padded(n_dead) + d) * sum_dtype(x).itemsize, ROWS_BYTES, 128)
+    return row_chunks(rows, (padded(n_dead) + d) * sum_dtype(x).itemsize, ROWS_BYTES, 128)
 
 
 def _places(dead: Tensor, n_latents: int) -> Tensor:
@@ -125,7 +120,7 @@ def _dense(values: Tensor, indices: Tensor, places: Tensor, n_dead: int, like: T
     """The code in like's dtype, its parts beside each other, [rows, parts n_dead], or one below the other, [parts rows,
     n_dead]. Entries of one row and latent add up, in their order."""
     if _by_kernels(like):
-        return _dense_triton(values, indices, places, n_dead, like.dtype, beside)
+        return dense_code(values, indices, len(places), n_dead, like.dtype, places, beside)
     owned, columns = _owned(values, indices, places)
     clean = torch.where(owned, values, 0).masked_fill_(owned & (columns < 0), torch.nan)
     z = values.new_zeros(len(values), n_dead, dtype=sum_dtype(like))
@@ -145,131 +140,6 @@ def _owned(values: Tensor, indices: Tensor, places: Tensor) -> tuple[Tensor, Ten
 
 
 # ------------------------------------------------------------------------------------------------------------ Triton
-
-
-@jit
-def _entry(values_ptr, indices_ptr, places_ptr, entry, n_latents, k, stride_values_k, stride_indices_k):
-    """Value and column of a row's entries, and which of them count. Of a latent that is not dead: NaN in the first column."""
-    value = tl.load(values_ptr + entry * stride_values_k, mask=entry < k, other=0.0)
-    index = tl.load(indices_ptr + entry * stride_indices_k, mask=entry < k, other=0)
-    owned = (value != 0.0) & (index >= 0) & (index < n_latents)  # NaN != 0: it counts
-    column = tl.load(places_ptr + index, mask=owned, other=0)
-    return tl.where(column < 0, float("nan"), value.to(tl.float32)), tl.maximum(column, 0), owned
-
-
-@jit_over_rows
-def _auxk_dense_kernel(
-    values_ptr,
-    indices_ptr,
-    places_ptr,
-    z_ptr,
-    rows,
-    n_latents,
-    k,
-    n_dead,
-    width,
-    stride_values_row,
-    stride_values_k,
-    stride_indices_row,
-    stride_indices_k,
-    PARTS: tl.constexpr,
-    BESIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """One row: zeros, then its entries, all at once where each has a column of its own, else BLOCK_K after the other."""
-    row = tl.program_id(0).to(tl.int64)
-    width = tl.multiple_of(width, 16)
-    values_ptr += row * stride_values_row
-    indices_ptr += row * stride_indices_row
-    high_ptr = z_ptr + row * width
-    low_ptr = high_ptr + (n_dead if BESIDE else rows.to(tl.int64) * width)
-    dtype = z_ptr.dtype.element_ty
-    lane = tl.arange(0, BLOCK)
-    for start in range(0, width, BLOCK):
-        tl.store(high_ptr + start + lane, tl.zeros([BLOCK], dtype), mask=start + lane < width)
-        if PARTS == 2 and not BESIDE:
-            tl.store(low_ptr + start + lane, tl.zeros([BLOCK], dtype), mask=start + lane < width)
-    tl.debug_barrier()  # other warps write there, and read what these wrote
-    # Every entry leaves its number. An entry whose number is not there shares its column.
-    number_type = tl.int16 if PARTS == 2 else tl.int32
-    number_ptr = high_ptr.to(tl.pointer_type(number_type), bitcast=True)
-    for start in range(0, k, BLOCK):
-        entry = (start + lane).to(tl.int64)
-        _, column, owned = _entry(
-            values_ptr, indices_ptr, places_ptr, entry, n_latents, k, stride_values_k, stride_indices_k
-        )
-        tl.store(number_ptr + column, entry.to(number_type), mask=owned)
-    tl.debug_barrier()
-    shared = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, k, BLOCK):
-        entry = (start + lane).to(tl.int64)
-        _, column, owned = _entry(
-            values_ptr, indices_ptr, places_ptr, entry, n_latents, k, stride_values_k, stride_indices_k
-        )
-        number = tl.load(number_ptr + column, mask=owned, other=0)
-        shared |= (owned & (number != entry.to(number_type))).to(tl.int32)
-    alone = (tl.max(shared, axis=0) == 0) & (k <= 65536)  # beyond, numbers of 16 bits come again
-    tl.debug_barrier()
-    for start in range(0, k, BLOCK):
-        entry = (start + lane).to(tl.int64)
-        value, column, owned = _entry(
-            values_ptr, indices_ptr, places_ptr, entry, n_latents, k, stride_values_k, stride_indices_k
-        )
-        value = tl.where(alone, value, 0.0)
-        high = value.to(dtype)
-        tl.store(high_ptr + column, high, mask=owned)
-        if PARTS == 2:
-            tl.store(low_ptr + column, (value - high.to(tl.float32)).to(dtype), mask=owned)
-    if not alone:
-        tl.debug_barrier()
-        lane_k = tl.arange(0, BLOCK_K)
-        for start in range(0, k, BLOCK_K):  # of equal columns the first has the sum
-            entry = (start + lane_k).to(tl.int64)
-            value, column, owned = _entry(
-                values_ptr, indices_ptr, places_ptr, entry, n_latents, k, stride_values_k, stride_indices_k
-            )
-            same = (column[:, None] == column[None, :]) & owned[None, :]  # [BLOCK_K, BLOCK_K]
-            earlier = tl.max((same & (lane_k[None, :] < lane_k[:, None])).to(tl.int32), axis=1)
-            first = owned & (earlier == 0)
-            total = tl.sum(tl.where(same, value[None, :], 0.0), axis=1)
-            total += tl.load(high_ptr + column, mask=first, other=0.0).to(tl.float32)
-            if PARTS == 2:
-                total += tl.load(low_ptr + column, mask=first, other=0.0).to(tl.float32)
-            high = total.to(dtype)
-            tl.store(high_ptr + column, high, mask=first)
-            if PARTS == 2:
-                tl.store(low_ptr + column, (total - high.to(tl.float32)).to(dtype), mask=first)
-            tl.debug_barrier()  # the next entries read what these have stored
-
-
-@jit_over_rows
-def _auxk_picked_kernel(
-    dots_ptr,
-    values_ptr,
-    indices_ptr,
-    places_ptr,
-    out_ptr,
-    entries,
-    n_latents,
-    k,
-    width,
-    stride_values_row,
-    stride_values_k,
-    stride_indices_row,
-    stride_indices_k,
-    BLOCK_ENTRIES: tl.constexpr,
-):
-    """Of every entry the dot product of its row and latent; NaN of a latent without one."""
-    entry = tl.program_id(0).to(tl.int64) * BLOCK_ENTRIES + tl.arange(0, BLOCK_ENTRIES)
-    inside = entry < entries
-    row, place = entry // k, entry % k
-    value = tl.load(values_ptr + row * stride_values_row + place * stride_values_k, mask=inside, other=0.0)
-    index = tl.load(indices_ptr + row * stride_indices_row + place * stride_indices_k, mask=inside, other=0)
-    owned = (value != 0.0) & (index >= 0) & (index < n_latents)
-    column = tl.load(places_ptr + index, mask=owned, other=-1)
-    dot = tl.load(dots_ptr + row * width + column, mask=column >= 0, other=float("nan"))
-    tl.store(out_ptr + entry, tl.where(owned, dot, 0.0), mask=inside)
 
 
 @jit_over_rows
@@ -301,31 +171,6 @@ def _auxk_add_kernel(
         tl.store(weight_ptr + latent * d + column, total, mask=inside)
     if bias_ptr is not None:
         tl.store(bias_ptr + latent, tl.load(bias_ptr + latent) + bias)
-
-
-def _dense_triton(
-    values: Tensor, indices: Tensor, places: Tensor, n_dead: int, dtype: torch.dtype, beside: bool
-) -> Tensor:
-    (rows, k), parts = values.shape, 1 if dtype == torch.float32 else 2
-    height, columns = (rows, parts * n_dead) if beside else (parts * rows, n_dead)
-    width = _padded(columns)
-    z = values.new_empty(height, width, dtype=dtype)
-    with torch.cuda.device_of(values):
-        _auxk_dense_kernel[(rows,)](
-            values, indices, places, z, rows, len(places), k, n_dead, width, *values.stride(), *indices.stride(),
-            PARTS=parts, BESIDE=beside, BLOCK=512, BLOCK_K=32, num_warps=4,
-        )  # fmt: skip
-    return z if width == columns else z[:, :columns]
-
-
-def _picked_triton(dots: Tensor, values: Tensor, indices: Tensor, places: Tensor, out: Tensor) -> None:
-    """Into `out`, contiguous."""
-    k, width = values.shape[1], dots.shape[1]
-    with torch.cuda.device_of(values):
-        _auxk_picked_kernel[(-(-values.numel() // 1024),)](
-            dots, values, indices, places, out, values.numel(), len(places), k, width, *values.stride(),
-            *indices.stride(), BLOCK_ENTRIES=1024, num_warps=4,
-        )  # fmt: skip
 
 
 def _add_triton(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sparsefeat_kernels import auxk_decode, auxk_weight_gradient, force_triton
-from sparsefeat_kernels.decode import auxk_dense
+from sparsefeat_kernels.decode import auxk_dense, dense_code
 from sparsefeat_kernels.decode.auxk_decode import reference
 from sparsefeat_kernels.dispatch import INTERPRETED, TRITON_AVAILABLE
 from sparsefeat_kernels.gradient import csr
@@ -193,17 +193,17 @@ def test_a_step_has_few_launches(monkeypatch):
 
     monkeypatch.setattr(auxk_dense, "wide_product", one_launch)
     with force_triton():
-        with launches(monkeypatch, auxk_dense) as launched:
+        with launches(monkeypatch, auxk_dense, dense_code) as launched:
             auxk_dense.dense_decode(*aux, dead, W)
-        assert (launched.count("_auxk_dense_kernel"), len(launched)) == (1, 8), launched
-        with launches(monkeypatch, auxk_dense) as launched:
+        assert (launched.count("_sparse_decode_dense_kernel"), len(launched)) == (1, 8), launched
+        with launches(monkeypatch, auxk_dense, dense_code) as launched:
             auxk_dense.dense_grad_values(x, *aux, dead, W)
-        assert (launched.count("_auxk_picked_kernel"), len(launched)) == (1, 6), launched
+        assert (launched.count("_sparse_decode_picked_kernel"), len(launched)) == (1, 6), launched
         weight = torch.empty_like(W), torch.empty(20480, device="meta")
-        with launches(monkeypatch, auxk_dense, csr, gradient) as launched:
+        with launches(monkeypatch, auxk_dense, dense_code, csr, gradient) as launched:
             auxk_dense.add_dense_weight_gradient(*weight, *aux, x, dead, b)
-        assert (launched.count("_auxk_dense_kernel"), len(launched)) == (1, 8), launched
-        with launches(monkeypatch, auxk_dense, csr, gradient) as launched:
+        assert (launched.count("_sparse_decode_dense_kernel"), len(launched)) == (1, 8), launched
+        with launches(monkeypatch, auxk_dense, dense_code, csr, gradient) as launched:
             auxk_dense.add_dense_weight_gradient(weight[0], None, *aux, x, dead, None)
         assert (launched.count("_auxk_add_kernel"), len(launched)) == (1, 7), launched
     assert not any("sort" in name for name in launched)
