@@ -40,6 +40,7 @@ KERNELS = {
     "_sparse_decode_picked_kernel",
     "_sparse_decode_sum_kernel",
     "_sparse_edit_row_kernel",
+    "_threshold_encode_again_kernel",
     "_threshold_encode_compact_kernel",
     "_threshold_encode_product_kernel",
     "_encoder_bias_kernel",

@@ -40,6 +40,7 @@ __all__ = [
     "multiprocessors",
     "precision",
     "room",
+    "scratch_bytes",
     "stage_bytes",
     "tile_sums",
 ]
@@ -137,6 +138,10 @@ class Operands(NamedTuple):
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def scratch_bytes() -> int:
+    return SCRATCH_BYTES
 
 
 def chunks_of(
