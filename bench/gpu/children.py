@@ -148,7 +148,8 @@ class Child:
             with contextlib.suppress(subprocess.TimeoutExpired):  # it may hang in the driver: it is left behind then
                 self.process.wait(5.0)
         os.close(self.read)
-        self.process.stdin.close()  # type: ignore[union-attr]
+        with contextlib.suppress(BrokenPipeError):  # it may have ended before it was let go
+            self.process.stdin.close()  # type: ignore[union-attr]
         if self.job.log and (words := self.last_words(LOGGED_CHARACTERS)):
             with open(self.job.log, "a") as log:
                 log.write(f"######## {self.job.name}: {'killed' if code is None else f'exit code {code}'}\n{words}\n")

@@ -46,6 +46,7 @@ __all__ = [
     "ops",
     "register",
     "registered",
+    "replayed",
     "row_chunks",
     "shared_memory",
     "sum_dtype",
@@ -182,6 +183,11 @@ def _settings() -> tuple[Any, ...]:
     return _asked, os.environ.get("SPARSEFEAT_TUNING")
 
 
+def replayed(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a part of an op that is nothing but allocations and launches, where torch computes something before it: see replay.py."""
+    return Replayed(run, _settings)
+
+
 def block_bytes(x: torch.Tensor, of_cpu: int) -> int:
     """Bytes of what the torch implementation makes at a time: `of_cpu`, made for its caches, or GPU_BLOCK_BYTES."""
     return of_cpu if x.device.type == "cpu" else max(of_cpu, GPU_BLOCK_BYTES)
@@ -200,7 +206,7 @@ def register(
     """Make `run` the op NAMESPACE::name. Its products have the precision that its docstring says also where autocast
     or a setting of torch's would lower it. Without `backward` it has no gradient."""
 
-    replayed = Replayed(run, _settings)
+    again = replayed(run)
 
     @functools.wraps(run)
     def as_said(*args: Any) -> Any:
@@ -208,7 +214,7 @@ def register(
         lowered, rounded = torch.is_autocast_enabled(device), products_are_rounded(device)
         if not lowered and not rounded:  # a context costs as much as a small op
             of_kernels = TRITON_AVAILABLE and (args[0].is_cuda or INTERPRETED)
-            return replayed(*args) if of_kernels else run(*args)
+            return again(*args) if of_kernels else run(*args)
         with (
             torch.autocast(device, enabled=False) if lowered else contextlib.nullcontext(),
             whole_products() if rounded else contextlib.nullcontext(),

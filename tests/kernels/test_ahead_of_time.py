@@ -157,7 +157,7 @@ class CompiledInFull(Compiled):
 
     def test_no_register_is_spilled(self, rows: list[dict[str, Any]]):
         for row in rows:
-            assert row["spills"] <= (8 if row["kernel"] in self.few else 0), row
+            assert row["spills"] <= (10 if row["kernel"] in self.few else 0), row
 
     def test_loads_of_the_large_tensors_are_128_bits_wide(self, rows: list[dict[str, Any]]):
         large = (

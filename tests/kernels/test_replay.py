@@ -34,7 +34,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_the_same_launches_on_the_memory_of_their_own_arguments(found: dict[str, Any]):
     assert len(found["cases"]) > 10
     for name, case in found["cases"].items():
-        assert case["recorded"] == ["_Recorded"], name
+        assert "_Recorded" in case["recorded"], name
         assert case["replayed"] == case["plain"], name
         assert any("argument" in json.dumps(launch) for launch in case["plain"]["launches"]), name
 

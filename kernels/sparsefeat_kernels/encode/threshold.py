@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import implementation, ops, register, sum_dtype
+from ..dispatch import implementation, ops, register, replayed, sum_dtype
 from ..gradient.weight_gradient import weight_gradient
 from .gpu.threshold import threshold_encode_csr_triton, threshold_encode_triton
 from .prepared import PreparedEncoder
@@ -209,6 +209,9 @@ def _csr_grad_weights(
 # ------------------------------------------------------------------------------------------------------- registration
 
 
+_by_kernels = replayed(threshold_encode_triton)
+
+
 def _threshold_encode(
     x: Tensor,
     W_enc: Tensor,
@@ -220,7 +223,7 @@ def _threshold_encode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, W_enc, b_enc, b_pre, threshold, bias, max_active)
     if implementation("threshold_encode", x) == "triton":
-        return threshold_encode_triton(x, W_enc, b_enc, b_pre, threshold, max_active, bias)
+        return _by_kernels(x, W_enc, b_enc, b_pre, threshold.to(torch.float32), max_active, bias)
     return threshold_encode_cpu(x, W_enc, b_enc, b_pre, threshold, max_active)
 
 

@@ -14,11 +14,11 @@ from ..dispatch import (
     next_power_of_2,
     ops,
     register,
+    replayed,
     row_chunks,
     sum_dtype,
     tl,
 )
-from ..replay import Replayed
 from ..threads import conducted, each, together
 from .csr import latent_major, sorted_entries
 from .gradient_memory import empty_gradient
@@ -342,7 +342,7 @@ def _sums_of_sorted(
     return weight, bias
 
 
-_sums = Replayed(_sums_of_sorted, tuple)
+_sums = replayed(_sums_of_sorted)
 
 
 # ------------------------------------------------------------------------------------------------------- registration
