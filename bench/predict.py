@@ -203,7 +203,7 @@ def predicted(shape: str, op: str = "topk_encode") -> dict[str, float]:
             parts["selection"] += selection(one, rows)
         elif part == "repair":
             parts["repair"] += repair(one, shape, ROWS)
-        elif part != "again":  # which finds nothing to do: latents spread by chance have slots
+        else:
             parts["compaction"] += compaction(one, shape, rows)
         parts["launches"] += LAUNCH
     return {name: seconds for name, seconds in parts.items() if seconds} | {"ratio": sum(parts.values()) / bare(shape)}

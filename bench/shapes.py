@@ -24,7 +24,6 @@ SAES: dict[str, tuple[int, int, int]] = {
     "3072 wide": (3072, 16384, 64),
 }
 ROWS = (256, 1024, 4096, 16384)
-MANY_ENTRIES = ("sdxl-unbox, k 160", "TIDE")  # a large part of the latents in every row
 TARGETS = ("SAeUron", "768 wide", "3072 wide")
 
 # batch (two for classifier-free guidance), heads, image positions, text tokens, head width

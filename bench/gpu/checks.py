@@ -12,7 +12,7 @@ from functools import partial
 from bench.gpu import faults
 from bench.gpu.children import Step
 from bench.gpu.faults import Shape, figure_fault
-from bench.shapes import CONCEPTS, CROSS, JOINT, MANY_ENTRIES, SELECTED, TARGETS, sae_shape
+from bench.shapes import CONCEPTS, CROSS, JOINT, SELECTED, TARGETS, sae_shape
 from sparsefeat.measure.answers import HALF
 
 Check = Callable[[], str]
@@ -173,16 +173,6 @@ def path_checks(fault: Callable[[Shape, str], str]) -> Maker:
     return of
 
 
-def dense_decode_checks(_: str, rehearse: bool) -> Made:
-    if rehearse:
-        yield "odd, float32", partial(faults.decoded_densely, TINY_ODD, "float32")
-    for name in () if rehearse else MANY_ENTRIES:
-        yield f"{name}, bfloat16", partial(faults.decoded_densely, sae_shape(name, 4096), "bfloat16")
-    if not rehearse:
-        odd = {**ODD, "rows": 16411, "k": 400}
-        yield "odd, bfloat16", partial(faults.decoded_densely, odd, "bfloat16")
-
-
 # Every op, the most wanted first: what no time is left for is the end.
 CHECKS: dict[str, Maker] = {
     "topk_encode": encode_checks,
@@ -190,7 +180,6 @@ CHECKS: dict[str, Maker] = {
     "topk_encode, bias kept": path_checks(faults.bias_fault),
     "topk_encode_stored": stored_checks,
     "sparse_decode": sae_checks(shapes=("SAeUron", "FLUX")),
-    "sparse_decode, by a dense product": dense_decode_checks,
     "attention_map": attention_checks(CROSS),
     "threshold_encode": sae_checks(shapes=("SAeUron", "768 wide")),
     "training_step": sae_checks(dtypes=("bfloat16", "float32")),

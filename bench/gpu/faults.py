@@ -18,7 +18,6 @@ from sparsefeat_kernels.attention.resize import reference as resize_reference
 from sparsefeat_kernels.attention.rows import reference as rows_reference
 from sparsefeat_kernels.attention.tap import reference as tap_reference
 from sparsefeat_kernels.decode.auxk_decode import reference as auxk_reference
-from sparsefeat_kernels.decode.sparse_decode import dense_pays, grad_values_dense, sparse_decode_dense
 from sparsefeat_kernels.decode.sparse_edit import reference as edit_reference
 from sparsefeat_kernels.encode.gpu.topk import topk_encode_triton, way
 from sparsefeat_kernels.encode.topk import reference as topk_reference
@@ -278,27 +277,6 @@ def dense_code(x: Tensor, W_enc: Tensor, b_enc: Tensor, b: Tensor, k: int) -> tu
 
 def dense_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b: Tensor) -> Tensor:
     return values.new_zeros(len(values), len(W_dec)).scatter(1, indices, values) @ W_dec + b
-
-
-def decoded_densely(sizes: Shape, dtype: str) -> str:
-    """sparse_decode and its gradient by a dense product, where half of the rows have a latent twice, and padding points at one
-    whose weights are NaN."""
-    case = case_of(sizes, dtype)
-    values, indices, W = case.values.clone(), case.indices.clone(), case.W_dec.clone()
-    if W.is_cuda and not dense_pays(len(values), values.shape[1], W):
-        return "the sums are gathered here"
-    values[indices == len(W) - 1] = 0
-    W[-1] = torch.nan
-    indices[::2, 0] = indices[::2, 1]
-    grad = torch.randn(case.x.shape, generator=torch.Generator(W.device).manual_seed(7), device=W.device).to(W.dtype)
-    y = by_triton(lambda: sparse_decode_dense(values, indices, W, case.b))
-    dots = by_triton(lambda: grad_values_dense(grad, values, indices, W))
-    used, at = values[case.rows] != 0, indices[case.rows].long()
-    taken = torch.where(used[..., None], W[at].double(), 0)
-    wanted = torch.einsum("rk,rkd->rd", values[case.rows].double(), taken) + case.b.double()
-    return worst(
-        (y[case.rows], dots[case.rows]), (wanted, torch.einsum("rkd,rd->rk", taken, grad[case.rows].double())), dtype
-    )
 
 
 def edit_rules(case: SAECase) -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ from bench.gpu.children import Step
 from bench.gpu.faults import by_triton, device, encoded_in_groups, encoded_with_bias, with_bias
 from bench.measure import OURS, Ceilings, Figure, build, measure, measure_ceilings
 from bench.peers import compiled
-from bench.shapes import CONCEPTS, CROSS, ENLARGED, JOINT, MANY_ENTRIES, SELECTED, WHOLE, sae_shape
+from bench.shapes import CONCEPTS, CROSS, ENLARGED, JOINT, SELECTED, WHOLE, sae_shape
 from sparsefeat.measure.sae_case import SAECase
 from sparsefeat.measure.timing import DENSE, Provider
 
@@ -195,8 +195,6 @@ def wanted(op: str, rehearse: bool) -> Mapping[str, tuple[Mapping[str, int], str
         f"{name}, bfloat16": (sae_shape(name, ROWS), "bfloat16")
         for name in (SHAPES[:1] if op in AT_ONE_SHAPE else SHAPES)
     }
-    if op == "sparse_decode":
-        found |= {f"{name}, bfloat16": (sae_shape(name, ROWS), "bfloat16") for name in MANY_ENTRIES}
     if op == "topk_encode":
         found["SAeUron, 256 rows, bfloat16"] = (sae_shape("SAeUron", 256), "bfloat16")
     return found

@@ -93,7 +93,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 # Of a batch of codes, from call to call. A kernel made for their being 1, or divisible by 16, would be compiled again in
 # the middle of somebody's run. (Attention's sizes change with the resolution only, and its kernels spill without this.)
 _UNSPECIALISED = (
-    "entries", "first_row", "k", "n_columns", "n_rules", "places", "rows", "segment_length", "stride_code_row", "width",
+    "entries", "first_row", "k", "n_dead", "n_rules", "places", "rows", "segment_length", "stride_code_row", "width",
 )  # fmt: skip
 
 

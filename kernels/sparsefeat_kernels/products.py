@@ -38,12 +38,14 @@ def _onednn() -> bool:
     return there and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def wide_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a b of matrices of one dtype, whose sums are in fp32 (fp64) and are not rounded again."""
     dtype = sum_dtype(a)
-    if a.dtype != dtype and a.is_cuda and sums_wider(a.dtype, a.device):
-        return torch.mm(a, b, out_dtype=dtype, out=out)
-    return torch.mm(a.to(dtype), b.to(dtype), out=out)
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda and sums_wider(a.dtype, a.device):
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
 
 
 @functools.cache

@@ -60,13 +60,12 @@ TYPES = {
 SHAPES = {"1280/20480/32": (1280, 20480, 32), "768/3072/32": (768, 3072, 32), "3072/65536/64": (3072, 65536, 64)}
 EVERYTHING = os.environ.get("AHEAD_OF_TIME") == "full"
 # n_latents, k, selection, how many are dead: what is selected from stored pre-activations. sdxl-unbox, in fp32 also SAeUron,
-# the dead of SAeUron and of FLUX SAE; all latents, by their magnitude. TIDE and, in fp32 too, Concept Steerers (SDXL).
+# the dead of SAeUron; all latents, by their magnitude. TIDE and, in fp32 too, Concept Steerers (SDXL).
 STORED = (
     (5120, 160, "relu", 0),
     (20480, 32, "raw", 0),
     (20480, 640, "relu", 2560),
-    (65536, 1536, "relu", 6144),
-    (32768, 2048, "signed", 0),
+    (32768, 1024, "signed", 0),
 )
 STORED += ((18432, 922, "relu", 0), (32768, 64, "relu", 0)) if EVERYTHING else ()
 # batch, heads, n, d, key heads, t: cross-attention of SD 1.5 (first and last level), SDXL, SD 1.5 with a prompt of two
@@ -161,13 +160,12 @@ def launches(
         "encode.gpu.stored",
         "decode.sparse_decode",
         "decode.auxk_dense",
-        "decode.dense_code",
         "decode.sparse_edit",
         "feature_stats",
         "gradient.weight_gradient",
         "encode.gpu.threshold",
     )
-    encode, stored, decode, dense, code_of, edit, stats, gradient, threshold = (
+    encode, stored, decode, dense, edit, stats, gradient, threshold = (
         importlib.import_module(f"sparsefeat_kernels.{name}") for name in names
     )
     d, n, k = SHAPES[shape]
@@ -183,22 +181,15 @@ def launches(
             encode.topk_encode_triton(x, W, b, c, k, "signed")
             stored.topk_stored(x, W, torch.empty(n), c, k, "relu")
             threshold.threshold_encode_triton(x, W, b, c, b, k)
-            # The CSR form, whose host waits for a number; few rows leave no tile without slots.
-            for marked in threshold.marked_chunks(x, W, b, c, b, None, 1, 64):
-                again = threshold.operands_again(x, W, threshold.default_tile(x, W))
-                for row_starts in (None, torch.empty(rows + 1, dtype=torch.int64)):
-                    marked._replace(again=again).compact(group, values, indices, row_starts, k)
+            for marked in threshold.marked_chunks(
+                x, W, b, c, b, None, 1
+            ):  # the CSR form, whose host waits for a number
+                marked.compact(group, values, indices, torch.empty(rows + 1, dtype=torch.int64))
             decode.sparse_decode_triton(values, indices, W, c)
-            if dtype == torch.bfloat16:
-                decode.sparse_decode_dense(values, indices, W, c)
-                decode.grad_values_dense(x, values, indices, W)
             decode._grad_values_triton(x, values, indices, W)
-            places, dots, dead = torch.empty(n, dtype=torch.int32), torch.empty(rows, 2 * d), torch.empty(2 * d).long()
-            for beside in (True, False):
-                code_of.dense_code(values, indices, n, 2 * d, dtype, places, beside)
-            code_of.picked(dots, values, indices, n, torch.empty(rows, k), places)
-            dense._add_triton(W, torch.empty(n), torch.empty(2 * d, d), torch.empty(2 * d), dead, c)
-            dense._add_triton(W, None, torch.empty(2 * d, d), None, dead, None)
+            places, dots = torch.empty(n, dtype=torch.int32), torch.empty(rows, 16 * (d // 8 + 1))
+            dense._dense_triton(values, indices, places, 2 * d, dots.shape[1], dtype)
+            dense._picked_triton(dots, values, indices, places, torch.empty(rows, k))
             gradient._weight_gradient_triton(values, indices, x, c, n)
             edit._edit_triton(x, values, indices, latents, W[:8], *rule, weight)
             stats._feature_stats_triton(*tables, values, indices, group)
@@ -291,8 +282,7 @@ def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[ASTSource, dict
 def evidence(compiled: Any, architecture: str) -> dict[str, Any]:
     found: dict[str, Any] = {"shared": compiled.metadata.shared}
     if architecture == "gfx942":
-        # To memory: a scalar register is spilled to a lane of a vector's.
-        found["spills"] = sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]))
+        found["spills"] = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]))
         found["matrix_unit"] = "mfma" in compiled.asm["amdgcn"]
     return found
 
@@ -369,9 +359,7 @@ def main(folder: Path, architecture: str) -> None:
     copies = TARGETS[architecture].backend == "cuda" and TARGETS[architecture].arch >= 90
     tiles = importlib.import_module("sparsefeat_kernels.encode.gpu.tiles")
     tiles.has_copy_engine, tiles.shared_memory = lambda: copies, lambda: SHARED[architecture]
-    for name in ("encode.gpu.tiles", "attention.map"):
-        of = importlib.import_module(f"sparsefeat_kernels.{name}")
-        of.has_warp_groups = lambda: architecture == "sm_90"
+    tiles.has_warp_groups = lambda: architecture == "sm_90"
     on_driver = architecture == "sm_90" and pretend(folder)
     seen, rows, cubins = set(), [], []
     tuned = ((launch, {"tuned": True}) for launch in tuned_launches(architecture))

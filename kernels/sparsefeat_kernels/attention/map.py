@@ -9,22 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import (
-    INTERPRETED,
-    backend,
-    has_warp_groups,
-    implementation,
-    jit,
-    next_power_of_2,
-    ops,
-    register,
-    registered,
-    tl,
-)
+from ..dispatch import backend, implementation, jit, next_power_of_2, ops, register, registered, replayed, tl
 from ..flop_formulas import register_flop_formula
 from .flash import flash
 from .map_cpu import attention_map_cpu
-from .scores import arguments, check_accumulator, check_device, check_query_and_key, check_tokens, dense_probabilities
+from .scores import (
+    additive,
+    arguments,
+    check_accumulator,
+    check_device,
+    check_query_and_key,
+    check_tokens,
+    dense_probabilities,
+)
 from .tap import tap_of_tokens_triton
 from .tiles import (
     LOG2_E,
@@ -226,7 +223,6 @@ def _attention_map_kernel(
     OUTPUT: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SELECTED: tl.constexpr,
-    SHARED: tl.constexpr,
     MASK: tl.constexpr,
     ALIGN: tl.constexpr,
     D: tl.constexpr,
@@ -236,8 +232,8 @@ def _attention_map_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A block of rows of one batch row, some heads, all keys; and of the batch rows after it that have its group. SHARED: it
-    adds to no map; maps [parts of the heads, batch] have the sums, at the first batch row of each group."""
+    """A block of rows of one batch row, some heads, all keys; and of the batch rows after it that have its group. Heads that
+    are shared out each have a copy of the maps."""
     first_head = tl.program_id(2) * heads_each
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     first = tl.program_id(1)
@@ -275,78 +271,37 @@ def _attention_map_kernel(
                     o = tl.dot(p.to(v.dtype), v, input_precision="ieee")  # [BLOCK_ROWS, BLOCK_D]
                     store_tile(out, b, head, row, rows, column, D_VALUE, o)
     if (g >= 0) & leads:
-        if SHARED:
-            g = tl.program_id(2).to(tl.int64) * batch + first
+        g += tl.program_id(2).to(tl.int64) * groups
         if SELECTED:  # column by column: as exact as a copy, and few
             for j in range(0, n_selected):
                 place = tl.cast(j, tl.int64)
                 chosen = tl.load(tokens_ptr + place)
                 column_sum = tl.sum(tl.where((token == chosen)[None, :], total, 0.0), axis=1)
-                named = (chosen >= 0) & (chosen < n_tokens)
+                owned = (row < rows) & (chosen >= 0) & (chosen < n_tokens)
                 ptrs = maps.ptr + g * maps.group + row * maps.row + place * maps.token
-                if SHARED:
-                    tl.store(ptrs, tl.where(named, column_sum, 0.0), mask=row < rows)
-                else:
-                    owned = (row < rows) & named
-                    tl.store(ptrs, tl.load(ptrs, mask=owned) + column_sum, mask=owned)
-        elif SHARED:
-            ptrs = maps.ptr + g * maps.group + row[:, None] * maps.row + token[None, :] * maps.token
-            tl.store(ptrs, total, mask=(row < rows)[:, None] & (token < n_tokens)[None, :])
+                tl.store(ptrs, tl.load(ptrs, mask=owned) + column_sum, mask=owned)
         else:
             add_to_maps(maps, g, row, rows, token, n_tokens, total)
 
 
-@jit
-def _attention_map_join_kernel(
-    maps,
-    sums_ptr,
-    group_ptr,
-    batch,
-    parts,
-    rows,
-    n_selected,
-    groups,
-    BLOCK_BATCH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """maps += the sums of all parts of the heads [parts, batch, rows, n_selected], of one batch row."""
-    b = tl.program_id(1)
-    g, leads = group_of(group_ptr, b, groups, BLOCK_BATCH)
-    if (g >= 0) & leads:
-        entry, entries = (
-            tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK),
-            tl.cast(rows, tl.int64) * n_selected,
-        )
-        inside = entry < entries
-        ptrs = maps.ptr + g * maps.group + (entry // n_selected) * maps.row + (entry % n_selected) * maps.token
-        total = tl.load(ptrs, mask=inside, other=0.0)
-        for part in range(0, parts):
-            total += tl.load(sums_ptr + (part * batch + b) * entries + entry, mask=inside, other=0.0)
-        tl.store(ptrs, total, mask=inside)
-
-
 @functools.lru_cache(maxsize=1024)
 def _sizes(
-    batch: int, heads: int, n: int, n_tokens: int, widest: int, full: bool, groups: bool, programs: int
+    batch: int, heads: int, n: int, n_tokens: int, widest: int, full: bool, programs: int
 ) -> tuple[int, int, Mapping[str, int]]:
-    """Blocks of rows, heads of a program, and the sizes of a block, for heads of up to `widest` columns. groups: matrix units
-    that take the products of four warps together."""
+    """Blocks of rows, heads of a program, and the sizes of a block, for heads of up to `widest` columns."""
     block_tokens = next_power_of_2(max(n_tokens, 16))
-    # Many rows where the matrix units take 64 of them at once, up to 128 keys; elsewhere 64 rows spill, and 32 take 250
-    # registers with the output. Few rows: smaller blocks, for more programs.
-    large = groups and not full and block_tokens <= 128
-    block_rows = (64 if large else 32) if n > 256 and not full else 32 if large else 16
+    # 32 rows of 128 keys: 250 registers with the output, and 128 programs at 64 x 64 positions, an H100's 132
+    # multiprocessors; 64 rows spill. Few rows: smaller blocks still, for more programs.
+    block_rows = 16 if n <= 256 or full else 32
     row_blocks = -(-n // block_rows)
     return row_blocks, -(-heads // max(1, programs // (row_blocks * batch))), {
         "BLOCK_BATCH": next_power_of_2(batch),
         "BLOCK_ROWS": block_rows,
         "BLOCK_TOKENS": block_tokens,
-        # 64 rows of heads wider than 48 columns spill by chunks of 64.
-        "BLOCK_D": min(next_power_of_2(max(widest, 16)), 32 if full or (block_rows == 64 and widest > 48) else 64),
+        "BLOCK_D": min(next_power_of_2(max(widest, 16)), 32 if full else 64),
         "num_warps": 8 if full or block_tokens > 128 else 4,
-        # The next head's tiles are fetched ahead where two heads' fit (AMD: the compiler fails on it with the output), but for
-        # `large`, whose products wait for theirs less than that takes.
-        "num_stages": 1 if full or large or widest > 64 or backend() == "hip" else 2,
+        # The next head's tiles are fetched ahead where two heads' fit (AMD: the compiler fails on it with the output).
+        "num_stages": 1 if full or widest > 64 or backend() == "hip" else 2,
     }  # fmt: skip
 
 
@@ -368,29 +323,51 @@ def _attention_triton(
         lse = flash(maps.shape[0], query, key, value, scale, mask, group, out)
         tap_of_tokens_triton(maps, query, key, lse, scale, mask, head_weight, group, tokens)
         return
+    # Heads that are shared out each have a copy of the maps.
+    parts = _parts(maps, query, key, value)[2]
+    to = maps[None] if parts == 1 else maps.new_zeros(parts, *maps.shape)
+    weight = weight_argument(head_weight)
+    _to_copies(to, query, key, value, scale, additive(mask, query, key), weight, group.contiguous(), tokens, out)
+    if parts > 1:
+        maps += to.sum(0)
+
+
+def _parts(maps: Tensor, query: Tensor, key: Tensor, value: Tensor | None) -> tuple[int, int, int, Mapping[str, int]]:
+    """Blocks of rows, heads of a program, parts of the heads, and the sizes of a block."""
+    (batch, heads, n, d), full = query.shape, query.dtype == torch.float32
+    widest = d if value is None else max(d, value.shape[3])
+    row_blocks, heads_each, blocks = _sizes(batch, heads, n, key.shape[2], widest, full, PROGRAMS)
+    return row_blocks, heads_each, -(-heads // heads_each), blocks
+
+
+def _launch(
+    to: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    scale: float,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    group: Tensor,
+    tokens: Tensor | None,
+    out: Tensor | None,
+) -> None:
+    """Adds to the copies [parts, groups, n, t]."""
     (batch, heads, n, d), n_tokens = query.shape, key.shape[2]
-    bias, is_masked = mask_argument(mask, query, key)
-    d_value = d if value is None else value.shape[3]
+    row_blocks, heads_each, parts, blocks = _parts(to[0], query, key, value)
+    mask, is_masked = mask_argument(bias, query, key)
     align, (queries, keys, *values) = aligned(query, key) if value is None else aligned(query, key, value)
-    row_blocks, heads_each, blocks = _sizes(
-        batch, heads, n, n_tokens, max(d, d_value), full, not INTERPRETED and has_warp_groups(), PROGRAMS
-    )
-    parts = -(-heads // heads_each)
-    to = maps if parts == 1 else maps.new_empty(parts * batch, *maps.shape[1:])
-    group = group.contiguous()
     with torch.cuda.device_of(query):
         _attention_map_kernel[(row_blocks, batch, parts)](
-            Maps(to, *to.stride()), queries, keys, values[0] if values else None, None if out is None else heads_of(out),
-            bias, weight_argument(head_weight), group, None if tokens is None else tokens.contiguous(),
-            batch, heads, heads_each, n, n_tokens, maps.shape[2], maps.shape[0], scale * LOG2_E, heads // key.shape[1],
-            OUTPUT=out is not None, WEIGHTED=head_weight is not None, SELECTED=tokens is not None,
-            SHARED=parts > 1, MASK=is_masked, ALIGN=align, D=d, D_VALUE=d_value, **blocks,
+            Maps(to, *to.stride()[1:]), queries, keys, values[0] if values else None, None if out is None else heads_of(out),
+            mask, weight, group, None if tokens is None else tokens.contiguous(),
+            batch, heads, heads_each, n, n_tokens, to.shape[3], to.shape[1], scale * LOG2_E, heads // key.shape[1],
+            OUTPUT=out is not None, WEIGHTED=weight is not None, SELECTED=tokens is not None, MASK=is_masked,
+            ALIGN=align, D=d, D_VALUE=d if value is None else value.shape[3], **blocks,
         )  # fmt: skip
-        if parts > 1:
-            _attention_map_join_kernel[(-(-n * maps.shape[2] // 1024), batch)](
-                Maps(maps, *maps.stride()), to, group, batch, parts, n, maps.shape[2], maps.shape[0],
-                BLOCK_BATCH=blocks["BLOCK_BATCH"], BLOCK=1024, num_warps=4,
-            )  # fmt: skip
+
+
+_to_copies = replayed(_launch)
 
 
 # ------------------------------------------------------------------------------------------------------- registration

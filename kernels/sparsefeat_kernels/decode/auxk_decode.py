@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..code import check_code
-from ..dispatch import implementation, ops, register, row_chunks, sum_dtype
-from ..gradient.weight_gradient import check_gradient, checked_weight_gradient, weight_gradient_cpu
+from ..dispatch import implementation, ops, register, row_chunks
+from ..gradient.weight_gradient import check_gradient, weight_gradient, weight_gradient_cpu
 from ..products import product
 from ..threads import conducted, each, pieces, threads, together
 from .auxk_dense import add_dense_weight_gradient, dense_decode, dense_grad_values, dense_pays
@@ -53,7 +53,7 @@ def auxk_decode(
 
     Cost: 2 rows (k + k_aux) d FLOPs. On a CPU, in float32 and float64, with n_dead <= 8 k_aux: 2 rows (k d + n_dead d),
     as matrix products; scratch some 40 MiB. So on a GPU, with n_dead <= 20 k_aux in bfloat16 (float16: as it was):
-    scratch 62 MiB, and the dead latents' decoder rows, in bfloat16 twice.
+    scratch 48 MiB, and the dead latents' decoder rows.
 
     Raises: ValueError or TypeError naming the argument.
 
@@ -93,9 +93,8 @@ def auxk_weight_gradient(
         aux_coefficients, aux_indices: [rows, k_aux]; dead: as in `auxk_decode`; aux_x: [rows, d].
 
     Returns: weight [n_latents, d], bias [n_latents], as `weight_gradient`, but that on a GPU the parts of both codes may be
-        rounded before they are added, in bfloat16 the shift of the dead latents' code is subtracted from its sums, and Inf
-        and NaN may reach all dead latents; an entry of no latent of `dead` makes the first of them NaN. The same bits on
-        every run.
+        rounded before they are added, and that there Inf, NaN and an entry of no latent of `dead` may reach all dead
+        latents. The same bits on every run.
 
     Cost: 2 rows (k + k_aux) d FLOPs, or dense in the dead latents as `auxk_decode` is; then on a GPU scratch also for their
     sums, in fp32.
@@ -108,7 +107,7 @@ def auxk_weight_gradient(
                 [0., 0.],
                 [2., 4.]]), tensor([1., 0., 2.]))
     """
-    weight, bias, _ = ops.auxk_weight_gradient(
+    weight, bias = ops.auxk_weight_gradient(
         coefficients, indices, x, aux_coefficients, aux_indices, aux_x, dead, shift, n_latents
     )
     return weight, bias
@@ -192,20 +191,19 @@ def _auxk_weight_gradient_cpu(
     aux_indices: Tensor,
     aux_x: Tensor | None,
     dead: Tensor,
-    shift: Tensor | None,
+    shift: Tensor,
     n_latents: int,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """As the op; None where the sparse way is the better one, or the only one."""
+) -> tuple[Tensor, Tensor] | None:
+    """None where the sparse way is the better one, or the only one."""
     dense = dense_in(x, dead, aux_coefficients.shape[1])
     code = _columns(aux_coefficients, aux_indices, dead, n_latents) if dense else None
     if code is None:
         return None
-    weight, of_code = weight_gradient_cpu(coefficients, indices, x, shift, n_latents)
-    bias = of_code.clone()
+    weight, bias = weight_gradient_cpu(coefficients, indices, x, shift, n_latents)
     aux_x, n_dead = x if aux_x is None else aux_x, len(dead)
     for part in row_chunks(len(x), n_dead * x.itemsize, CODE_BYTES):
         z = _dense(code[0][part].to(x.dtype), code[1][part], n_dead)
-        centred = aux_x[part] if shift is None else aux_x[part] - shift
+        centred = aux_x[part] - shift
         finite: list[bool] = []
 
         def some(tile: slice, z: Tensor = z, centred: Tensor = centred, finite: list[bool] = finite) -> None:
@@ -217,7 +215,7 @@ def _auxk_weight_gradient_cpu(
         if not all(finite):
             return None
         bias.index_add_(0, dead, z.sum(0))
-    return weight, bias, of_code
+    return weight, bias
 
 
 # ------------------------------------------------------------------------------------------------------- registration
@@ -281,64 +279,39 @@ def _auxk_weight_gradient(
     aux_indices: Tensor,
     aux_x: Tensor | None,
     dead: Tensor,
-    shift: Tensor | None,
+    shift: Tensor,
     n_latents: int,
-    biases: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """weight, the bias of both codes, and that of the code alone; without `biases` the latter two are empty. shift: None
-    for 0."""
+) -> tuple[Tensor, Tensor]:
     check_code(coefficients, indices, x.device, "x", "coefficients")
     check_gradient(x, shift, len(coefficients), n_latents)
     _check_aux(aux_coefficients, aux_indices, dead, len(coefficients), x, "aux_coefficients")
     if aux_x is not None and (aux_x.shape != x.shape or aux_x.dtype != x.dtype or aux_x.device != x.device):
         raise ValueError(f"aux_x must have x's shape {tuple(x.shape)}, dtype and device, got {tuple(aux_x.shape)}")
-    inputs = coefficients, indices, x, aux_coefficients, aux_indices, aux_x, dead, shift, n_latents
-    weight, bias, of_code = _both_gradients(*inputs, biases)
-    if biases:
-        return weight, bias, of_code
-    return weight, *(x.new_empty(0, dtype=sum_dtype(x)) for _ in range(2))
-
-
-def _both_gradients(
-    coefficients: Tensor,
-    indices: Tensor,
-    x: Tensor,
-    aux_coefficients: Tensor,
-    aux_indices: Tensor,
-    aux_x: Tensor | None,
-    dead: Tensor,
-    shift: Tensor | None,
-    n_latents: int,
-    biases: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
     if dense_pays(x, dead, aux_coefficients.shape[1]):
-        weight, of_code = checked_weight_gradient(coefficients, indices, x, shift, n_latents)
-        bias = of_code.clone() if biases else None
+        weight, bias = weight_gradient(coefficients, indices, x, shift, n_latents)
         of_dead = aux_coefficients, aux_indices, x if aux_x is None else aux_x, dead, shift
         add_dense_weight_gradient(weight, bias, *of_dead)
-        return weight, of_code if bias is None else bias, of_code
+        return weight, bias
     if implementation("weight_gradient", x) == "torch":
         found = _auxk_weight_gradient_cpu(
             coefficients, indices, x, aux_coefficients, aux_indices, aux_x, dead, shift, n_latents
         )
         if found is not None:
             return found
-    nothing = x.new_empty(0)
-    of_code = checked_weight_gradient(coefficients, indices, x[:, :0], None, n_latents)[1] if biases else nothing
     codes = [(coefficients, indices), (aux_coefficients, aux_indices)]
     if aux_x is None:  # one code of k + k_aux
         both = torch.cat([c for c, _ in codes], 1), torch.cat([i for _, i in codes], 1)
-        return *checked_weight_gradient(*both, x, shift, n_latents), of_code
+        return weight_gradient(*both, x, shift, n_latents)
     # One code of twice the rows makes one gradient instead of two and their sum; padded to one width it must not be
     # larger than that gradient.
     widest = max(coefficients.shape[1], aux_coefficients.shape[1])
     if 2 * len(x) * widest <= n_latents * x.shape[1]:
         padded = [[torch.nn.functional.pad(t, (0, widest - t.shape[1])) for t in code] for code in codes]
         both = torch.cat([c for c, _ in padded]), torch.cat([i for _, i in padded])
-        return *checked_weight_gradient(*both, torch.cat([x, aux_x]), shift, n_latents), of_code
-    weight, bias = checked_weight_gradient(*codes[0], x, shift, n_latents)
-    more, more_bias = checked_weight_gradient(*codes[1], aux_x, shift, n_latents)
-    return weight.add_(more), bias.add_(more_bias), of_code
+        return weight_gradient(*both, torch.cat([x, aux_x]), shift, n_latents)
+    weight, bias = weight_gradient(*codes[0], x, shift, n_latents)
+    more, more_bias = weight_gradient(*codes[1], aux_x, shift, n_latents)
+    return weight.add_(more), bias.add_(more_bias)
 
 
 def _auxk_weight_gradient_fake(
@@ -349,12 +322,11 @@ def _auxk_weight_gradient_fake(
     aux_indices: Tensor,
     aux_x: Tensor | None,
     dead: Tensor,
-    shift: Tensor | None,
+    shift: Tensor,
     n_latents: int,
-    biases: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    bias, of_code = (x.new_empty(n_latents if biases else 0, dtype=sum_dtype(x)) for _ in range(2))
-    return x.new_empty(n_latents, x.shape[1]), bias, of_code
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(n_latents, x.shape[1]), x.new_empty(n_latents, dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -368,8 +340,9 @@ def _backward(ctx: Any, grad: Tensor, grad_guess: Tensor) -> tuple[Tensor | None
     grad_aux = ops.auxk_decode_grad_values(grad_guess, aux_values, aux_indices, dead, W_dec) if need_aux else None
     grad_W = None
     if need_W:
+        nothing = grad.new_zeros(grad.shape[1])
         codes = values, indices, grad, aux_values, aux_indices, grad_guess
-        grad_W = ops.auxk_weight_gradient(*codes, dead, None, W_dec.shape[0], False)[0]
+        grad_W = auxk_weight_gradient(*codes, dead, nothing, W_dec.shape[0])[0]
     return grad_values, None, grad_aux, None, None, grad_W, grad.sum(0) if need_b else None
 
 
@@ -393,7 +366,7 @@ register(
 register(
     "auxk_weight_gradient",
     "(Tensor coefficients, Tensor indices, Tensor x, Tensor aux_coefficients, Tensor aux_indices,"
-    " Tensor? aux_x, Tensor dead, Tensor? shift, SymInt n_latents, bool biases=True) -> (Tensor, Tensor, Tensor)",
+    " Tensor? aux_x, Tensor dead, Tensor shift, SymInt n_latents) -> (Tensor, Tensor)",
     _auxk_weight_gradient,
     fake=_auxk_weight_gradient_fake,
 )

@@ -1,10 +1,10 @@
 """The code of the dead latents as a dense one, on a GPU, where its decode and its gradients are then products of matrices.
 
-The code has a column for each dead latent. What an entry of no latent of `dead` would add is not known here: it puts NaN into
-the row's first column, which reaches all of the row's result, and the gradient of the first dead latent.
+The code z is [rows, width]: a column for each dead latent, and at least one more, so that rows begin at multiples of 16
+numbers. What an entry of no latent of `dead` would add is not known here: it puts NaN into column n_dead, which reaches the
+row's result, and the sums of all dead latents.
 
-Weights in bfloat16 are multiplied as they are, and an fp32 value is then two bf16 numbers (dense_code.py), which stand in one
-matrix: one product adds them up in fp32. What they are multiplied by is there twice.
+Weights in bfloat16 are multiplied as they are. An fp32 value v is then two bf16 numbers, whose sum is within 2^-18 |v| of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..dispatch import implementation, jit_over_rows, row_chunks, sum_dtype, tl
 from ..products import wide_product
-from .dense_code import dense_code, padded, picked
 
 __all__ = ["add_dense_weight_gradient", "dense_decode", "dense_grad_values", "dense_pays"]
 
@@ -22,8 +21,8 @@ __all__ = ["add_dense_weight_gradient", "dense_decode", "dense_grad_values", "de
 # 12 TB/s beside 4 d FLOPs (two parts) at 500 TFLOP/s; in fp32 4 d bytes beside 2 d FLOPs at 45, and the gradients gather at
 # half that rate. float16 has no room for the small numbers of a gradient.
 DENSE = {torch.bfloat16: 20, torch.float32: 8, torch.float64: 8}
-# The dense code of the rows that are taken together, and what it is multiplied by or makes.
-ROWS_BYTES = 62 << 20
+# The dense code of the rows that are taken together, and their results.
+ROWS_BYTES = 48 << 20
 
 
 def dense_pays(W: Tensor, dead: Tensor, k_aux: int) -> bool:
@@ -37,77 +36,61 @@ def _by_kernels(x: Tensor) -> bool:
 
 
 def dense_decode(values: Tensor, indices: Tensor, dead: Tensor, W_dec: Tensor) -> Tensor:
-    rows, d, n_dead = len(values), W_dec.shape[1], len(dead)
-    out, places = W_dec.new_empty(rows, d), _places(dead, len(W_dec))
-    W = W_dec.index_select(0, dead if _in_one(W_dec) else torch.cat((dead, dead)))
-    for part in _chunks(rows, n_dead, d, W):
-        z = _dense(_of(values, part), _of(indices, part), places, n_dead, W_dec, beside=True)
-        _of(out, part).copy_(wide_product(z, W))
+    d, width = W_dec.shape[1], _width(len(dead))
+    out = W_dec.new_empty(len(values), d)
+    places, W = _places(dead, len(W_dec)), _rows_of(W_dec, dead, width)
+    for part in _chunks(len(values), width, d, W):
+        first, *more = _dense(values[part], indices[part], places, len(dead), W)
+        total = wide_product(first, W)
+        for z in more:
+            total += wide_product(z, W)
+        out[part] = total
     return out
 
 
 def dense_grad_values(grad: Tensor, values: Tensor, indices: Tensor, dead: Tensor, W_dec: Tensor) -> Tensor:
     """The dot products of every row's gradient with all the dead latents' decoder rows; the code's are picked out."""
-    n_dead = len(dead)
+    width = _width(len(dead))
     out = torch.empty_like(values, memory_format=torch.contiguous_format)
-    places, W = _places(dead, len(W_dec)), W_dec.index_select(0, dead).T
-    for part in _chunks(len(values), n_dead, 0, W):
-        some, at = _of(values, part), _of(indices, part)
-        dots = grad.new_empty(len(some), padded(n_dead), dtype=sum_dtype(W))
-        wide_product(_of(grad, part), W, dots[:, :n_dead])
+    places, W = _places(dead, len(W_dec)), _rows_of(W_dec, dead, width)
+    for part in _chunks(len(values), width, 0, W):
+        dots = wide_product(grad[part], W.T)
         if _by_kernels(W_dec):
-            picked(dots, some, at, len(places), _of(out, part), places)
+            _picked_triton(dots, values[part], indices[part], places, out[part])
             continue
-        owned, columns = _owned(some, at, places)
-        found = dots.gather(1, columns.clamp_min(0)).masked_fill_(columns < 0, torch.nan)
-        out[part] = torch.where(owned, found, 0)
+        owned, columns = _owned(values[part], indices[part], places)
+        dots[:, len(dead)] = torch.nan
+        out[part] = torch.where(owned, dots.gather(1, torch.where(columns < 0, len(dead), columns)), 0)
     return out
 
 
 def add_dense_weight_gradient(
-    weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, x: Tensor, dead: Tensor, shift: Tensor | None
+    weight: Tensor, bias: Tensor, values: Tensor, indices: Tensor, x: Tensor, dead: Tensor, shift: Tensor
 ) -> None:
-    """Add the code's `weight_gradient` to the rows `dead` of `weight` and, unless it is None, of `bias`. shift: None for 0."""
-    n_dead, places = len(dead), _places(dead, len(weight))
-    added = added_bias = None
-    for part in _chunks(len(x), n_dead, x.shape[1], x):
-        z = _dense(_of(values, part), _of(indices, part), places, n_dead, x, beside=False)
-        some = _of(x, part)
-        if not _in_one(x):  # without shift, which then goes by the sums of the bias: x - shift in bf16 would lose more
-            some = torch.cat((some, some))
-        elif shift is not None:
-            some = some - shift.to(some.dtype)
-        product = wide_product(z.T, some)
-        added = product if added is None else added.add_(product)
-        if bias is not None or shift is not None:
-            sums = z.sum(0, dtype=added.dtype)
-            added_bias = sums if added_bias is None else added_bias.add_(sums)
-    if added is None:  # of no rows
-        return
-    shift = None if _in_one(x) else shift
-    if _by_kernels(x):
-        _add_triton(weight, bias, added, added_bias, dead, shift)
-        return
-    if shift is not None and added_bias is not None:
-        added.addcmul_(added_bias[:, None], shift.to(added.dtype), value=-1)
+    """Add the code's `weight_gradient` to the rows `dead` of `weight` and `bias`."""
+    d, n_dead, width, dtype = x.shape[1], len(dead), _width(len(dead)), sum_dtype(x)
+    places = _places(dead, len(weight))
+    added, added_bias = x.new_zeros(width, d, dtype=dtype), x.new_zeros(width, dtype=dtype)
+    for part in _chunks(len(x), width, d, x):
+        z = _dense(values[part], indices[part], places, n_dead, x)
+        centred = _parts(x[part].to(dtype) - shift.to(dtype), x.dtype)
+        for number, of_z in enumerate(z):  # the product of both low parts is below the rounding of all others
+            for of_x in centred[: len(centred) - number]:
+                added += wide_product(of_z.T, of_x)
+        added_bias += z.sum((0, 1), dtype=dtype)
+    added += added[n_dead].clone()  # 0, or the NaN of an entry of no dead latent
+    added_bias += added_bias[n_dead].clone()
     for total, more in ((weight, added), (bias, added_bias)):
-        if total is not None and more is not None:
-            total.index_copy_(0, dead, (total.index_select(0, dead) + more).to(total.dtype))
+        total.index_copy_(0, dead, (total.index_select(0, dead) + more[:n_dead]).to(total.dtype))
 
 
-def _in_one(x: Tensor) -> bool:
-    """Whether a value is one number of x's dtype, and not two."""
-    return x.dtype == sum_dtype(x)
+def _width(n_dead: int) -> int:
+    return 16 * (n_dead // 16 + 1)
 
 
-def _of(tensor: Tensor, part: slice) -> Tensor:
-    """tensor[part], itself where that is all of it: a view takes the host as long as an allocation."""
-    return tensor if part.stop - part.start == tensor.shape[0] else tensor[part]
-
-
-def _chunks(rows: int, n_dead: int, d: int, x: Tensor) -> list[slice]:
-    """Of rows whose dense code, in fp32 or in two parts, and the other factor or the result fit into ROWS_BYTES."""
-    return row_chunks(rows, (padded(n_dead) + d) * sum_dtype(x).itemsize, ROWS_BYTES, 128)
+def _chunks(rows: int, width: int, d: int, x: Tensor) -> list[slice]:
+    """Of rows whose dense code, in fp32 or in two parts, and two results fit into ROWS_BYTES."""
+    return row_chunks(rows, (width + 2 * d) * sum_dtype(x).itemsize, ROWS_BYTES, 128)
 
 
 def _places(dead: Tensor, n_latents: int) -> Tensor:
@@ -116,21 +99,35 @@ def _places(dead: Tensor, n_latents: int) -> Tensor:
     return places.scatter_(0, dead, torch.arange(dead.shape[0], dtype=torch.int32, device=dead.device))
 
 
-def _dense(values: Tensor, indices: Tensor, places: Tensor, n_dead: int, like: Tensor, beside: bool) -> Tensor:
-    """The code in like's dtype, its parts beside each other, [rows, parts n_dead], or one below the other, [parts rows,
-    n_dead]. Entries of one row and latent add up, in their order."""
+def _rows_of(W: Tensor, dead: Tensor, width: int) -> Tensor:
+    """[width, d]: the rows `dead` of W, then zeros."""
+    rows = W.new_zeros(width, W.shape[1])
+    torch.index_select(W, 0, dead, out=rows[: dead.shape[0]])
+    return rows
+
+
+def _parts(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[parts, ...]: numbers of this dtype that add up to x."""
+    if dtype == x.dtype:
+        return x[None]
+    parts = x.new_empty(2, *x.shape, dtype=dtype)
+    parts[0] = x
+    torch.sub(x, parts[0], out=parts[1])
+    return parts
+
+
+def _dense(values: Tensor, indices: Tensor, places: Tensor, n_dead: int, like: Tensor) -> Tensor:
+    """[parts, rows, width], of like's dtype. Entries of one row and latent add up, in their order."""
+    width = _width(n_dead)
     if _by_kernels(like):
-        return dense_code(values, indices, len(places), n_dead, like.dtype, places, beside)
+        return _dense_triton(values, indices, places, n_dead, width, like.dtype)
     owned, columns = _owned(values, indices, places)
     clean = torch.where(owned, values, 0).masked_fill_(owned & (columns < 0), torch.nan)
-    z = values.new_zeros(len(values), n_dead, dtype=sum_dtype(like))
+    z = values.new_zeros(len(values), width, dtype=sum_dtype(like))
     rows = torch.arange(len(values), device=values.device)[:, None].expand_as(columns)
     # Which sorts the entries, where a scatter would add those of one place in any order.
-    z.index_put_((rows, columns.clamp_min(0)), clean.to(z.dtype), accumulate=True)
-    if _in_one(like):
-        return z
-    high = z.to(like.dtype)
-    return torch.cat((high, (z - high).to(like.dtype)), 1 if beside else 0)
+    z.index_put_((rows, torch.where(columns < 0, n_dead, columns)), clean.to(z.dtype), accumulate=True)
+    return _parts(z, like.dtype)
 
 
 def _owned(values: Tensor, indices: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,43 +140,97 @@ def _owned(values: Tensor, indices: Tensor, places: Tensor) -> tuple[Tensor, Ten
 
 
 @jit_over_rows
-def _auxk_add_kernel(
-    weight_ptr,
-    bias_ptr,
-    added_ptr,
-    added_bias_ptr,
-    dead_ptr,
-    shift_ptr,
-    d,
-    stride_shift_d,
-    BLOCK_D: tl.constexpr,
+def _auxk_dense_kernel(
+    values_ptr,
+    indices_ptr,
+    places_ptr,
+    high_ptr,
+    low_ptr,
+    n_latents,
+    k,
+    n_dead,
+    width,
+    stride_values_row,
+    stride_values_k,
+    stride_indices_row,
+    stride_indices_k,
+    BLOCK_K: tl.constexpr,
 ):
-    """One dead latent: its sums, less those of its bias times shift, added to its gradients. All but shift contiguous."""
-    place = tl.program_id(0).to(tl.int64)
-    latent = tl.load(dead_ptr + place)
-    bias = 0.0
-    if added_bias_ptr is not None:
-        bias = tl.load(added_bias_ptr + place)
-    for start in range(0, d, BLOCK_D):
-        column = start + tl.arange(0, BLOCK_D)
-        inside = column < d
-        total = tl.load(added_ptr + place * d + column, mask=inside, other=0.0)
-        if shift_ptr is not None:
-            shift = tl.load(shift_ptr + column.to(tl.int64) * stride_shift_d, mask=inside, other=0.0)
-            total -= bias * shift.to(tl.float32)
-        total += tl.load(weight_ptr + latent * d + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(weight_ptr + latent * d + column, total, mask=inside)
-    if bias_ptr is not None:
-        tl.store(bias_ptr + latent, tl.load(bias_ptr + latent) + bias)
+    """One row, BLOCK_K of its entries after the other, into zeros: of equal columns the first has the sum."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK_K)
+    for start in range(0, k, BLOCK_K):
+        entry = (start + lane).to(tl.int64)
+        value = tl.load(values_ptr + row * stride_values_row + entry * stride_values_k, mask=entry < k, other=0.0)
+        index = tl.load(indices_ptr + row * stride_indices_row + entry * stride_indices_k, mask=entry < k, other=0)
+        owned = (value != 0.0) & (index >= 0) & (index < n_latents)  # NaN != 0: it counts
+        column = tl.load(places_ptr + index, mask=owned, other=0)
+        value = tl.where(column < 0, float("nan"), value.to(tl.float32))
+        column = tl.where(column < 0, n_dead, column)  # [BLOCK_K]
+        same = (column[:, None] == column[None, :]) & owned[None, :]  # [BLOCK_K, BLOCK_K]
+        earlier = tl.max((same & (lane[None, :] < lane[:, None])).to(tl.int32), axis=1)
+        first = owned & (earlier == 0)
+        total = value
+        if tl.max((owned & (earlier > 0)).to(tl.int32), axis=0) > 0:
+            total = tl.sum(tl.where(same, value[None, :], 0.0), axis=1)
+        at = row * width + column
+        total += tl.load(high_ptr + at, mask=first, other=0.0).to(tl.float32)
+        if low_ptr is not None:
+            total += tl.load(low_ptr + at, mask=first, other=0.0).to(tl.float32)
+        high = total.to(high_ptr.dtype.element_ty)
+        tl.store(high_ptr + at, high, mask=first)
+        if low_ptr is not None:
+            tl.store(low_ptr + at, (total - high.to(tl.float32)).to(low_ptr.dtype.element_ty), mask=first)
+        tl.debug_barrier()  # the next entries read what these have stored
 
 
-def _add_triton(
-    weight: Tensor, bias: Tensor | None, added: Tensor, added_bias: Tensor | None, dead: Tensor, shift: Tensor | None
-) -> None:
-    """Into contiguous `weight` and `bias`."""
-    n_dead, d = added.shape
-    stride = 0 if shift is None else shift.stride(0)
-    with torch.cuda.device_of(weight):
-        _auxk_add_kernel[(n_dead,)](
-            weight, bias, added, added_bias, dead.contiguous(), shift, d, stride, BLOCK_D=1024, num_warps=4
+@jit_over_rows
+def _auxk_picked_kernel(
+    dots_ptr,
+    values_ptr,
+    indices_ptr,
+    places_ptr,
+    out_ptr,
+    entries,
+    n_latents,
+    k,
+    width,
+    stride_values_row,
+    stride_values_k,
+    stride_indices_row,
+    stride_indices_k,
+    BLOCK_ENTRIES: tl.constexpr,
+):
+    """Of every entry the dot product of its row and latent; NaN of a latent without one."""
+    entry = tl.program_id(0).to(tl.int64) * BLOCK_ENTRIES + tl.arange(0, BLOCK_ENTRIES)
+    inside = entry < entries
+    row, place = entry // k, entry % k
+    value = tl.load(values_ptr + row * stride_values_row + place * stride_values_k, mask=inside, other=0.0)
+    index = tl.load(indices_ptr + row * stride_indices_row + place * stride_indices_k, mask=inside, other=0)
+    owned = (value != 0.0) & (index >= 0) & (index < n_latents)
+    column = tl.load(places_ptr + index, mask=owned, other=-1)
+    dot = tl.load(dots_ptr + row * width + column, mask=column >= 0, other=float("nan"))
+    tl.store(out_ptr + entry, tl.where(owned, dot, 0.0), mask=inside)
+
+
+def _dense_triton(
+    values: Tensor, indices: Tensor, places: Tensor, n_dead: int, width: int, dtype: torch.dtype
+) -> Tensor:
+    rows, k = values.shape
+    z = values.new_zeros(1 if dtype == torch.float32 else 2, rows, width, dtype=dtype)
+    with torch.cuda.device_of(values):
+        _auxk_dense_kernel[(rows,)](
+            values, indices, places, z[0], z[1] if len(z) > 1 else None, len(places), k, n_dead, width,
+            *values.stride(), *indices.stride(), BLOCK_K=32, num_warps=1,
+        )  # fmt: skip
+    return z
+
+
+def _picked_triton(dots: Tensor, values: Tensor, indices: Tensor, places: Tensor, out: Tensor) -> None:
+    """Into `out`, contiguous."""
+    k, width = values.shape[1], dots.shape[1]
+    with torch.cuda.device_of(values):
+        _auxk_picked_kernel[(-(-values.numel() // 1024),)](
+            dots, values, indices, places, out, values.numel(), len(places), k, width, *values.stride(),
+            *indices.stride(), BLOCK_ENTRIES=1024, num_warps=4,
         )  # fmt: skip

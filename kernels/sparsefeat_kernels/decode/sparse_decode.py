@@ -22,19 +22,15 @@ from ..dispatch import (
     tl,
 )
 from ..gradient.weight_gradient import weight_gradient
-from ..products import pair_products, quiet_about_csr, sums_wider, wide_product
+from ..products import pair_products, quiet_about_csr
 from ..threads import conducted, each, pieces, threads, together
 from ..tuning_table import tuned
-from .dense_code import dense_code, padded, picked
 
 __all__ = [
     "check_decode",
-    "dense_pays",
     "grad_values_cpu",
-    "grad_values_dense",
     "sparse_decode",
     "sparse_decode_cpu",
-    "sparse_decode_dense",
     "sparse_decode_triton",
 ]
 
@@ -56,14 +52,12 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Tensor,
 
     Returns:
         [rows, d] in W_dec's dtype, summed in fp32 (fp64 for float64) in the order of the entries and rounded once.
-        Entries of value 0 are skipped, so that padding may point anywhere, even at a latent with NaN weights. On a GPU,
-        with bfloat16 weights and a large part of the latents in every row, sums are those of a dense product, in its order,
-        and of values within 2^-18 of those given.
+        Entries of value 0 are skipped, so that padding may point anywhere, even at a latent with NaN weights.
 
     Gradients: values (gather of dot products; 0 where a value is 0), W_dec and b_out; the same bits on every run.
 
     Cost: 2 rows k d FLOPs; reads rows k d values of W_dec (from the cache where W_dec fits), writes rows d. The
-    gathered rows are never held: scratch is some MiB whatever rows is, of the dense product 60 MiB.
+    gathered rows are never held: scratch is some MiB whatever rows is.
 
     Raises: ValueError or TypeError naming the argument; IndexError under `validate`.
 
@@ -191,13 +185,6 @@ def grad_values_cpu(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor
 
 # ------------------------------------------------------------------------------------------------------------ Triton
 
-# What an H100 or an H200 takes for the two ways, in seconds. Gathered rows come from the L2 cache (an H200: 332 us for 1.7 GB
-# of 160 entries a row, 1.6 ms for 8.7 GB of 922). Instead a code in two parts is written, read and multiplied, and every
-# chunk of it is three launches, with which a GPU waits for a slow host.
-GATHERED_BYTES_A_SECOND, MEMORY_BYTES_A_SECOND, PRODUCT_FLOPS = 5e12, 3e12, 7e14
-CHUNK_SECONDS = 1e-4
-DENSE_BYTES = 60 << 20  # the code and the sums of the rows that are taken together
-
 DEFAULT_BLOCKS = {"BLOCK_K": 4, "BLOCK_D": 512, "num_warps": 4}  # without a tuning table: 128 threads times 4 columns
 
 
@@ -208,8 +195,6 @@ def _sparse_decode_sum_kernel(
     W_ptr,
     b_out_ptr,
     y_ptr,
-    high_ptr,
-    low_ptr,
     n_latents,
     k,
     d,
@@ -223,20 +208,12 @@ def _sparse_decode_sum_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One row and one block of columns: BLOCK_K partial sums of decoder rows, one final tree. With high and low, [rows, d] fp32,
-    their sum is taken where it is finite: a dense product multiplies also what no entry points at, Inf and NaN by 0."""
+    """One row and one block of columns: BLOCK_K partial sums of decoder rows, one final tree."""
     row = tl.program_id(0).to(tl.int64)
     # int64 before it is multiplied: a transposed dictionary of 2^31 elements has them between its columns.
     column = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
-    gathered = k
-    if high_ptr is not None:
-        dense = tl.load(high_ptr + row * d + column, mask=column < d, other=0.0)
-        if low_ptr is not None:
-            dense += tl.load(low_ptr + row * d + column, mask=column < d, other=0.0)
-        broken = tl.max((dense - dense != 0.0).to(tl.int32), axis=0) > 0
-        gathered = tl.where(broken, k, 0)
     total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    for start in range(0, gathered, BLOCK_K):
+    for start in range(0, k, BLOCK_K):
         entry = start + tl.arange(0, BLOCK_K).to(tl.int64)
         value = tl.load(values_ptr + row * stride_values_row + entry * stride_values_k, mask=entry < k, other=0.0)
         index = tl.load(indices_ptr + row * stride_indices_row + entry * stride_indices_k, mask=entry < k, other=0)
@@ -245,10 +222,7 @@ def _sparse_decode_sum_kernel(
         w = tl.load(W_ptrs, mask=owned[:, None] & (column < d)[None, :], other=0.0)  # [BLOCK_K, BLOCK_D]
         total += tl.where(owned, value.to(tl.float32), 0.0)[:, None] * w.to(tl.float32)
     bias = tl.load(b_out_ptr + column * stride_b_out_d, mask=column < d, other=0.0).to(tl.float32)
-    summed = tl.sum(total, axis=0)
-    if high_ptr is not None:
-        summed = tl.where(broken, summed, dense)
-    tl.store(y_ptr + row * d + column, summed + bias, mask=column < d)
+    tl.store(y_ptr + row * d + column, tl.sum(total, axis=0) + bias, mask=column < d)
 
 
 @jit_over_rows
@@ -293,51 +267,17 @@ def sparse_decode_triton(
     values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Tensor, blocks: Mapping[str, int] | None = None
 ) -> Tensor:
     """`blocks`: sizes and warps, of a tuning table."""
-    y = W_dec.new_empty(len(values), W_dec.shape[1])
-    if y.numel() > 0:
-        _sum_triton(values, indices, W_dec, b_out, y, (None, None), DEFAULT_BLOCKS if blocks is None else blocks)
-    return y
-
-
-def _sum_triton(
-    values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Tensor, y: Tensor, sums: tuple[Tensor | None, Tensor | None],
-    blocks: Mapping[str, int],
-) -> None:  # fmt: skip
-    """Into y. sums: of a dense product, contiguous; the second of the values' low parts."""
     (rows, k), (n_latents, d) = values.shape, W_dec.shape
+    y = W_dec.new_empty(rows, d)
+    if y.numel() == 0:
+        return y
+    blocks = DEFAULT_BLOCKS if blocks is None else blocks
     block_d = min(next_power_of_2(max(d, 16)), blocks["BLOCK_D"])
     with torch.cuda.device_of(W_dec):
         _sparse_decode_sum_kernel[(rows, -(-d // block_d))](
-            values, indices, W_dec, b_out, y, *sums, n_latents, k, d, *values.stride(), *indices.stride(),
-            *W_dec.stride(), *b_out.stride(), **{**blocks, "BLOCK_D": block_d},
+            values, indices, W_dec, b_out, y, n_latents, k, d, *values.stride(), *indices.stride(), *W_dec.stride(),
+            *b_out.stride(), **{**blocks, "BLOCK_D": block_d},
         )  # fmt: skip
-
-
-def _dense_row_bytes(n_latents: int, d: int) -> int:
-    """Of a row's code and its sums, each in two parts."""
-    return 4 * padded(n_latents) + 8 * d
-
-
-def dense_pays(rows: int, k: int, W_dec: Tensor) -> bool:
-    """Whether a product of the dense code takes less than gathering: of bfloat16, whose parts have fp32's range."""
-    if W_dec.dtype != torch.bfloat16 or not W_dec.is_cuda or not sums_wider(W_dec.dtype, W_dec.device):
-        return False
-    if not (W_dec.is_contiguous() or W_dec.T.is_contiguous()):  # torch would copy it
-        return False
-    n_latents, d = W_dec.shape
-    chunks = -(-rows * _dense_row_bytes(n_latents, d) // DENSE_BYTES)
-    dense = rows * n_latents * (4 * d / PRODUCT_FLOPS + 8 / MEMORY_BYTES_A_SECOND)
-    return rows * k * d * W_dec.itemsize / GATHERED_BYTES_A_SECOND > max(dense, chunks * CHUNK_SECONDS)
-
-
-def sparse_decode_dense(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Tensor) -> Tensor:
-    """By a product of the dense code; sums that are not finite are gathered."""
-    (rows, _), (n_latents, d) = values.shape, W_dec.shape
-    y = W_dec.new_empty(rows, d)
-    for part in row_chunks(rows, _dense_row_bytes(n_latents, d), DENSE_BYTES, 64) if y.numel() else ():
-        z = dense_code(values[part], indices[part], n_latents, n_latents, W_dec.dtype)
-        high, *low = wide_product(z, W_dec).split(part.stop - part.start)
-        _sum_triton(values[part], indices[part], W_dec, b_out, y[part], (high, low[0] if low else None), DEFAULT_BLOCKS)
     return y
 
 
@@ -355,22 +295,12 @@ def _grad_values_triton(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Te
     return out
 
 
-def grad_values_dense(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-    """The dot products of every row's gradient with all decoder rows; the entries' are picked out."""
-    out = torch.empty_like(values, memory_format=torch.contiguous_format)
-    for part in row_chunks(len(values), 4 * len(W_dec), DENSE_BYTES, 64) if out.numel() else ():
-        picked(wide_product(grad[part], W_dec.T), values[part], indices[part], len(W_dec), out[part])
-    return out
-
-
 # ------------------------------------------------------------------------------------------------------- registration
 
 
 def _sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: Tensor) -> Tensor:
     check_decode(values, indices, W_dec, b_out)
     if implementation("sparse_decode", W_dec) == "triton":
-        if dense_pays(values.shape[0], values.shape[1], W_dec):
-            return sparse_decode_dense(values, indices, W_dec, b_out)
         entry = tuned("sparse_decode", W_dec, *values.shape)
         return sparse_decode_triton(values, indices, W_dec, b_out, None if entry is None else entry.blocks)
     return sparse_decode_cpu(values, indices, W_dec, b_out)
@@ -383,8 +313,7 @@ def _sparse_decode_fake(values: Tensor, indices: Tensor, W_dec: Tensor, b_out: T
 
 def _grad_values(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     if implementation("sparse_decode", W_dec) == "triton":
-        dense = dense_pays(values.shape[0], values.shape[1], W_dec)
-        return (grad_values_dense if dense else _grad_values_triton)(grad, values, indices, W_dec)
+        return _grad_values_triton(grad, values, indices, W_dec)
     return grad_values_cpu(grad, values, indices, W_dec)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..decode.auxk_decode import auxk_weight_gradient
 from ..dispatch import block_bytes, ops, register, row_chunks, sum_dtype
 from ..products import product
 from ..threads import conducted, each, pieces, threads, together
@@ -17,7 +18,6 @@ from .prepared import PreparedEncoder
 from .product import WEIGHT_TILE_BYTES, check_encoder, encoder_bias, preactivations
 from .rounded import can_prefilter, pays_to_round
 from .survivors import topk_prefiltered_cpu
-from .topk import pre_bias_gradient, through, topk_by_kernels
 from .topk import reference as topk_reference
 
 __all__ = ["auxk_encode"]
@@ -56,7 +56,7 @@ def auxk_encode(
     loss teaches dead latents and moves nothing else. One weight gradient serves both codes; the same bits every run.
 
     Cost: 2 rows n_latents d FLOPs, as for topk_encode alone. Scratch below 64 MiB, whatever rows is. A GPU's kernels
-    multiply by the dead latents once more, whose encoder rows they gather, up to 40 MiB at once. The host does not wait.
+    multiply by the dead latents once more. The host does not wait.
 
     Raises: as `topk_encode`; ValueError or TypeError for `dead` and `k_aux`.
 
@@ -125,15 +125,9 @@ def _both_codes(
     low: Tensor | None,
     bounds: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n_dead = dead.shape[0]
-    taken = way(x, W_enc.shape[0], k)
-    kernels = taken != "torch"
-    if kernels and takes_stored(x, n_dead, k_aux):
-        bias = encoder_bias(W_enc, b_enc, b_pre)
-        values, indices = ops.topk_encode(x, W_enc, b_enc, b_pre, k, selection, bias)
-        return values, indices, *topk_stored(x, W_enc, bias, b_pre, k_aux, "relu", dead)
     aux_values = x.new_empty(x.shape[0], k_aux, dtype=sum_dtype(x))
     aux_indices = x.new_empty(x.shape[0], k_aux, dtype=torch.int32)
+    n_dead = dead.shape[0]
     selection_bytes = block_bytes(x, SELECTION_BYTES)
 
     def among_the_dead(a: Tensor, first_row: int) -> None:
@@ -145,12 +139,18 @@ def _both_codes(
 
         together(each(some, row_chunks(a.shape[0], 8 * n_dead, selection_bytes)))
 
+    taken = way(x, W_enc.shape[0], k)
+    kernels = taken != "torch"
+    if kernels and takes_stored(x, n_dead, k_aux):
+        bias = encoder_bias(W_enc, b_enc, b_pre)
+        values, indices = ops.topk_encode(x, W_enc, b_enc, b_pre, k, selection, bias)
+        return values, indices, *topk_stored(x, W_enc, bias, b_pre, k_aux, "relu", dead)
     rounded = can_prefilter(x) and (low is not None or pays_to_round(x, W_enc))
     if not kernels and not (rounded and 2 * n_dead <= W_enc.shape[0]):
         values, indices = topk_encode_cpu(x, W_enc, b_enc, b_pre, k, selection, among_the_dead)
         return values, indices, aux_values, aux_indices
     if kernels:
-        values, indices = topk_by_kernels(taken, x, W_enc, b_enc, b_pre, k, selection, None)
+        values, indices = ops.topk_encode(x, W_enc, b_enc, b_pre, k, selection)
     else:
         values, indices = topk_prefiltered_cpu(x, W_enc, b_enc, b_pre, low, bounds, k, selection)
     # The dead latents have a product of their own.
@@ -193,28 +193,26 @@ def _fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, W_enc, _, b_pre = inputs[:4]
-    ctx.selection = inputs[7]
     values, indices, aux_values, aux_indices = output
     ctx.mark_non_differentiable(indices, aux_indices)
-    ctx.set_materialize_grads(False)  # which would make zeros for the indices
     ctx.save_for_backward(x, W_enc, b_pre, values, indices, aux_values, aux_indices, inputs[5])
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: None, grad_aux: Tensor | None, __: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor, grad_aux: Tensor, __: Tensor) -> tuple[Tensor | None, ...]:
     x, W_enc, b_pre, values, indices, aux_values, aux_indices, dead = ctx.saved_tensors
     need_x, need_W, need_b_enc, need_b_pre = ctx.needs_input_grad[:4]
-    g = through(values, grad, ctx.selection)
+    g = torch.where(values != 0, grad, 0)
     grad_x = grad_W = grad_b_enc = grad_b_pre = None
-    if need_x:  # of the code alone
+    if need_x or need_b_pre:  # of the code alone
         grad_x = ops.sparse_decode(g, indices, W_enc, torch.zeros_like(b_pre))
-    if need_W or need_b_enc or need_b_pre:
-        g_aux = through(aux_values, grad_aux, "relu")
+        grad_b_pre = -grad_x.to(g.dtype).sum(0).to(b_pre.dtype) if need_b_pre else None
+    if need_W or need_b_enc:
+        g_aux = torch.where(aux_values != 0, grad_aux, 0)
         codes = g, indices, x, g_aux, aux_indices, None
-        weight, bias, of_code = ops.auxk_weight_gradient(*codes, dead, b_pre, W_enc.shape[0], True)
+        weight, bias = auxk_weight_gradient(*codes, dead, b_pre, W_enc.shape[0])
         grad_W = weight if need_W else None
         grad_b_enc = bias.to(x.dtype) if need_b_enc else None
-        grad_b_pre = pre_bias_gradient(of_code, W_enc) if need_b_pre else None
-    return grad_x, grad_W, grad_b_enc, grad_b_pre, *(None,) * 6
+    return grad_x if need_x else None, grad_W, grad_b_enc, grad_b_pre, *(None,) * 6
 
 
 register(

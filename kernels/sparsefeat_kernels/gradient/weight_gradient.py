@@ -14,7 +14,6 @@ from ..dispatch import (
     next_power_of_2,
     ops,
     register,
-    replayed,
     row_chunks,
     sum_dtype,
     tl,
@@ -23,7 +22,7 @@ from ..threads import conducted, each, together
 from .csr import latent_major, sorted_entries
 from .gradient_memory import empty_gradient
 
-__all__ = ["check_gradient", "checked_weight_gradient", "weight_gradient", "weight_gradient_cpu"]
+__all__ = ["check_gradient", "weight_gradient", "weight_gradient_cpu"]
 
 # A bound on the centred fp32 copy of x on the CPU path: beyond it, a block of columns at a time.
 CENTRED_BYTES = 32 << 20
@@ -59,7 +58,7 @@ def weight_gradient(
         [n_latents] in the dtype of the sum. The same bits on every run.
 
     Cost: 3 * entries * d FLOPs; reads d values of x an entry, writes n_latents * d. Scratch on a CPU: 36 MiB and
-    the sorted code; on a GPU 16 MiB of partial sums and the sorted code, which takes 4 launches and a sort.
+    the sorted code; on a GPU 16 MiB of partial sums and the sorted code, which takes 7 launches.
 
     Raises: ValueError or TypeError naming the argument, for wrong shapes, dtypes or devices.
 
@@ -76,7 +75,7 @@ def weight_gradient(
 
 @conducted
 def weight_gradient_cpu(
-    coefficients: Tensor, indices: Tensor, x: Tensor, shift: Tensor | None, n_latents: int
+    coefficients: Tensor, indices: Tensor, x: Tensor, shift: Tensor, n_latents: int
 ) -> tuple[Tensor, Tensor]:
     dtype = sum_dtype(x)
     row_ids, order, offsets = latent_major(indices, coefficients, n_latents)
@@ -95,12 +94,12 @@ def weight_gradient_cpu(
 
     one = torch.ones(1, 1, dtype=dtype, device=x.device)
     bias = summed(one, torch.zeros_like(row_ids), slice(None), offsets)[:, 0]
-    shifted = shift is not None and bool(shift.any())
+    shifted = bool(shift.any())
     width = max(1, CENTRED_BYTES // (max(x.shape[0], 1) * dtype.itemsize))  # all columns, unless there are many rows
     for start in range(0, x.shape[1], width):
         columns = slice(start, start + width)
         centred = x[:, columns].to(dtype)
-        centred = (centred - shift[columns].to(dtype) if shift is not None and shifted else centred).contiguous()
+        centred = (centred - shift[columns].to(dtype) if shifted else centred).contiguous()
         blocks = row_chunks(n_latents, centred.shape[1] * dtype.itemsize, block_bytes(x, RESULT_BYTES))
         ends = offsets[[block.stop for block in blocks]].tolist()
 
@@ -123,8 +122,6 @@ def weight_gradient_cpu(
 
 SEGMENT = 128  # entries
 PARTIAL_BYTES = 16 << 20  # a bound on the partial sums; beyond it segments are longer
-ZEROS = 4096  # of a program at once
-FILLING = 1056  # programs that fill a GPU of 132 multiprocessors, whatever the number of entries
 
 
 @jit_over_rows
@@ -135,28 +132,13 @@ def _weight_gradient_entries_kernel(
     latents_ptr,
     row_ids_ptr,
     sorted_ptr,
-    weight_ptr,
-    bias_ptr,
     entries,
     k,
-    n_latents,
-    d,
     stride_coefficients_row,
     stride_coefficients_k,
     BLOCK_ENTRIES: tl.constexpr,
-    BLOCK_ZEROS: tl.constexpr,
 ):
-    """Latent, row and coefficient of every entry in the new order: without a detour when their sums are made. And zeros,
-    which of latents without an entry stay."""
-    zero = tl.arange(0, BLOCK_ZEROS)
-    step = tl.num_programs(0).to(tl.int64) * BLOCK_ZEROS
-    size = n_latents.to(tl.int64) * d
-    for start in range(tl.program_id(0).to(tl.int64) * BLOCK_ZEROS, size, step):
-        tl.store(
-            weight_ptr + start + zero, tl.zeros([BLOCK_ZEROS], weight_ptr.dtype.element_ty), mask=start + zero < size
-        )
-    for start in range(tl.program_id(0) * BLOCK_ZEROS, n_latents, tl.num_programs(0) * BLOCK_ZEROS):
-        tl.store(bias_ptr + start + zero, tl.zeros([BLOCK_ZEROS], tl.float32), mask=start + zero < n_latents)
+    """Latent, row and coefficient of every entry in the new order: without a detour when their sums are made."""
     entry = tl.program_id(0).to(tl.int64) * BLOCK_ENTRIES + tl.arange(0, BLOCK_ENTRIES)
     inside = entry < entries
     position = tl.load(order_ptr + entry, mask=inside, other=0)
@@ -223,9 +205,7 @@ def _weight_gradient_segment_kernel(
     before = tl.load(latents_ptr + first - 1, mask=first > 0, other=-1)
     column = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     inside, of_bias = column < d, tl.program_id(1) == 0
-    shift = tl.zeros([BLOCK_D], tl.float32)
-    if shift_ptr is not None:
-        shift = tl.load(shift_ptr + column * stride_shift_d, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + column * stride_shift_d, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_D]
     x_ptr += column * stride_x_d
     weight_ptr += column
     partial_ptr += 2 * segment * d + column
@@ -303,21 +283,14 @@ def _weight_gradient_join_kernel(
 
 
 def _weight_gradient_triton(
-    coefficients: Tensor, indices: Tensor, x: Tensor, shift: Tensor | None, n_latents: int
+    coefficients: Tensor, indices: Tensor, x: Tensor, shift: Tensor, n_latents: int
 ) -> tuple[Tensor, Tensor]:
-    if n_latents == 0 or indices.numel() == 0:
-        return x.new_zeros(n_latents, x.shape[1]), x.new_zeros(n_latents, dtype=torch.float32)
+    d, entries = x.shape[1], indices.numel()
+    weight, bias = x.new_zeros(n_latents, d), x.new_zeros(n_latents, dtype=torch.float32)
+    if n_latents == 0 or entries == 0:
+        return weight, bias
     keys, order = sorted_entries(coefficients, indices, n_latents)
-    weight, bias = _sums(keys, order, coefficients, x, shift, n_latents)
-    return weight, bias
-
-
-def _sums_of_sorted(
-    keys: Tensor, order: Tensor, coefficients: Tensor, x: Tensor, shift: Tensor | None, n_latents: int
-) -> tuple[Tensor, Tensor]:
-    d, entries = x.shape[1], keys.numel()
-    weight, bias = x.new_empty(n_latents, d), x.new_empty(n_latents, dtype=torch.float32)
-    latents, row_ids = (x.new_empty(entries, dtype=torch.int32) for _ in range(2))
+    latents, row_ids = torch.empty(2, entries, dtype=torch.int32, device=x.device)
     sorted_coefficients = x.new_empty(entries, dtype=torch.float32)
     length = 4 * -(-max(SEGMENT, -(-2 * entries * 4 * d // PARTIAL_BYTES)) // 4)  # a program takes four at a time
     segments = -(-entries // length)
@@ -325,15 +298,13 @@ def _sums_of_sorted(
     block_d = min(next_power_of_2(max(d, 16)), 256)  # of one warp, whose threads need nothing of each other
     columns = max(1, -(-d // block_d))
     with torch.cuda.device_of(x):
-        programs = max(-(-entries // 1024), min(-(-weight.numel() // ZEROS), FILLING))
-        _weight_gradient_entries_kernel[(programs,)](
-            keys, order, coefficients, latents, row_ids, sorted_coefficients, weight, bias, entries,
-            coefficients.shape[1], n_latents, d, *coefficients.stride(), BLOCK_ENTRIES=1024, BLOCK_ZEROS=ZEROS,
-            num_warps=4,
+        _weight_gradient_entries_kernel[(-(-entries // 1024),)](
+            keys, order, coefficients, latents, row_ids, sorted_coefficients, entries, indices.shape[1],
+            *coefficients.stride(), BLOCK_ENTRIES=1024, num_warps=4,
         )  # fmt: skip
         _weight_gradient_segment_kernel[(segments, columns)](
             latents, row_ids, sorted_coefficients, x, shift, weight, bias, partial, partial_bias, entries, n_latents, d,
-            length, *x.stride(), 0 if shift is None else shift.stride(0), BLOCK_D=block_d, num_warps=1,
+            length, *x.stride(), *shift.stride(), BLOCK_D=block_d, num_warps=1,
         )  # fmt: skip
         if segments > 1:
             _weight_gradient_join_kernel[(segments - 1, columns)](
@@ -342,21 +313,18 @@ def _sums_of_sorted(
     return weight, bias
 
 
-_sums = replayed(_sums_of_sorted)
-
-
 # ------------------------------------------------------------------------------------------------------- registration
 
 
-def check_gradient(x: Tensor, shift: Tensor | None, rows: int, n_latents: int) -> None:
-    """Refuse what is not the other factor of a code of so many rows. shift: None for 0."""
+def check_gradient(x: Tensor, shift: Tensor, rows: int, n_latents: int) -> None:
+    """Refuse what is not the other factor of a code of so many rows."""
     if x.dim() != 2 or x.shape[0] != rows:
         raise ValueError(f"x must be [{rows}, d] as the code has {rows} rows, got shape {tuple(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
-    if shift is not None and tuple(shift.shape) != (x.shape[1],):
+    if tuple(shift.shape) != (x.shape[1],):
         raise ValueError(f"shift must have shape ({x.shape[1]},), got {tuple(shift.shape)}")
-    if shift is not None and shift.device != x.device:
+    if shift.device != x.device:
         raise ValueError(f"shift must be on x's device {x.device}, got {shift.device}; move one of them")
     if n_latents < 0:
         raise ValueError(f"n_latents must be at least 0, got {n_latents}")
@@ -367,13 +335,6 @@ def _weight_gradient(
 ) -> tuple[Tensor, Tensor]:
     check_code(coefficients, indices, x.device, "x", "coefficients")
     check_gradient(x, shift, len(coefficients), n_latents)
-    return checked_weight_gradient(coefficients, indices, x, shift, n_latents)
-
-
-def checked_weight_gradient(
-    coefficients: Tensor, indices: Tensor, x: Tensor, shift: Tensor | None, n_latents: int
-) -> tuple[Tensor, Tensor]:
-    """`weight_gradient` of checked arguments, within an op. shift: None for 0."""
     if implementation("weight_gradient", x) == "triton":
         return _weight_gradient_triton(coefficients, indices, x, shift, n_latents)
     return weight_gradient_cpu(coefficients, indices, x, shift, n_latents)

@@ -3,7 +3,7 @@ selection from it. So k may be a large part of the latents, and fp32 is multipli
 
 A program takes a row, which it holds in registers. It bisects for the largest bound that k entries reach: between the least
 of the maxima of BLOCK_K disjoint sets, which BLOCK_K and more reach, and the largest entry; and stops as soon as exactly k
-reach it. What is above the bound and the first of what is equal to it move to where the code goes, and are sorted there.
+reach it. What is above the bound and the first of what is equal to it move to a list, which is sorted.
 
 Longer rows go in pieces. What is left of these, k each, is selected from by the same kernel: of equal values those of lower
 latents stand first there too.
@@ -24,10 +24,10 @@ from .groups import larger
 
 __all__ = ["stores", "topk_stored"]
 
-LARGEST_K = 2048  # of one program: what it sorts
+LARGEST_K = 1024
 MOST_LATENTS = 32768  # of one program: 64 registers of each of its threads
 SCRATCH_BYTES = 42 << 20  # of a chunk of rows; beside it GATHERED_BYTES, and what `product_into` may widen
-GATHERED_BYTES = 40 << 20  # of the dead latents' weights: of 2 d latents up to d = 3,072 in half precision
+GATHERED_BYTES = 8 << 20  # of the dead latents' weights
 # Fewer rows at once, and reading fp32 weights takes longer than multiplying by them (H100: 3 TB/s, 50 TFLOP/s).
 LEAST_ROWS = 32
 BLOCK_ROWS = 128  # chunks are of whole tiles of a product
@@ -82,6 +82,7 @@ def _topk_encode_stored_kernel(
     bias_ptr,
     ids_ptr,
     broken_ptr,
+    keys_ptr,
     values_ptr,
     indices_ptr,
     k,
@@ -99,9 +100,10 @@ def _topk_encode_stored_kernel(
     BLOCK_MOVED: tl.constexpr,
 ):
     """The code of one row of scores plus bias, both padded. ids: the latents of its positions, otherwise first_latent
-    and following ones; broken: the latents of a row with NaN, otherwise 0 .. k - 1."""
+    and following ones; broken: the latents of a row with NaN, otherwise 0 .. k - 1. keys [rows, BLOCK_K] is scratch."""
     row = tl.program_id(0).to(tl.int64)
     scores_ptr += row * stride_scores_row
+    keys_ptr += row * BLOCK_K
     values_ptr += row * stride_code_row
     indices_ptr += row * stride_code_row
     slot = tl.arange(0, BLOCK_K)
@@ -141,17 +143,13 @@ def _topk_encode_stored_kernel(
             latent = first_latent + position
             if ids_ptr is not None:
                 latent = tl.load(ids_ptr + row * stride_ids_row + position, mask=chosen, other=0).to(tl.int32)
-            tl.store(values_ptr + place, a, mask=chosen)
-            tl.store(indices_ptr + place, latent, mask=chosen)
+            negative = (a < 0.0).to(tl.int32) if SIGNED else 0
+            tl.store(keys_ptr + place, entry_key(ordered(moved), latent, negative), mask=chosen)
             total = tl.sum(both, axis=0)
             n_above, n_equal = n_above + (total & 0xFFFF), n_equal + (total >> 16)
         tl.debug_barrier()  # other warps read what these wrote
-        a = tl.load(values_ptr + slot, mask=slot < k, other=0.0)
-        latent = tl.load(indices_ptr + slot, mask=slot < k, other=0)
-        tl.debug_barrier()  # and write there again
-        negative = (a < 0.0).to(tl.int32) if SIGNED else 0
-        keys = entry_key(ordered(tl.abs(a) if SIGNED else a), latent, negative)
-        top = largest_keys(tl.where(slot < k, keys, -0x8000000000000000), BLOCK_K, LOG_K, 0)
+        keys = tl.load(keys_ptr + slot, mask=slot < k, other=-0x8000000000000000)
+        top = largest_keys(keys, BLOCK_K, LOG_K, 0)
         if RELU:
             top = relu_keys(top, k, BLOCK_K)
         store_code(top, values_ptr, indices_ptr, 0, k, SIGNED, BLOCK_K)
@@ -172,26 +170,26 @@ def _rows_of(like: Tensor, rows: int, n: int, signed: bool) -> Tensor:
 
 
 def _launch(
-    scores: Tensor, bias: Tensor | None, ids: Tensor | None, broken: Tensor | None, code: tuple[Tensor, Tensor],
-    k: int, first_latent: int, selection: str, centred: bool,
+    scores: Tensor, bias: Tensor | None, ids: Tensor | None, broken: Tensor | None, keys: Tensor,
+    code: tuple[Tensor, Tensor], k: int, first_latent: int, selection: str, centred: bool,
 ) -> None:  # fmt: skip
     values, indices = code
     rows, width = scores.shape
     _topk_encode_stored_kernel[(rows,)](
-        scores, bias, ids, broken, values, indices, k, width, first_latent, scores.stride(0),
+        scores, bias, ids, broken, keys, values, indices, k, width, first_latent, scores.stride(0),
         ids.stride(0) if ids is not None and ids.dim() == 2 else 0, values.stride(0), RELU=selection == "relu",
         SIGNED=selection == "signed", CENTRED=centred, **_blocks(width, k),
     )  # fmt: skip
 
 
 def _select(
-    scores: Tensor, bias: Tensor, dead: Tensor | None, code: tuple[Tensor, Tensor], k: int, selection: str,
-    centred: bool,
+    scores: Tensor, bias: Tensor, dead: Tensor | None, keys: Tensor, code: tuple[Tensor, Tensor], k: int,
+    selection: str, centred: bool,
 ) -> None:  # fmt: skip
     """The code of rows of scores plus bias, both padded."""
     rows, width = scores.shape
     if width <= MOST_LATENTS:
-        _launch(scores, bias, dead, dead, code, k, 0, selection, centred)
+        _launch(scores, bias, dead, dead, keys, code, k, 0, selection, centred)
         return
     kind = "signed" if selection == "signed" else "raw"  # the ReLU comes after the selection
     pieces = row_chunks(width, 1, MOST_LATENTS, block=16)
@@ -200,8 +198,8 @@ def _select(
     for i, piece in enumerate(pieces):
         of_piece = values[:, i * k : (i + 1) * k], indices[:, i * k : (i + 1) * k]
         ids = None if dead is None else dead[piece]
-        _launch(scores[:, piece], bias[piece], ids, dead, of_piece, k, piece.start, kind, centred)
-    _launch(values, None, indices, dead, code, k, 0, selection, centred)
+        _launch(scores[:, piece], bias[piece], ids, dead, keys, of_piece, k, piece.start, kind, centred)
+    _launch(values, None, indices, dead, keys, code, k, 0, selection, centred)
 
 
 def _tiles(W_enc: Tensor, dead: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
@@ -210,7 +208,7 @@ def _tiles(W_enc: Tensor, dead: Tensor | None) -> Iterator[tuple[slice, Tensor]]
         yield slice(0, len(W_enc)), W_enc
         return
     for tile in row_chunks(len(dead), W_enc.shape[1] * W_enc.itemsize, GATHERED_BYTES):
-        yield tile, W_enc.index_select(0, dead[tile] if tile.stop - tile.start < len(dead) else dead)
+        yield tile, W_enc.index_select(0, dead[tile])
 
 
 def topk_stored(
@@ -221,25 +219,23 @@ def topk_stored(
     (rows, d), n = x.shape, len(W_enc) if dead is None else len(dead)
     centred = x.dtype == torch.float32
     values, indices = x.new_empty(rows, k, dtype=torch.float32), x.new_empty(rows, k, dtype=torch.int32)
-    pieces = -(-n // MOST_LATENTS)
-    bytes_a_row = 4 * (_padded(n) + centred * d) + (8 * _padded(pieces * k) if pieces > 1 else 0)
+    pieces, block_k = -(-n // MOST_LATENTS), next_power_of_2(max(k, 2))
+    bytes_a_row = 4 * (_padded(n) + d) + 8 * block_k + (8 * _padded(pieces * k) if pieces > 1 else 0)
     chunks = row_chunks(rows, bytes_a_row, SCRATCH_BYTES, BLOCK_ROWS)
     most_rows = chunks[0].stop if chunks else 0
     scratch = _rows_of(x, most_rows, n, selection == "signed")
-    bias = bias if dead is None else bias.index_select(0, dead)
+    keys = x.new_empty(most_rows, block_k, dtype=torch.int64)
+    bias = bias if dead is None else bias[dead]
     if scratch.shape[1] > n:
         bias = torch.nn.functional.pad(bias, (0, scratch.shape[1] - n))
     gathered_once = dead is None or n * d * W_enc.itemsize <= GATHERED_BYTES
     kept = list(_tiles(W_enc, dead)) if gathered_once else []
     with torch.cuda.device_of(x):
         for part in chunks:
-            some, scores, code = x, scratch, (values, indices)
-            if part.stop - part.start < rows:  # a view takes the host as long as an allocation
-                some, scores, code = x[part], scratch[: part.stop - part.start], (values[part], indices[part])
-            some = some - b_pre if centred else some
+            some = x[part] - b_pre if centred else x[part]
+            scores = scratch[: part.stop - part.start]
             for tile, W in kept or _tiles(W_enc, dead):
-                whole = tile.stop - tile.start == scores.shape[1]
-                product_into(some, W, scores if whole else scores[:, tile])
+                product_into(some, W, scores[:, tile])
                 del W  # before the next is gathered
-            _select(scores, bias, dead, code, k, selection, centred)
+            _select(scores, bias, dead, keys, (values[part], indices[part]), k, selection, centred)
     return values, indices

@@ -40,7 +40,6 @@ __all__ = [
     "multiprocessors",
     "precision",
     "room",
-    "scratch_bytes",
     "stage_bytes",
     "tile_sums",
 ]
@@ -138,10 +137,6 @@ class Operands(NamedTuple):
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-def scratch_bytes() -> int:
-    return SCRATCH_BYTES
 
 
 def chunks_of(
