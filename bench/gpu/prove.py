@@ -8,6 +8,7 @@ fails where they are others by now.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -56,16 +57,17 @@ def _reason(op: str, smoke: Mapping[str, Any]) -> str:
     return ""
 
 
+@functools.cache
+def _jitted(source: str) -> list[ast.FunctionDef]:
+    """What Triton compiles of a file."""
+    functions = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+    return [node for node in functions if {"jit", "jit_over_rows"} & set(map(ast.unparse, node.decorator_list))]
+
+
 def kernels_digest(op: str, package: Path = PROVEN.parent) -> str:
     """Of the kernels that are named after an op, and of all that these call; comments, docstrings and layout do not count.
     Not in it are kernels of other names that an op launches besides, as the sort's keys, and how it launches."""
-    functions: dict[str, ast.FunctionDef] = {}
-    for path in sorted(package.rglob("*.py")):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.FunctionDef) and {"jit", "jit_over_rows"} & set(
-                map(ast.unparse, node.decorator_list)
-            ):
-                functions[node.name] = node
+    functions = {node.name: node for path in sorted(package.rglob("*.py")) for node in _jitted(path.read_text())}
     wanted = [name for name in functions if name.endswith("_kernel") and _kernel_owner(name) == op]
     for name in wanted:  # which grows
         called = {node.id for node in ast.walk(functions[name]) if isinstance(node, ast.Name)}
