@@ -11,10 +11,10 @@ import json
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 assert not os.environ.get("TRITON_INTERPRET"), "the interpreter launches nothing"
 
@@ -168,16 +168,6 @@ class Named:
         return [[grid, stream, function, [self.told(a) for a in args]] for grid, stream, function, args in found]
 
 
-@contextmanager
-def instead(of: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(of, name)
-    setattr(of, name, value)
-    try:
-        yield
-    finally:
-        setattr(of, name, before)
-
-
 def layout(result: Any) -> list[Any]:
     of = result if isinstance(result, tuple) else () if result is None else (result,)
     return [[list(t.shape), list(t.stride()), str(t.dtype)] for t in of]
@@ -207,7 +197,7 @@ def main(folder: Path) -> None:
         for name, make in calls().items():
             op, args = make()
             kept = [make()[1] for _ in range(2)]  # so that no later one has their memory
-            with instead(replay.Replayed, "__call__", plainly):
+            with patch.object(replay.Replayed, "__call__", plainly):
                 seen.of(op, kept[0])  # compiles
                 allocated.clear()
                 result, launches = seen.of(op, args)
@@ -267,14 +257,14 @@ def rest(seen: Seen) -> dict[str, Any]:
         seen.of(op, args)
         triton.knobs.runtime.launch_enter_hook.calls.clear()
         found["a hook"] = hooked
-        with instead(triton.runtime.driver.active, "get_current_stream", lambda *_: 77):
+        with patch.object(triton.runtime.driver.active, "get_current_stream", lambda *_: 77):
             found["another stream"] = [launch[1] for launch in seen.of(op, args)[1]]
         x = args[2]
         gone = weakref.ref(x)
         del x, args, twice, same
         seen.launches.clear()
         found["memory is kept"] = gone() is not None
-        with instead(replay, "MOST_KEPT", 3):
+        with patch.object(replay, "MOST_KEPT", 3):
             own = replay.Replayed(lambda x: x.new_empty(1), lambda: ())
             for rows in range(20):
                 own(torch.zeros(rows))
