@@ -332,7 +332,9 @@ def _unwatched(args: tuple[Any, ...], plain: list[tuple[type, ...]]) -> bool:
     for argument, others in zip(args, plain, strict=False):
         kind = type(argument)
         if kind is torch.Tensor or kind is torch.nn.Parameter:
-            if argument.is_meta or argument.layout is not _STRIDED or (graded and argument.requires_grad):
+            if argument.is_meta or argument.layout is not _STRIDED or argument.is_neg():
+                return False
+            if graded and argument.requires_grad:
                 return False
         elif kind not in others:
             return False

@@ -56,6 +56,7 @@ class _Triton:
         self.known = version in KNOWN and not torch.version.hip and not triton.knobs.runtime.interpret
         self.driver: Any = triton.runtime.driver
         self.knobs: Any = triton.knobs
+        self.launched = False  # its driver is made, which needs a compiler of C
 
     def unwatched(self) -> bool:
         """Whether nobody wants to see Triton's own launch, or has put another in its place."""
@@ -119,6 +120,8 @@ class Launcher:
 
     def _plainly(self, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         RECORDING.launches = None
+        if self.triton is not None:
+            self.triton.launched = True
         return self.kernel[grid](*args, **options)
 
 

@@ -18,18 +18,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .launch import RECORDING, Launch, known_triton
 
-__all__ = ["Replayed"]
+__all__ = ["Replayed", "forget"]
 
 MOST_KEPT = 1024  # kinds of an op: row counts that never come again must not fill the memory
 TRIES = 3  # of a call of a kind: a kernel may be compiled again in the one that is recorded
 ALIGNED = 512  # bytes, as torch's own allocations
+MOST_SCRATCH = 64 << 20  # what an op promises; a call that is made again holds all that it allocates at once
 
 _aten = torch.ops.aten
 _ALLOCATIONS = _aten.empty, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided, _aten.empty_like
 _VIEWS = (
-    _aten.slice, _aten.select, _aten.view, _aten._unsafe_view, _aten.transpose, _aten.t, _aten.permute, _aten.expand,
+    _aten.slice, _aten.select, _aten.view, _aten.view_as, _aten._unsafe_view, _aten.transpose, _aten.t, _aten.permute, _aten.expand,
     _aten.unsqueeze, _aten.squeeze, _aten.as_strided, _aten.detach, _aten.alias, _aten._reshape_alias,
 )  # fmt: skip
+_SAME = _aten.to, _aten.contiguous  # in inference mode and below autograd they come here also where they change nothing
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 _PLAIN = (int, float, str, bool, type(None))
 
@@ -99,7 +101,7 @@ class _Recorded:
             made = torch.empty_strided(result.size, result.stride, dtype=result.dtype, device=self.device)
             at.append(made.data_ptr())
             found.append(made if result.view is None else made.as_strided(*result.view))
-        if self.scratch_bytes:
+        if self.scratch:
             scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=self.device)
             first = scratch.data_ptr()
             for offset in self.scratch:
@@ -136,16 +138,22 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
+        if self.fault:  # what is not recorded is not held: the memory of a call would be that of all its parts together
+            return found
         self.held.append(found)
         if packet in _ALLOCATIONS:
             self.of[id(found)] = _Place(self.n_inputs + len(self.allocations), 0)
             self.allocations.append(found)
-        elif packet in _VIEWS and id(args[0]) in self.of:
+        elif packet in _VIEWS and id(args[0]) in self.of and found.dtype == args[0].dtype:
             of = self.of[id(args[0])]
             moved = (found.storage_offset() - args[0].storage_offset()) * found.itemsize
             self.of[id(found)] = _Place(of.memory, of.offset + moved)
-        else:
-            self.fault = self.fault or str(func)
+        elif not (packet in _SAME and found is args[0]):
+            self.fault = str(func)
+            for kept in (self.held, self.allocations, self.launches, self.of):
+                kept.clear()
+            if RECORDING.launches is self.launches:
+                RECORDING.launches = None
         return found
 
     def place(self, tensor: torch.Tensor) -> _Place:
@@ -178,6 +186,8 @@ def _recorded(recorder: _Recorder, result: Any, device: torch.device) -> _Record
             memory_of[number] = recorder.n_inputs + len(results) + len(scratch)
             scratch.append(used)
             used += -(-made.untyped_storage().nbytes() // ALIGNED) * ALIGNED
+    if used > MOST_SCRATCH:
+        raise _Unrecorded("parts of the scratch that are not there together")
 
     def at(tensor: torch.Tensor) -> tuple[int, int]:
         of = recorder.place(tensor)
@@ -216,16 +226,39 @@ def _step(launch: Launch, at: Callable[[torch.Tensor], tuple[int, int]]) -> _Ste
     )  # fmt: skip
 
 
+def _each_once(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
+    """The arguments, and the tensors among them. Of one that is there twice, which of the two a launch is given could not be
+    told."""
+    found: list[Any] = []
+    tensors: dict[int, torch.Tensor] = {}
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            arg = arg.detach() if id(arg) in tensors else arg
+            tensors[id(arg)] = arg
+        found.append(arg)
+    return tuple(found), list(tensors.values())
+
+
+_all: list[Replayed] = []
+
+
+def forget() -> None:
+    """Drop everything that was recorded: for who changes what launches depend on, as tests do."""
+    for one in _all:
+        one.kept.clear()
+
+
 class Replayed:
     """`run`, whose calls of a kind are recorded the second time. settings: what it depends on besides its arguments."""
 
     def __init__(self, run: Callable[..., Any], settings: Callable[[], tuple[Any, ...]]) -> None:
         self.run, self.settings = run, settings
         self.kept: dict[tuple[Any, ...], _Recorded | int] = {}  # or how often it was tried
+        _all.append(self)
 
     def __call__(self, *args: Any) -> Any:
         triton = known_triton()
-        if triton is None or RECORDING.launches is not None or not triton.unwatched():
+        if triton is None or not triton.launched or RECORDING.launches is not None or not triton.unwatched():
             return self.run(*args)
         at: list[int] = []
         tensors: list[torch.Tensor] = []
@@ -261,19 +294,18 @@ class Replayed:
         self, key: tuple[Any, ...], tried: int, args: tuple[Any, ...], tensors: list[torch.Tensor], device: int
     ) -> Any:
         where = tensors[0].device if tensors else torch.device("cpu")
-        once = len({id(tensor) for tensor in tensors}) == len(tensors)
-        elsewhere = any(tensor.device != where for tensor in tensors) or (where.index or 0) != device
-        if not once:  # which of the two a launch's argument is cannot be told: perhaps another time
-            return self.run(*args)
         self.kept[key] = tried + 1
-        if elsewhere:
+        if any(tensor.device != where for tensor in tensors) or (where.index or 0) != device:
             return self.run(*args)
+        args, tensors = _each_once(args)
         recorder = _Recorder(tensors)
         RECORDING.launches = recorder.launches
         try:
             with recorder:
                 result = self.run(*args)
-            if RECORDING.launches is recorder.launches:  # a launch that went Triton's way ends it
+            if recorder.fault:
+                self.kept[key] = TRIES  # it will compute again
+            elif RECORDING.launches is recorder.launches:  # a launch that went Triton's way ends it
                 self.kept[key] = _recorded(recorder, result, where)
         except _Unrecorded:
             pass

@@ -6,6 +6,7 @@ import pytest
 import torch
 from sparsefeat_kernels import force_triton
 from sparsefeat_kernels.dispatch import TRITON_AVAILABLE
+from sparsefeat_kernels.replay import forget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -13,6 +14,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture(autouse=True)
 def memory(poisoned_memory: None) -> None:
     """Overridden where a test traces the program that allocates."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_recorded() -> None:
+    """On a GPU a test that changes what launches depend on would be given those of the one before."""
+    forget()
 
 
 @pytest.fixture(params=["cpu", "triton"])

@@ -66,10 +66,11 @@ def calls() -> dict[str, Callable[[], Call]]:
             torch.zeros(1, 512, 8), query, heads(1, 4, 8, 64), torch.zeros(1, 4, 512), 0.1, None, None, torch.arange(1)
         )  # fmt: skip
 
-    def edit() -> Call:
-        rule = tuple(torch.zeros(4) for _ in range(5))
+    def edit(one: torch.Tensor | None = None) -> Call:
+        rule = (one,) * 5 if one is not None else tuple(torch.zeros(4) for _ in range(5))
+        n = len(rule[0])
         return ops.sparse_edit, (
-            heads(64, 64), *code(64, 8), torch.arange(4), heads(4, 64), *rule, torch.ones(64)
+            heads(64, 64), *code(64, 8), torch.arange(n), heads(n, 64), *rule, torch.ones(64)
         )  # fmt: skip
 
     return {
@@ -78,6 +79,9 @@ def calls() -> dict[str, Callable[[], Call]]:
             ops.topk_encode, (*encoder(256, 64, dictionary), 8, "relu", torch.zeros(dictionary)),
         ),
         "topk_encode, no descriptors": lambda: (ops.topk_encode, (*encoder(33, 37, 300), 4, "signed", None)),
+        "topk_encode, more rows than are taken together": lambda: (
+            ops.topk_encode, (*encoder(20_000, 16, dictionary), 8, "relu", None),
+        ),
         "topk_encode, chunks": lambda: (ops.topk_encode, (*encoder(4096, 16, 32768), 8, "raw", None)),
         "threshold_encode": lambda: (
             ops.threshold_encode, (*encoder(256, 64, dictionary), torch.zeros(dictionary), 64),
@@ -90,6 +94,7 @@ def calls() -> dict[str, Callable[[], Call]]:
             ops.sparse_decode_grad_values, (heads(64, 64), *code(64, 8), heads(dictionary, 64)),
         ),
         "sparse_edit": edit,
+        "sparse_edit, of one object five times": lambda: edit(torch.zeros(3)),
         "attention_map": lambda: map_of(4096, False),
         "attention_map and output": lambda: map_of(4096, True),
         "attention_map, heads shared out": lambda: map_of(64, True),
@@ -226,6 +231,20 @@ def main(folder: Path) -> None:
     print(json.dumps({"cases": found, "rest": rest(seen)}))
 
 
+def counted_records(call: Callable[[], Any]) -> int:
+    """Recorded calls that run."""
+    found: list[Any] = []
+    run = replay._Recorded.run
+
+    def counted(own: Any, *args: Any) -> Any:
+        found.append(own)
+        return run(own, *args)
+
+    with patch.object(replay._Recorded, "run", counted):
+        call()
+    return len(found)
+
+
 def rest(seen: Seen) -> dict[str, Any]:
     """What is not made again."""
     found: dict[str, Any] = {}
@@ -242,8 +261,28 @@ def rest(seen: Seen) -> dict[str, Any]:
     def asked(x: torch.Tensor) -> torch.Tensor:
         return x.new_empty(int(x.sum()))
 
-    own = replay.Replayed(asked, lambda: ())
+    own = replay.Replayed(asked, tuple)
     found["a number"] = [list(own(torch.full((4,), float(i))).shape) for i in range(4)]
+
+    def twice_as_long(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(8):
+            part = (x.repeat(2) + 1)[: len(x)]
+            weak.append(weakref.ref(part))
+            alive.append(sum(one() is not None for one in weak))
+        return part
+
+    weak: list[Any] = []
+    alive: list[int] = []
+    own = replay.Replayed(twice_as_long, tuple)
+    for _ in range(3):
+        weak.clear()
+        own(torch.ones(3))
+    found["alive"] = alive
+    threshold, given = calls()["threshold_encode"]()
+    with kernels.force_triton(), torch.inference_mode():
+        for _ in range(3):
+            threshold(*given)
+        found["in inference mode"] = counted_records(lambda: threshold(*given))
     op, make = ops.sparse_decode, calls()["sparse_decode"]
     with kernels.force_triton():
         twice = make()[1]

@@ -95,3 +95,11 @@ def test_a_tensor_of_another_kind_goes_through_the_dispatcher():
 
     found = sparse_decode(values.as_subclass(Own), indices, W, b)
     torch.testing.assert_close(found.as_subclass(torch.Tensor), sparse_decode(values, indices, W, b))
+
+
+def test_a_tensor_that_is_negative_by_a_bit_alone_is_read_with_its_sign(path: str):
+    values, indices = topk_encode(*(t.to(path) for t in inputs()), 3)
+    W, b = (t.to(values.device) for t in (inputs()[1], inputs()[3]))
+    negative = torch.complex(values, values).conj().imag
+    assert negative.is_neg()
+    torch.testing.assert_close(sparse_decode(negative, indices, W, b), sparse_decode(-values, indices, W, b))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sparsefeat_kernels import launch, replay
 from sparsefeat_kernels.dispatch import TRITON_AVAILABLE, triton_version
 
@@ -42,6 +43,7 @@ def test_the_same_launches_on_the_memory_of_their_own_arguments(found: dict[str,
 def test_parts_of_the_scratch_do_not_overlap(found: dict[str, Any]):
     parts = {name: sorted(case["scratch"]) for name, case in found["cases"].items()}
     assert max(map(len, parts.values())) > 3
+    assert all(sum(size for _, size in of) <= 64 << 20 for of in parts.values())
     for name, of in parts.items():
         for (first, size), (after, _) in itertools.pairwise(of):
             assert first + size <= after, name
@@ -53,6 +55,37 @@ def test_what_computes_or_asks_is_run(found: dict[str, Any]):
     assert ran == 4
     assert kept == [replay.TRIES]
     assert found["rest"]["a number"] == [[0], [4], [8], [12]]
+
+
+def test_a_call_that_cannot_be_recorded_holds_no_more_memory(found: dict[str, Any]):
+    assert len(found["rest"]["alive"]) == 3 * 8
+    assert max(found["rest"]["alive"]) <= 2
+
+
+def test_in_inference_mode_too(found: dict[str, Any]):
+    assert found["rest"]["in inference mode"] == 1
+
+
+def test_without_a_kernel_no_driver_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    """Making Triton's needs a compiler of C, which plain torch does not."""
+
+    class Triton:
+        launched, unwatched = False, staticmethod(lambda: True)
+
+        @property
+        def driver(self) -> Any:
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(replay, "known_triton", Triton)
+    run = replay.Replayed(lambda x: x + 1, tuple)
+    assert [run(torch.ones(1)).item() for _ in range(4)] == [2.0] * 4
+
+
+def test_what_was_recorded_can_be_dropped():
+    run = replay.Replayed(lambda x: x, tuple)
+    run.kept["a kind"] = 1
+    replay.forget()
+    assert not run.kept
 
 
 def test_who_watches_launches_sees_them(found: dict[str, Any]):

@@ -70,9 +70,10 @@ def topk_encode_triton(
     tile = default_tile(x, W_enc) if blocks is None else blocks
     with torch.cuda.device_of(x):
         bias = encoder_bias(W_enc, b_enc, b_pre) if bias is None and rows else bias
+        scratch: tuple[Tensor, ...] = ()
         for some in row_chunks(rows, 1, MOST_ROWS):
             code = _part(some, values), _part(some, indices)
-            _encode_some(_part(some, x), W_enc, b_pre, bias, k, selection, tile, code)
+            scratch = _encode_some(_part(some, x), W_enc, b_pre, bias, k, selection, tile, code, scratch)
     return values, indices
 
 
@@ -90,15 +91,23 @@ def _encode_some(
     selection: str,
     tile: Mapping[str, int],
     code: tuple[Tensor, Tensor],
-) -> None:
+    scratch: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:
+    """scratch: that of rows before, as many as these at least; returned for those after."""
     n_latents, signed = W_enc.shape[0], selection == "signed"
-    to, of = Selected.of(code, sizes_of(1, k).block_k), Operands.of(x, W_enc, tile)
+    of = Operands.of(x, W_enc, tile)
     bytes_a_row = 4 * 2 * entries_of(k)
     chunks = chunks_of(x, W_enc, tile, kept_bytes(signed), bytes_a_row, MOST_GROUPS * GROUP)
     most_rows = chunks[0][1][0].stop
     most_groups = n_groups_of(chunks[0][0].stop, tile["BLOCK_LATENTS"])
-    kept = x.new_empty(most_rows, PLANES + signed, most_groups, dtype=torch.int32)
-    ids = x.new_empty(most_rows, 2 * entries_of(k), dtype=torch.int32)
+    planes = most_rows, PLANES + signed, most_groups
+    if not scratch or scratch[0].numel() < math.prod(planes) or scratch[1].shape[0] < most_rows:
+        to = Selected.of(code, sizes_of(1, k).block_k)
+        kept, ids = (x.new_empty(*size, dtype=torch.int32) for size in (planes, (most_rows, 2 * entries_of(k))))
+        scratch = kept, ids, to.state, to.listed
+    else:
+        kept, ids, *of_rows_before = scratch
+        kept, to = kept.view(-1)[: math.prod(planes)].view(planes), Selected(code, *of_rows_before)
     for part, of_rows in chunks:
         n, first = part.stop - part.start, part.start
         sizes = sizes_of(n_groups_of(n, tile["BLOCK_LATENTS"]), k)
@@ -110,3 +119,4 @@ def _encode_some(
             launch_product(of, b_pre, bias, kept, to.listed, some, part, signed)
             launch_select(kept, ids, to, some, n, first, sizes, constants)
         launch_repair((x, _part(part, W_enc), b_pre, _part(part, bias)), to, first, sizes, constants)
+    return scratch
