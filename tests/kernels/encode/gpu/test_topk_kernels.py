@@ -262,6 +262,19 @@ def test_chunks_of_latents_and_rows_give_one_answer(little_scratch: None, listed
     assert len(listed) == 3  # 64, 64 and 22 latents of all rows, which were multiplied 16 and 2 at a time
 
 
+@pytest.mark.parametrize("chunked", [False, True], ids=["all latents", "chunks of latents"])
+def test_rows_that_follow_take_the_scratch_of_those_before(
+    chunked: bool, request: pytest.FixtureRequest, listed: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """Ties without end, so that every part has rows on its list."""
+    if chunked:
+        request.getfixturevalue("little_scratch")
+    monkeypatch.setattr(topk, "MOST_ROWS", 6)
+    inputs = integers(20, 5, 200, seed=2)
+    assert_same(encode(inputs, 6), expected(inputs, 6))
+    assert len(listed) >= 4
+
+
 def test_nan_of_one_chunk_is_nan_whatever_the_others_hold(little_scratch: None):
     for latent in (3, 100, 269):
         a = torch.randn(3, 270, generator=torch.Generator().manual_seed(latent))
