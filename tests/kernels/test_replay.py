@@ -81,6 +81,17 @@ def test_without_a_kernel_no_driver_is_asked_for(monkeypatch: pytest.MonkeyPatch
     assert [run(torch.ones(1)).item() for _ in range(4)] == [2.0] * 4
 
 
+def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch):
+    def asked() -> None:
+        raise AssertionError("Triton is asked")
+
+    monkeypatch.setattr(replay, "known_triton", asked)
+    monkeypatch.setattr(replay, "REPLAYS", False)
+    run = replay.Replayed(lambda x: x + 1, tuple)
+    assert [run(torch.ones(1)).item() for _ in range(4)] == [2.0] * 4
+    assert not run.kept
+
+
 def test_what_was_recorded_can_be_dropped():
     run = replay.Replayed(lambda x: x, tuple)
     run.kept["a kind"] = 1
