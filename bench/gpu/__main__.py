@@ -10,6 +10,7 @@ Other libraries are measured where they can be imported: PYTHONPATH may name a f
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from bench.gpu import full, prove, repeats, smoke
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
     of = parser.add_subparsers(dest="command", required=True)
-    first = of.add_parser("smoke", help="is every op right, and what do the most wanted ones take: 200 s")
+    first = of.add_parser("smoke", help="is every op right, and what do the most wanted ones take: 150 s")
     first.add_argument("--rehearse", action="store_true", help="on a CPU, interpreted, with tiny shapes")
     first.add_argument("--only", nargs="+", default=(), metavar="OP", help="ops whose names begin so")
     second = of.add_parser("full", help="every figure, tests, tuning, scaling: seven minutes")
@@ -50,6 +51,8 @@ def main(given: list[str] | None = None) -> None:
         full.draw(out) if arguments.command == "draw" else prove.prove(out)
         return
     if arguments.command == "pipelines":
+        if importlib.util.find_spec("diffusers") is None:
+            parser.error("pipelines needs diffusers: install it, or name a folder with it in PYTHONPATH")
         from bench.gpu.pipelines import pipelines  # diffusers, which the others do without
 
         pipelines(out)

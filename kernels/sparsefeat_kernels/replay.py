@@ -309,7 +309,7 @@ class Replayed:
                 self.kept[key] = TRIES  # it will compute again
             elif RECORDING.launches is recorder.launches:  # a launch that went Triton's way ends it
                 self.kept[key] = _recorded(recorder, result, where)
-        except _Unrecorded:
+        except _Unrecorded:  # the call itself was run, and its result stands
             pass
         finally:
             RECORDING.launches = None

@@ -141,22 +141,27 @@ def plain_warnings(options: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `Ended` while this is open, where nobody else handles them."""
-    ours = []
+    """SIGTERM, SIGHUP and SIGINT raise `Ended` while this is open, where nobody else handles them.
+
+    Of SIGINT too, since Python notes a plain KeyboardInterrupt that passes through code run from C, as in imports of
+    libraries, and ends by the signal at last, however it was handled: the exit code would hang on chance.
+    """
+    before = {}
     if threading.current_thread() is threading.main_thread():
-        known = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]  # Windows has no second
-        ours = [n for n in known if n is not None and signal.getsignal(n) is signal.SIG_DFL]
+        known = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP", "SIGINT")]  # Windows has no second
+        handlers = {number: signal.getsignal(number) for number in known if number is not None}
+        before = {n: h for n, h in handlers.items() if h in (signal.SIG_DFL, signal.default_int_handler)}
 
     def end(number: int, frame: Any) -> None:
         raise Ended(number=number)
 
-    for number in ours:
+    for number in before:
         signal.signal(number, end)
     try:
         yield
     finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
